@@ -1,0 +1,1 @@
+"""OpenVLA, native to today's Hugging Face ecosystem."""
