@@ -1,0 +1,370 @@
+"""What stands on the table, and how it looks: the state of a tabletop scene and its drawing with PIL.
+
+World frame, in metres: x to the right in the image, y away from the camera, z up; the origin is the middle of
+the table's top. One fixed camera looks down from the front, so a single frame shows the whole state: the
+gripper's shadow gives its height, its fingers and its lamp say whether it is closed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+__all__ = ["COLOURS", "GOAL_KINDS", "SHAPES", "Goal", "Gripper", "Scene", "TableObject", "draw_scene"]
+
+Rgb = tuple[int, int, int]
+Point = tuple[float, float]
+
+IMAGE_SIZE = 224
+TABLE_HALF = (0.25, 0.20)
+
+COLOURS: dict[str, Rgb] = {
+    "red": (216, 46, 42),
+    "green": (40, 158, 72),
+    "blue": (40, 96, 220),
+    "yellow": (250, 204, 28),
+}
+#: Shape -> (radius in the xy plane, height), metres.
+SHAPES: dict[str, tuple[float, float]] = {
+    "cube": (0.024, 0.048),
+    "ball": (0.025, 0.050),
+    "cylinder": (0.023, 0.050),
+}
+#: Goal -> (half extent, thickness), metres.
+GOAL_KINDS: dict[str, tuple[float, float]] = {"plate": (0.058, 0.006), "mat": (0.055, 0.002)}
+
+FINGER_OPEN = 0.042
+FINGER_CLOSED = 0.007
+FINGER_LENGTH = 0.054
+
+
+@dataclass(eq=False)
+class TableObject:
+    """A thing to grasp or push. `position` is its bottom's centre, float64 of shape (3,), in metres."""
+
+    colour: str
+    shape: str
+    position: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """What an instruction calls it, e.g. `"red cube"`."""
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def radius(self) -> float:
+        """Extent from its axis, metres."""
+        return SHAPES[self.shape][0]
+
+    @property
+    def height(self) -> float:
+        """Extent along z, metres."""
+        return SHAPES[self.shape][1]
+
+    @property
+    def top(self) -> float:
+        """Height of its top above the table, metres."""
+        return float(self.position[2]) + self.height
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A flat place to put things on, lying on the table at `(x, y)` metres."""
+
+    colour: str
+    kind: str
+    x: float
+    y: float
+
+    @property
+    def name(self) -> str:
+        """What an instruction calls it, e.g. `"yellow plate"`."""
+        return f"{self.colour} {self.kind}"
+
+    @property
+    def xy(self) -> np.ndarray:
+        """Its centre, shape (2,), metres."""
+        return np.array([self.x, self.y])
+
+    @property
+    def half(self) -> float:
+        """Radius of a plate, half the side of a mat, metres."""
+        return GOAL_KINDS[self.kind][0]
+
+    @property
+    def thickness(self) -> float:
+        """Height of its surface above the table, metres."""
+        return GOAL_KINDS[self.kind][1]
+
+
+@dataclass(eq=False)
+class Gripper:
+    """The hand: `position` is the point between its fingertips, shape (3,), metres; it always points down."""
+
+    position: np.ndarray
+    is_open: bool = True
+    held: TableObject | None = None
+
+
+@dataclass(eq=False)
+class Scene:
+    """All that one frame shows."""
+
+    objects: list[TableObject]
+    goals: list[Goal]
+    gripper: Gripper
+
+
+def draw_scene(scene: Scene) -> np.ndarray:
+    """Draw `scene` as the fixed camera sees it: uint8 RGB of shape (224, 224, 3)."""
+    image = _backdrop().copy()
+    draw = ImageDraw.Draw(image, "RGBA")
+    gripper = scene.gripper
+    for goal in sorted(scene.goals, key=lambda goal: -goal.y):
+        _draw_goal(draw, goal)
+    for thing in scene.objects:
+        _draw_object_shadow(draw, thing)
+    _draw_gripper_shadow(draw, gripper, 0.0)
+
+    # Painter's order: what stands on the table, then what is above it, each far to near. The hand comes right
+    # after what lies between its fingers.
+    layers: list[tuple[tuple[bool, float], Callable[[], None]]] = [
+        (_order(thing.position), partial(_DRAW_SHAPE[thing.shape], draw, thing)) for thing in scene.objects
+    ]
+    layers.append((_order(gripper.position, -0.015, -0.012), partial(_draw_gripper, draw, gripper)))
+    below = _highest_below(scene)
+    if below is not None:  # the shadow falls on this object, not only on the table
+        shadow = partial(_draw_gripper_shadow, draw, gripper, below.top, radius=0.014)
+        layers.append((_order(below.position, 0.0, -1e-6), shadow))
+    for _, paint in sorted(layers, key=lambda layer: layer[0]):
+        paint()
+    return np.array(image.reduce(_SUPERSAMPLE))  # a copy: PIL lends a read-only buffer
+
+
+def _order(position: np.ndarray, shift_z: float = 0.0, shift_y: float = 0.0) -> tuple[bool, float]:
+    """Where something at `position` comes in painter's order, if it stands on the table or clear above it."""
+    return float(position[2]) + shift_z > 0.03, -float(position[1]) - shift_y
+
+
+def _highest_below(scene: Scene) -> TableObject | None:
+    """The object right below the open space under the hand, or below what it holds."""
+    gripper = scene.gripper
+    column = [
+        thing
+        for thing in scene.objects
+        if thing is not gripper.held and math.dist(thing.position[:2], gripper.position[:2]) < thing.radius
+    ]
+    highest = max(column, key=lambda thing: thing.top, default=None)
+    return highest if highest is not None and highest.top < gripper.position[2] else None
+
+
+# --- Camera -----------------------------------------------------------------------------------------------
+
+_SUPERSAMPLE = 2
+_CANVAS = IMAGE_SIZE * _SUPERSAMPLE
+_ELEVATION = math.radians(60.0)
+_COS, _SIN = math.cos(_ELEVATION), math.sin(_ELEVATION)
+_DISTANCE = 1.15
+_FOCAL = 445.0 * _SUPERSAMPLE
+_HORIZON = 146.0 * _SUPERSAMPLE
+
+
+def _project(x: float, y: float, z: float) -> Point:
+    """World metres -> canvas pixels."""
+    scale = _FOCAL / (_DISTANCE + y * _COS - z * _SIN)
+    return _CANVAS / 2 + x * scale, _HORIZON - (y * _SIN + z * _COS) * scale
+
+
+def _pixels_per_metre(x: float, y: float, z: float) -> float:
+    return _FOCAL / (_DISTANCE + y * _COS - z * _SIN)
+
+
+_CIRCLE = [(math.cos(2 * math.pi * k / 28), math.sin(2 * math.pi * k / 28)) for k in range(28)]
+
+
+def _disc(x: float, y: float, z: float, radius: float) -> list[Point]:
+    """The outline of a horizontal disc, counter-clockwise as seen from above, from the +x side on."""
+    return [_project(x + radius * c, y + radius * s, z) for c, s in _CIRCLE]
+
+
+def _square(x: float, y: float, z: float, half_x: float, half_y: float) -> list[Point]:
+    """Corners of a horizontal rectangle: near left, near right, far right, far left."""
+    return [_project(x + sx * half_x, y + sy * half_y, z) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+
+
+def _mix(colour: Rgb, other: Rgb, share: float) -> Rgb:
+    """`colour` with `share` (0 to 1) of `other` in it."""
+    r, g, b = (round(a + (o - a) * share) for a, o in zip(colour, other, strict=True))
+    return r, g, b
+
+
+_WHITE: Rgb = (255, 255, 255)
+_INK: Rgb = (24, 22, 30)
+
+
+# --- Table and goals --------------------------------------------------------------------------------------
+
+
+@cache
+def _backdrop() -> Image.Image:
+    """The wall and the bare table: the same in every frame, so drawn once."""
+    wall_top, wall_bottom = (236, 239, 242), (214, 220, 226)
+    image = Image.new("RGB", (_CANVAS, _CANVAS))
+    draw = ImageDraw.Draw(image, "RGBA")
+    for row in range(_CANVAS):
+        draw.line([(0, row), (_CANVAS, row)], fill=_mix(wall_top, wall_bottom, row / _CANVAS))
+    half_x, half_y = TABLE_HALF[0] + 0.004, TABLE_HALF[1] + 0.004
+    near_left, near_right, far_right, far_left = _square(0, 0, 0, half_x, half_y)
+    wood: Rgb = (208, 199, 186)
+    below = [_project(sx * half_x, -half_y, -0.016) for sx in (1, -1)]
+    draw.polygon([near_left, near_right, *below], fill=_mix(wood, _INK, 0.35))
+    draw.polygon([near_left, near_right, far_right, far_left], fill=wood)
+    planks = 5
+    for k in range(planks):
+        left, right = (-half_x + 2 * half_x * edge / planks for edge in (k, k + 1))
+        shade = _mix(wood, _WHITE, 0.10) if k % 2 else wood
+        corners = [(left, -half_y), (right, -half_y), (right, half_y), (left, half_y)]
+        draw.polygon([_project(x, y, 0) for x, y in corners], fill=shade)
+    draw.line([near_left, near_right], fill=_mix(wood, _WHITE, 0.5), width=2)
+    return image
+
+
+def _draw_goal(draw: ImageDraw.ImageDraw, goal: Goal) -> None:
+    x, y, half, top = goal.x, goal.y, goal.half, goal.thickness
+    colour = COLOURS[goal.colour]
+    if goal.kind == "plate":
+        draw.polygon(_disc(x + 0.003, y - 0.004, 0, half + 0.002), fill=(*_INK, 60))
+        draw.polygon(_disc(x, y, 0, half * 0.9), fill=_mix(colour, _INK, 0.45))
+        draw.polygon(_disc(x, y, top, half), fill=_mix(colour, _WHITE, 0.30))
+        draw.polygon(_disc(x, y, top, half * 0.80), fill=_mix(colour, _INK, 0.12))
+        draw.polygon(_disc(x, y - 0.002, top, half * 0.75), fill=_mix(colour, _WHITE, 0.14))
+    else:
+        draw.polygon(_square(x + 0.002, y - 0.003, 0, half + 0.001, half + 0.001), fill=(*_INK, 50))
+        draw.polygon(_square(x, y, top, half, half), fill=_mix(colour, _INK, 0.10))
+        draw.polygon(_square(x, y, top, half * 0.86, half * 0.86), fill=_mix(colour, _WHITE, 0.55))
+        draw.polygon(_square(x, y, top, half * 0.78, half * 0.78), fill=_mix(colour, _WHITE, 0.08))
+
+
+# --- Objects ----------------------------------------------------------------------------------------------
+
+
+def _draw_object_shadow(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+    """A soft shadow, right below: it tightens as the object comes down."""
+    x, y, z = (float(value) for value in thing.position)
+    spread = 1.12 + min(z, 0.1) * 2.0
+    for grow, alpha in ((1.28, 26), (1.12, 38), (0.95, 52)):
+        draw.polygon(_disc(x + 0.004, y - 0.003, 0, thing.radius * spread * grow), fill=(*_INK, alpha))
+
+
+def _draw_cube(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+    x, y, z = (float(value) for value in thing.position)
+    colour, half = COLOURS[thing.colour], thing.radius
+    bottom, top = _square(x, y, z, half, half), _square(x, y, z + thing.height, half, half)
+    # Off the middle of the image the camera sees one of the flanks too.
+    if x > 0:
+        draw.polygon([bottom[0], bottom[3], top[3], top[0]], fill=_mix(colour, _INK, 0.30))
+    else:
+        draw.polygon([bottom[1], bottom[2], top[2], top[1]], fill=_mix(colour, _INK, 0.50))
+    draw.polygon([bottom[0], bottom[1], top[1], top[0]], fill=_mix(colour, _INK, 0.22))
+    draw.polygon(top, fill=_mix(colour, _WHITE, 0.20))
+    draw.line([top[0], top[1]], fill=_mix(colour, _WHITE, 0.45), width=2)
+
+
+def _draw_cylinder(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+    x, y, z = (float(value) for value in thing.position)
+    colour = COLOURS[thing.colour]
+    bottom, top = _disc(x, y, z, thing.radius), _disc(x, y, z + thing.height, thing.radius)
+    near = [*range(14, 28), 0]  # the half of the rim that faces the camera, left to right
+    for start in range(0, 14, 2):
+        # Lit from the left: brightest a little off the left edge, dark on the right.
+        share = abs(start - 3) / 11
+        strip = near[start : start + 3]
+        wall = [bottom[k] for k in strip] + [top[k] for k in reversed(strip)]
+        draw.polygon(wall, fill=_mix(_mix(colour, _WHITE, 0.10), _INK, 0.08 + 0.45 * share))
+    draw.polygon(top, fill=_mix(colour, _WHITE, 0.26))
+    draw.polygon(_disc(x, y, z + thing.height, thing.radius * 0.80), fill=_mix(colour, _WHITE, 0.14))
+
+
+def _draw_ball(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+    x, y, z = (float(value) for value in thing.position)
+    colour = COLOURS[thing.colour]
+    u, v = _project(x, y, z + thing.radius)
+    radius = thing.radius * _pixels_per_metre(x, y, z + thing.radius)
+    for size, shade in ((1.0, _mix(colour, _INK, 0.42)), (0.88, _mix(colour, _INK, 0.18)), (0.68, colour)):
+        _dot(draw, u, v, radius, size, shade)
+    _dot(draw, u, v, radius, 0.42, _mix(colour, _WHITE, 0.25))
+    _dot(draw, u, v, radius, 0.18, _mix(colour, _WHITE, 0.80))
+
+
+def _dot(draw: ImageDraw.ImageDraw, u: float, v: float, radius: float, size: float, fill: Rgb) -> None:
+    """One layer of a ball: the smaller, the further towards the light at the upper left."""
+    u, v, extent = u - radius * (1 - size) * 0.42, v - radius * (1 - size) * 0.52, radius * size
+    draw.ellipse([u - extent, v - extent, u + extent, v + extent], fill=fill)
+
+
+_DRAW_SHAPE = {"cube": _draw_cube, "ball": _draw_ball, "cylinder": _draw_cylinder}
+
+
+# --- Gripper ----------------------------------------------------------------------------------------------
+
+_STEEL: Rgb = (66, 70, 80)
+_TIP: Rgb = (246, 247, 250)
+_LAMP_OPEN: Rgb = (150, 240, 250)
+_LAMP_CLOSED: Rgb = (236, 30, 190)
+
+
+def _draw_gripper_shadow(
+    draw: ImageDraw.ImageDraw, gripper: Gripper, height: float, radius: float = 0.025
+) -> None:
+    x, y, _ = (float(value) for value in gripper.position)
+    for grow, alpha in ((1.25, 50), (1.1, 70), (0.95, 110)):
+        draw.polygon(_disc(x, y, height, radius * grow), fill=(*_INK, alpha))
+
+
+def _draw_gripper(draw: ImageDraw.ImageDraw, gripper: Gripper) -> None:
+    x, y, z = (float(value) for value in gripper.position)
+    if gripper.held is not None:
+        spread = gripper.held.radius + 0.006
+    else:
+        spread = FINGER_OPEN if gripper.is_open else FINGER_CLOSED
+    palm, wrist = z + FINGER_LENGTH, z + FINGER_LENGTH + 0.014
+    for side in (-1, 1):
+        _box(draw, x + side * spread, y, z, palm, 0.006, 0.006, _STEEL)
+        _box(draw, x + side * spread, y, z, z + 0.018, 0.0065, 0.007, _TIP)
+    _box(draw, x, y, palm, wrist, max(spread + 0.008, 0.02), 0.010, _STEEL)
+    _box(draw, x, y, palm - 0.002, wrist, 0.016, 0.012, _LAMP_OPEN if gripper.is_open else _LAMP_CLOSED)
+
+    # The shaft keeps its width in the image, so that it hides little where it comes near the camera.
+    _draw_rod(draw, _project(x, y, wrist), _project(x, y, 0.62), _STEEL)
+    for k in range(4):
+        ends = [_project(x, y, wrist + 0.013 * edge) for edge in (k, k + 1)]
+        _draw_rod(draw, ends[0], ends[1], _INK if k % 2 == 0 else _TIP, width=18)
+
+
+def _draw_rod(draw: ImageDraw.ImageDraw, foot: Point, head: Point, colour: Rgb, width: int = 14) -> None:
+    """An upright rod, lit from the left."""
+    draw.line([foot, head], fill=_mix(colour, _INK, 0.25), width=width)
+    draw.line(
+        [(foot[0] - 3, foot[1]), (head[0] - 3, head[1])], fill=_mix(colour, _WHITE, 0.30), width=width // 3
+    )
+
+
+def _box(
+    draw: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    low: float,
+    high: float,
+    half_x: float,
+    half_y: float,
+    colour: Rgb,
+) -> None:
+    """An upright box's front and top."""
+    bottom, top = _square(x, y, low, half_x, half_y), _square(x, y, high, half_x, half_y)
+    draw.polygon([bottom[0], bottom[1], top[1], top[0]], fill=_mix(colour, _INK, 0.15))
+    draw.polygon(top, fill=_mix(colour, _WHITE, 0.25))

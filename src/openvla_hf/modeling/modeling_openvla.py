@@ -1,0 +1,504 @@
+"""OpenVLA: two vision towers, a projector, and a causal language model that writes actions as tokens.
+
+Shapes: B batch, P image patches, T tokens (image placeholders included), D width, V vocabulary,
+A action dimensions, N action bins.
+"""
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModel,
+    Cache,
+    Dinov2WithRegistersModel,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput, cached_file, can_return_tuple, torch_compilable_check
+
+from .action_decoding import ActionTokens, append_prompt_suffix, decode_actions, insert_image_tokens, left_pad
+from .action_tokenizer import ActionTokenizer, action_dim, resolve_action_stats, unnormalize
+from .configuration_openvla import AUTO_MAP, OpenVLAConfig
+from .weight_mapping import register_conversions
+
+
+STATISTICS_FILE = "dataset_statistics.json"
+
+register_conversions()
+
+
+@dataclass
+class OpenVLAModelOutputWithPast(BaseModelOutputWithPast):
+    """Outputs of `OpenVLAModel`.
+
+    image_hidden_states: (B, P, D) projected patches of the images given with this call.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class OpenVLACausalLMOutputWithPast(ModelOutput):
+    """Outputs of `OpenVLAForActionPrediction`.
+
+    loss: Mean cross entropy over the labels that are not -100.
+    logits: (B, T, V).
+    image_hidden_states: (B, P, D) projected patches of the images given with this call.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class ActionPrediction:
+    """What `predict_action(return_details=True)` gives; rows with fewer dimensions than the longest end in NaN.
+
+    actions: (B, A) float64, in the robot's units.
+    normalized_actions: (B, A) float64 in [-1, 1].
+    token_ids: (B, A) int64.
+    probabilities: (B, A, N) float32 over the bins, lowest value first; `ActionTokenizer.bin_values` names them.
+    entropy: (B, A) float32, of these, in nats.
+    forward_passes: How often the language model ran.
+    """
+
+    actions: np.ndarray
+    normalized_actions: np.ndarray
+    token_ids: np.ndarray
+    probabilities: np.ndarray
+    entropy: np.ndarray
+    forward_passes: int
+
+
+class OpenVLADinov2Tower(Dinov2WithRegistersModel):
+    """DINOv2 without what OpenVLA never reads: the mask token and the final norm."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        mask_token = self.embeddings.mask_token
+        del self.embeddings.mask_token
+        self.embeddings.register_buffer("mask_token", torch.zeros_like(mask_token), persistent=False)
+        self.layernorm = nn.Identity()
+
+
+class OpenVLASiglipTower(SiglipVisionModel):
+    """SigLIP without the final norm (and, by its config, without the pooling head)."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.post_layernorm = nn.Identity()
+
+
+TOWERS = {"dinov2_with_registers": OpenVLADinov2Tower, "siglip_vision_model": OpenVLASiglipTower}
+
+
+class OpenVLAPreTrainedModel(PreTrainedModel):
+    """What the modules of OpenVLA share: how they attend, load and are initialised."""
+
+    config_class = OpenVLAConfig
+    config: OpenVLAConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
+    """The towers side by side, each built up to the block whose output is read."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__(config)
+        self.featurizer = self._build_tower("featurizer", config.vision_config)
+        if config.fused_vision_config is not None:
+            self.fused_featurizer = self._build_tower("fused_featurizer", config.fused_vision_config)
+        self.post_init()
+
+    def _build_tower(self, name: str, tower_config: PreTrainedConfig) -> PreTrainedModel:
+        tower_config = copy.deepcopy(tower_config)
+        published_layers = tower_config.num_hidden_layers
+        tower_config.num_hidden_layers = self.config.vision_layers_built(tower_config)
+        # Stored in published checkpoints and never read.
+        above = "|".join(str(i) for i in range(tower_config.num_hidden_layers, published_layers))
+        unread = rf"vision_backbone\.{name}\.(norm\.|attn_pool\." + (
+            rf"|encoder\.layers?\.({above})\.)" if above else ")"
+        )
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), unread}
+        tower_class = TOWERS.get(tower_config.model_type)
+        return AutoModel.from_config(tower_config) if tower_class is None else tower_class(tower_config)
+
+    @property
+    def towers(self) -> list[PreTrainedModel]:
+        """The towers in the order of their channels in `pixel_values`."""
+        return [self.featurizer] + ([self.fused_featurizer] if self.config.fused_vision_config is not None else [])
+
+    def forward(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """(B, 3 * towers, H, W) -> (B, P, sum of the towers' widths): patch tokens only, no final norm."""
+        channels = 3 * len(self.towers)
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"`pixel_values` must be (batch, {channels}, height, width) for {len(self.towers)} vision tower(s), "
+                f"got {tuple(pixel_values.shape)}: make it with this checkpoint's own processor."
+            )
+        features = []
+        for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1), strict=True):
+            if isinstance(tower, tuple(TOWERS.values())):
+                tokens = tower(pixel_values=pixels).last_hidden_state
+            else:  # its final norm is still there: read what comes before it
+                tokens = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+            # Class and register tokens come first.
+            features.append(tokens[:, -self.config.num_image_tokens :])
+        return torch.cat(features, dim=-1)
+
+
+class OpenVLAProjector(nn.Module):
+    """Vision features -> embeddings of the language model: three layers for fused towers, two for one."""
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__()
+        vision_width = sum(vision_config.hidden_size for vision_config in config.vision_configs)
+        text_width = config.text_config.hidden_size
+        fused = config.fused_vision_config is not None
+        first_width = 4 * vision_width if fused else text_width
+        self.fc1 = nn.Linear(vision_width, first_width)
+        self.fc2 = nn.Linear(first_width, text_width)
+        self.fc3 = nn.Linear(text_width, text_width) if fused else None
+        self.act = ACT2FN[config.projector_hidden_act]
+
+    def forward(self, features: torch.FloatTensor) -> torch.FloatTensor:
+        """(B, P, vision width) -> (B, P, D)."""
+        hidden = self.fc2(self.act(self.fc1(features)))
+        return hidden if self.fc3 is None else self.fc3(self.act(hidden))
+
+
+class OpenVLAModel(OpenVLAPreTrainedModel):
+    """Vision backbone, projector and language model, without the head."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__(config)
+        self.vision_backbone = OpenVLAVisionBackbone(config)
+        self.projector = OpenVLAProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """(B, 3 * towers, H, W) -> (B, P, D), one embedding for each patch."""
+        return self.projector(self.vision_backbone(pixel_values.to(self.projector.fc1.bias.dtype)))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> OpenVLAModelOutputWithPast:
+        """Scatter the image over its placeholders in `input_ids` (B, T) and run the language model."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_features = None
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("`pixel_values` need `input_ids`, whose image placeholders say where they go.")
+            image_features = self.get_image_features(pixel_values).to(inputs_embeds)
+            placeholders = input_ids == self.config.image_token_id
+            torch_compilable_check(
+                placeholders.sum() * image_features.shape[-1] == image_features.numel(),
+                f"`input_ids` of shape {tuple(input_ids.shape)} must hold {image_features.shape[1]} image placeholders "
+                f"(id {self.config.image_token_id}) for each of the {image_features.shape[0]} images.",
+            )
+            inputs_embeds = inputs_embeds.masked_scatter(
+                placeholders.unsqueeze(-1).to(inputs_embeds.device), image_features
+            )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return OpenVLAModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
+    """The policy: `predict_action` turns an image and an instruction into an action in the robot's units.
+
+    Example:
+        ```python
+        model = AutoModel.from_pretrained("openvla/openvla-7b", dtype="auto", device_map="auto")
+        processor = AutoProcessor.from_pretrained("openvla/openvla-7b")
+        inputs = processor(image, instruction="pick up the red block")
+        action = model.predict_action(**inputs, unnorm_key="bridge_orig")
+        ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__(config)
+        self.model = OpenVLAModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, for published checkpoints and our own.
+
+        Raises:
+            ValueError: A weight is missing or has no place here, or the checkpoint is an OpenVLA-OFT one.
+            OSError: A weights file is absent or can't be read.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file of {pretrained_model_name_or_path} is corrupt or was cut short ({error}): download it "
+                "again, with `force_download=True` if it comes from the Hub."
+            ) from error
+        for problem in ("missing", "unexpected"):
+            if keys := sorted(info[f"{problem}_keys"]):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is no OpenVLA checkpoint that this class can load: {len(keys)} "
+                    f"{problem} weights, such as {keys[0]!r}. An OpenVLA-OFT checkpoint needs the code of OpenVLA-OFT."
+                )
+        if not model.norm_stats:
+            model.norm_stats = cls._read_statistics(pretrained_model_name_or_path, **kwargs)
+        return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _read_statistics(repo: str | os.PathLike, **kwargs: Any) -> dict[str, Any] | None:
+        """Statistics that a fine-tuning run left beside the weights, or `None`."""
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        path = cached_file(repo, STATISTICS_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if path is None:
+            return None
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`: our weight names, the code, and the statistics as a file too."""
+        self.config.auto_map = dict(AUTO_MAP)
+        kwargs.setdefault("save_original_format", False)
+        if self.norm_stats and kwargs.get("is_main_process", True):
+            os.makedirs(save_directory, exist_ok=True)
+            with open(os.path.join(save_directory, STATISTICS_FILE), "w", encoding="utf-8") as file:
+                json.dump(self.norm_stats, file, indent=2)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head."""
+        return self.lm_head
+
+    # Statistics
+
+    @property
+    def norm_stats(self) -> dict[str, Any] | None:
+        """`{key: {"action": {"q01", "q99", "mask", ...}, ...}}` of every data set the checkpoint knows."""
+        return self.config.norm_stats
+
+    @norm_stats.setter
+    def norm_stats(self, value: dict[str, Any] | None) -> None:
+        self.config.norm_stats = value
+
+    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
+        """Action statistics of one data set; `ValueError` when the key does not name one."""
+        return resolve_action_stats(self.norm_stats, unnorm_key)
+
+    def get_action_dim(self, unnorm_key: str | None = None) -> int:
+        """Number of action dimensions of one data set."""
+        return action_dim(self.get_action_stats(unnorm_key))
+
+    @property
+    def action_tokenizer(self) -> ActionTokenizer:
+        """Bins <-> ids of this checkpoint."""
+        return ActionTokenizer(self.config.action_vocab_end, self.config.n_action_bins)
+
+    def decode_actions(self, token_ids: torch.LongTensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
+        """Action ids (..., A) -> actions in the robot's units, float64 of the same shape."""
+        return unnormalize(self.action_tokenizer.decode(token_ids), self.get_action_stats(unnorm_key))
+
+    # Running
+
+    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """(B, 3 * towers, H, W) -> (B, P, D), one embedding for each patch."""
+        return self.model.get_image_features(pixel_values)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> OpenVLACausalLMOutputWithPast:
+        """Logits (B, T, V), and the loss where `labels` (B, T; -100 is ignored) are given.
+
+        `input_ids` without image placeholders (from the original processor) get them after BOS.
+        """
+        if pixel_values is not None and input_ids is not None:
+            input_ids, attention_mask, labels = insert_image_tokens(self.config, input_ids, attention_mask, labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = ForCausalLMLoss(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return OpenVLACausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def generate(self, inputs=None, *, input_ids=None, pixel_values=None, attention_mask=None, **kwargs):
+        """As `GenerationMixin.generate`; ids without image placeholders get them, and the output keeps them."""
+        input_ids = inputs if input_ids is None else input_ids
+        if pixel_values is not None:
+            input_ids, attention_mask, _ = insert_image_tokens(self.config, input_ids, attention_mask)
+            kwargs["pixel_values"] = pixel_values
+        return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        unnorm_key: str | list[str] | None = None,
+        *,
+        stats: dict[str, Any] | None = None,
+        constrained: bool = True,
+        return_details: bool = False,
+        **decoding: Any,
+    ) -> np.ndarray | ActionPrediction:
+        """Predict the action for one observation or a batch.
+
+        Args:
+            input_ids: (B, T) prompts, with or without image placeholders, padded on either side.
+            pixel_values: (B, 3 * towers, H, W).
+            attention_mask: (B, T); all ones when left out.
+            unnorm_key: Whose statistics turn the action into robot units; a list gives each row its own.
+            stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
+            constrained: Choose among the action ids only. `False` takes the best of the whole vocabulary and
+                clips what is no action to an end, as the original code does.
+            return_details: Give an `ActionPrediction`, with a batch dimension always.
+            decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default.
+
+        Returns:
+            float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics.
+
+        Raises:
+            ValueError: The statistics can't be resolved, or images and prompts differ in number.
+        """
+        # 1. Whose action is it
+        rows = len(input_ids)
+        if len(pixel_values) != rows:
+            raise ValueError(f"Got {len(pixel_values)} images for {rows} prompts: give one image with each prompt.")
+        keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
+        if len(keys) != rows:
+            raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
+        row_stats = [stats or self.get_action_stats(key) for key in keys]
+        dims = [action_dim(one) for one in row_stats]
+        # 2. Inputs where and how the model wants them: placeholders, prompt suffix, padding on the left
+        input_ids, pixel_values = input_ids.to(self.device), pixel_values.to(self.device, self.dtype)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        input_ids, attention_mask = left_pad(input_ids, attention_mask)
+        input_ids, attention_mask = append_prompt_suffix(self.config, input_ids, attention_mask)
+        input_ids, attention_mask, _ = insert_image_tokens(self.config, input_ids, attention_mask)
+        # 3. Ids of the action, one for each dimension
+        tokens: ActionTokens = decode_actions(
+            self, input_ids, pixel_values, attention_mask, max(dims), constrained=constrained, **decoding
+        )
+        # 4. Ids to bins to robot units
+        token_ids = tokens.token_ids.cpu().numpy()
+        normalized = self.action_tokenizer.decode(token_ids)
+        actions = np.full(normalized.shape, np.nan)
+        for row, (one, dim) in enumerate(zip(row_stats, dims, strict=True)):
+            normalized[row, dim:] = np.nan
+            actions[row, :dim] = unnormalize(normalized[row, :dim], one)
+        if not return_details:
+            return actions[0] if rows == 1 else actions
+        log_probabilities = tokens.action_logits.float().log_softmax(-1)
+        return ActionPrediction(
+            actions=actions,
+            normalized_actions=normalized,
+            token_ids=token_ids,
+            probabilities=log_probabilities.exp().cpu().numpy(),
+            entropy=-(log_probabilities.exp() * log_probabilities).sum(-1).cpu().numpy(),
+            forward_passes=tokens.forward_passes,
+        )
+
+
+OpenVLAForActionPrediction.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "ActionPrediction",
+    "OpenVLAForActionPrediction",
+    "OpenVLAModel",
+    "OpenVLAPreTrainedModel",
+    "OpenVLAVisionBackbone",
+]

@@ -1,0 +1,154 @@
+"""Small things that are built offline in milliseconds: for tests, notebooks and docstring examples."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .modeling.configuration_openvla import OpenVLAConfig
+from .processing.image_processing_openvla import OpenVLAImageProcessor
+from .processing.processing_openvla import PURE_PROMPT, OpenVLAProcessor
+
+
+N_ACTION_BINS = 256
+PADDED_ROWS = 64
+BRIDGE_LIKE_STATS: dict[str, Any] = {
+    "q01": [-0.03, -0.04, -0.04, -0.08, -0.09, -0.2, 0.0],
+    "q99": [0.03, 0.04, 0.04, 0.08, 0.09, 0.2, 1.0],
+    "mask": [True] * 6 + [False],
+}
+
+
+def tiny_tokenizer(texts: Iterable[str] = ("pick up the red block",), merges: int = 64) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in the layout of OpenVLA's: text, 256 action ids, `<PAD>`, `<image>`.
+
+    Args:
+        texts: Instructions whose words become tokens.
+        merges: Tokens beyond the 256 bytes and the three special ones; fewer where the texts give no more.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=3 + 256 + merges,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((PURE_PROMPT.format(instruction=text) for text in texts), trainer)
+    tokenizer.add_tokens([f"<action_{i}>" for i in range(N_ACTION_BINS)])
+    tokenizer.add_special_tokens(["<PAD>", "<image>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<PAD>",
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def tiny_config(
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    image_size: int = 56,
+    patch_size: int = 14,
+    vision_width: int = 32,
+    vision_layers: int = 3,
+    text_width: int = 64,
+    text_layers: int = 2,
+    heads: int = 2,
+    fused: bool = True,
+    norm_stats: dict[str, Any] | None = None,
+) -> OpenVLAConfig:
+    """A configuration of the real classes at a size that runs in milliseconds.
+
+    Args:
+        tokenizer: Whose ids it uses; `tiny_tokenizer()` by default.
+        image_size: Pixels along a side of the input of both towers.
+        patch_size: Pixels along a side of a patch.
+        vision_width: Width of each tower; the MLPs are four times as wide.
+        vision_layers: Published depth of each tower, of which the last block is not built.
+        text_width: Width of the language model.
+        text_layers: Its layers.
+        heads: Attention heads of each part.
+        fused: Two towers (DINOv2 and SigLIP) or SigLIP alone.
+        norm_stats: Action statistics; one data set named "tiny" by default.
+    """
+    tokenizer = tokenizer or tiny_tokenizer()
+    tower = {
+        "hidden_size": vision_width,
+        "num_hidden_layers": vision_layers,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    dinov2 = {"model_type": "dinov2_with_registers", **tower}
+    siglip = {
+        "model_type": "siglip_vision_model",
+        "intermediate_size": 4 * vision_width,
+        "hidden_act": "gelu",
+        "vision_use_head": False,
+        **tower,
+    }
+    pad_id = tokenizer.pad_token_id
+    return OpenVLAConfig(
+        vision_config=dinov2 if fused else siglip,
+        fused_vision_config=siglip if fused else None,
+        text_config={
+            "model_type": "llama",
+            # <PAD> is the first of the padded rows.
+            "vocab_size": pad_id + PADDED_ROWS,
+            "hidden_size": text_width,
+            "intermediate_size": 8 * text_width // 3,
+            "num_hidden_layers": text_layers,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 512,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": pad_id,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        prompt_suffix_token_id=None,
+        pad_to_multiple_of=PADDED_ROWS,
+        pad_token_id=pad_id,
+        norm_stats=norm_stats if norm_stats is not None else {"tiny": {"action": BRIDGE_LIKE_STATS}},
+    )
+
+
+def tiny_processor(
+    tokenizer: PreTrainedTokenizerFast | None = None, config: OpenVLAConfig | None = None
+) -> OpenVLAProcessor:
+    """The processor that goes with `tiny_config`, both built from `tokenizer` by default."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    config = config or tiny_config(tokenizer)
+    image_processor = OpenVLAImageProcessor(size=config.vision_config.image_size)
+    if config.fused_vision_config is None:
+        image_processor.image_mean, image_processor.image_std = [[0.5] * 3], [[0.5] * 3]
+    return OpenVLAProcessor(
+        image_processor,
+        tokenizer,
+        image_token_id=config.image_token_id,
+        num_image_tokens=config.num_image_tokens,
+    )
+
+
+def fake_episode(
+    seed: int = 0, steps: int = 5, instruction: str = "pick up the red block", size: int = 64
+) -> list[dict[str, Any]]:
+    """Frames of a made-up episode: `image` (size, size, 3) uint8, `instruction`, `action` (7,) float64."""
+    rng = np.random.default_rng(seed)
+    low, high = np.array(BRIDGE_LIKE_STATS["q01"]), np.array(BRIDGE_LIKE_STATS["q99"])
+    actions = rng.uniform(low, high, size=(steps, len(low)))
+    actions[:, -1] = actions[:, -1].round()
+    images = rng.integers(0, 256, size=(steps, size, size, 3), dtype=np.uint8)
+    return [
+        {"image": image, "instruction": instruction, "action": action}
+        for image, action in zip(images, actions, strict=True)
+    ]

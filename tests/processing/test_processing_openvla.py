@@ -1,0 +1,369 @@
+import json
+import logging.handlers
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
+from openvla_hf.processing import OpenVLAImageProcessor, OpenVLAProcessor, register_processing
+from openvla_hf.processing.processing_openvla import (
+    IMAGE_TOKEN_ID,
+    PURE_PROMPT,
+    VICUNA_PROMPT,
+    read_published_fields,
+)
+
+CASES = ["fused-224", "siglip-224", "sharded"]
+
+
+@pytest.fixture(autouse=True)
+def silent(monkeypatch, recwarn):
+    """Whatever a test does, the terminal is asked nothing and nobody is warned."""
+
+    def refuse(prompt=""):
+        raise AssertionError(f"asked: {prompt}")
+
+    monkeypatch.setattr("builtins.input", refuse)
+    handler = logging.handlers.BufferingHandler(capacity=100)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("transformers").addHandler(handler)
+    yield
+    logging.getLogger("transformers").removeHandler(handler)
+    assert [record.getMessage() for record in handler.buffer] == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def recorded(golden, case):
+    """The recorded prompts and tensors; sharded has fused-224's processor."""
+    folder = golden / ("fused-224" if case == "sharded" else case)
+    return json.loads((folder / "cases.json").read_text()), load_file(folder / "expected.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("trust_remote_code", [None, True])
+@pytest.mark.parametrize("loader", [AutoProcessor, OpenVLAProcessor])
+def test_published_checkpoints_load(golden, case, trust_remote_code, loader):
+    processor = loader.from_pretrained(golden / case / "checkpoint", trust_remote_code=trust_remote_code)
+    assert type(processor) is OpenVLAProcessor
+    assert type(processor.image_processor) is OpenVLAImageProcessor
+    assert type(processor.tokenizer) is PreTrainedTokenizerFast
+    assert processor.prompt_template == (VICUNA_PROMPT if case == "siglip-224" else PURE_PROMPT)
+    assert (processor.image_token_id, processor.num_image_tokens) == (32001, 256)
+    tokenizer = processor.tokenizer
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == ("<PAD>", 32000, "left")
+
+
+@pytest.mark.parametrize("trust_remote_code", [None, True])
+def test_the_other_auto_classes_on_published_checkpoints(golden, trust_remote_code):
+    checkpoint = golden / "fused-224" / "checkpoint"
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    assert type(image_processor) is OpenVLAImageProcessor
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    assert type(tokenizer) is PreTrainedTokenizerFast
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_prompts(golden, case):
+    processor = AutoProcessor.from_pretrained(golden / case / "checkpoint")
+    cases, expected = recorded(golden, case)
+    image = Image.open(golden / case / cases["images"][0])
+    for index, prompt in enumerate(cases["prompts"]):
+        ids = expected[f"prompt.{index}.input_ids"]
+        plain = processor(prompt, image, add_image_tokens=False)
+        assert torch.equal(plain["input_ids"], ids)
+        assert torch.equal(plain["attention_mask"], expected[f"prompt.{index}.attention_mask"])
+        assert torch.equal(plain["pixel_values"], expected["pixel_values"][:1])
+        assert processor.tokenizer(prompt)["input_ids"] == ids[0].tolist()
+        with_image = processor(prompt, image)["input_ids"][0].tolist()
+        assert with_image == [1] + [32001] * 256 + ids[0, 1:].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_instructions_build_the_recorded_prompts(golden, case):
+    processor = AutoProcessor.from_pretrained(golden / case / "checkpoint")
+    cases, _ = recorded(golden, case)
+    for instruction, prompt in list(zip(cases["instructions"], cases["prompts"], strict=False))[:3]:
+        assert processor.build_prompt(instruction) == prompt
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_batch(golden, case):
+    processor = AutoProcessor.from_pretrained(golden / case / "checkpoint")
+    cases, expected = recorded(golden, case)
+    images = [Image.open(golden / case / path) for path in cases["images"]]
+    batch = processor(cases["prompts"][:3], images, padding=True, add_image_tokens=False)
+    ids, mask = expected["batched.input_ids"], expected["batched.attention_mask"]
+    assert batch["input_ids"].shape == ids.shape
+    for row in range(3):  # the same tokens; the original has its padding on the right
+        length = int(mask[row].sum())
+        assert torch.equal(batch["input_ids"][row, -length:], ids[row, :length])
+        assert batch["attention_mask"][row].tolist() == mask[row].flip(0).tolist()
+        assert (batch["input_ids"][row, :-length] == 32000).all()
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("case", ["fused-224", "siglip-224"])
+def test_recorded_tokenizer_strings_survive_a_save(golden, case, tmp_path):
+    strings = json.loads((golden / "action-tokenizer" / "expected.json").read_text())["tokenizer_strings"]
+    AutoProcessor.from_pretrained(golden / case / "checkpoint").save_pretrained(tmp_path)
+    for folder in (golden / case / "checkpoint", tmp_path):
+        tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+        for string in strings:
+            assert tokenizer(string["text"])["input_ids"] == string["input_ids"]
+            assert tokenizer.decode(string["input_ids"]) == string["decoded"]
+
+
+def test_training_prompts_are_the_originals(golden):
+    samples = json.loads((golden / "action-tokenizer" / "expected.json").read_text())["training_samples"]
+    for case, builder in (("fused-224", "pure"), ("siglip-224", "vicuna")):
+        processor = AutoProcessor.from_pretrained(golden / case / "checkpoint")
+        for sample in samples:
+            if sample["builder"] != builder or sample["instruction"] != sample["instruction"].strip():
+                continue  # the original keeps outer spaces
+            ids = processor.tokenizer(processor.build_prompt(sample["instruction"]))["input_ids"]
+            action = sample["action_token_ids"]
+            assert [*ids, 29871, *action, 2] == sample["input_ids"]
+
+
+def test_all_call_forms_are_equal(processor, images):
+    image, prompt = images[0], "In: What action should the robot take to pick up the red block?\nOut:"
+    expected = processor(image, instruction=" Pick up the Red block ")
+    for other in (
+        processor(images=image, instruction="pick up the red block"),
+        processor([image], instruction=["pick up the red block"]),
+        processor(prompt, image),
+        processor(image, prompt),
+        processor([prompt], [image]),
+        processor(images=image, text=prompt),
+        processor(prompt, images=image),
+        processor(image, text=prompt),
+    ):
+        assert list(other) == ["input_ids", "attention_mask", "pixel_values"]
+        for key, value in expected.items():
+            assert torch.equal(other[key], value)
+
+
+def test_paths_as_images(processor, images, tmp_path):
+    path = str(tmp_path / "image.png")
+    images[1].save(path)
+    expected = processor(images[1], "open the drawer")
+    for other in (processor("open the drawer", path), processor(images=path, text="open the drawer")):
+        assert torch.equal(other["pixel_values"], expected["pixel_values"])
+        assert torch.equal(other["input_ids"], expected["input_ids"])
+    assert torch.equal(processor(path, instruction="open")["pixel_values"], expected["pixel_values"])
+
+
+def test_whole_prompts_are_taken_as_they_are(processor, images):
+    upper = processor("Red ", images[0], add_image_tokens=False)["input_ids"][0]
+    assert processor.tokenizer.convert_ids_to_tokens(upper) == ["<s>", "Red"]
+    processor.lowercase_instruction = False
+    assert "Red" in processor.build_prompt("Red block")
+
+
+def test_batches_are_padded_on_the_left_with_the_placeholders_after_bos(processor, images):
+    instructions = ["pick up the red block", "open the drawer", "open"]
+    batch = processor(images, instruction=instructions)
+    width = batch["input_ids"].shape[1]
+    for row, (image, instruction) in enumerate(zip(images, instructions, strict=True)):
+        single = processor(image, instruction=instruction)
+        length = single["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][row, width - length :], single["input_ids"][0])
+        assert (batch["input_ids"][row, : width - length] == processor.tokenizer.pad_token_id).all()
+        assert batch["attention_mask"][row].tolist() == [0] * (width - length) + [1] * length
+        assert single["input_ids"][0, 0] == processor.tokenizer.bos_token_id
+        assert (single["input_ids"][0, 1:257] == IMAGE_TOKEN_ID).all()
+        assert (single["input_ids"] == IMAGE_TOKEN_ID).sum() == 256
+        assert torch.equal(batch["pixel_values"][row], single["pixel_values"][0])
+
+
+def test_one_instruction_serves_a_batch(processor, images):
+    batch = processor(images, instruction="open the drawer")
+    assert len(batch["input_ids"]) == 3
+    assert (batch["input_ids"] == batch["input_ids"][0]).all()
+
+
+def test_padding_and_truncation(processor, images):
+    padded = processor(images[0], instruction="open", padding="max_length", max_length=300)
+    assert padded["input_ids"].shape == (1, 300)
+    cut = processor(images[0], instruction="open", truncation=True, max_length=260)
+    assert cut["input_ids"].shape == (1, 260)
+    assert torch.equal(cut["input_ids"], processor(images[0], instruction="open")["input_ids"][:, :260])
+    assert processor("block " * 3000, images[0], truncation=True)["input_ids"].shape == (1, 2048)
+    ragged = processor(images, ["open", "red block", "up"], padding=False, return_tensors=None)["input_ids"]
+    assert [len(row) for row in ragged] == [258, 259, 258]
+    arrays = processor(images[0], instruction="open", return_tensors="np")
+    assert all(isinstance(value, np.ndarray) for value in arrays.values())
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        (("image",), {"instruction": ""}, ValueError, "instruction is empty"),
+        (("image",), {"instruction": " <image> "}, ValueError, "instruction is empty"),
+        (("image",), {"instruction": ["open", "open"]}, ValueError, "2 texts do not go with 1 images"),
+        (("image", "image"), {"instruction": "open"}, TypeError, "Too many arguments"),
+        ((["image", "image"],), {"instruction": ["open"]}, ValueError, "1 texts do not go with 2 images"),
+        (("image",), {"instruction": 3}, TypeError, "A text is a str or a list of them, not 3"),
+        (("image",), {"instruction": []}, TypeError, "A text is a str"),
+        (("image",), {}, ValueError, "An image and a text are needed"),
+        (("open",), {}, ValueError, "An image and a text are needed"),
+        ((), {"instruction": "open"}, ValueError, "An image and a text are needed"),
+        (("open", "no_file.png"), {}, ValueError, "'no_file.png' is not a file"),
+        (("image",), {"instruction": "open", "text": "open"}, ValueError, "not both"),
+        (("open", "image"), {"truncation": True, "max_length": 256}, ValueError, "leaves no room"),
+    ],
+)
+def test_errors(processor, images, args, kwargs, error, message):
+    def fill(value):
+        return (
+            [fill(each) for each in value]
+            if isinstance(value, list)
+            else images[0]
+            if value == "image"
+            else value
+        )
+
+    with pytest.raises(error, match=message):
+        processor(*map(fill, args), **kwargs)
+
+
+def test_bad_fields(processor, tokenizer):
+    with pytest.raises(ValueError, match=r"has no \{instruction\} to fill"):
+        OpenVLAProcessor(processor.image_processor, tokenizer, prompt_template="Do it!")
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token"):
+        OpenVLAProcessor(processor.image_processor, tokenizer)
+
+
+def test_the_tokenizers_own_image_token_is_used(processor, tokenizer, images):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    own = OpenVLAProcessor(processor.image_processor, tokenizer, num_image_tokens=4)
+    assert own.image_token_id == len(tokenizer) - 1
+    assert own(images[0], instruction="open")["input_ids"][0, :6].tolist()[1:5] == [own.image_token_id] * 4
+    assert OpenVLAProcessor(processor.image_processor, tokenizer, image_token_id=7).image_token_id == 7
+
+
+def test_fields_of_published_configs():
+    fields = read_published_fields(
+        {
+            "llm_backbone_id": "llama2-7b-pure",
+            "image_sizes": [384, 384],
+            "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_384"],
+        }
+    )
+    assert fields == {"prompt_template": PURE_PROMPT, "num_image_tokens": 27 * 27}
+    assert read_published_fields({}) == {}
+
+
+def test_round_trip(tokenizer, images, tmp_path):
+    processor = OpenVLAProcessor(
+        OpenVLAImageProcessor("letterbox", 112, center_crop_area=0.9),
+        tokenizer,
+        prompt_template="Do {instruction}, {now}!",
+        lowercase_instruction=False,
+        image_token_id=30,
+        num_image_tokens=64,
+    )
+    processor.save_pretrained(tmp_path)
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert saved == {
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "image_processing_openvla.py",
+        "processing_openvla.py",
+    }
+    expected = processor(images, instruction=["Red", "open", "up"])
+    for loader in (AutoProcessor, OpenVLAProcessor):
+        again = loader.from_pretrained(tmp_path)
+        for key, value in again(images, instruction=["Red", "open", "up"]).items():
+            assert torch.equal(value, expected[key])
+    assert AutoImageProcessor.from_pretrained(tmp_path).center_crop_area == 0.9
+    changed = AutoProcessor.from_pretrained(tmp_path, prompt_template="{instruction}", center_crop_area=0.5)
+    assert (changed.prompt_template, changed.image_processor.center_crop_area) == ("{instruction}", 0.5)
+
+
+def test_a_saved_published_checkpoint_is_ours(golden, tmp_path):
+    processor = AutoProcessor.from_pretrained(golden / "siglip-224" / "checkpoint")
+    processor.save_pretrained(tmp_path)
+    assert "ismatic" not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
+    assert AutoProcessor.from_pretrained(tmp_path).prompt_template == VICUNA_PROMPT
+
+
+def test_a_remote_copy_and_the_installed_one_live_together(processor, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    saved = tmp_path / "saved"
+    processor.save_pretrained(saved)
+    remote_class = get_class_from_dynamic_module("processing_openvla.OpenVLAProcessor", str(saved))
+    register_processing(OpenVLAConfig)
+    assert remote_class is not OpenVLAProcessor
+    assert type(AutoProcessor.from_pretrained(saved, trust_remote_code=True)) is OpenVLAProcessor
+    expected = processor(images[0], instruction="open")
+    for key, value in remote_class.from_pretrained(saved)(images[0], instruction="open").items():
+        assert torch.equal(value, expected[key])
+
+
+REMOTE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "openvla_hf":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoProcessor
+
+first, second, *paths = sys.argv[1:]
+images = [Image.open(path) for path in paths]
+for folder, target in ((first, second), (second, second + "/results")):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images, instruction=["pick up the red block", "open"])
+    assert (image_processor(images)["pixel_values"] == inputs["pixel_values"]).all()
+    processor.save_pretrained(target)
+    save_file({key: value.contiguous() for key, value in inputs.items()}, target + "/inputs.safetensors")
+"""
+
+
+def test_saved_code_works_without_the_package(processor, images, tmp_path):
+    folders = [tmp_path / "saved", tmp_path / "saved_again", tmp_path / "saved_again" / "results"]
+    processor.save_pretrained(folders[0])
+    paths = [tmp_path / f"{index}.png" for index in range(2)]
+    for path, image in zip(paths, images, strict=False):
+        image.save(path)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", REMOTE, *map(str, folders[:2]), *map(str, paths)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = processor(images[:2], instruction=["pick up the red block", "open"])
+    for folder in folders[1:]:
+        inputs = load_file(folder / "inputs.safetensors")
+        for key, value in expected.items():
+            assert torch.equal(inputs[key], value)
+        for name in ("image_processing_openvla.py", "processing_openvla.py", "processor_config.json"):
+            assert (folder / name).read_text() == (folders[0] / name).read_text()
