@@ -1,28 +1,10 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
-from openvla_hf.processing import OpenVLAImageProcessor, OpenVLAProcessor, register_processing
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"no recorded outputs of the original code at {GOLDEN}")
-    return GOLDEN
-
-
-@pytest.fixture(scope="session", autouse=True)
-def registered() -> None:
-    AutoConfig.register("openvla", OpenVLAConfig, exist_ok=True)
-    register_processing(OpenVLAConfig)
+from openvla_hf.processing import OpenVLAImageProcessor, OpenVLAProcessor
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor
 
 from openvla_hf.processing import OpenVLAImageProcessor
 
+
 VARIANTS = ["resize-crop-fused", "resize-crop-fused-f32stats", "letterbox-fused", "resize-naive-siglip"]
 STRATEGIES = ["resize-naive", "letterbox", "resize-crop"]
 
@@ -73,9 +74,7 @@ def test_a_published_config_without_its_transforms_is_refused():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_image_is_resized_once_for_both_towers(strategy, images, monkeypatch):
     processor, calls, resize = OpenVLAImageProcessor(strategy), [], Image.Image.resize
-    monkeypatch.setattr(
-        Image.Image, "resize", lambda *args, **kwargs: calls.append(1) or resize(*args, **kwargs)
-    )
+    monkeypatch.setattr(Image.Image, "resize", lambda *args, **kwargs: calls.append(1) or resize(*args, **kwargs))
     assert processor(images[1])["pixel_values"].shape == (1, 6, 224, 224)
     assert len(calls) == 1
 

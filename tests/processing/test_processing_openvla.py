@@ -1,7 +1,4 @@
 import json
-import logging.handlers
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -21,24 +18,11 @@ from openvla_hf.processing.processing_openvla import (
     read_published_fields,
 )
 
+
 CASES = ["fused-224", "siglip-224", "sharded"]
 
 
-@pytest.fixture(autouse=True)
-def silent(monkeypatch, recwarn):
-    """Whatever a test does, the terminal is asked nothing and nobody is warned."""
-
-    def refuse(prompt=""):
-        raise AssertionError(f"asked: {prompt}")
-
-    monkeypatch.setattr("builtins.input", refuse)
-    handler = logging.handlers.BufferingHandler(capacity=100)
-    handler.setLevel(logging.WARNING)
-    logging.getLogger("transformers").addHandler(handler)
-    yield
-    logging.getLogger("transformers").removeHandler(handler)
-    assert [record.getMessage() for record in handler.buffer] == []
-    assert [str(warning.message) for warning in recwarn] == []
+pytestmark = pytest.mark.usefixtures("silent")
 
 
 def recorded(golden, case):
@@ -223,13 +207,7 @@ def test_padding_and_truncation(processor, images):
 )
 def test_errors(processor, images, args, kwargs, error, message):
     def fill(value):
-        return (
-            [fill(each) for each in value]
-            if isinstance(value, list)
-            else images[0]
-            if value == "image"
-            else value
-        )
+        return [fill(each) for each in value] if isinstance(value, list) else images[0] if value == "image" else value
 
     with pytest.raises(error, match=message):
         processor(*map(fill, args), **kwargs)
@@ -340,26 +318,13 @@ for folder, target in ((first, second), (second, second + "/results")):
 """
 
 
-def test_saved_code_works_without_the_package(processor, images, tmp_path):
+def test_saved_code_works_without_the_package(processor, images, tmp_path, run_python):
     folders = [tmp_path / "saved", tmp_path / "saved_again", tmp_path / "saved_again" / "results"]
     processor.save_pretrained(folders[0])
     paths = [tmp_path / f"{index}.png" for index in range(2)]
     for path, image in zip(paths, images, strict=False):
         image.save(path)
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", REMOTE, *map(str, folders[:2]), *map(str, paths)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_python(REMOTE, *folders[:2], *paths)
     expected = processor(images[:2], instruction=["pick up the red block", "open"])
     for folder in folders[1:]:
         inputs = load_file(folder / "inputs.safetensors")

@@ -35,6 +35,7 @@ from openvla_hf.evaluation.tabletop_scene import (
     draw_scene,
 )
 
+
 __all__ = [
     "DIRECTIONS",
     "ENV_ID",
@@ -325,9 +326,7 @@ class _Physics:
                 for other in self.scene.objects:
                     if other is not thing and other is not self.gripper.held:
                         contact = thing.radius + other.radius
-                        _displace(
-                            thing, other.position, contact, np.zeros(2), float(other.position[2]), other.top
-                        )
+                        _displace(thing, other.position, contact, np.zeros(2), float(other.position[2]), other.top)
 
     def _shove(self, motion: np.ndarray) -> None:
         """Move what the fingers, or the held object, run into out of the way, along `motion` (2,)."""

@@ -15,6 +15,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image, ImageDraw
 
+
 __all__ = ["COLOURS", "GOAL_KINDS", "SHAPES", "Goal", "Gripper", "Scene", "TableObject", "draw_scene"]
 
 Rgb = tuple[int, int, int]
@@ -318,9 +319,7 @@ _LAMP_OPEN: Rgb = (150, 240, 250)
 _LAMP_CLOSED: Rgb = (236, 30, 190)
 
 
-def _draw_gripper_shadow(
-    draw: ImageDraw.ImageDraw, gripper: Gripper, height: float, radius: float = 0.025
-) -> None:
+def _draw_gripper_shadow(draw: ImageDraw.ImageDraw, gripper: Gripper, height: float, radius: float = 0.025) -> None:
     x, y, _ = (float(value) for value in gripper.position)
     for grow, alpha in ((1.25, 50), (1.1, 70), (0.95, 110)):
         draw.polygon(_disc(x, y, height, radius * grow), fill=(*_INK, alpha))
@@ -349,9 +348,7 @@ def _draw_gripper(draw: ImageDraw.ImageDraw, gripper: Gripper) -> None:
 def _draw_rod(draw: ImageDraw.ImageDraw, foot: Point, head: Point, colour: Rgb, width: int = 14) -> None:
     """An upright rod, lit from the left."""
     draw.line([foot, head], fill=_mix(colour, _INK, 0.25), width=width)
-    draw.line(
-        [(foot[0] - 3, foot[1]), (head[0] - 3, head[1])], fill=_mix(colour, _WHITE, 0.30), width=width // 3
-    )
+    draw.line([(foot[0] - 3, foot[1]), (head[0] - 3, head[1])], fill=_mix(colour, _WHITE, 0.30), width=width // 3)
 
 
 def _box(

@@ -25,17 +25,17 @@ class ActionTokens:
     forward_passes: How often the language model ran.
     """
 
-    token_ids: torch.LongTensor
-    action_logits: torch.FloatTensor
+    token_ids: torch.Tensor
+    action_logits: torch.Tensor
     forward_passes: int
 
 
 def insert_image_tokens(
     config: OpenVLAConfig,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    labels: torch.LongTensor | None = None,
-) -> tuple[torch.LongTensor, torch.Tensor | None, torch.LongTensor | None]:
+    labels: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Put the image placeholders after BOS in (B, T) ids that have none, and grow mask and labels with them."""
     patches, length = config.num_image_tokens, input_ids.shape[1]
     # Ids no longer than an image can't hold one; longer ones are looked at, outside a compiled graph.
@@ -54,7 +54,7 @@ def insert_image_tokens(
     return grow(input_ids, config.image_token_id), grow(attention_mask, 1), grow(labels, -100)
 
 
-def left_pad(input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move padding on the right of (B, T) rows to their left, so that every row ends in its last token."""
     trailing = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)
     source = (torch.arange(input_ids.shape[1], device=input_ids.device) - trailing) % input_ids.shape[1]
@@ -62,8 +62,8 @@ def left_pad(input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> tuple
 
 
 def append_prompt_suffix(
-    config: OpenVLAConfig, input_ids: torch.LongTensor, attention_mask: torch.Tensor
-) -> tuple[torch.LongTensor, torch.Tensor]:
+    config: OpenVLAConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """End every left-padded row (B, T) in the id that precedes an action; rows that do already are padded."""
     suffix = config.prompt_suffix_token_id
     if suffix is None:
@@ -72,7 +72,7 @@ def append_prompt_suffix(
     if not bool(lacking.any()):
         return input_ids, attention_mask
 
-    def grow(tensor: torch.Tensor, pad: int, value: int) -> torch.Tensor:
+    def grow(tensor: torch.Tensor, pad: int | None, value: int) -> torch.Tensor:
         appended = torch.nn.functional.pad(tensor, (0, 1), value=value)
         padded = torch.nn.functional.pad(tensor, (1, 0), value=pad)
         return torch.where(lacking.unsqueeze(1), appended, padded)
@@ -86,7 +86,7 @@ class ActionIdsOnly(LogitsProcessor):
     def __init__(self, first_id: int, end_id: int):
         self.first_id, self.end_id = first_id, end_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(B, V) scores -> the same, with -inf everywhere else."""
         allowed = torch.full_like(scores, float("-inf"))
         allowed[:, self.first_id : self.end_id] = scores[:, self.first_id : self.end_id]
@@ -95,8 +95,8 @@ class ActionIdsOnly(LogitsProcessor):
 
 def decode_actions(
     model: "OpenVLAForActionPrediction",
-    input_ids: torch.LongTensor,
-    pixel_values: torch.FloatTensor,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
     attention_mask: torch.Tensor,
     num_tokens: int,
     constrained: bool = True,
@@ -108,21 +108,24 @@ def decode_actions(
     """
     end_id = model.config.action_vocab_end
     first_id = end_id - model.config.n_action_bins
-    if generate_kwargs.pop("do_sample", False) or generate_kwargs:
+    do_sample = generate_kwargs.pop("do_sample", False)
+    if do_sample or generate_kwargs:
         only = LogitsProcessorList([ActionIdsOnly(first_id, end_id)] if constrained else [])
-        generate_kwargs = {"do_sample": True} | generate_kwargs
         outputs = model.generate(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
+            do_sample=do_sample,
             logits_processor=only,
             output_logits=True,
             return_dict_in_generate=True,
             **generate_kwargs,
         )
         logits = torch.stack(outputs.logits, dim=1)[..., first_id:end_id].flip(-1)
+        if generate_kwargs.get("num_beams", 1) > 1:  # (B * beams, A, N): follow the beam of each row's token
+            logits = logits[outputs.beam_indices, torch.arange(num_tokens, device=logits.device)]
         return ActionTokens(outputs.sequences[:, input_ids.shape[1] :], logits, num_tokens)
 
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

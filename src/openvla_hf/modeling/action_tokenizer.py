@@ -67,9 +67,7 @@ def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | No
     options = ", ".join(repr(key) for key in norm_stats)
     if unnorm_key is None:
         if len(norm_stats) > 1:
-            raise ValueError(
-                f"This checkpoint has several action statistics: pass `unnorm_key=`, one of {options}."
-            )
+            raise ValueError(f"This checkpoint has several action statistics: pass `unnorm_key=`, one of {options}.")
         unnorm_key = next(iter(norm_stats))
     if unnorm_key not in norm_stats:
         near = difflib.get_close_matches(str(unnorm_key), norm_stats, n=1, cutoff=0.4)
@@ -99,10 +97,7 @@ def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99
             changes becomes 0, masked or not.
     """
     values, mask = np.asarray(values, dtype=np.float64), _mask(stats)
-    read = {
-        name: np.asarray(stats[name], dtype=np.float64)
-        for name in ("mean", "std", "min", "max", "q01", "q99")
-    }
+    read = {name: np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std", "min", "max", "q01", "q99")}
     if kind == "normal":
         return np.where(mask, (values - read["mean"]) / (read["std"] + 1e-8), values)
     if kind not in ("bounds", "bounds_q99"):

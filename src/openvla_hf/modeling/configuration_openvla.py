@@ -122,9 +122,10 @@ class OpenVLAConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    fused_vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # Dicts when given, configs of their own classes ever after.
+    vision_config: Any = None
+    fused_vision_config: Any = None
+    text_config: Any = None
     vision_feature_layer: int = -2
     projector_hidden_act: str = "gelu"
     image_token_index: int = 32001
@@ -135,7 +136,7 @@ class OpenVLAConfig(PreTrainedConfig):
     norm_stats: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         backbone_id = kwargs.get("vision_backbone_id")
         if backbone_id is not None:
             self._read_published(backbone_id)
@@ -162,7 +163,7 @@ class OpenVLAConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As `PreTrainedConfig.from_dict`; a sub-config given as a dict overrides single fields of the stored one."""
         config_dict = dict(config_dict)
         for name in cls.sub_configs:

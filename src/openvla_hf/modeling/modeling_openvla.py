@@ -8,6 +8,7 @@ import copy
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput, cached_file, can_return_tuple, torch_compilable_check
+from transformers.utils import CONFIG_NAME, ModelOutput, cached_file, can_return_tuple
 
 from .action_decoding import ActionTokens, append_prompt_suffix, decode_actions, insert_image_tokens, left_pad
 from .action_tokenizer import ActionTokenizer, action_dim, resolve_action_stats, unnormalize
@@ -35,6 +36,8 @@ from .weight_mapping import register_conversions
 
 
 STATISTICS_FILE = "dataset_statistics.json"
+# What OpenVLA-OFT keeps beside weights that have the names of OpenVLA's.
+OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*")
 
 register_conversions()
 
@@ -46,7 +49,7 @@ class OpenVLAModelOutputWithPast(BaseModelOutputWithPast):
     image_hidden_states: (B, P, D) projected patches of the images given with this call.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -58,12 +61,12 @@ class OpenVLACausalLMOutputWithPast(ModelOutput):
     image_hidden_states: (B, P, D) projected patches of the images given with this call.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -98,14 +101,18 @@ class OpenVLADinov2Tower(Dinov2WithRegistersModel):
 
 
 class OpenVLASiglipTower(SiglipVisionModel):
-    """SigLIP without the final norm (and, by its config, without the pooling head)."""
+    """SigLIP without the final norm and the pooling head."""
 
     def __init__(self, config: PreTrainedConfig):
+        config.vision_use_head = False
         super().__init__(config)
         self.post_layernorm = nn.Identity()
 
 
-TOWERS = {"dinov2_with_registers": OpenVLADinov2Tower, "siglip_vision_model": OpenVLASiglipTower}
+TOWERS: dict[str, type[PreTrainedModel]] = {
+    "dinov2_with_registers": OpenVLADinov2Tower,
+    "siglip_vision_model": OpenVLASiglipTower,
+}
 
 
 class OpenVLAPreTrainedModel(PreTrainedModel):
@@ -145,7 +152,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
         unread = rf"vision_backbone\.{name}\.(norm\.|attn_pool\." + (
             rf"|encoder\.layers?\.({above})\.)" if above else ")"
         )
-        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), unread}
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), unread}  # type: ignore[has-type]
         tower_class = TOWERS.get(tower_config.model_type)
         return AutoModel.from_config(tower_config) if tower_class is None else tower_class(tower_config)
 
@@ -154,7 +161,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
         """The towers in the order of their channels in `pixel_values`."""
         return [self.featurizer] + ([self.fused_featurizer] if self.config.fused_vision_config is not None else [])
 
-    def forward(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3 * towers, H, W) -> (B, P, sum of the towers' widths): patch tokens only, no final norm."""
         channels = 3 * len(self.towers)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
@@ -165,7 +172,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1), strict=True):
             if isinstance(tower, tuple(TOWERS.values())):
-                tokens = tower(pixel_values=pixels).last_hidden_state
+                tokens = tower(pixel_values=pixels).last_hidden_state  # type: ignore[operator]
             else:  # its final norm is still there: read what comes before it
                 tokens = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
             # Class and register tokens come first.
@@ -187,7 +194,7 @@ class OpenVLAProjector(nn.Module):
         self.fc3 = nn.Linear(text_width, text_width) if fused else None
         self.act = ACT2FN[config.projector_hidden_act]
 
-    def forward(self, features: torch.FloatTensor) -> torch.FloatTensor:
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, P, vision width) -> (B, P, D)."""
         hidden = self.fc2(self.act(self.fc1(features)))
         return hidden if self.fc3 is None else self.fc3(self.act(hidden))
@@ -213,19 +220,19 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3 * towers, H, W) -> (B, P, D), one embedding for each patch."""
         return self.projector(self.vision_backbone(pixel_values.to(self.projector.fc1.bias.dtype)))
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> OpenVLAModelOutputWithPast:
         """Scatter the image over its placeholders in `input_ids` (B, T) and run the language model."""
@@ -239,11 +246,13 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
                 raise ValueError("`pixel_values` need `input_ids`, whose image placeholders say where they go.")
             image_features = self.get_image_features(pixel_values).to(inputs_embeds)
             placeholders = input_ids == self.config.image_token_id
-            torch_compilable_check(
-                placeholders.sum() * image_features.shape[-1] == image_features.numel(),
-                f"`input_ids` of shape {tuple(input_ids.shape)} must hold {image_features.shape[1]} image placeholders "
-                f"(id {self.config.image_token_id}) for each of the {image_features.shape[0]} images.",
-            )
+            # Looked at outside a compiled graph only: the check would break it.
+            if not torch.compiler.is_compiling() and int(placeholders.sum()) != image_features[..., 0].numel():
+                raise ValueError(
+                    f"`input_ids` must hold {image_features.shape[1]} image placeholders (id "
+                    f"{self.config.image_token_id}) for each image: found {int(placeholders.sum())} for "
+                    f"{image_features.shape[0]} images."
+                )
             inputs_embeds = inputs_embeds.masked_scatter(
                 placeholders.unsqueeze(-1).to(inputs_embeds.device), image_features
             )
@@ -287,21 +296,24 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     # Loading and saving
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As `PreTrainedModel.from_pretrained`, for published checkpoints and our own.
 
         Raises:
             ValueError: A weight is missing or has no place here, or the checkpoint is an OpenVLA-OFT one.
             OSError: A weights file is absent or can't be read.
         """
+        cls._refuse_oft(pretrained_model_name_or_path, **kwargs)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise OSError(
-                f"A weights file of {pretrained_model_name_or_path} is corrupt or was cut short ({error}): download it "
-                "again, with `force_download=True` if it comes from the Hub."
+                f"A weights file of {pretrained_model_name_or_path} is corrupt or was cut short ({error}): "
+                "download it again, with `force_download=True` if it comes from the Hub."
             ) from error
         for problem in ("missing", "unexpected"):
             if keys := sorted(info[f"{problem}_keys"]):
@@ -314,15 +326,32 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     @staticmethod
-    def _read_statistics(repo: str | os.PathLike, **kwargs: Any) -> dict[str, Any] | None:
-        """Statistics that a fine-tuning run left beside the weights, or `None`."""
+    def _find_file(repo: str | os.PathLike | None, name: str, **kwargs: Any) -> str | None:
+        """Path of a file beside the weights, or `None`."""
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        path = cached_file(repo, STATISTICS_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if path is None:
+        if repo is None:  # `state_dict=` is given instead
             return None
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+    @classmethod
+    def _refuse_oft(cls, repo: str | os.PathLike | None, **kwargs: Any) -> None:
+        """An OpenVLA-OFT checkpoint would load, and act wrongly: its action head is in a file of its own."""
+        config_file = cls._find_file(repo, CONFIG_NAME, **kwargs)
+        if config_file is None:
+            return
+        folder = Path(config_file).parent
+        if found := sorted(path.name for pattern in OFT_FILES for path in folder.glob(pattern)):
+            raise ValueError(
+                f"{repo} is an OpenVLA-OFT checkpoint (it holds {found[0]!r}), whose action head this class does not "
+                "have: run it with the code of OpenVLA-OFT."
+            )
+
+    @classmethod
+    def _read_statistics(cls, repo: str | os.PathLike | None, **kwargs: Any) -> dict[str, Any] | None:
+        """Statistics that a fine-tuning run left beside the weights, or `None`."""
+        path = cls._find_file(repo, STATISTICS_FILE, **kwargs)
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`: our weight names, the code, and the statistics as a file too."""
@@ -362,26 +391,26 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         """Bins <-> ids of this checkpoint."""
         return ActionTokenizer(self.config.action_vocab_end, self.config.n_action_bins)
 
-    def decode_actions(self, token_ids: torch.LongTensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
+    def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
         """Action ids (..., A) -> actions in the robot's units, float64 of the same shape."""
         return unnormalize(self.action_tokenizer.decode(token_ids), self.get_action_stats(unnorm_key))
 
     # Running
 
-    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3 * towers, H, W) -> (B, P, D), one embedding for each patch."""
         return self.model.get_image_features(pixel_values)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> OpenVLACausalLMOutputWithPast:
@@ -414,7 +443,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def generate(self, inputs=None, *, input_ids=None, pixel_values=None, attention_mask=None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As `GenerationMixin.generate`; ids without image placeholders get them, and the output keeps them."""
         input_ids = inputs if input_ids is None else input_ids
         if pixel_values is not None:
@@ -425,8 +462,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def predict_action(
         self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.FloatTensor,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         unnorm_key: str | list[str] | None = None,
         *,

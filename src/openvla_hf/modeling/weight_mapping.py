@@ -5,6 +5,8 @@ rule for `qkv` or `norm1` would rewrite the language model too. Source patterns 
 transformers finds a converter by its pattern alone.
 """
 
+from typing import Any
+
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
@@ -13,7 +15,13 @@ from transformers.core_model_loading import Chunk, ConversionOps, WeightConverte
 class PrependZeroRow(ConversionOps):
     """(1, P, D) position embedding of the patches -> (1, 1 + P, D): the class token gets none."""
 
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
         """Put a zero row before the patches."""
         (patches,) = next(iter(input_dict.values()))
         return {target_patterns[0]: torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)}
@@ -27,7 +35,13 @@ class PrependZeroRow(ConversionOps):
 class DropFirstRow(ConversionOps):
     """(1, 1 + P, D) -> (1, P, D)."""
 
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
         """Drop the class token's row."""
         (positions,) = next(iter(input_dict.values()))
         return {target_patterns[0]: positions[:, 1:].contiguous()}
@@ -41,7 +55,13 @@ class DropFirstRow(ConversionOps):
 class DropBatch(ConversionOps):
     """(1, P, D) -> (P, D)."""
 
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
         """Drop the batch dimension."""
         (positions,) = next(iter(input_dict.values()))
         return {target_patterns[0]: positions.squeeze(0)}
@@ -55,7 +75,13 @@ class DropBatch(ConversionOps):
 class AddBatch(ConversionOps):
     """(P, D) -> (1, P, D)."""
 
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
         """Add the batch dimension."""
         (positions,) = next(iter(input_dict.values()))
         return {target_patterns[0]: positions.unsqueeze(0)}
@@ -80,9 +106,7 @@ def _qkv(attention: str) -> WeightConverter:
 
 # Class name or model type -> rules, published first.
 CONVERSIONS = {
-    "openvla": _renamings(
-        {r"^language_model\.model\.": "language_model.", r"^language_model\.lm_head\.": "lm_head."}
-    ),
+    "openvla": _renamings({r"^language_model\.model\.": "language_model.", r"^language_model\.lm_head\.": "lm_head."}),
     "OpenVLADinov2Tower": [
         *_renamings(
             {
@@ -97,9 +121,7 @@ CONVERSIONS = {
                 r"\.ls2\.scale_factor": ".layer_scale2.lambda1",
             }
         ),
-        WeightConverter(
-            r"embeddings\.pos_embed", "embeddings.position_embeddings", operations=[PrependZeroRow()]
-        ),
+        WeightConverter(r"embeddings\.pos_embed", "embeddings.position_embeddings", operations=[PrependZeroRow()]),
         _qkv("attention"),
     ],
     "OpenVLASiglipTower": [

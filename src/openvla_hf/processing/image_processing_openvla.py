@@ -15,6 +15,7 @@ from transformers.image_utils import ImageInput, load_image
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
+
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 
 # The released statistics of DINOv2 are rounded to bfloat16; the model was trained with them as they are.
@@ -27,7 +28,7 @@ IMAGE_HELP = (
 )
 
 
-class OpenVLAImagesKwargs(ImagesKwargs, total=False):
+class OpenVLAImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What `from_pretrained` may override beside the fields that all image processors know."""
 
     image_resize_strategy: ResizeStrategy
@@ -70,9 +71,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     ):
         super().__init__()
         if image_resize_strategy not in get_args(ResizeStrategy):
-            raise ValueError(
-                f"image_resize_strategy {image_resize_strategy!r} is none of {get_args(ResizeStrategy)}."
-            )
+            raise ValueError(f"image_resize_strategy {image_resize_strategy!r} is none of {get_args(ResizeStrategy)}.")
         if center_crop_area is not None and not 0 < center_crop_area <= 1:
             raise ValueError(f"center_crop_area is a fraction in (0, 1], not {center_crop_area}.")
         self.image_resize_strategy = image_resize_strategy
@@ -84,9 +83,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.image_mean = np.reshape(image_mean, (-1, 3)).tolist()
         self.image_std = np.reshape(image_std, (-1, 3)).tolist()
         if len(self.image_mean) != len(self.image_std):
-            raise ValueError(
-                f"image_mean is for {len(self.image_mean)} towers, image_std for {len(self.image_std)}."
-            )
+            raise ValueError(f"image_mean is for {len(self.image_mean)} towers, image_std for {len(self.image_std)}.")
         self.resample = int(resample)
         self.letterbox_fill = list(letterbox_fill)
         self.center_crop_area = center_crop_area
@@ -113,9 +110,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         if not sized:
             raise ValueError(f"There is no image in an empty list; {IMAGE_HELP}.")
         levels = np.ascontiguousarray(np.stack(sized).transpose(0, 3, 1, 2))  # (B, 3, H, W), uint8
-        mean, std = (
-            np.array(stats, np.float32)[..., None, None] for stats in (self.image_mean, self.image_std)
-        )
+        mean, std = (np.array(stats, np.float32)[..., None, None] for stats in (self.image_mean, self.image_std))
         pixels = np.divide(levels, 255, dtype=np.float32)[:, None] - mean  # (B, towers, 3, H, W)
         pixels /= std
         pixels = pixels.reshape(len(sized), -1, *levels.shape[2:])
@@ -131,9 +126,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 image = self._pad_to_square(image)
             # As torchvision's: the long side is cut to a whole pixel, the crop's offset is rounded.
             short = min(image.size)
-            image = image.resize(
-                (image.width * width // short, image.height * height // short), self.resample
-            )
+            image = image.resize((image.width * width // short, image.height * height // short), self.resample)
             left, top = round((image.width - width) / 2), round((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
         if self.center_crop_area is not None:
@@ -160,22 +153,16 @@ def read_published_config(published: dict[str, Any]) -> dict[str, Any]:
         ValueError: the `tvf_*` values are missing, or the towers take differently resized images, which no
             released checkpoint does.
     """
-    missing = {"tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox"} - {
-        *published
-    }
+    missing = {"tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox"} - {*published}
     if missing:
         raise ValueError(f"The published image processor config lacks {sorted(missing)}.")
     resizes, crops = published["tvf_resize_params"], published["tvf_crop_params"]
     if any(resize != resizes[0] for resize in resizes) or any(crop != crops[0] for crop in crops):
-        raise ValueError(
-            "The towers of this checkpoint want differently resized images; one size is supported."
-        )
+        raise ValueError("The towers of this checkpoint want differently resized images; one size is supported.")
     short_side_only = isinstance(resizes[0]["size"], int) or len(resizes[0]["size"]) == 1
     letterbox = published["tvf_do_letterbox"]
     config = {
-        "image_resize_strategy": (
-            "letterbox" if letterbox else "resize-crop" if short_side_only else "resize-naive"
-        ),
+        "image_resize_strategy": ("letterbox" if letterbox else "resize-crop" if short_side_only else "resize-naive"),
         "size": crops[0]["output_size"],
         "image_mean": [stats["mean"] for stats in published["tvf_normalize_params"]],
         "image_std": [stats["std"] for stats in published["tvf_normalize_params"]],
@@ -233,9 +220,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
             )
         scale = 255 if high <= 1 and np.issubdtype(array.dtype, np.floating) else 1
         array = np.rint(array * scale).astype(np.uint8)
-    return Image.fromarray(
-        np.ascontiguousarray(array.squeeze(-1) if array.shape[2:] == (1,) else array)
-    ).convert("RGB")
+    return Image.fromarray(np.ascontiguousarray(array.squeeze(-1) if array.shape[2:] == (1,) else array)).convert(
+        "RGB"
+    )
 
 
 OpenVLAImageProcessor.register_for_auto_class()

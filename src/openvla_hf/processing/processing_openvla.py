@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME, TensorType, cached_file
 
 from .image_processing_openvla import OpenVLAImageProcessor
 
+
 PURE_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 VICUNA_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -63,9 +64,7 @@ class OpenVLAProcessor(ProcessorMixin):
         if "{instruction}" not in prompt_template:
             raise ValueError(f"prompt_template has no {{instruction}} to fill: {prompt_template!r}.")
         if tokenizer.pad_token is None:
-            raise ValueError(
-                "The tokenizer has no pad token: tokenizer.add_special_tokens({'pad_token': '<PAD>'})."
-            )
+            raise ValueError("The tokenizer has no pad token: tokenizer.add_special_tokens({'pad_token': '<PAD>'}).")
         tokenizer.padding_side = "left"
         self.prompt_template = prompt_template
         self.lowercase_instruction = lowercase_instruction
@@ -147,9 +146,7 @@ class OpenVLAProcessor(ProcessorMixin):
         # The name of the placeholder is no word of the instruction: the original takes it out as well.
         instruction = instruction.replace(self.image_token, "").strip()
         if not instruction:
-            raise ValueError(
-                "The instruction is empty; say what the robot is to do, e.g. 'pick up the red block'."
-            )
+            raise ValueError("The instruction is empty; say what the robot is to do, e.g. 'pick up the red block'.")
         if self.lowercase_instruction:
             instruction = instruction.lower()
         return self.prompt_template.replace("{instruction}", instruction)
@@ -218,9 +215,7 @@ class OpenVLAProcessor(ProcessorMixin):
         # the tokenizer a LlamaTokenizer, which splits some texts differently from the tokenizer.json.
         return [
             OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            PreTrainedTokenizerFast.from_pretrained(
-                pretrained_model_name_or_path, **select_hub_kwargs(kwargs)
-            ),
+            PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **select_hub_kwargs(kwargs)),
         ]
 
 

@@ -1,0 +1,74 @@
+# `make demo` and `make test` need Python 3.11 and nothing else: they build a virtual environment first.
+
+PYTHON ?= python3
+# More processes than two bring little: the slowest test files bound the time.
+PYTEST_FLAGS ?= -n 2 --dist loadscope
+
+VENV := .venv
+OLDEST := .venv-oldest
+# Quiet twice: no progress and no warnings, but errors.
+PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast test-oldest lint format clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp  ## run the tabletop demo with the policy that ships with the package
+	@$(VENV)/bin/openvla-hf demo
+
+test: $(VENV)/.stamp  ## run every test, the slow ones too
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/.stamp  ## run the tests that are not marked slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-oldest: $(OLDEST)/.stamp  ## run the model's tests on the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS) -p no:cacheprovider \
+	    $(wildcard tests/modeling tests/processing tests/parity tests/test_import.py)
+
+lint: $(VENV)/.stamp  ## check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.stamp  ## repair style
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean:  ## remove the virtual environments and the caches
+	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@echo "Building $(VENV), which takes a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The oldest versions: every `name>=version` of pyproject.toml as `name==version`, and everything else as tested. Kept as
+# tested besides: torch, whose older builds bring gigabytes of CUDA, and Pillow, whose version 13 changed how an
+# image that is much taller than wide is resized, which the recorded pixels of the original show.
+# Left to pip: what the oldest companions ask for in older versions.
+define OLDEST_CONSTRAINTS
+import re, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+declared = project["dependencies"] + project["optional-dependencies"]["sim"]
+oldest = {name: version for name, version in (re.match(r"([\w-]+)>=([\w.]+)", each).groups() for each in declared)}
+tested = dict(line.strip().split("==") for line in open("constraints.txt") if "==" in line)
+oldest = {name: version for name, version in oldest.items() if name not in ("torch", "pillow")}
+for name in ("dill", "fsspec", "multiprocess", "pandas", "typer"):
+    tested.pop(name, None)
+for name, version in sorted((tested | oldest).items()):
+    print(f"{name}=={version}")
+endef
+export OLDEST_CONSTRAINTS
+
+$(OLDEST)/.stamp: pyproject.toml constraints.txt
+	@echo "Building $(OLDEST), which takes a few minutes the first time"
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(PYTHON) -c "$$OLDEST_CONSTRAINTS" > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/constraints.txt -e '.[sim]' pytest pytest-xdist
+	@touch $@

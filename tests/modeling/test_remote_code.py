@@ -1,0 +1,100 @@
+"""The code that ships with a checkpoint works where this package is not installed."""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import openvla_hf
+from openvla_hf.modeling.configuration_openvla import AUTO_MAP
+from openvla_hf.testing import fake_episode
+
+
+PACKAGE = Path(openvla_hf.__file__).parent
+SHIPPED = [
+    path
+    for folder in ("modeling", "processing")
+    for path in sorted((PACKAGE / folder).glob("*.py"))
+    if path.name not in ("__init__.py", "registration.py")
+]
+THIRD_PARTY = {"torch", "transformers", "numpy", "PIL", "safetensors"}
+
+REMOTE = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "openvla_hf":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+image, *folders = sys.argv[1:]
+trusted = {"trust_remote_code": True}
+for folder, copy in zip(folders[::2], folders[1::2]):
+    processor = AutoProcessor.from_pretrained(folder, **trusted)
+    inputs = processor(Image.open(image), instruction="pick up the red block")
+    image_processor = AutoImageProcessor.from_pretrained(folder, **trusted)
+    assert (image_processor(Image.open(image))["pixel_values"] == inputs["pixel_values"]).all()
+    assert AutoConfig.from_pretrained(folder, **trusted).model_type == "openvla"
+    actions = []
+    for auto_class in (AutoModel, AutoModelForImageTextToText):
+        model = auto_class.from_pretrained(folder, **trusted)
+        assert type(model).__module__.startswith("transformers_modules."), type(model)
+        actions.append(model.predict_action(**inputs).tolist())
+    model.save_pretrained(copy)
+    processor.save_pretrained(copy)
+    print(json.dumps(actions))
+"""
+
+
+def test_a_saved_model_needs_no_package_nor_does_its_copy(tiny, run_python, tmp_path):
+    image, expected = fake_episode(steps=1)[0]["image"], []
+    Image.fromarray(image).save(tmp_path / "image.png")
+    for towers in (1, 2):
+        model, processor = tiny(fused=towers == 2)
+        model.save_pretrained(tmp_path / f"saved{towers}")
+        processor.save_pretrained(tmp_path / f"saved{towers}")
+        action = model.predict_action(**processor(image, instruction="pick up the red block"))
+        expected.append([action.tolist()] * 2)
+    for name, copy_name in (("saved", "copy"), ("copy", "copy_of_copy")):
+        pairs = [(tmp_path / f"{name}{towers}", tmp_path / f"{copy_name}{towers}") for towers in (1, 2)]
+        result = run_python(REMOTE, tmp_path / "image.png", *sum(pairs, ()))
+        assert [json.loads(line) for line in result.stdout.splitlines()] == expected
+        for folder, copy in pairs:
+            assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
+            assert json.loads((copy / "config.json").read_text())["auto_map"] == AUTO_MAP
+            for path in SHIPPED:
+                assert (copy / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_obey_the_rules(path):
+    """transformers copies what `from .sibling import name` names, by a look at the text alone."""
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"line {node.lineno} leaves the folder"
+            assert node.module, f"line {node.lineno}: `from . import` is not copied"
+            assert (path.parent / f"{node.module}.py") in SHIPPED, f"line {node.lineno}: {node.module} does not ship"
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            roots = {name.split(".")[0] for name in names}
+            assert roots <= THIRD_PARTY | sys.stdlib_module_names, f"line {node.lineno}"
+    imports = [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for number, line in enumerate(text.splitlines(), start=1):
+        if re.match(r"\s*(from\s+\.|import\s+\.)", line):
+            assert number in imports, f"line {number} only looks like an import, and transformers reads it as one"
+            assert re.match(r"\s*from\s+\.\w+\s+import\s", line), f"line {number} names more than a sibling"
+
+
+def test_all_that_the_auto_map_names_ships():
+    shipped = {path.stem for path in SHIPPED}
+    assert {name.split(".")[0] for name in AUTO_MAP.values()} <= shipped
