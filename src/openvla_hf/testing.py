@@ -1,6 +1,6 @@
 """Small things that are built offline in milliseconds: for tests, notebooks and docstring examples."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,15 @@ BRIDGE_LIKE_STATS: dict[str, Any] = {
 }
 
 
-def tiny_tokenizer(texts: Iterable[str] = ("pick up the red block",), merges: int = 64) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    texts: Iterable[str] = ("pick up the red block",), merges: int = 64, phrases: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in the layout of OpenVLA's: text, 256 action ids, `<PAD>`, `<image>`.
 
     Args:
         texts: Instructions whose words become tokens.
         merges: Tokens beyond the 256 bytes and the three special ones; fewer where the texts give no more.
+        phrases: Groups of words that are one token each.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,6 +41,7 @@ def tiny_tokenizer(texts: Iterable[str] = ("pick up the red block",), merges: in
         show_progress=False,
     )
     tokenizer.train_from_iterator((PURE_PROMPT.format(instruction=text) for text in texts), trainer)
+    tokenizer.add_tokens(list(phrases))
     tokenizer.add_tokens([f"<action_{i}>" for i in range(N_ACTION_BINS)])
     tokenizer.add_special_tokens(["<PAD>", "<image>"])
     tokenizer.post_processor = processors.TemplateProcessing(

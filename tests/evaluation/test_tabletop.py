@@ -16,6 +16,7 @@ from openvla_hf.evaluation.tabletop import (
 )
 from openvla_hf.evaluation.tabletop_scene import Goal, Gripper, Scene, TableObject, draw_scene
 
+
 OPEN, CLOSED = 1.0, 0.0
 
 

@@ -181,6 +181,21 @@ def _project(x: float, y: float, z: float) -> Point:
     return _CANVAS / 2 + x * scale, _HORIZON - (y * _SIN + z * _COS) * scale
 
 
+def image_positions(scene: Scene) -> dict[str, tuple[float, float]]:
+    """Where the camera sees each thing: `{name: (u, v)}`, from the upper left corner in fractions of the image.
+
+    Beside objects and goals, "open gripper" or "closed gripper" is the point between the fingertips, and "shadow"
+    the point on the table below it.
+    """
+    gripper = scene.gripper
+    x, y, z = (float(value) for value in gripper.position)
+    points = {thing.name: (*thing.position[:2], thing.position[2] + thing.height / 2) for thing in scene.objects}
+    points |= {goal.name: (goal.x, goal.y, goal.thickness) for goal in scene.goals}
+    points |= {"open gripper" if gripper.is_open else "closed gripper": (x, y, z), "shadow": (x, y, 0.0)}
+    projected = {name: _project(*point) for name, point in points.items()}
+    return {name: (float(u) / _CANVAS, float(v) / _CANVAS) for name, (u, v) in projected.items()}
+
+
 def _pixels_per_metre(x: float, y: float, z: float) -> float:
     return _FOCAL / (_DISTANCE + y * _COS - z * _SIN)
 
