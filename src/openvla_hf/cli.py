@@ -43,6 +43,11 @@ def default_model() -> str:
     """The small policy that ships with the package."""
     from .evaluation.rollouts import TABLETOP_POLICY
 
+    if not TABLETOP_POLICY.is_dir():
+        raise FileNotFoundError(
+            "this version ships no trained tabletop policy: train one with `python -m "
+            "openvla_hf.training.tabletop_policy --output outputs/tabletop` and give it as --model outputs/tabletop"
+        )
     return str(TABLETOP_POLICY)
 
 
@@ -205,11 +210,11 @@ def positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; an error of the user's is one sentence on standard error and exit status 2."""
     args = build_parser().parse_args(argv)
-    args.model = args.model or default_model()
     # What libraries say on import is no news to a person at a terminal.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        args.model = args.model or default_model()
         args.run(args)
     except (OSError, TypeError, ValueError) as error:
         print(f"openvla-hf: {error}", file=sys.stderr)
