@@ -15,6 +15,10 @@ from .processing.processing_openvla import PURE_PROMPT, OpenVLAProcessor
 N_ACTION_BINS = 256
 PADDED_ROWS = 64
 BRIDGE_LIKE_STATS: dict[str, Any] = {
+    "mean": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5],
+    "std": [0.01, 0.014, 0.013, 0.03, 0.03, 0.08, 0.5],
+    "min": [-0.4, -0.14, -0.22, -0.5, -0.42, -0.63, 0.0],
+    "max": [0.4, 0.25, 0.22, 0.3, 0.34, 0.63, 1.0],
     "q01": [-0.03, -0.04, -0.04, -0.08, -0.09, -0.2, 0.0],
     "q99": [0.03, 0.04, 0.04, 0.08, 0.09, 0.2, 1.0],
     "mask": [True] * 6 + [False],

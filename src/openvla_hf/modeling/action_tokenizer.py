@@ -86,6 +86,12 @@ def _mask(stats: dict[str, Any]) -> np.ndarray:
     return np.asarray(stats.get("mask", np.ones(action_dim(stats))), dtype=bool)
 
 
+def _read(stats: dict[str, Any], name: str) -> np.ndarray:
+    if name not in stats:
+        raise ValueError(f"These statistics lack {name!r}, they have {', '.join(map(repr, stats))}.")
+    return np.asarray(stats[name], dtype=np.float64)
+
+
 def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99") -> np.ndarray:
     """Robot units -> what the model is trained on, in float64.
 
@@ -97,20 +103,20 @@ def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99
             changes becomes 0, masked or not.
     """
     values, mask = np.asarray(values, dtype=np.float64), _mask(stats)
-    read = {name: np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std", "min", "max", "q01", "q99")}
     if kind == "normal":
-        return np.where(mask, (values - read["mean"]) / (read["std"] + 1e-8), values)
+        return np.where(mask, (values - _read(stats, "mean")) / (_read(stats, "std") + 1e-8), values)
     if kind not in ("bounds", "bounds_q99"):
         raise ValueError(f"Unknown normalisation {kind!r}: it is 'bounds_q99', 'bounds' or 'normal'.")
-    low, high = (read["q01"], read["q99"]) if kind == "bounds_q99" else (read["min"], read["max"])
+    lowest, highest = _read(stats, "min"), _read(stats, "max")
+    low, high = (_read(stats, "q01"), _read(stats, "q99")) if kind == "bounds_q99" else (lowest, highest)
     scaled = np.clip(2.0 * (values - low) / (high - low + 1e-8) - 1.0, -1.0, 1.0)
-    return np.where(read["min"] == read["max"], 0.0, np.where(mask, scaled, values))
+    return np.where(lowest == highest, 0.0, np.where(mask, scaled, values))
 
 
 def unnormalize(actions: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
     """Normalised actions (..., dims) -> robot units, in float64; unmasked dimensions (the gripper) pass through."""
     actions = np.asarray(actions, dtype=np.float64)
-    low, high = (np.asarray(stats[name], dtype=np.float64) for name in ("q01", "q99"))
+    low, high = _read(stats, "q01"), _read(stats, "q99")
     return np.where(_mask(stats), 0.5 * (actions + 1.0) * (high - low) + low, actions)
 
 
