@@ -198,9 +198,10 @@ def start_projector(model: OpenVLAForActionPrediction, pixel_values: torch.Tenso
     """
     features = model.model.vision_backbone(pixel_values).flatten(0, 1)
     projector = model.model.projector
-    for layer, gain in ((projector.fc1, 1.0), (projector.fc2, 1.5), (projector.fc3, 1.5)):
-        nn.init.normal_(layer.weight, std=gain * layer.in_features**-0.5)
-        nn.init.zeros_(layer.bias)
+    for layer in (projector.fc1, projector.fc2, projector.fc3):
+        if layer is not None:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
     projector.fc1.weight /= features.std(0)
     projector.fc1.bias.copy_(-projector.fc1.weight @ features.mean(0))
 
