@@ -45,8 +45,7 @@ def default_model() -> str:
 
     if not TABLETOP_POLICY.is_dir():
         raise FileNotFoundError(
-            "this version ships no trained tabletop policy: train one with `python -m "
-            "openvla_hf.training.tabletop_policy --output outputs/tabletop` and give it as --model outputs/tabletop"
+            "this version ships no trained tabletop policy: give a checkpoint (folder or Hub id) with --model"
         )
     return str(TABLETOP_POLICY)
 

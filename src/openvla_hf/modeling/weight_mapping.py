@@ -5,6 +5,7 @@ rule for `qkv` or `norm1` would rewrite the language model too. Source patterns 
 transformers finds a converter by its pattern alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,84 +13,49 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 
 
-class PrependZeroRow(ConversionOps):
+class Reshape(ConversionOps):
+    """One tensor through a function, and back through its inverse."""
+
+    def __init__(
+        self, function: Callable[[torch.Tensor], torch.Tensor], inverse: Callable[[torch.Tensor], torch.Tensor]
+    ):
+        self.function, self.inverse = function, inverse
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Apply the function to the one tensor that a rule collects."""
+        (tensor,) = next(iter(input_dict.values()))
+        return {target_patterns[0]: self.function(tensor)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """The same the other way round."""
+        return Reshape(self.inverse, self.function)
+
+
+def prepend_zero_row(patches: torch.Tensor) -> torch.Tensor:
     """(1, P, D) position embedding of the patches -> (1, 1 + P, D): the class token gets none."""
-
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Put a zero row before the patches."""
-        (patches,) = next(iter(input_dict.values()))
-        return {target_patterns[0]: torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Drop the row again."""
-        return DropFirstRow()
+    return torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)
 
 
-class DropFirstRow(ConversionOps):
+def drop_first_row(positions: torch.Tensor) -> torch.Tensor:
     """(1, 1 + P, D) -> (1, P, D)."""
-
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Drop the class token's row."""
-        (positions,) = next(iter(input_dict.values()))
-        return {target_patterns[0]: positions[:, 1:].contiguous()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Put a zero row in its place."""
-        return PrependZeroRow()
+    return positions[:, 1:].contiguous()
 
 
-class DropBatch(ConversionOps):
+def drop_batch(positions: torch.Tensor) -> torch.Tensor:
     """(1, P, D) -> (P, D)."""
-
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Drop the batch dimension."""
-        (positions,) = next(iter(input_dict.values()))
-        return {target_patterns[0]: positions.squeeze(0)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Add the batch dimension."""
-        return AddBatch()
+    return positions.squeeze(0)
 
 
-class AddBatch(ConversionOps):
+def add_batch(positions: torch.Tensor) -> torch.Tensor:
     """(P, D) -> (1, P, D)."""
-
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        """Add the batch dimension."""
-        (positions,) = next(iter(input_dict.values()))
-        return {target_patterns[0]: positions.unsqueeze(0)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Drop the batch dimension."""
-        return DropBatch()
+    return positions.unsqueeze(0)
 
 
 def _renamings(table: dict[str, str]) -> list[WeightRenaming]:
@@ -121,7 +87,11 @@ CONVERSIONS = {
                 r"\.ls2\.scale_factor": ".layer_scale2.lambda1",
             }
         ),
-        WeightConverter(r"embeddings\.pos_embed", "embeddings.position_embeddings", operations=[PrependZeroRow()]),
+        WeightConverter(
+            r"embeddings\.pos_embed",
+            "embeddings.position_embeddings",
+            operations=[Reshape(prepend_zero_row, drop_first_row)],
+        ),
         _qkv("attention"),
     ],
     "OpenVLASiglipTower": [
@@ -135,7 +105,9 @@ CONVERSIONS = {
                 r"\.attn\.proj\.": ".self_attn.out_proj.",
             }
         ),
-        WeightConverter(r"^pos_embed", "embeddings.position_embedding.weight", operations=[DropBatch()]),
+        WeightConverter(
+            r"^pos_embed", "embeddings.position_embedding.weight", operations=[Reshape(drop_batch, add_batch)]
+        ),
         _qkv("self_attn"),
     ],
 }
