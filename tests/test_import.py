@@ -1,37 +1,208 @@
 import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import openvla_hf
+import openvla_hf.testing
 
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="gives each call a process of its own by forking")
+
+PUBLISHED = Path(__file__).parent / "parity" / "fused-224"
+HEAVY = {"torch", "accelerate", "datasets", "gymnasium", "matplotlib", "pandas", "peft", "scipy", "sklearn", "timm"}
 
 IMPORT = """
 import json, sys
-from transformers import AutoConfig, AutoModel, AutoProcessor, BaseImageProcessor, GenerationMixin
-from transformers import Dinov2WithRegistersModel, PreTrainedModel, PreTrainedTokenizerFast, SiglipVisionModel
+import transformers
+from transformers.models.auto import auto_mappings
 
-theirs = set(sys.modules)
+def tables():
+    names = ("CONFIG", "PROCESSOR", "IMAGE_PROCESSOR")
+    yield from (dict(getattr(auto_mappings, f"{name}_MAPPING_NAMES")) for name in names)
+    yield dict(auto_mappings.SPECIAL_MODEL_TYPE_TO_MODULE_NAME)
+
+before, modules, finders = list(tables()), set(sys.modules), list(sys.meta_path)
 import openvla_hf
+assert sys.meta_path == finders
 print(json.dumps(sorted(set(sys.modules))))
-print(json.dumps(sorted(set(sys.modules) - theirs)))
+print(json.dumps(sorted(set(sys.modules) - modules)))
+print(json.dumps([{k: v for k, v in new.items() if k not in old} for old, new in zip(before, tables())]))
 """
 
 
-def test_the_package_imports_nothing_heavy(run_python):
-    everything, ours = map(json.loads, run_python(IMPORT).stdout.splitlines())
-    assert not {"datasets", "peft", "gymnasium", "matplotlib", "pandas", "timm"} & set(everything)
-    # What transformers brings itself (accelerate) comes with it and not with this package.
-    beyond = {name.split(".")[0] for name in ours} - {
-        "openvla_hf",
-        "transformers",
-        "tokenizers",
-        "torch",
-        "PIL",
-        "numpy",
-    }
-    assert not {"accelerate", "scipy", "sklearn", "bitsandbytes"} & beyond
-    assert "openvla_hf.modeling.modeling_openvla" in ours
-    assert not [name for name in ours if name.startswith(("openvla_hf.training", "openvla_hf.evaluation"))]
+def test_the_package_imports_nothing_heavy_and_only_adds_names(run_python):
+    everything, ours, added = map(json.loads, run_python(IMPORT).stdout.splitlines())
+    assert not HEAVY & {name.split(".")[0] for name in everything}
+    assert ours == ["openvla_hf", "openvla_hf.registration", "transformers.models.openvla_hf"]
+    config, processor, image_processor, module = added
+    assert config == {"openvla": "OpenVLAConfig"}
+    assert processor == {"openvla": "OpenVLAProcessor", "prismatic": "PrismaticProcessor"}
+    assert set(image_processor["openvla"].values()) == {"OpenVLAImageProcessor", "PrismaticImageProcessor"}
+    assert module == {"openvla": "openvla_hf", "prismatic": "openvla_hf"}
 
 
 def test_the_public_names_are_there():
     assert all(hasattr(openvla_hf, name) for name in openvla_hf.__all__)
-    assert openvla_hf.AutoModelForVision2Seq is openvla_hf.AutoModelForImageTextToText
+    assert set(openvla_hf.__all__) < set(dir(openvla_hf))
+    assert openvla_hf.AutoModelForVision2Seq is transformers.AutoModelForImageTextToText
+    assert openvla_hf.modeling.modeling_openvla.OpenVLAConfig is openvla_hf.OpenVLAConfig
+    starred: dict = {}
+    exec("from openvla_hf import *", starred)
+    assert set(openvla_hf.__all__) == starred.keys() - {"__builtins__"}
+    with pytest.raises(AttributeError, match="module 'openvla_hf' has no attribute 'OpenVLA'"):
+        openvla_hf.OpenVLA  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'OpenVLA' from 'openvla_hf'"):
+        exec("from openvla_hf import OpenVLA")
+
+
+# What is found by the first call after the imports, in many orders
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Saved by this package."""
+    folder = tmp_path_factory.mktemp("saved")
+    config = openvla_hf.testing.tiny_config()
+    openvla_hf.OpenVLAForActionPrediction(config).save_pretrained(folder)
+    openvla_hf.testing.tiny_processor(config=config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The files of a published checkpoint without its weights, with a tokenizer that is Llama's in kind."""
+    folder = tmp_path_factory.mktemp("published")
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(PUBLISHED / name, folder)
+    tokens = ["<unk>", "<s>", "</s>", "<PAD>", "▁", "o", "p", "e", "n"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "auto_map": {"AutoProcessor": "processing_prismatic.PrismaticProcessor"},
+        "processor_class": "PrismaticProcessor",
+        "tokenizer_class": "LlamaTokenizer",
+        "pad_token": "<PAD>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return folder
+
+
+# A call -> the class that it gives.
+FIRST_CALLS = {
+    f"transformers.{call}": name
+    for call, name in {
+        "AutoConfig.from_pretrained(saved)": "OpenVLAConfig",
+        "AutoModel.from_pretrained(saved)": "OpenVLAForActionPrediction",
+        "AutoModelForImageTextToText.from_pretrained(saved)": "OpenVLAForActionPrediction",
+        "AutoProcessor.from_pretrained(saved)": "OpenVLAProcessor",
+        "AutoImageProcessor.from_pretrained(saved)": "OpenVLAImageProcessor",
+        "AutoTokenizer.from_pretrained(saved)": "TokenizersBackend",
+        "AutoProcessor.from_pretrained(published)": "OpenVLAProcessor",
+        "AutoImageProcessor.from_pretrained(published)": "OpenVLAImageProcessor",
+        "AutoTokenizer.from_pretrained(published)": "TokenizersBackend",
+    }.items()
+}
+# The code that a repository names is not preferred to this package.
+TRUSTING_CALLS = {call.replace(")", ", trust_remote_code=True)"): name for call, name in FIRST_CALLS.items()}
+# Past the Auto classes, or with what was got past them.
+DIRECT_CALLS = {
+    "openvla_hf.OpenVLAForActionPrediction.from_pretrained(saved)": "OpenVLAForActionPrediction",
+    "openvla_hf.AutoModelForVision2Seq.from_pretrained(saved)": "OpenVLAForActionPrediction",
+    "model_class().from_pretrained(saved)": "OpenVLAForActionPrediction",
+    "find('processing', 'OpenVLAProcessor').from_pretrained(published)": "OpenVLAProcessor",
+    "transformers.AutoModel.from_config(config())": "OpenVLAForActionPrediction",
+    "transformers.AutoTokenizer.from_pretrained(published, config=config())": "TokenizersBackend",
+}
+
+CALLS = """
+import importlib, os, sys
+{imports}
+import transformers
+
+saved, published, *calls = sys.argv[1:]
+
+def find(module, name):
+    return getattr(importlib.import_module(f"openvla_hf.{module}"), name)
+
+def model_class():
+    return find("modeling.modeling_openvla", "OpenVLAForActionPrediction")
+
+def config():
+    return find("modeling.configuration_openvla", "OpenVLAConfig").from_pretrained(saved)
+
+for call in calls:
+    # A process of its own makes each the first one; to start Python for each would take minutes.
+    if child := os.fork():
+        status = os.waitpid(child, 0)[1]
+        assert status == 0, call
+        continue
+    found = type(eval(call))
+    print(found.__name__, found.__module__.split(".")[0], flush=True)
+    os._exit(0)
+"""
+
+ORDERS = {
+    "package first": "import openvla_hf",
+    "Auto classes first": "from transformers import AutoModel, AutoProcessor\nimport openvla_hf",
+    "trainer and pipelines first": "import transformers.trainer\nfrom transformers import pipeline\nimport openvla_hf",
+    "trainer and pipelines last": "import openvla_hf\nimport transformers.trainer\nfrom transformers import pipeline",
+}
+# What every call imports anyway, imported once.
+SHARED = "\nimport torch, transformers.modeling_utils"
+# transformers with an OpenVLA of its own, which is in use.
+RIVAL = """
+import types
+from transformers import AutoConfig, BertConfig
+from transformers.models.auto import auto_mappings, configuration_auto, modeling_auto, tokenization_auto
+
+class OpenVLAConfig(BertConfig):
+    model_type = "openvla"
+
+rival = sys.modules["transformers.models.openvla"] = types.ModuleType("transformers.models.openvla")
+rival.OpenVLAConfig = OpenVLAConfig
+configuration_auto.CONFIG_MAPPING_NAMES["openvla"] = auto_mappings.CONFIG_MAPPING_NAMES["openvla"] = "OpenVLAConfig"
+auto_mappings.PROCESSOR_MAPPING_NAMES["openvla"] = "OpenVLAProcessor"
+auto_mappings.IMAGE_PROCESSOR_MAPPING_NAMES["openvla"] = {"pil": "OpenVLAImageProcessor"}
+modeling_auto.MODEL_MAPPING_NAMES["openvla"] = "OpenVLAModel"
+tokenization_auto.TOKENIZER_MAPPING_NAMES["openvla"] = "LlamaTokenizer"
+assert type(AutoConfig.for_model("openvla")) is OpenVLAConfig
+import openvla_hf
+assert sys.modules["transformers.models.openvla"] is rival
+"""
+# A transformers that keeps its names in other tables.
+NO_TABLES = """
+from transformers import AutoModel, AutoProcessor
+sys.modules["transformers.models.auto.auto_mappings"] = None
+import openvla_hf
+assert "openvla_hf.registered" in sys.modules
+"""
+
+
+def check_calls(run_python, imports, calls, saved, published):
+    result = run_python(CALLS.replace("{imports}", imports), saved, published, *calls)
+    found = dict(zip(calls, result.stdout.splitlines(), strict=True))
+    packages = {"TokenizersBackend": "transformers"}
+    assert found == {call: f"{name} {packages.get(name, 'openvla_hf')}" for call, name in calls.items()}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_first_call_finds_us(run_python, saved, published, order):
+    check_calls(run_python, ORDERS[order] + SHARED, FIRST_CALLS, saved, published)
+
+
+@pytest.mark.slow
+def test_the_first_call_finds_us_past_the_auto_classes_and_past_remote_code(run_python, saved, published):
+    check_calls(run_python, "import openvla_hf" + SHARED, DIRECT_CALLS | TRUSTING_CALLS, saved, published)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", [RIVAL, NO_TABLES], ids=["a rival", "no tables"])
+def test_another_transformers(run_python, saved, published, imports):
+    check_calls(run_python, imports, FIRST_CALLS, saved, published)

@@ -4,27 +4,29 @@ Importing this package makes transformers' Auto classes load every published Ope
 
     import openvla_hf
     from transformers import AutoModel, AutoProcessor
+
+It costs next to nothing: torch and the classes are imported when the first of them is asked for.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .modeling.action_tokenizer import ActionTokenizer
-from .modeling.configuration_openvla import OpenVLAConfig
-from .modeling.modeling_openvla import ActionPrediction, OpenVLAForActionPrediction
-from .processing.image_processing_openvla import OpenVLAImageProcessor
-from .processing.processing_openvla import OpenVLAProcessor
-from .processing.registration import register_processing
+from .registration import PUBLISHED_NAMES, announce
+
+
+if TYPE_CHECKING:
+    from .registered import (
+        ActionPrediction,
+        ActionTokenizer,
+        AutoModelForVision2Seq,
+        OpenVLAConfig,
+        OpenVLAForActionPrediction,
+        OpenVLAImageProcessor,
+        OpenVLAProcessor,
+    )
 
 
 __version__ = "0.1.0"
-
-AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForImageTextToText):
-    _auto_class.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
-register_processing(OpenVLAConfig)
-
-# The name under which the original was loaded; transformers 5 has no class of that name any more.
-AutoModelForVision2Seq = AutoModelForImageTextToText
 
 __all__ = [
     "ActionPrediction",
@@ -35,3 +37,19 @@ __all__ = [
     "OpenVLAImageProcessor",
     "OpenVLAProcessor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what a user or an Auto class asks for: one of the classes, or a folder of them."""
+    if name in (*__all__, *PUBLISHED_NAMES):
+        return getattr(import_module(".registered", __name__), name)
+    if name in ("modeling", "processing"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+announce()

@@ -8,6 +8,7 @@ from gymnasium.utils.env_checker import check_env
 
 from openvla_hf.evaluation.tabletop import (
     ENV_ID,
+    HAND_NOISE,
     MAX_STEP,
     TASKS,
     TabletopEnv,
@@ -122,6 +123,7 @@ def test_swapped_target_is_the_same_scene_with_another_instruction(env, task):
 
 
 def test_gripper_one_is_open_and_carries_what_it_closed_on(env):
+    env.hand_noise = 0.0
     env.reset(seed=0, options={"task": "put"})
     target = env.task.target
     drive(env, lambda env: env.scene.gripper.held is not None)
@@ -146,6 +148,7 @@ def test_closing_away_from_objects_grasps_nothing(env):
 
 
 def test_translation_is_clipped_and_rotation_ignored(env):
+    env.hand_noise = 0.0
     env.reset(seed=0)
     env.scene.gripper.position[:] = (0.0, 0.0, 0.15)
     env.step(np.array([1.0, -1.0, -0.01, 3.0, -3.0, 3.0, OPEN]))
@@ -153,6 +156,7 @@ def test_translation_is_clipped_and_rotation_ignored(env):
 
 
 def test_closed_gripper_pushes_straight_and_never_overlaps(env):
+    env.hand_noise = 0.0
     env.reset(seed=0)
     ball = TableObject("red", "ball", np.array([0.0, 0.0, 0.0]))
     env.scene.objects[:] = [ball]
@@ -224,5 +228,24 @@ def test_unknown_names_are_refused(env):
         TabletopEnv(())
     with pytest.raises(ValueError, match="max_steps"):
         TabletopEnv(max_steps=0)
+    with pytest.raises(ValueError, match="hand_noise must not be negative"):
+        TabletopEnv(hand_noise=-0.001)
     with pytest.raises(ValueError, match="noise"):
         next(rollout_expert(env, 0, noise=-0.1))
+
+
+def test_the_hand_is_about_where_it_is_sent_and_its_noise_repeats():
+    def walk():
+        env = TabletopEnv()
+        env.reset(seed=3)
+        env.scene.objects.clear()
+        env.scene.gripper.position[:] = (0.0, 0.0, 0.15)
+        path = [env.scene.gripper.position.copy()]
+        for _ in range(40):
+            env.step(act())
+            path.append(env.scene.gripper.position.copy())
+        return np.diff(path, axis=0)
+
+    moves = walk()
+    np.testing.assert_array_equal(moves, walk())
+    assert 0.5 * HAND_NOISE < moves[:, :2].std() < 1.5 * HAND_NOISE

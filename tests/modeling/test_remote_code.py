@@ -49,6 +49,10 @@ for folder, copy in zip(folders[::2], folders[1::2]):
         model = auto_class.from_pretrained(folder, **trusted)
         assert type(model).__module__.startswith("transformers_modules."), type(model)
         actions.append(model.predict_action(**inputs).tolist())
+        stream = model.action_stream()
+        for passes in (len(actions[0]), 1):
+            assert stream.predict_action(**inputs).tolist() == actions[0]
+            assert stream.forward_passes == passes
     model.save_pretrained(copy)
     processor.save_pretrained(copy)
     print(json.dumps(actions))

@@ -10,6 +10,7 @@ this module registers `openvla_hf/Tabletop-v0`:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from openvla_hf.evaluation.tabletop_scene import (
 __all__ = [
     "DIRECTIONS",
     "ENV_ID",
+    "HAND_NOISE",
     "MAX_STEP",
     "MAX_STEPS",
     "TASKS",
@@ -46,6 +48,7 @@ __all__ = [
     "TabletopEnv",
     "Task",
     "expert_action",
+    "plan",
     "rollout_expert",
 ]
 
@@ -53,8 +56,10 @@ ENV_ID = "openvla_hf/Tabletop-v0"
 TASKS = ("put", "push", "stack")
 MAX_STEP = 0.04
 """Largest translation along one axis in one step, metres."""
-MAX_STEPS = 60
-"""Steps after which an episode is truncated."""
+MAX_STEPS = 80
+"""Steps after which an episode is truncated: about three times what the expert takes to put a thing somewhere."""
+HAND_NOISE = 0.004
+"""How far the hand ends up from where it is sent, in each step along each axis, metres (standard deviation)."""
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0),
     "right": (1.0, 0.0),
@@ -94,8 +99,9 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     Observation: the camera's frame, uint8 (224, 224, 3). Action (7,): dx, dy, dz in metres (each clipped to
     +-`MAX_STEP`), droll, dpitch, dyaw in radians (accepted and ignored: the gripper keeps pointing down), and
-    the gripper, 1 = open, 0 = closed (threshold 0.5). The fingers act first, then the hand moves. Reward is 1
-    on success, which ends the episode, else 0; the environment itself truncates after `max_steps`.
+    the gripper, 1 = open, 0 = closed (threshold 0.5). The fingers act first, then the hand moves, and as with any
+    real arm not exactly as far as it was told: by `hand_noise`, drawn from the seed of the episode. Reward is 1 on
+    success, which ends the episode, else 0; the environment itself truncates after `max_steps`.
 
     `info` of `reset` and `step` holds `instruction`, `task` (the family), `is_success`, and `moved_object`:
     the name of the object last held, or last shifted to 3 cm or more from where it started, or None.
@@ -107,9 +113,10 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         tasks: Families to draw from, out of `TASKS`.
         render_mode: None or `"rgb_array"`.
         max_steps: Steps before truncation.
+        hand_noise: Standard deviation along each axis in each step, metres.
 
     Raises:
-        ValueError: For an unknown task or render mode, no task at all, or `max_steps` below 1.
+        ValueError: For an unknown task or render mode, no task at all, `max_steps` below 1, or negative noise.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012 - Gymnasium's own declaration
@@ -123,6 +130,7 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         *,
         render_mode: str | None = None,
         max_steps: int = MAX_STEPS,
+        hand_noise: float = HAND_NOISE,
     ) -> None:
         if not tasks:
             raise ValueError(f"tasks is empty; choose from {', '.join(TASKS)}.")
@@ -132,6 +140,9 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError(f"Unknown render_mode {render_mode!r}; known: None, 'rgb_array'.")
         if max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+        if hand_noise < 0:
+            raise ValueError(f"hand_noise must not be negative, got {hand_noise}.")
+        self.hand_noise = hand_noise
         self.tasks = tuple(tasks)
         self.render_mode = render_mode
         self.max_steps = max_steps
@@ -176,7 +187,7 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         before = {thing.name: thing.position.copy() for thing in self.scene.objects}
         physics = _Physics(self.scene)
         physics.actuate(is_open=bool(action[6] >= 0.5))
-        physics.move(np.clip(action[:3], -MAX_STEP, MAX_STEP))
+        physics.move(np.clip(action[:3], -MAX_STEP, MAX_STEP) + self.np_random.normal(0.0, self.hand_noise, 3))
         self._note_moved(before)
         self._steps += 1
         success = self.is_success()
@@ -468,12 +479,16 @@ _STROKE = 0.03
 
 
 def expert_action(env: TabletopEnv) -> np.ndarray:
-    """The scripted expert's action, float32 (7,), for the current state of `env` alone (no hidden phase).
+    """The scripted expert's action, float32 (7,), for the current state of `env` alone (no hidden phase)."""
+    return plan(env.scene, env.task)
+
+
+def plan(scene: Scene, task: Task) -> np.ndarray:
+    """What the expert does, float32 (7,), when it is told `task` in `scene`, whatever it was told before.
 
     Heights follow a funnel: the hand is low only where it is aligned with where it goes, and rises before it
     moves sideways. So the action is a continuous function of what the frame shows, but for the gripper.
     """
-    scene, task = env.scene, env.task
     hand, held = scene.gripper.position, scene.gripper.held
     if task.direction is not None:
         delta, is_open = _expert_push(scene, task)
@@ -568,6 +583,7 @@ class Frame:
         executed: What was done, float32 (7,): the label plus noise.
         task: Family of the task.
         success: Whether this step solved the task; the last frame's tells the episode's outcome.
+        state: The scene that the image shows, and the task: more than a policy may see.
     """
 
     image: np.ndarray
@@ -576,6 +592,7 @@ class Frame:
     executed: np.ndarray
     task: str
     success: bool
+    state: tuple[Scene, Task]
 
 
 def rollout_expert(
@@ -612,6 +629,7 @@ def rollout_expert(
     done = False
     while not done:
         action = expert_action(table)
+        state = copy.deepcopy((table.scene, table.task))  # together: the task refers to things of the scene
         executed = action.copy()
         if noise > 0:
             if shove_left == 0 and rng.random() < 0.04:
@@ -623,7 +641,7 @@ def rollout_expert(
             if rng.random() < 0.01:
                 executed[6] = 1.0 - executed[6]
         following, _, terminated, truncated, _ = env.step(executed)
-        yield Frame(image, info["instruction"], action, executed, info["task"], bool(terminated))
+        yield Frame(image, info["instruction"], action, executed, info["task"], bool(terminated), state)
         image, done = following, terminated or truncated
 
 

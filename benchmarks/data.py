@@ -1,0 +1,157 @@
+"""How fast frames are read on one core, and whether memory stays flat.
+
+    taskset -c 0 python benchmarks/data.py rlds
+    taskset -c 0 python benchmarks/data.py video --codec av1
+    python benchmarks/data.py memory --gigabytes 20
+
+Data are made in a temporary folder, but for `memory`, which makes them as they are read.
+"""
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+SIZE = 256
+EPISODE_STEPS = 40
+
+
+def frames(index: int, steps: int = EPISODE_STEPS, size: int = SIZE) -> Iterator[dict[str, Any]]:
+    """An episode of smooth images that move, with some noise: about as hard to compress as a camera's."""
+    rng = np.random.default_rng(index)
+    coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
+    scene = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
+    scene = np.clip(scene + rng.normal(0, 4, scene.shape), 0, 255).astype(np.uint8)
+    for step in range(steps):
+        yield {
+            "image": np.ascontiguousarray(np.roll(scene, step, axis=1)),
+            "instruction": f"do the task number {index}",
+            "action": np.append(rng.normal(0, 0.01, 6), float(step < steps / 2)),
+            "state": rng.normal(0, 0.1, 7),
+        }
+
+
+def rate(count: float, seconds: float, unit: str) -> str:
+    return f"{count / seconds:,.0f} {unit}/s"
+
+
+def rlds(args: argparse.Namespace) -> None:
+    """Records of a file that the system has in memory: parsed alone, as frames, and decoded."""
+    from openvla_hf.data import load, write_rlds
+    from openvla_hf.data.loading import open_source
+    from openvla_hf.data.robots import GENERIC
+
+    with tempfile.TemporaryDirectory() as folder:
+        # JPEG quality 95 makes the records as large as those of Open X-Embodiment.
+        write_rlds((frames(index) for index in range(args.episodes)), f"{folder}/bench")
+        megabytes = sum(path.stat().st_size for path in Path(folder).rglob("*.tfrecord*")) / 1e6
+        count = args.episodes * EPISODE_STEPS
+        for _ in range(args.repeats):
+            source = open_source(f"{folder}/bench", "train", streaming=True)
+            start = time.perf_counter()
+            read = sum(len(each.images) for shard in source.shards() for each in source.read(shard, GENERIC))
+            seconds = time.perf_counter() - start
+            assert read == count
+            print(f"records, undecoded: {rate(megabytes, seconds, 'MB')}, {rate(count, seconds, 'frames')}", end="; ")
+            stream = load(f"{folder}/bench", streaming=True)
+            start = time.perf_counter()
+            assert sum(1 for _ in stream) == count
+            print(f"decoded, as a stream: {rate(count, time.perf_counter() - start, 'frames')}")
+
+
+def video(args: argparse.Namespace) -> None:
+    """LeRobot frames in sequence against PyAV alone on the same file, and at random."""
+    import av
+    import datasets
+
+    from openvla_hf.data import load, write_lerobot
+
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
+        episodes = (frames(index) for index in range(args.episodes))
+        root = write_lerobot(episodes, f"{folder}/bench", codec=args.codec)
+        path = next(root.rglob("*.mp4"))
+        count = args.episodes * EPISODE_STEPS
+        table = load(root)
+        order = np.random.default_rng(0).permutation(count)[:300].tolist()
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            with av.open(str(path)) as container:
+                container.streams.video[0].codec_context.thread_count = 1
+                alone = sum(len(frame.to_ndarray(format="rgb24")) > 0 for frame in container.decode(video=0))
+            library = time.perf_counter() - start
+            assert alone == count
+            start = time.perf_counter()
+            assert sum(1 for _ in load(root, streaming=True)) == count
+            stream = time.perf_counter() - start
+            start = time.perf_counter()
+            assert sum(1 for _ in table) == count
+            ours = time.perf_counter() - start
+            start = time.perf_counter()
+            for index in order:
+                table[index]
+            random = time.perf_counter() - start
+            print(
+                f"{args.codec}: PyAV alone {rate(count, library, 'frames')}; stream {rate(count, stream, 'frames')} "
+                f"({library / stream:.2f}x); table {rate(count, ours, 'frames')} ({library / ours:.2f}x); "
+                f"at random {rate(len(order), random, 'frames')}"
+            )
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Resident memory over an epoch of episodes that are made as they are read, with a shuffle buffer."""
+    from openvla_hf.data import from_episodes
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = int(args.gigabytes * 1e9 / SIZE**2 / 3)
+
+    def episodes() -> Iterator[list[dict[str, Any]]]:
+        base = list(frames(0))
+        for index in range(total // EPISODE_STEPS):
+            yield [{**frame, "image": np.roll(frame["image"], index, axis=0)} for frame in base]
+
+    stream = from_episodes(episodes, name="bench", streaming=True).shuffle(seed=0, buffer_size=args.buffer)
+    seen, first, highest, start = 0, 0, 0, time.perf_counter()
+    for frame in stream:
+        seen += 1
+        assert frame["image"].shape == (SIZE, SIZE, 3)
+        if seen % 500 == 0:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6
+            # The buffer is full from here on.
+            first = first or (resident if seen > args.buffer else 0)
+            highest = max(highest, resident)
+    speed = rate(seen, time.perf_counter() - start, "frames")
+    print(
+        f"{seen * SIZE**2 * 3 / 1e9:.1f} GB in {seen} frames, {speed}: resident {first:.0f} MB once the buffer of "
+        f"{args.buffer} is full, {highest:.0f} MB at most: +{highest - first:.0f} MB; "
+        f"peak of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for run in (rlds, video, memory):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run)
+        if run is memory:
+            command.add_argument("--gigabytes", type=float, default=20.0, help="of raw pixels (default: %(default)s)")
+            command.add_argument("--buffer", type=int, default=500, help="frames to draw from (default: %(default)s)")
+        else:
+            command.add_argument("--episodes", type=int, default=50, help="of 40 frames (default: %(default)s)")
+            command.add_argument("--repeats", type=int, default=3)
+        if run is video:
+            command.add_argument("--codec", choices=("h264", "av1"), default="h264")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What each format costs: bytes of a 7B policy, time of an action, and where the time of 8 bits goes.
+
+python benchmarks/quantization.py weights            # on the meta device, and checked on a shallow 7B that is loaded
+python benchmarks/quantization.py layers             # one layer in each format, and what 8 bits spend their time on
+python benchmarks/quantization.py actions --size 7b  # whole actions, plain and compiled, beside 16 bits: a GPU
+"""
+
+import argparse
+import functools
+import gc
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModel
+
+import openvla_hf  # noqa: F401 - registers the Auto classes
+from openvla_hf.modeling.configuration_openvla import PUBLISHED_TEXT_DEFAULTS, OpenVLAConfig
+from openvla_hf.quantization import FORMATS, expected_weight_bytes, quantization, weight_bytes
+from openvla_hf.testing import BRIDGE_LIKE_STATS
+
+
+PROMPT_TOKENS = 20
+# (inputs, outputs) of the language model's layers, and rows: a token, and a prompt with its image.
+LAYERS = {"attention": (4096, 4096), "mlp": (4096, 11008)}
+ROWS = (1, 276)
+VARIANTS = [(None, False)] + [(name, towers) for name in FORMATS for towers in (False, True)]
+
+
+def policy_config(size: str, **text: int) -> OpenVLAConfig:
+    """A published config: the full-size one, or its towers with half a billion parameters of language model."""
+    widths = {
+        "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+        "0.5b": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 36, "num_attention_heads": 16},
+    }[size]
+    return OpenVLAConfig(
+        vision_backbone_id="dinosiglip-vit-so-224px",
+        text_config=PUBLISHED_TEXT_DEFAULTS | widths | text,
+        norm_stats={"random": {"action": BRIDGE_LIKE_STATS}},
+    )
+
+
+def runs_here(name: str | None, towers: bool = False) -> bool:
+    """Whether the package and the GPU that a format needs are there."""
+    try:
+        return name is None or quantization(name, towers=towers) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def label(name: str | None, towers: bool) -> str:
+    return "16-bit" if name is None else f"{name} + towers" if towers else name
+
+
+def save_random(config: OpenVLAConfig, folder: Path, device: str) -> None:
+    """A checkpoint of random weights."""
+    with torch.device(device):
+        model = AutoModel.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Bytes of the weights: computed for 7B, and for a shallow one computed and loaded."""
+    full, shallow = policy_config("7b"), policy_config("7b", num_hidden_layers=1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_random(shallow, Path(folder), "cpu")
+        for name, towers in VARIANTS:
+            computed = expected_weight_bytes(shallow, name, towers=towers)
+            loaded = None
+            if runs_here(name, towers):
+                config = None if name is None else quantization(name, towers=towers)
+                loaded = weight_bytes(AutoModel.from_pretrained(folder, quantization_config=config))
+            rows.append(
+                {
+                    "format": label(name, towers),
+                    "7B computed (GB)": round(expected_weight_bytes(full, name, towers=towers) / 1e9, 3),
+                    "one layer computed (GB)": round(computed / 1e9, 4),
+                    "one layer loaded (GB)": loaded and round(loaded / 1e9, 4),
+                }
+            )
+            gc.collect()
+    return rows
+
+
+def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Median time of a call in milliseconds, after two that don't count."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[2:])
+
+
+def quantized_layers(plain: nn.Linear, device: str) -> dict[str, nn.Module]:
+    """A linear layer of the CPU in the formats of bitsandbytes, with the settings of `quantization`."""
+    import bitsandbytes as bnb
+
+    sizes = plain.in_features, plain.out_features
+    four = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    four.weight = bnb.nn.Params4bit(
+        plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False
+    )
+    eight = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=6.0)
+    eight.weight = bnb.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
+    return {"4bit": four.to(device).eval(), "8bit": eight.to(device).eval()}
+
+
+@torch.no_grad()
+def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time of one layer, and the operations that 8 bits are made of."""
+    # It says at every call that it casts to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    rows = []
+    for part, (inputs, outputs) in LAYERS.items():
+        plain = nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
+        built = quantized_layers(plain, args.device)
+        built = {"16-bit": plain.to(args.device), **built}
+        for count in ROWS:
+            hidden = torch.randn(1, count, inputs, dtype=torch.bfloat16, device=args.device)
+            row: dict[str, Any] = {"layer": part, "rows": count}
+            for name, layer in built.items():
+                row[f"{name} (ms)"] = round(median_ms(lambda: layer(hidden), args.device, args.repeats), 3)  # noqa: B023
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if args.device == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            with torch.profiler.profile(activities=activities) as profile:
+                built["8bit"](hidden)
+            events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+            row["8bit calls"] = sum(event.count for event in events)
+            row["8bit spends on"] = ", ".join(event.key for event in events[:4])
+            rows.append(row)
+    return rows
+
+
+def time_actions(
+    folder: str, name: str | None, towers: bool, inputs: dict[str, torch.Tensor], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Load a format and act in it."""
+    start = time.perf_counter()
+    config = None if name is None else quantization(name, towers=towers)
+    model = AutoModel.from_pretrained(folder, device_map=args.device, dtype=torch.bfloat16, quantization_config=config)
+    row: dict[str, Any] = {"format": label(name, towers), "load (s)": round(time.perf_counter() - start, 1)}
+    row["weights (GB)"] = round(weight_bytes(model) / 1e9, 2)
+    act = functools.partial(model.predict_action, **inputs)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row["action (ms)"] = round(median_ms(act, args.device, args.repeats), 1)
+    if args.device == "cuda":
+        row["peak (GB)"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        model.compile_for_actions()
+        row["compiled (ms)"] = round(median_ms(act, args.device, args.repeats), 1)
+    return row
+
+
+def actions(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time of `predict_action`, weights and peak memory of a policy of random weights."""
+    ids = torch.randint(3, 30000, (1, PROMPT_TOKENS))
+    ids[:, 0] = 1
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 6, 224, 224)}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_random(policy_config(args.size), Path(folder), args.device)
+        for name, towers in VARIANTS:
+            if not runs_here(name, towers) or (args.format and name is not None and name not in args.format):
+                continue
+            rows.append(time_actions(folder, name, towers, inputs, args))
+            for kind in ("action", "compiled"):
+                if (mine := rows[-1].get(f"{kind} (ms)")) is not None:
+                    rows[-1][f"{kind} of 16-bit"] = round(mine / rows[0][f"{kind} (ms)"], 2)
+            Console(stderr=True).print(rows[-1])
+            gc.collect()
+            torch.compiler.reset()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("weights", "layers", "actions"))
+    parser.add_argument("--size", choices=("7b", "0.5b"), default="0.5b", help="of `actions` (default: %(default)s)")
+    parser.add_argument(
+        "--format", nargs="+", choices=tuple(FORMATS), help="of `actions` (default: all that run here)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON array on standard output, nothing else")
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    rows = {"weights": weights, "layers": layers, "actions": actions}[args.what](args)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(title=f"{args.what} on {args.device}")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "-")) for column in columns))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""A training step: ours against plain `Trainer` with the logits of every position; time and peak memory.
+
+    python benchmarks/training.py                              # a small model, for any machine
+    python benchmarks/training.py --random 7b --recipe lora    # openvla-7b's size with random weights, on a GPU
+
+Each variant runs in a process of its own, so that its peak memory is its own; the variants take turns. With
+`--random 7b` the share of the matrix rate is given too: the model's arithmetic per second (what checkpointing repeats
+does not count) over that of a large bfloat16 product measured on the same device.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.processing.image_processing_openvla import OpenVLAImageProcessor
+from openvla_hf.processing.processing_openvla import OpenVLAProcessor
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.collator import ActionCollator
+from openvla_hf.training.recipes import recipe
+from openvla_hf.training.trainer import ActionTrainer
+
+
+WARM_UP_STEPS = 3
+# The small model's embedding is as long as Llama's: full logits cost what they cost there, per width.
+VOCABULARY = 32064
+MATRIX_SIDE = 8192
+
+
+@dataclass
+class Measured:
+    variant: str
+    device: str
+    samples_per_second: float
+    step_seconds: float
+    peak_gib: float
+    matrix_share: float | None = None
+
+
+class StepTimes(TrainerCallback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+
+def build(size: str, device: str) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    tokenizer = tiny_tokenizer()
+    if size == "small":
+        config = tiny_config(tokenizer, image_size=224, vision_width=96, text_width=192, text_layers=4, heads=3)
+        config.text_config.vocab_size = VOCABULARY
+        processor = tiny_processor(tokenizer, config)
+    else:
+        config = OpenVLAConfig(
+            vision_backbone_id="dinosiglip-vit-so-224px",
+            text_config={},
+            norm_stats={"tiny": {"action": BRIDGE_LIKE_STATS}},
+        )
+        processor = OpenVLAProcessor(OpenVLAImageProcessor(size=224), tokenizer, image_token_id=32001)
+    with torch.device(device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32 if size == "small" else torch.bfloat16)
+        try:
+            model = OpenVLAForActionPrediction(config)
+        finally:
+            torch.set_default_dtype(default)
+    return model, processor
+
+
+def measure(args: argparse.Namespace) -> Measured:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = build(args.random, device)
+    small = args.random == "small"
+    chosen = recipe(
+        args.recipe,
+        batch_size=args.batch_size,
+        augment=False,
+        gradient_checkpointing=args.gradient_checkpointing,
+        **({"dtype": "float32"} if small else {}),
+    )
+    flops = step_flops(model, args.batch_size, adapters_only=chosen.uses_adapters)
+    collator = ActionCollator(
+        processor, model.action_tokenizer, model.get_action_stats(), model.config.prompt_suffix_token_id
+    )
+    trainer_class = ActionTrainer if args.variant == "ours" else Trainer
+    with tempfile.TemporaryDirectory() as output:
+        steps = StepTimes()
+        trainer = trainer_class(
+            model=chosen.prepare(model),
+            args=chosen.training_arguments(
+                output, max_steps=WARM_UP_STEPS + args.steps, save_strategy="no", logging_strategy="no",
+                disable_tqdm=True, dataloader_num_workers=args.workers,
+            ),
+            data_collator=collator,
+            train_dataset=fake_episode(steps=(WARM_UP_STEPS + args.steps) * args.batch_size, size=224),
+            callbacks=[steps],
+        )  # fmt: skip
+        trainer.train()
+    durations = [after - before for before, after in zip(steps.times, steps.times[1:], strict=False)]
+    seconds = statistics.median(durations[WARM_UP_STEPS - 1 :])
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        share = None if small else flops / seconds / matrix_rate()
+    else:
+        peak, share = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, None
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return Measured(args.variant, name, args.batch_size / seconds, seconds, peak, share)
+
+
+def step_flops(
+    model: OpenVLAForActionPrediction, batch_size: int, adapters_only: bool, prompt_tokens: int = 40
+) -> float:
+    """Of the linear layers; a frozen weight takes part in two of the three products of a trained one."""
+    per_weight = 4 if adapters_only else 6
+    patches = model.config.num_image_tokens
+
+    def weights(part: nn.Module) -> int:
+        return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
+
+    vision = weights(model.model.vision_backbone) + weights(model.model.projector)
+    text = weights(model.model.language_model)
+    return batch_size * per_weight * (vision * patches + text * (patches + prompt_tokens))
+
+
+def matrix_rate() -> float:
+    """Operations a second of a large bfloat16 product."""
+    one, other = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        one @ other
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(20):
+        one @ other
+    torch.cuda.synchronize()
+    return 20 * 2 * MATRIX_SIDE**3 / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random", choices=("small", "7b"), default="small", help="size, with random weights")
+    parser.add_argument("--recipe", default="lora")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=1, help="processes a variant")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--variant", choices=("ours", "plain"), help="run this one alone, here")
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(asdict(measure(args))))
+        return
+    rows = []
+    for _ in range(args.repeats):
+        for variant in ("ours", "plain"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+            if result.returncode:
+                print(f"{variant}: {result.stderr.strip().splitlines()[-1]}")
+                continue
+            rows.append(json.loads(result.stdout.splitlines()[-1]))
+            print(json.dumps(rows[-1]), flush=True)
+    for variant in ("ours", "plain"):
+        mine = [row for row in rows if row["variant"] == variant]
+        if mine:
+            seconds, peak = (statistics.median(row[key] for row in mine) for key in ("step_seconds", "peak_gib"))
+            print(f"{variant:6} {seconds:7.3f} s/step  {args.batch_size / seconds:7.2f} samples/s  {peak:6.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

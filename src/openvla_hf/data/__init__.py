@@ -1,0 +1,29 @@
+"""Data sets of robot episodes in any known format -> frames."""
+
+from .augmentation import Augmentation
+from .frames import BadEpisodeError
+from .loading import from_episodes, load
+from .mixtures import MIXTURES, load_mixture, mix
+from .robots import Gripper, Robot, register_robot, registered_robots
+from .statistics import compute_statistics, load_statistics, save_statistics
+from .writing import write_lerobot, write_rlds
+
+
+__all__ = [
+    "MIXTURES",
+    "Augmentation",
+    "BadEpisodeError",
+    "Gripper",
+    "Robot",
+    "compute_statistics",
+    "from_episodes",
+    "load",
+    "load_mixture",
+    "load_statistics",
+    "mix",
+    "register_robot",
+    "registered_robots",
+    "save_statistics",
+    "write_lerobot",
+    "write_rlds",
+]

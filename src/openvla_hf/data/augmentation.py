@@ -1,0 +1,92 @@
+"""Image augmentation for training, as the original's: a random crop and random colours."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Draws another view of an image at every call, from torch's random numbers, so that a resumed run draws the same.
+
+    The image is resized first; then each step has its own draw and is clipped to [0, 1], in this order.
+
+    Args:
+        size: Pixels along a side of the result.
+        crop_area: Fraction of the area that the random crop keeps; 1 for no crop.
+        brightness: Largest shift of the levels in [0, 1].
+        contrast: Range of the factor about each channel's mean.
+        saturation: Range of the factor.
+        hue: Largest shift, in turns of the colour circle.
+
+    Raises:
+        ValueError: the area is not in (0, 1].
+    """
+
+    size: int = 224
+    crop_area: float = 0.9
+    brightness: float = 0.2
+    contrast: tuple[float, float] = (0.8, 1.2)
+    saturation: tuple[float, float] = (0.8, 1.2)
+    hue: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_area <= 1:
+            raise ValueError(f"crop_area is a fraction in (0, 1], not {self.crop_area}.")
+
+    def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        """An RGB image, uint8 (H, W, 3), to uint8 (size, size, 3)."""
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        picture = picture.convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
+        left, top, brightness, contrast, saturation, hue = torch.rand(6, dtype=torch.float64).tolist()
+        if self.crop_area < 1:
+            side = self.size * math.sqrt(self.crop_area)
+            x, y = left * (self.size - side), top * (self.size - side)
+            box = (x, y, x + side, y + side)
+            picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
+        levels = np.asarray(picture, np.float32) / 255
+        levels = np.clip(levels + (2 * brightness - 1) * self.brightness, 0, 1)
+        mean = levels.mean((0, 1))
+        levels = np.clip((levels - mean) * _between(self.contrast, contrast) + mean, 0, 1)
+        levels = _change_colour(levels, _between(self.saturation, saturation), (2 * hue - 1) * self.hue)
+        return np.rint(levels * 255).astype(np.uint8)
+
+    def for_prediction(self, processor: Any) -> Any:
+        """A copy of the processor that crops the centre as the random crops did on average.
+
+        Save this one with the checkpoint: then prediction sees what training saw, and nobody has to remember it.
+        """
+        processor = copy.deepcopy(processor)
+        processor.image_processor.center_crop_area = self.crop_area if self.crop_area < 1 else None
+        return processor
+
+
+def _between(bounds: tuple[float, float], draw: float) -> float:
+    return bounds[0] + draw * (bounds[1] - bounds[0])
+
+
+def _change_colour(levels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
+    """RGB levels (H, W, 3) in [0, 1] with the saturation (of HSV) scaled and the hue shifted by turns."""
+    value = levels.max(-1)
+    chroma = value - levels.min(-1)
+    safe = np.where(chroma > 0, chroma, 1)
+    red, green, blue = np.moveaxis(levels, -1, 0)
+    sector = np.where(
+        value == red,
+        (green - blue) / safe,
+        np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    # Saturation is the chroma's share of the value, at most 1.
+    chroma = np.minimum(chroma * saturation, value)
+    # Each channel falls from the value by the chroma, by how far the hue is from it: red 5, green 3, blue 1.
+    place = (np.array([5, 3, 1], np.float32) + (sector + 6 * hue)[..., None]) % 6
+    fall = np.clip(np.minimum(place, 4 - place), 0, 1)
+    return value[..., None] - chroma[..., None] * fall
+
+
+__all__ = ["Augmentation"]

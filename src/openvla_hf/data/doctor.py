@@ -1,0 +1,274 @@
+"""Is this data set ready to train on? What the frames say about themselves, and what a model makes of them."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..modeling.action_tokenizer import ActionTokenizer, normalize
+from .frames import Losses, import_extra, matrix
+from .loading import Frames, name_of, open_source, read_table
+from .robots import Robot, resolve_robot
+from .statistics import compute_statistics
+
+
+N_BINS = 256
+SHORT_EPISODE = 5
+"""Frames: fewer say little about a task."""
+IDLE_SHARE, DUPLICATE_SHARE, CLIPPED_SHARE = 0.2, 0.2, 0.05
+"""Of the frames, from which on it is worth a word."""
+STILL = 0.01
+"""A movement below this share of the range from q01 to q99 is none."""
+SAME_IMAGE = 0.1
+"""Mean difference in levels below which two images are one: compression moves a still image by less."""
+FAR_OUT = 10.0
+"""An action this many times outside its quantiles is a mistake in the recording, as a rule."""
+
+
+@dataclass
+class Report:
+    """What was found; rates are shares in [0, 1], lists of numbers have one for each action dimension.
+
+    warnings: What should be looked at before training, a sentence each.
+    clipped: Share of the values outside the quantiles that are mapped to [-1, 1] (or outside the model's).
+    histograms: Counts in the 256 bins of the action tokens, lowest first, for each dimension.
+    model: `token_accuracy` and `l1` (normalised) of a model on frames of the data, where one was given.
+    """
+
+    name: str
+    robot: str
+    episodes: int
+    frames: int
+    instructions: int
+    shortest_episode: int
+    median_episode: float
+    longest_episode: int
+    bad_episodes: list[str]
+    frames_without_instruction: int
+    idle: float
+    duplicates: float
+    lowest: list[float]
+    highest: list[float]
+    q01: list[float]
+    q99: list[float]
+    clipped: list[float]
+    unused_dimensions: list[int]
+    gripper_open: float | None
+    frequency: float | None
+    histograms: list[list[int]]
+    model: dict[str, float] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine(
+    data: str | os.PathLike | Frames,
+    robot: Robot | str | None = None,
+    *,
+    split: str = "train",
+    camera: str | None = None,
+    stats: dict[str, Any] | None = None,
+    max_images: int = 500,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Report, Dataset]:
+    """Examines a data set: all of its numbers, and some of its images.
+
+    Args:
+        data: See `load`.
+        robot: See `load`.
+        split: See `load`.
+        camera: See `load`.
+        stats: Action statistics that will normalise the actions (a model's); the data set's own by default.
+        max_images: How many images are compared with the next one.
+        progress: Called with the number of images read and their total.
+
+    Returns:
+        The report, and the frames.
+
+    Raises:
+        ValueError: the data has no usable frame, or another number of action dimensions than `stats`.
+    """
+    losses = Losses(skip=True)
+    source = open_source(data, split, streaming=False)
+    name = name_of(source)
+    adapter = resolve_robot(robot, name, camera)
+    frames = read_table(source, adapter, name, losses)
+    if not len(frames):
+        reason = f" The first reason: {losses.bad_episodes[0]}" if losses.bad_episodes else ""
+        raise ValueError(f"{name} has no usable frame.{reason}")
+    own = compute_statistics(frames)[name]["action"]
+    table = frames.select_columns(["action", "episode_index", "instruction"]).with_format("arrow")[:]
+    actions = matrix(table["action"], "action")
+    episode_of = table["episode_index"].to_numpy()
+    if stats is not None and len(stats["q01"]) != actions.shape[1]:
+        raise ValueError(
+            f"{name} has actions of {actions.shape[1]} dimensions, the model's statistics {len(stats['q01'])}."
+        )
+    used = stats or own
+    low, high = np.array(used["q01"]), np.array(used["q99"])
+    scaled = np.array(used.get("mask", [True] * len(low)))
+    outside = (actions < low) | (actions > high)
+    starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
+    lengths = np.diff(np.append(starts, len(actions)))
+    bins = ActionTokenizer().bins
+    histograms = [
+        np.bincount(np.digitize(column, bins) - 1, minlength=N_BINS).tolist() for column in normalize(actions, used).T
+    ]
+    source_frequency = None if isinstance(source, Dataset) else source.frequency
+    report = Report(
+        name=name,
+        robot=adapter.name,
+        episodes=len(lengths),
+        frames=len(actions),
+        instructions=len(set(table["instruction"].to_pylist())),
+        shortest_episode=int(lengths.min()),
+        median_episode=float(np.median(lengths)),
+        longest_episode=int(lengths.max()),
+        bad_episodes=losses.bad_episodes,
+        frames_without_instruction=losses.without_instruction,
+        idle=float(_idle(actions, np.array(own["q99"]) - np.array(own["q01"]), adapter, starts).mean()),
+        duplicates=_duplicates(frames, episode_of, max_images, progress),
+        lowest=own["min"],
+        highest=own["max"],
+        q01=own["q01"],
+        q99=own["q99"],
+        clipped=np.where(scaled, outside.mean(0), 0.0).tolist(),
+        unused_dimensions=np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
+        gripper_open=float((actions[:, -1] > 0.5).mean()) if adapter.gripper else None,
+        frequency=source_frequency or adapter.frequency,
+        histograms=histograms,
+    )
+    report.warnings = _warnings(report, adapter, actions, starts, source_frequency)
+    return report, frames
+
+
+def _idle(actions: np.ndarray, span: np.ndarray, robot: Robot, starts: np.ndarray) -> np.ndarray:
+    """(N) whether a frame's action moves nothing: no dimension, and the gripper stays as it was."""
+    moving = actions[:, :-1] if robot.gripper else actions
+    still = (np.abs(moving) <= STILL * span[: moving.shape[1]]).all(1)
+    if robot.gripper:
+        changed = np.abs(np.diff(actions[:, -1], prepend=actions[0, -1])) > 0.5
+        changed[starts] = False
+        still &= ~changed
+    return still
+
+
+def _duplicates(frames: Dataset, episode_of: np.ndarray, limit: int, progress: Callable[[int, int], None]) -> float:
+    """Share of images that are the next one of their episode again, in up to `limit` pairs in a few long runs."""
+    pairs = np.flatnonzero(episode_of[:-1] == episode_of[1:])
+    if not len(pairs):
+        return 0.0
+    # Runs rather than single pairs: a video is read fastest in sequence.
+    runs = np.array_split(pairs, min(len(pairs), 10))
+    chosen = np.concatenate([run[: max(1, limit // len(runs))] for run in runs])
+    same, previous = 0, (-1, np.empty(0))
+    for done, index in enumerate(chosen.tolist()):
+        first = previous[1] if previous[0] == index else frames[index]["image"].astype(np.int16)
+        second = frames[index + 1]["image"].astype(np.int16)
+        same += first.shape == second.shape and np.abs(first - second).mean() < SAME_IMAGE
+        previous = (index + 1, second)
+        progress(done + 1, len(chosen))
+    return same / len(chosen)
+
+
+def _warnings(
+    report: Report, robot: Robot, actions: np.ndarray, starts: np.ndarray, source_frequency: float | None
+) -> list[str]:
+    warnings = []
+    if report.bad_episodes:
+        count = len(report.bad_episodes)
+        warnings.append(f"{count} episode(s) can't be used, the first: {report.bad_episodes[0]}")
+    if report.frames_without_instruction:
+        warnings.append(f"{report.frames_without_instruction} frames have no instruction and are left out.")
+    if report.shortest_episode < SHORT_EPISODE:
+        warnings.append(f"The shortest episode has {report.shortest_episode} frames: was it cut?")
+    if report.idle > IDLE_SHARE:
+        warnings.append(f"{report.idle:.0%} of the actions move nothing: a policy learns to stand still from them.")
+    if report.duplicates > DUPLICATE_SHARE:
+        warnings.append(f"{report.duplicates:.0%} of the images equal the one before: does the camera lag?")
+    if report.unused_dimensions:
+        warnings.append(f"The action dimensions {report.unused_dimensions} never change; they are trained to be 0.")
+    for dimension, share in enumerate(report.clipped):
+        if share > CLIPPED_SHARE:
+            warnings.append(f"{share:.0%} of the actions in dimension {dimension} are clipped by the statistics.")
+    span = np.array(report.q99) - np.array(report.q01)
+    far = np.maximum(np.array(report.highest) - report.q99, np.array(report.q01) - report.lowest) > FAR_OUT * span
+    for dimension in np.flatnonzero(far & (span > 0)).tolist():
+        value = max((report.lowest[dimension], report.highest[dimension]), key=abs)
+        warnings.append(f"Dimension {dimension} reaches {value:g}, far outside its usual range: a recording error?")
+    if robot.gripper:
+        begin_open = float((actions[starts, -1] > 0.5).mean())
+        if begin_open < 0.5:
+            warnings.append(f"Only {begin_open:.0%} of the episodes begin with an open gripper: is its sign right?")
+        if report.gripper_open in (0.0, 1.0):
+            warnings.append(f"The gripper is always {'open' if report.gripper_open else 'closed'}.")
+    elif actions.shape[1] == len("xyzrpyg"):
+        warnings.append("Nothing says what the gripper's values mean: give a robot whose adapter does, if it has one.")
+    if source_frequency and robot.frequency and abs(source_frequency / robot.frequency - 1) > 0.05:
+        warnings.append(f"The data is at {source_frequency:g} Hz, the robot {robot.name!r} at {robot.frequency:g} Hz.")
+    if report.frequency is None:
+        warnings.append("Nothing says how many actions a second there are; act at the rate of the recording.")
+    return warnings
+
+
+def judge_model(
+    model: Any,
+    processor: Any,
+    frames: Dataset,
+    unnorm_key: str | None = None,
+    *,
+    max_frames: int = 64,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """How near a model comes to the recorded actions, by `predict_action`, on frames spread over the data set.
+
+    Returns:
+        `frames`, `token_accuracy` (share of equal action tokens), and `l1` (mean, of normalised actions).
+    """
+    stats = model.get_action_stats(unnorm_key)
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)).tolist()
+    correct, distance = [], []
+    for start in range(0, len(chosen), batch_size):
+        batch = [frames[index] for index in chosen[start : start + batch_size]]
+        inputs = processor([frame["image"] for frame in batch], instruction=[frame["instruction"] for frame in batch])
+        details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
+        truth = normalize(np.stack([frame["action"] for frame in batch]), stats)
+        token_ids = np.asarray(details.token_ids)
+        labels = model.action_tokenizer.encode(truth)
+        correct.append((token_ids == labels).ravel())
+        distance.append(np.abs(model.action_tokenizer.decode(token_ids) - truth).ravel())
+        progress(min(start + batch_size, len(chosen)), len(chosen))
+    return {
+        "frames": len(chosen),
+        "token_accuracy": float(np.concatenate(correct).mean()),
+        "l1": float(np.concatenate(distance).mean()),
+    }
+
+
+def plot_actions(report: Report, path: str | os.PathLike, names: Sequence[str] | None = None) -> Path:
+    """Draws how often each of the 256 bins is used, a panel for each dimension."""
+    pyplot = import_extra("matplotlib.pyplot", "data")
+    count = len(report.histograms)
+    figure, axes = pyplot.subplots(
+        count, 1, figsize=(8, 1.3 * count), sharex=True, squeeze=False, layout="constrained"
+    )
+    edges = np.linspace(-1, 1, N_BINS)
+    for dimension, (axis, counts) in enumerate(zip(axes[:, 0], report.histograms, strict=True)):
+        axis.bar(edges, counts, width=2 / N_BINS, align="edge", log=True)
+        axis.set_ylabel(names[dimension] if names else f"action {dimension}")
+    axes[-1, 0].set_xlabel("normalised action; a bar is a token")
+    figure.suptitle(f"{report.name}: {report.frames} frames")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return Path(path)
+
+
+__all__ = ["Report", "examine", "judge_model", "plot_actions"]

@@ -1,0 +1,231 @@
+"""What every reader gives: episodes, and frames as rows of one schema, with images that are decoded when read.
+
+A row's image is bytes, or says where they are: `file#bytes=START-END` for a range of a file, `video.mp4#t=SECONDS`
+for a frame of a video. So a table of all frames is small, whatever the images weigh.
+
+Letters in shapes: T frames of an episode, A dimensions of an action, S of a state, H and W pixels.
+"""
+
+import importlib
+import io
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Features, Image, List, Value
+from PIL import Image as PILImage
+
+
+if TYPE_CHECKING:
+    from .robots import Robot
+
+FEATURES = Features(
+    {
+        "image": Image(decode=False),
+        "instruction": Value("string"),
+        "action": List(Value("float64")),
+        "action_mask": List(Value("bool")),
+        "state": List(Value("float64")),
+        "episode_index": Value("int64"),
+        "frame_index": Value("int64"),
+        "dataset": Value("string"),
+    }
+)
+"""Of the rows of every reader: `dataset` names the statistics of the action, `action_mask` is what they scale."""
+
+ImageReference = Mapping[str, Any]
+"""`{"bytes": encoded image or None, "path": where it is or None}`, as `datasets.Image` stores it."""
+
+logger = logging.getLogger(__name__)
+
+
+class BadEpisodeError(ValueError):
+    """An episode that can't be read or used; the message names the file and the record."""
+
+
+@dataclass
+class Episode:
+    """An episode as it is stored, before a robot adapter reads it.
+
+    source: File and record, for messages.
+    index: Number of the episode in its split.
+    images: (T) references.
+    instructions: (T) texts; empty where there is none.
+    columns: Numbers of each frame, (T, ...) by name; nested names are joined by dots.
+    """
+
+    source: str
+    index: int
+    images: Sequence[ImageReference]
+    instructions: Sequence[str]
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def episode_rows(episode: Episode, robot: "Robot", dataset: str) -> dict[str, Any]:
+    """The columns of an episode's rows in the robot's standard form; frames without an instruction are left out.
+
+    Raises:
+        BadEpisodeError: there are no frames, a column is missing, or numbers are of the wrong size, not finite or
+            out of their range.
+    """
+    if not len(episode.images):
+        raise BadEpisodeError(f"{episode.source}: the episode has length 0.")
+    try:
+        kept, actions, states = robot.standardize(episode.columns, len(episode.images))
+    except ValueError as error:
+        raise BadEpisodeError(f"{episode.source}: {error}") from error
+    told = np.array([bool(episode.instructions[index].strip()) for index in kept], bool)
+    kept, actions = kept[told], actions[told]
+    return {
+        "image": [episode.images[index] for index in kept],
+        "instruction": [episode.instructions[index] for index in kept],
+        "action": list(actions),
+        "action_mask": [robot.mask(actions.shape[1])] * len(kept),
+        "state": [None] * len(kept) if states is None else list(states[told]),
+        "episode_index": np.full(len(kept), episode.index),
+        "frame_index": kept,
+        "dataset": [dataset] * len(kept),
+    }
+
+
+def decode_frames(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Turns a batch of rows into frames: `image` uint8 (H, W, 3), `action` float64 (A,), `state` float64 (S,) or None.
+
+    Raises:
+        BadEpisodeError: an image can't be decoded.
+    """
+    decoded = dict(rows)
+    if "image" in rows:
+        decoded["image"] = [decode_image(reference) for reference in rows["image"]]
+    for name in ("action", "state"):
+        if name in rows:
+            decoded[name] = [None if row is None else np.array(row, np.float64) for row in rows[name]]
+    return decoded
+
+
+def decode_frame(row: dict[str, Any]) -> dict[str, Any]:
+    """One row as a frame; see `decode_frames`."""
+    return {name: values[0] for name, values in decode_frames({name: [value] for name, value in row.items()}).items()}
+
+
+def decode_image(reference: ImageReference) -> np.ndarray:
+    """The image that a row refers to, uint8 (H, W, 3).
+
+    Raises:
+        BadEpisodeError: the bytes are no image, or the file does not hold them.
+    """
+    data, path = reference["bytes"], reference["path"]
+    if data is None:
+        file, _, fragment = path.rpartition("#")
+        kind, _, value = fragment.partition("=")
+        if file and kind == "t":
+            from .video import read_frame
+
+            return read_frame(file, float(value))
+        if file and kind == "bytes":
+            start, end = map(int, value.split("-"))
+            data = _read_range(file, start, end)
+        else:
+            data = _read_range(path, 0, None)
+    try:
+        return _decode_jpeg(data) if data[:2] == b"\xff\xd8" else _decode_other(data)
+    except (OSError, ValueError) as error:
+        raise BadEpisodeError(f"{path or 'an image'}: this is no image that can be decoded ({error}).") from error
+
+
+def _read_range(path: str, start: int, end: int | None) -> bytes:
+    with fsspec.open(path, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if end is None else end - start)
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    # As TensorFlow decodes by default, hence the levels that the original was trained on.
+    return import_extra("simplejpeg", "data").decode_jpeg(data, fastdct=True, fastupsample=False)
+
+
+def _decode_other(data: bytes) -> np.ndarray:
+    return np.asarray(PILImage.open(io.BytesIO(data)).convert("RGB"))
+
+
+def matrix(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """A column of lists, or of single numbers, as (N, D).
+
+    Raises:
+        ValueError: rows are empty or differ in size; `name` says of what.
+    """
+    if column.null_count:
+        raise ValueError(f"{name!r} is empty in {column.null_count} rows.")
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        return column.to_numpy().reshape(-1, 1)
+    sizes = sorted(pc.unique(pc.list_value_length(column)).to_pylist())
+    if len(sizes) > 1:
+        raise ValueError(f"{name!r} has rows of {' and '.join(map(str, sizes))} numbers.")
+    return pc.list_flatten(column).to_numpy().reshape(len(column), -1)
+
+
+def encode_png(image: Any) -> ImageReference:
+    """An image (PIL, or an array uint8 (H, W, 3)) as a reference that holds it without loss."""
+    buffer = io.BytesIO()
+    # Level 1 is as small as the default within a tenth for camera images, in a fraction of the time.
+    PILImage.fromarray(np.asarray(image)).save(buffer, format="PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """A module of an optional dependency.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        message = f"This needs {module.partition('.')[0]}: pip install 'openvla-hf[{extra}]'"
+        raise ImportError(message, name=error.name) from error
+
+
+@dataclass
+class Losses:
+    """What of a data set does not become frames.
+
+    skip: Whether bad episodes are skipped; else the first one raises.
+    bad_episodes: Why each skipped one can't be used.
+    without_instruction: Number of frames that are left out because nothing says what the robot is to do.
+    """
+
+    skip: bool = False
+    bad_episodes: list[str] = field(default_factory=list)
+    without_instruction: int = 0
+
+    def note(self, error: BadEpisodeError) -> None:
+        """Raises the error, or notes it where bad episodes are skipped."""
+        if not self.skip:
+            raise error
+        self.bad_episodes.append(str(error))
+        logger.warning("Skipped bad episode %d: %s", len(self.bad_episodes), error)
+
+
+def usable_rows(
+    episodes: Iterable[Episode | BadEpisodeError], robot: "Robot", dataset: str, losses: Losses
+) -> Iterator[dict[str, Any]]:
+    """The columns of the rows of each episode that can be used; what is lost is noted in `losses`."""
+    for episode in episodes:
+        try:
+            if isinstance(episode, BadEpisodeError):
+                raise episode
+            rows = episode_rows(episode, robot, dataset)
+        except BadEpisodeError as error:
+            losses.note(error)
+        else:
+            losses.without_instruction += sum(not text.strip() for text in episode.instructions)
+            yield rows
+
+
+__all__ = ["FEATURES", "BadEpisodeError", "Episode", "decode_frames", "decode_image"]

@@ -1,0 +1,159 @@
+"""LeRobot data sets, versions 3.0 (files of many episodes) and 2.x (files of one): parquet tables and videos."""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from .frames import BadEpisodeError, Episode, ImageReference, matrix
+from .robots import Robot
+
+
+INFO_FILE = "meta/info.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An episode: its parquet file, and for each camera its video with the time at which the episode begins there."""
+
+    episode: int
+    path: str
+    length: int
+    videos: dict[str, tuple[str, float]]
+
+
+class LeRobotSource:
+    """A LeRobot folder.
+
+    Args:
+        fs: File system of the folder.
+        root: Folder with `meta/info.json`.
+        split: Name of the split.
+        prefix: What makes the file system's paths URLs, such as "hf://".
+
+    Raises:
+        ValueError: its version is not known, or there is no such split.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, root: str, split: str = "train", prefix: str = ""):
+        self.fs, self.root, self.prefix = fs, root, prefix
+        self.name = root.rstrip("/").rsplit("/", 1)[-1]
+        info = json.loads(fs.read_text(f"{root}/{INFO_FILE}"))
+        self.version: str = info["codebase_version"].lstrip("v")
+        if self.version.split(".")[0] not in ("2", "3"):
+            raise ValueError(f"{root} is of LeRobot's version {self.version}; 2.x and 3.x are read: convert it.")
+        self.info: dict[str, Any] = info
+        self.frequency: float | None = info["fps"]
+        self.features: dict[str, Any] = info["features"]
+        self.cameras = [name for name, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+        splits = info.get("splits") or {"train": f"0:{info['total_episodes']}"}
+        if split not in splits:
+            raise ValueError(f"There is no split {split!r}, there is {', '.join(map(repr, splits))}.")
+        start, end = splits[split].split(":")
+        self.episodes = range(int(start), int(end))
+
+    @functools.cached_property
+    def tasks(self) -> dict[int, str]:
+        """Instructions by number."""
+        if self.version.startswith("3"):
+            table = self._table("meta/tasks.parquet").to_pandas()
+            return {int(number): str(task) for task, number in table["task_index"].items()}
+        rows = self.fs.read_text(f"{self.root}/meta/tasks.jsonl").splitlines()
+        return {row["task_index"]: row["task"] for row in map(json.loads, filter(None, rows))}
+
+    def shards(self) -> list[Shard]:
+        """The episodes of the split."""
+        rows = self._episodes_v3() if self.version.startswith("3") else self._episodes_v2()
+        return [row for row in rows if row.episode in self.episodes]
+
+    def files(self) -> list[str]:
+        """Every file that the frames depend on."""
+        return [path for path in self.fs.find(self.root) if path.endswith((".parquet", ".mp4", ".json", ".jsonl"))]
+
+    def read(self, shard: Shard, robot: Robot) -> Iterator[Episode | BadEpisodeError]:
+        """The episode of a shard, or what is wrong with it."""
+        try:
+            yield self._read(shard, robot)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            yield BadEpisodeError(f"{shard.path}, episode {shard.episode}: {error}")
+
+    def _read(self, shard: Shard, robot: Robot) -> Episode:
+        camera = robot.choose_camera(self.cameras)
+        numbers = [name for name in self.features if name not in self.cameras]
+        names = robot.wanted_columns(numbers)
+        is_video = camera in shard.videos
+        stored = [*names, "task_index", "timestamp", *([] if is_video else [camera])]
+        filters = [("episode_index", "==", shard.episode)]
+        missing = sorted({*stored} - {*pq.read_schema(shard.path, filesystem=self.fs).names})
+        if missing:
+            raise ValueError(f"the column {', '.join(map(repr, missing))} is missing.")
+        table = pq.read_table(shard.path, columns=stored, filters=filters, filesystem=self.fs)
+        if len(table) != shard.length:
+            raise ValueError(f"there are {len(table)} rows, the meta data says {shard.length}.")
+        images: list[ImageReference]
+        if is_video:
+            video, start = shard.videos[camera]
+            images = [
+                {"bytes": None, "path": f"{video}#t={start + time:.6f}"} for time in table["timestamp"].to_pylist()
+            ]
+        else:
+            images = table[camera].to_pylist()
+        instructions = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
+        columns = {name: matrix(table[name], name) for name in names}
+        return Episode(f"{shard.path}, episode {shard.episode}", shard.episode, images, instructions, columns)
+
+    def _episodes_v3(self) -> list[Shard]:
+        keys = [name for name in self.cameras if self.features[name]["dtype"] == "video"]
+        columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+        columns += [
+            f"videos/{key}/{field}" for key in keys for field in ("chunk_index", "file_index", "from_timestamp")
+        ]
+        paths = sorted(self.fs.glob(f"{self.root}/meta/episodes/*/*.parquet"))
+        rows = [row for path in paths for row in pq.read_table(path, columns=columns, filesystem=self.fs).to_pylist()]
+
+        def file(template: str, prefix: str, row: dict[str, Any], **fields: Any) -> str:
+            where = {name: row[f"{prefix}/{name}"] for name in ("chunk_index", "file_index")}
+            return f"{self.root}/{template.format(**where, **fields)}"
+
+        return [
+            Shard(
+                row["episode_index"],
+                file(self.info["data_path"], "data", row),
+                row["length"],
+                {
+                    key: (
+                        self.prefix + file(self.info["video_path"], f"videos/{key}", row, video_key=key),
+                        row[f"videos/{key}/from_timestamp"],
+                    )
+                    for key in keys
+                },
+            )
+            for row in rows
+        ]
+
+    def _episodes_v2(self) -> list[Shard]:
+        keys = [name for name in self.cameras if self.features[name]["dtype"] == "video"]
+        rows = map(json.loads, filter(None, self.fs.read_text(f"{self.root}/meta/episodes.jsonl").splitlines()))
+        shards = []
+        for row in rows:
+            episode = row["episode_index"]
+            where = {"episode_chunk": episode // self.info["chunks_size"], "episode_index": episode}
+            videos = {
+                key: (f"{self.prefix}{self.root}/{self.info['video_path'].format(**where, video_key=key)}", 0.0)
+                for key in keys
+            }
+            shards.append(
+                Shard(episode, f"{self.root}/{self.info['data_path'].format(**where)}", row["length"], videos)
+            )
+        return shards
+
+    def _table(self, path: str) -> pa.Table:
+        return pq.read_table(f"{self.root}/{path}", filesystem=self.fs)
+
+
+__all__ = ["INFO_FILE", "LeRobotSource"]

@@ -1,0 +1,336 @@
+"""Any data set of episodes, local or on the Hub, as a `datasets.Dataset` or `IterableDataset` of frames.
+
+A frame is a dict: `image` uint8 (H, W, 3), `instruction` str, `action` float64 (A,), `state` float64 (S,) or None,
+`episode_index`, `frame_index`, `dataset` (the name that its statistics have) and `action_mask`, (A) bools, which
+dimensions of the action statistics scale.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Image, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from datasets.utils import tqdm
+from huggingface_hub import snapshot_download
+
+from .frames import (
+    FEATURES,
+    BadEpisodeError,
+    Episode,
+    Losses,
+    decode_frame,
+    decode_frames,
+    encode_png,
+    usable_rows,
+)
+from .lerobot import INFO_FILE, LeRobotSource
+from .rlds import RLDSSource, find_version
+from .robots import Robot, find_name, resolve_robot
+
+
+Source = LeRobotSource | RLDSSource
+Frames: TypeAlias = Dataset | IterableDataset
+Episodes = Iterable[Sequence[Mapping[str, Any]]]
+
+INDEX_VERSION = 1
+"""Part of the name of a cached table: a change of what is in it makes old ones unused."""
+WRITE_ROWS = 1024
+"""Rows that are gathered before they are written: few and large pieces are read faster."""
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    data: str | os.PathLike | Dataset | IterableDataset,
+    robot: Robot | str | None = None,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    camera: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+    skip_bad_episodes: bool = False,
+) -> Frames:
+    """Loads a data set in any known format: LeRobot 3.x and 2.x, RLDS, or one of `datasets` with an Image column.
+
+    Without `streaming`, the result is a table of all frames whose images are decoded when they are read: it can be
+    indexed, shuffled and resumed exactly, and stays small. It is made in one pass and cached by the files' sizes and
+    times. With `streaming`, nothing is kept: the result is read from front to back.
+
+    Args:
+        data: Folder, Hub id or URL, or a data set that is already loaded.
+        robot: Adapter or its name; by default the one registered under the data set's name, else the generic one.
+        split: Which split.
+        name: Name that the statistics get; the data set's own by default.
+        camera: The image to read instead of the adapter's.
+        streaming: Whether to give an `IterableDataset`; its shards are episodes (LeRobot) or files.
+        shuffle_buffer: With `streaming`, encoded frames that are held to draw from.
+        seed: Of the draws.
+        skip_bad_episodes: Whether to go on without episodes that can't be used; each is logged with its number.
+
+    Raises:
+        FileNotFoundError: there is nothing at `data`.
+        ValueError: it has no known format, or lacks a split, a camera or a column.
+        BadEpisodeError: an episode can't be used; the message names the file and the record.
+    """
+    source = open_source(data, split, streaming)
+    name = name or name_of(source)
+    adapter = resolve_robot(robot, name, camera)
+    if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
+        return read_table(source, adapter, name, Losses(skip_bad_episodes))
+    if isinstance(source, IterableDataset):
+        rows = _adapt_stream(source, adapter, name)
+    else:
+        adapter.choose_camera(source.cameras)
+        arguments = {"shards": source.shards(), "source": source, "robot": adapter, "name": name}
+        rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments | {"skip": skip_bad_episodes})
+    if shuffle_buffer:
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    return rows.map(decode_frame)
+
+
+def name_of(source: Source | Frames) -> str:
+    """The name that a data set gives itself."""
+    return (source.info.dataset_name or "data") if isinstance(source, (Dataset, IterableDataset)) else source.name
+
+
+def read_table(source: Source | Dataset, robot: Robot, name: str, losses: Losses) -> Dataset:
+    """A table of all frames, with what was lost noted in `losses`."""
+    if isinstance(source, Dataset):
+        return _adapt_table(source, robot, name, losses)
+    # At once, and not an episode at a time: no episode could be read.
+    robot.choose_camera(source.cameras)
+    stamps = [(path, info["size"], info.get("mtime")) for path in source.files() for info in [source.fs.info(path)]]
+    key = Hasher.hash([INDEX_VERSION, stamps, robot, name, losses.skip])
+
+    def columns() -> Iterator[dict[str, Any]]:
+        for shard in tqdm(source.shards(), desc=f"Reading {name}", unit=" shards"):
+            yield from usable_rows(source.read(shard, robot), robot, name, losses)
+
+    return _write_table(columns(), losses, name, key)
+
+
+def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -> Source | Frames:
+    """Recognises the format and reads the meta data.
+
+    Raises:
+        FileNotFoundError: there is nothing at `data`.
+        ValueError: there is no such split.
+    """
+    if isinstance(data, (Dataset, IterableDataset)):
+        return data
+    path = os.fspath(data)
+    if "://" not in path and not os.path.exists(path):
+        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"There is no data set at {path!r}: give a folder, a URL or a Hub id (user/name).")
+        path = f"hf://datasets/{path}" if streaming else snapshot_download(path, repo_type="dataset")
+    fs, root = fsspec.core.url_to_fs(path)
+    prefix = f"{path.split('://')[0]}://" if "://" in path else ""
+    if fs.exists(f"{root}/{INFO_FILE}"):
+        return LeRobotSource(fs, root, split, prefix)
+    if version := find_version(fs, root):
+        return RLDSSource(fs, version, split, inline=streaming)
+    if fs.exists(f"{root}/state.json"):
+        return datasets.load_from_disk(path)
+    return datasets.load_dataset(path.removeprefix("hf://datasets/"), split=split, streaming=streaming)
+
+
+def from_episodes(
+    episodes: Episodes | Callable[[], Episodes],
+    robot: Robot | str | None = None,
+    *,
+    name: str = "episodes",
+    streaming: bool = False,
+    skip_bad_episodes: bool = False,
+) -> Frames:
+    """Frames of episodes that Python code makes.
+
+    Args:
+        episodes: An iterable of episodes, or a function that gives one, which can be read again and again. An episode
+            is a sequence of dicts with `image`, `instruction`, `action`, and maybe `state`.
+        robot: See `load`.
+        name: Name that the statistics get.
+        streaming: Whether to make frames as they are read (`episodes` is then a function); else they are made once
+            and kept on disk, without loss.
+        skip_bad_episodes: See `load`.
+
+    Raises:
+        BadEpisodeError: an episode can't be used; the message says which.
+        TypeError: `streaming` without a function.
+    """
+    adapter = resolve_robot(robot, name)
+    if streaming:
+        if not callable(episodes):
+            raise TypeError("A stream starts over at every epoch: pass a function that gives the episodes.")
+        arguments = {"make": episodes, "robot": adapter, "name": name, "skip": skip_bad_episodes}
+        return IterableDataset.from_generator(_generate_made, gen_kwargs=arguments)
+    made = _read_made(episodes() if callable(episodes) else episodes, encode_png)
+    losses = Losses(skip_bad_episodes)
+    return _write_table(usable_rows(made, adapter, name, losses), losses, name, None)
+
+
+def _read_made(episodes: Episodes, encode: Callable[[Any], Any]) -> Iterator[Episode | BadEpisodeError]:
+    for index, frames in enumerate(episodes):
+        source = f"episode {index}"
+        try:
+            columns = {
+                key: np.array([frame[key] for frame in frames]) for key in ("action", "state") if key in frames[0]
+            }
+            images = [encode(frame["image"]) for frame in frames]
+            yield Episode(source, index, images, [frame["instruction"] for frame in frames], columns)
+        except IndexError:
+            yield BadEpisodeError(f"{source}: the episode has length 0.")
+        except KeyError as error:
+            yield BadEpisodeError(f"{source}: a frame lacks {error}.")
+        except ValueError as error:
+            yield BadEpisodeError(f"{source}: {error}")
+
+
+def _generate_made(make: Callable[[], Episodes], robot: Robot, name: str, skip: bool) -> Iterator[dict[str, Any]]:
+    # Images stay arrays: what is not stored need not be encoded.
+    for columns in usable_rows(_read_made(make(), np.asarray), robot, name, Losses(skip)):
+        yield from _as_rows(columns)
+
+
+def _generate(shards: list[Any], source: Source, robot: Robot, name: str, skip: bool) -> Iterator[dict[str, Any]]:
+    losses = Losses(skip)
+    for shard in shards:
+        for columns in usable_rows(source.read(shard, robot), robot, name, losses):
+            yield from _as_rows(columns)
+
+
+def _as_rows(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def _write_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, key: str | None) -> Dataset:
+    """The table of the cache under `key`, which is written from the columns if it is not there.
+
+    Without a key, the name of the table is a hash of what is in it.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "openvla_hf"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{key}.arrow"
+    if key is None or not path.exists():
+        # Written beside its place and then moved there: a table that was cut short is never taken for a whole one.
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            table, lost = Path(unfinished, "table.arrow"), Path(unfinished, "lost.json")
+            _write_rows(table, columns)
+            lost.write_text(json.dumps(asdict(losses)))
+            if key is None:
+                with table.open("rb") as file:
+                    path = folder / f"{name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.arrow"
+            os.replace(lost, path.with_suffix(".json"))
+            os.replace(table, path)
+    else:
+        before = Losses(**json.loads(path.with_suffix(".json").read_text()))
+        losses.bad_episodes, losses.without_instruction = before.bad_episodes, before.without_instruction
+        if bad := losses.bad_episodes:
+            logger.warning("%d bad episodes of %s are skipped, the first: %s", len(bad), name, bad[0])
+    return Dataset.from_file(str(path)).with_transform(decode_frames)
+
+
+def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
+    schema = FEATURES.arrow_schema
+    waiting: list[pa.Table] = []
+
+    def flush() -> None:
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
+            waiting.clear()
+
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for each in columns:
+            waiting.append(pa.table(each, schema=schema))
+            if sum(map(len, waiting)) >= WRITE_ROWS:
+                flush()
+        flush()
+
+
+def _adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses) -> Dataset:
+    """Keeps the images where they are, and makes the other columns anew."""
+    camera = robot.choose_camera(_image_columns(data))
+    columns = robot.wanted_columns(data.column_names)
+    instruction = find_name(robot.instruction, data.column_names, "instruction")
+    ordering = [column for column in ("episode_index", "frame_index") if column in data.column_names]
+    table = data.select_columns([*columns, instruction, *ordering]).with_format("numpy")[:]
+    episode_of = np.asarray(table.get("episode_index", np.zeros(len(data), np.int64)))
+    if robot.needs_whole_episodes and "episode_index" not in ordering:
+        raise ValueError(f"The adapter {robot.name!r} needs whole episodes, but there is no column 'episode_index'.")
+    starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
+
+    def episodes() -> Iterator[Episode]:
+        for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
+            index = int(episode_of[start])
+            texts = [str(text or "") for text in table[instruction][start:end]]
+            numbers = {column: np.stack(list(table[column][start:end])) for column in columns}
+            yield Episode(f"{name}, episode {index}", index, range(start, end), texts, numbers)  # type: ignore[arg-type]
+
+    tables = []
+    row_of: list[int] = []
+    for rows in usable_rows(episodes(), robot, name, losses):
+        row_of += rows.pop("image")
+        tables.append(rows)
+    schema = FEATURES.arrow_schema.remove(0)
+    numbers = Dataset(pa.concat_tables([schema.empty_table(), *(pa.table(each, schema=schema) for each in tables)]))
+    images = data.select_columns([camera]).cast_column(camera, Image(decode=False))
+    if camera != "image":
+        images = images.rename_column(camera, "image")
+    if len(row_of) < len(data):
+        images = images.select(row_of)
+    return concatenate_datasets([images, numbers], axis=1).with_transform(decode_frames)
+
+
+def _adapt_stream(data: IterableDataset, robot: Robot, name: str) -> IterableDataset:
+    """Row by row."""
+    if robot.needs_whole_episodes:
+        raise ValueError(f"The adapter {robot.name!r} needs whole episodes: load this data set without streaming.")
+    if data.features is None:
+        raise ValueError("The features of this stream are not known: give them to it, or load it without streaming.")
+    camera = robot.choose_camera(_image_columns(data))
+    columns = robot.wanted_columns(data.column_names)
+    instruction = find_name(robot.instruction, data.column_names, "instruction")
+
+    def adapt(row: dict[str, Any], index: int) -> dict[str, Any]:
+        numbers = {column: np.asarray(row[column], np.float64)[None] for column in columns}
+        try:
+            _, actions, states = robot.standardize(numbers, 1)
+        except ValueError as error:
+            raise BadEpisodeError(f"{name}, row {index}: {error}") from error
+        return {
+            "image": row[camera],
+            "instruction": row[instruction],
+            "action": actions[0],
+            "action_mask": robot.mask(actions.shape[1]),
+            "state": None if states is None else states[0],
+            "episode_index": row.get("episode_index", 0),
+            "frame_index": row.get("frame_index", index),
+            "dataset": name,
+        }
+
+    data = data.cast_column(camera, Image(decode=False))
+    return data.map(adapt, with_indices=True, remove_columns=data.column_names).filter(_has_instruction)
+
+
+def _has_instruction(row: dict[str, Any]) -> bool:
+    return bool(row["instruction"] and row["instruction"].strip())
+
+
+def _image_columns(data: Frames) -> list[str]:
+    return [name for name, feature in data.features.items() if isinstance(feature, Image)]
+
+
+__all__ = ["Frames", "from_episodes", "load"]

@@ -1,0 +1,102 @@
+"""Action statistics, as `dataset_statistics.json` holds them: exact, in one pass over the actions."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from .frames import FEATURES, matrix
+
+
+FILE_NAME = "dataset_statistics.json"
+LOW, HIGH = 0.01, 0.99
+COLUMNS = ("dataset", "episode_index", "action", "action_mask", "state")
+READ_ROWS = 16384
+
+
+def describe(values: np.ndarray) -> dict[str, list[float]]:
+    """Mean, deviation, range and the quantiles 0.01 and 0.99 of (N, D) values, each (D)."""
+    quantiles = np.quantile(values, (LOW, HIGH), axis=0)
+    rows = {
+        "mean": values.mean(0),
+        "std": values.std(0),
+        "max": values.max(0),
+        "min": values.min(0),
+        "q01": quantiles[0],
+        "q99": quantiles[1],
+    }
+    return {name: row.tolist() for name, row in rows.items()}
+
+
+def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
+    """Statistics of every data set that the frames are of; images are not read from a `Dataset`.
+
+    Args:
+        frames: From `load`, `from_episodes` or `mix`; a stream must end, so those of a mixture of streams are
+            computed of its parts.
+
+    Returns:
+        `{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {...}, "num_transitions",
+        "num_trajectories"}}`; "proprio" where there is a state.
+
+    Raises:
+        ValueError: there are no frames, or actions of one data set differ in size.
+    """
+    actions: dict[str, list[np.ndarray]] = {}
+    states: dict[str, list[np.ndarray]] = {}
+    masks: dict[str, list[bool]] = {}
+    episodes: dict[str, set[int]] = {}
+    for name, batch in _read(frames):
+        actions.setdefault(name, []).append(matrix(batch["action"], f"{name}: action"))
+        masks.setdefault(name, batch["action_mask"][0].as_py())
+        episodes.setdefault(name, set()).update(pc.unique(batch["episode_index"]).to_pylist())
+        if not batch["state"].null_count:
+            states.setdefault(name, []).append(matrix(batch["state"], f"{name}: state"))
+    if not actions:
+        raise ValueError("There are no frames to compute statistics of.")
+    statistics = {}
+    for name, parts in actions.items():
+        sizes = sorted({part.shape[1] for part in parts})
+        if len(sizes) > 1:
+            raise ValueError(f"{name!r} has actions of {' and '.join(map(str, sizes))} dimensions.")
+        statistics[name] = {
+            "action": describe(np.concatenate(parts)) | {"mask": masks[name]},
+            **({"proprio": describe(np.concatenate(states[name]))} if name in states else {}),
+            "num_transitions": sum(map(len, parts)),
+            "num_trajectories": len(episodes[name]),
+        }
+    return statistics
+
+
+def _read(frames: Dataset | IterableDataset) -> Iterator[tuple[str, pa.Table]]:
+    """Pieces of the table of numbers, each of one data set."""
+    if isinstance(frames, Dataset):
+        pieces = frames.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=READ_ROWS)
+    else:
+        schema = pa.schema([FEATURES.arrow_schema.field(name) for name in COLUMNS])
+        batches = frames.select_columns(list(COLUMNS)).iter(batch_size=READ_ROWS)
+        pieces = (pa.table(batch, schema=schema) for batch in batches)
+    for piece in pieces:
+        for name in pc.unique(piece["dataset"]).to_pylist():
+            yield name, piece.filter(pc.equal(piece["dataset"], name))
+
+
+def save_statistics(statistics: dict[str, Any], folder: str | os.PathLike) -> Path:
+    """Writes `dataset_statistics.json` into a folder, and gives its path."""
+    path = Path(folder) / FILE_NAME
+    path.write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def load_statistics(folder: str | os.PathLike) -> dict[str, Any]:
+    """Reads `dataset_statistics.json` of a folder."""
+    return json.loads((Path(folder) / FILE_NAME).read_text(encoding="utf-8"))
+
+
+__all__ = ["compute_statistics", "load_statistics", "save_statistics"]

@@ -1,0 +1,461 @@
+"""From a prompt and an image to the ids of an action: greedy decoding over the action ids, and what it needs.
+
+Shapes: B batch, P image patches, T tokens, A action dimensions, N action bins, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+from .configuration_openvla import OpenVLAConfig
+
+
+if TYPE_CHECKING:
+    from .modeling_openvla import OpenVLAForActionPrediction
+
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Attention implementations that take a mask (B, 1, queries, keys) to add."""
+PROMPT_BUCKET = 32
+"""Caches, and the prompts of compiled passes, grow by so many tokens: a few sizes serve every instruction."""
+MAX_COMPILED_SHAPES = 128
+
+
+@dataclass
+class ActionTokens:
+    """Decoded ids.
+
+    token_ids: (B, A) int64.
+    action_logits: (B, A, N) logits of the action ids, lowest action value first (the highest id).
+    forward_passes: How often the language model ran.
+    """
+
+    token_ids: torch.Tensor
+    action_logits: torch.Tensor
+    forward_passes: int
+
+
+def insert_image_tokens(
+    config: OpenVLAConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Put the image placeholders after BOS in (B, T) ids that have none, and grow mask and labels with them."""
+    patches, length = config.num_image_tokens, input_ids.shape[1]
+    # Ids no longer than an image can't hold one; longer ones are looked at, outside a compiled graph.
+    if length > patches and (torch.compiler.is_compiling() or bool((input_ids == config.image_token_id).any())):
+        return input_ids, attention_mask, labels
+    # BOS is the first token that is attended to: rows may be padded on the left.
+    bos = input_ids.new_zeros(len(input_ids)) if attention_mask is None else attention_mask.long().argmax(dim=1)
+    position = torch.arange(length + patches, device=input_ids.device).expand(len(input_ids), -1)
+    bos = bos.unsqueeze(1)
+    image = (position > bos) & (position <= bos + patches)
+    source = torch.where(position > bos, position - patches, position).clamp(min=0)
+
+    def grow(tensor: torch.Tensor | None, value: int) -> torch.Tensor | None:
+        return None if tensor is None else tensor.gather(1, source).masked_fill(image, value)
+
+    return grow(input_ids, config.image_token_id), grow(attention_mask, 1), grow(labels, -100)
+
+
+def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move padding on the right of (B, T) rows to their left, so that every row ends in its last token."""
+    trailing = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)
+    source = (torch.arange(input_ids.shape[1], device=input_ids.device) - trailing) % input_ids.shape[1]
+    return input_ids.gather(1, source), attention_mask.gather(1, source)
+
+
+def append_prompt_suffix(
+    config: OpenVLAConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """End every left-padded row (B, T) in the id that precedes an action; rows that do already are padded."""
+    suffix = config.prompt_suffix_token_id
+    if suffix is None:
+        return input_ids, attention_mask
+    lacking = input_ids[:, -1] != suffix
+    if not bool(lacking.any()):
+        return input_ids, attention_mask
+
+    def grow(tensor: torch.Tensor, pad: int | None, value: int) -> torch.Tensor:
+        appended = torch.nn.functional.pad(tensor, (0, 1), value=value)
+        padded = torch.nn.functional.pad(tensor, (1, 0), value=pad)
+        return torch.where(lacking.unsqueeze(1), appended, padded)
+
+    return grow(input_ids, config.pad_token_id, suffix), grow(attention_mask, 0, 1)
+
+
+class ActionIdsOnly(LogitsProcessor):
+    """Leaves the action ids as the only choice of `generate`."""
+
+    def __init__(self, first_id: int, end_id: int):
+        self.first_id, self.end_id = first_id, end_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, V) scores -> the same, with -inf everywhere else."""
+        allowed = torch.full_like(scores, float("-inf"))
+        allowed[:, self.first_id : self.end_id] = scores[:, self.first_id : self.end_id]
+        return allowed
+
+
+def decode_actions(
+    model: "OpenVLAForActionPrediction",
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dims: Sequence[int],
+    constrained: bool = True,
+    draft_token_ids: torch.Tensor | np.ndarray | Sequence | None = None,
+    **generate_kwargs: Any,
+) -> ActionTokens:
+    """Decode the ids of one action a row after left-padded prompts (B, T) with their placeholders in place.
+
+    Greedy decoding runs here, in `max(dims)` passes of the language model, or fewer with a draft; anything else that
+    `generate_kwargs` ask for goes through `generate`, and so does a language model that can't be given our masks.
+    """
+    if generate_kwargs or not _takes_our_masks(model, input_ids.shape[1] + max(dims)):
+        return _decode_by_generate(
+            model, input_ids, pixel_values, attention_mask, max(dims), constrained, **generate_kwargs
+        )
+    with _Decoding(model, input_ids, pixel_values, attention_mask, max(dims), constrained) as decoding:
+        if draft_token_ids is None:
+            return decoding.one_by_one()
+        return decoding.verify(decoding.as_draft(draft_token_ids), torch.tensor(dims, device=input_ids.device))
+
+
+def _takes_our_masks(model: "OpenVLAForActionPrediction", length: int) -> bool:
+    """Whether every layer attends to all of `length` tokens before it, under a mask that is added."""
+    config = model.config.text_config
+    if config._attn_implementation not in MASKED_ATTENTION:
+        return False
+    if torch.is_autocast_enabled(model.device.type):  # keys and values of two dtypes, and a cache has one
+        return False
+    return all(
+        type(layer) in (StaticLayer, StaticSlidingWindowLayer) and layer.max_cache_len == length
+        for layer in StaticCache(config, length).layers
+    )
+
+
+def _decode_by_generate(
+    model: "OpenVLAForActionPrediction",
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_tokens: int,
+    constrained: bool,
+    do_sample: bool = False,
+    **generate_kwargs: Any,
+) -> ActionTokens:
+    """Sampling, beams, and attention implementations that take no mask of our making."""
+    end_id = model.config.action_vocab_end
+    first_id = end_id - model.config.n_action_bins
+    only = LogitsProcessorList([ActionIdsOnly(first_id, end_id)] if constrained else [])
+    outputs = model.generate(
+        input_ids=input_ids,
+        pixel_values=pixel_values,
+        attention_mask=attention_mask,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=do_sample,
+        logits_processor=only,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **generate_kwargs,
+    )
+    logits = torch.stack(outputs.logits, dim=1)[..., first_id:end_id].flip(-1)
+    if generate_kwargs.get("num_beams", 1) > 1:  # (B * beams, A, N): follow the beam of each row's token
+        logits = logits[outputs.beam_indices, torch.arange(num_tokens, device=logits.device)]
+    return ActionTokens(outputs.sequences[:, input_ids.shape[1] :], logits, num_tokens)
+
+
+def action_pass(
+    model: "OpenVLAForActionPrediction",
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: Cache,
+    slot: torch.Tensor,
+    keep: int,
+    constrained: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the language model over `input_ids` (B, T): all that happens on the device between two tokens.
+
+    This is what `compile_action_pass` compiles: it neither asks the device for a value nor makes a shape of one.
+
+    Args:
+        model: The policy.
+        input_ids: (B, T), with image placeholders where there are images.
+        pixel_values: Images of the placeholders; `None` in all passes but the first.
+        mask: (B, 1, T, slots of the cache), added to the attention's scores.
+        position_ids: (B, T).
+        cache: Its slots before the first one written hold what this pass attends to.
+        slot: () int64, the first slot that is written.
+        keep: At how many of the last positions to predict.
+        constrained: Choose among the action ids only.
+
+    Returns:
+        Greedy ids (B, keep), and the logits (B, keep, N) of the action ids, highest id first.
+    """
+    if pixel_values is not None:
+        cache.reset()  # old slots are masked, but a NaN that is left in one would spoil a sum all the same
+    for layer in cache.layers:
+        layer.cumulative_length.copy_(slot)
+    hidden = model.model.language_model(
+        inputs_embeds=model.model.embed(input_ids, pixel_values),
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -keep:]
+    end_id = model.config.action_vocab_end
+    first_id = end_id - model.config.n_action_bins
+    head = model.lm_head
+    # Rows of a plain weight are cut out before they are multiplied; an adapter, a quantised or an offloaded head
+    # gives all its logits, and these are cut.
+    plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.weight.device == hidden.device
+    if constrained and plain:
+        logits = nn.functional.linear(hidden, head.weight[first_id:end_id])
+        return logits.argmax(-1) + first_id, logits.flip(-1)
+    logits = head(hidden)
+    of_actions = logits[..., first_id:end_id]
+    token_ids = of_actions.argmax(-1) + first_id if constrained else logits.argmax(-1)
+    return token_ids, of_actions.flip(-1)
+
+
+def compile_action_pass(mode: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """`action_pass`, compiled for each shape that it meets; `mode` is that of `torch.compile`.
+
+    Where compilation fails, as without a C++ compiler or Triton, the model warns once and goes on without.
+    """
+    # Not imported by everyone who predicts: it takes seconds.
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    compiled = torch.compile(action_pass, mode=mode, fullgraph=True, dynamic=False)
+    # Four shapes for each length of prompt and batch size: the first pass and the others, with a draft and without.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
+
+    def run(
+        model: "OpenVLAForActionPrediction",
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Cache,
+        *args: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A window's strides would tell apart what has the same shape.
+        mask, position_ids = (one.clone(memory_format=torch.contiguous_format) for one in (mask, position_ids))
+        inputs = (model, input_ids, pixel_values, mask, position_ids, cache, *args)
+        if not cache.layers[0].is_initialized:  # memory that is made in a graph does not stay where it is
+            action_pass(*inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            token_ids, logits = compiled(*inputs)
+        except (FailOnRecompileLimitHit, TorchDynamoException) as error:
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"Actions are predicted without compilation, since it failed: {reason}", stacklevel=2)
+            model.action_pass = action_pass
+            return action_pass(*inputs)
+        # The graph's next replay writes over what this one gave.
+        return token_ids.clone(), logits.clone()
+
+    return run
+
+
+class _Decoding:
+    """One call: prompts in a static cache, and after them the slots of the action's tokens.
+
+    Every row's action starts in the same slot, since prompts are padded on the left. Passes may write a slot again:
+    what is behind the pass is masked, so what a wrong guess left there is never seen.
+    """
+
+    def __init__(
+        self,
+        model: "OpenVLAForActionPrediction",
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_tokens: int,
+        constrained: bool,
+    ):
+        self.model, self.constrained, self.num_tokens = model, constrained, num_tokens
+        self.compiled = model.action_pass is not action_pass
+        if self.compiled:  # for a few lengths of prompt
+            missing = -input_ids.shape[1] % PROMPT_BUCKET
+            input_ids = nn.functional.pad(input_ids, (missing, 0), value=model.config.pad_token_id)
+            attention_mask = nn.functional.pad(attention_mask, (missing, 0), value=0)
+        self.input_ids, self.pixel_values = input_ids, pixel_values
+        rows, self.prompt = input_ids.shape
+        slots = self.prompt + num_tokens - 1  # nothing reads the last token's
+        self.capacity = -(-slots // PROMPT_BUCKET) * PROMPT_BUCKET
+        # What a tensor is made of must fit, and one that is made in inference mode can't be written outside of it.
+        self.cache_key = (rows, self.capacity, input_ids.device, model.dtype, torch.is_inference_mode_enabled())
+
+        self.slots = torch.arange(self.capacity, device=input_ids.device)
+        query = self.slots[:slots, None]
+        filled = nn.functional.pad(attention_mask.bool(), (0, self.capacity - self.prompt), value=True)
+        # Padding sees itself, so that no row of the softmax is empty.
+        seen = ((self.slots <= query) & filled[:, None]) | (self.slots == query)
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
+        self.mask = mask.masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)
+        self.position_ids = (filled[:, :slots].long().cumsum(-1) - 1).clamp(min=0)
+
+    def __enter__(self) -> "_Decoding":
+        # Taken out while in use: another thread that predicts meanwhile makes its own.
+        cache = self.model.action_caches.pop(self.cache_key, None)
+        self.cache = new_cache(self.model.config.text_config, self.capacity) if cache is None else cache
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self.compiled:  # graphs know the caches of all sizes by their addresses
+            self.model.action_caches.clear()
+        self.model.action_caches[self.cache_key] = self.cache
+
+    def run(
+        self, input_ids: torch.Tensor, slot: int, keep: int, pixel_values: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass over ids (B, T) that go into the slots from `slot` on."""
+        window = slice(slot, slot + input_ids.shape[1])
+        return self.model.action_pass(
+            self.model,
+            input_ids,
+            pixel_values,
+            self.mask[:, :, window],
+            self.position_ids[:, window],
+            self.cache,
+            self.slots[slot],
+            keep,
+            self.constrained,
+        )
+
+    def one_by_one(self) -> ActionTokens:
+        """The prompt, then each token after the other."""
+        token, of_actions = self.run(self.input_ids, 0, 1, self.pixel_values)
+        token_ids, action_logits = [token], [of_actions]
+        for slot in range(self.prompt, self.prompt + self.num_tokens - 1):
+            token, of_actions = self.run(token, slot, 1)
+            token_ids.append(token)
+            action_logits.append(of_actions)
+        return ActionTokens(torch.cat(token_ids, dim=1), torch.cat(action_logits, dim=1), self.num_tokens)
+
+    def as_draft(self, token_ids: torch.Tensor | np.ndarray | Sequence) -> torch.Tensor:
+        """Any guess as ids (B, A): cut or filled up; what is no id becomes one, and will be found wrong."""
+        draft = torch.as_tensor(token_ids, dtype=torch.long, device=self.input_ids.device)
+        rows = len(self.input_ids)
+        draft = draft[None] if draft.ndim == 1 else draft
+        if draft.ndim != 2 or len(draft) not in (1, rows):
+            raise ValueError(
+                f"`draft_token_ids` of shape {tuple(draft.shape)} for {rows} observations: give one row of ids, "
+                "or one for each observation."
+            )
+        draft = draft[:, : self.num_tokens].expand(rows, -1)
+        draft = nn.functional.pad(draft, (0, self.num_tokens - draft.shape[1]), value=-1)
+        config = self.model.config
+        # A placeholder in the first pass would take a patch of the image.
+        is_id = (draft >= 0) & (draft < config.text_config.vocab_size) & (draft != config.image_token_id)
+        return draft.where(is_id, config.action_vocab_end - 1)
+
+    def verify(self, draft: torch.Tensor, dims: torch.Tensor) -> ActionTokens:
+        """Give the model a guess (B, A) of the action, and correct it until it is what the model says.
+
+        A token is right when everything before it is. So the first token that a pass changes is right too, and each
+        pass settles at least one more: never more passes than one by one, and a single one if the guess was right.
+        What follows a wrong token is guessed by the pass that found it wrong (Jacobi's iteration).
+        """
+        last = self.num_tokens
+        prompt_and_draft = torch.cat([self.input_ids, draft[:, :-1]], dim=1)
+        token_ids, action_logits = self.run(prompt_and_draft, 0, last, self.pixel_values)
+        known = (1 + _leading(token_ids == draft)).clamp(max=last)  # (B,) tokens that are right
+        passes = 1
+        while (first := int(known.where(known < dims, last).min())) < last:
+            # From the newest right token of the row that is furthest behind; compiled passes have one length.
+            start = 1 if self.compiled else first
+            guess, logits = self.run(token_ids[:, start - 1 : -1], self.prompt + start - 1, last - start)
+            before = token_ids[:, start:]
+            is_known = torch.arange(start, last, device=known.device) < known.unsqueeze(1)  # stays as it is
+            guess = before.where(is_known, guess)
+            known = (start + 1 + _leading(guess == before)).clamp(max=last)
+            action_logits[:, start:] = action_logits[:, start:].where(is_known.unsqueeze(-1), logits)
+            token_ids[:, start:] = guess
+            passes += 1
+        return ActionTokens(token_ids, action_logits, passes)
+
+
+def _leading(agrees: torch.Tensor) -> torch.Tensor:
+    """(B, A) bool -> (B,): how many are true before the first that is not."""
+    return agrees.long().cumprod(dim=1).sum(dim=1)
+
+
+def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
+    """A cache that takes its memory in the first pass, and keeps it."""
+    return Cache(layers=[StaticLayer(capacity) for _ in range(config.num_hidden_layers)])
+
+
+class ActionStream:
+    """One robot's control loop: the tokens of its last action are the draft of the next.
+
+    The actions are those of `predict_action`; only the passes that they take are fewer, since a robot's next action
+    resembles its last. A batch is several robots in step.
+
+    Example:
+        ```python
+        stream = model.action_stream("bridge_orig")
+        for frame in camera:
+            robot.step(stream.predict_action(**processor(frame, instruction=instruction)))
+        stream.reset()  # a new episode
+        ```
+
+    Attributes:
+        token_ids: (B, A) of the last action, or `None` at the start of an episode.
+        forward_passes: How often the language model ran for it.
+    """
+
+    def __init__(self, model: "OpenVLAForActionPrediction", unnorm_key: str | list[str] | None = None):
+        self.model, self.unnorm_key = model, unnorm_key
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an episode: forget the last action."""
+        self.token_ids: np.ndarray | None = None
+        self.forward_passes = 0
+
+    def predict_action(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_details: bool = False,
+    ) -> Any:
+        """As `OpenVLAForActionPrediction.predict_action`."""
+        draft = self.token_ids if self.token_ids is not None and len(self.token_ids) == len(input_ids) else None
+        details = self.model.predict_action(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            self.unnorm_key,
+            draft_token_ids=draft,
+            return_details=True,
+        )
+        self.token_ids, self.forward_passes = details.token_ids, details.forward_passes
+        if return_details:
+            return details
+        return details.actions[0] if len(details.actions) == 1 else details.actions
+
+
+__all__ = [
+    "ActionStream",
+    "ActionTokens",
+    "action_pass",
+    "append_prompt_suffix",
+    "compile_action_pass",
+    "decode_actions",
+    "insert_image_tokens",
+    "left_pad",
+]

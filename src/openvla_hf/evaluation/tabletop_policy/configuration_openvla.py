@@ -1,0 +1,214 @@
+"""Configuration of OpenVLA: one or two vision towers, a causal language model, and the action statistics."""
+
+from typing import Any
+
+import transformers
+
+
+MINIMUM_TRANSFORMERS = (5, 20)
+
+# Checked before anything newer is imported, so that an old installation gets this sentence and no ImportError.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_TRANSFORMERS:
+    raise ImportError(
+        f"This OpenVLA needs transformers >= {'.'.join(map(str, MINIMUM_TRANSFORMERS))}, "
+        f"but {transformers.__version__} is installed: run `pip install -U transformers`."
+    )
+
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.configuration_utils import SubConfigSpec  # noqa: E402
+
+
+def _dinov2(image_size: int) -> dict[str, Any]:
+    return {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": image_size,
+        "patch_size": 14,
+    }
+
+
+def _siglip(image_size: int, base: bool = False) -> dict[str, Any]:
+    widths = (768, 3072, 12, 12, 16) if base else (1152, 4304, 27, 16, 14)
+    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size = widths
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        # OpenVLA's SigLIP runs the exact (erf) GELU, not the tanh approximation that is the default.
+        "hidden_act": "gelu",
+        "vision_use_head": False,
+    }
+
+
+# `vision_backbone_id` of a published checkpoint -> (vision_config, fused_vision_config)
+PUBLISHED_VISION_BACKBONES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "dinosiglip-vit-so-224px": (_dinov2(224), _siglip(224)),
+    "dinosiglip-vit-so-384px": (_dinov2(384), _siglip(384)),
+    "dinov2-vit-l": (_dinov2(224), None),
+    "siglip-vit-so400m": (_siglip(224), None),
+    "siglip-vit-so400m-384px": (_siglip(384), None),
+    "siglip-vit-b16-224px": (_siglip(224, base=True), None),
+    "siglip-vit-b16-256px": (_siglip(256, base=True), None),
+    "siglip-vit-b16-384px": (_siglip(384, base=True), None),
+}
+
+# A published `text_config` holds only what differs from the LlamaConfig of transformers 4.40.1: its defaults
+# are spelled out here, so that a later change of them does not change the model.
+PUBLISHED_TEXT_DEFAULTS: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32064,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+# Read once for the conversion and described by our own fields afterwards.
+PUBLISHED_ONLY_FIELDS = (
+    "vision_backbone_id",
+    "llm_backbone_id",
+    "arch_specifier",
+    "use_fused_vision_backbone",
+    "timm_model_ids",
+    "timm_override_act_layers",
+    "image_sizes",
+    "image_resize_strategy",
+    "hf_llm_id",
+    "llm_max_length",
+    "output_projector_states",
+)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_openvla.OpenVLAConfig",
+    "AutoModel": "modeling_openvla.OpenVLAForActionPrediction",
+    "AutoModelForImageTextToText": "modeling_openvla.OpenVLAForActionPrediction",
+    # The Auto class that transformers 5 dropped: kept for readers of the old key.
+    "AutoModelForVision2Seq": "modeling_openvla.OpenVLAForActionPrediction",
+}
+
+
+class OpenVLAConfig(PreTrainedConfig):
+    r"""
+    Args:
+        vision_config: The first vision tower (DINOv2 in the fused model, SigLIP in openvla-7b-v01).
+        fused_vision_config: The second tower, which sees the same image; `None` for a single tower.
+        text_config: The causal language model.
+        vision_feature_layer: Which output of the towers is read; -2 is the second-to-last block's. Layers above
+            it are not built.
+        projector_hidden_act: Activation between the projector's layers.
+        image_token_index: Id of the placeholder that each image patch takes in `input_ids`: a padded row of the
+            embedding, which the tokenizer never gives.
+        prompt_suffix_token_id: Id that must precede the action tokens (Llama's empty piece); `None` for none.
+        n_action_bins: Number of action tokens.
+        pad_to_multiple_of: Rows of the embedding after the vocabulary. The action ids are the last
+            `n_action_bins` before them.
+        norm_stats: `{key: {"action": {"q01", "q99", "mask", ...}, ...}}`, the statistics of `predict_action`.
+
+    A published config (with `vision_backbone_id`) is turned into the same object; `vision_config` or
+    `fused_vision_config` given beside it override single fields of the towers that the id names.
+    """
+
+    model_type = "openvla"
+    attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
+    sub_configs_defaults = {  # noqa: RUF012
+        "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2_with_registers"),
+        "fused_vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model", optional=True),
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
+    }
+
+    # Dicts when given, configs of their own classes ever after.
+    vision_config: Any = None
+    fused_vision_config: Any = None
+    text_config: Any = None
+    vision_feature_layer: int = -2
+    projector_hidden_act: str = "gelu"
+    image_token_index: int = 32001
+    prompt_suffix_token_id: int | None = 29871
+    n_action_bins: int = 256
+    pad_to_multiple_of: int = 64
+    pad_token_id: int | None = 32000
+    norm_stats: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        backbone_id = kwargs.get("vision_backbone_id")
+        if backbone_id is not None:
+            self._read_published(backbone_id)
+        for name in PUBLISHED_ONLY_FIELDS:
+            kwargs.pop(name, None)
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+        if self.vision_feature_layer >= 0:
+            raise ValueError(
+                f"`vision_feature_layer` counts from the last block and must be negative, got "
+                f"{self.vision_feature_layer}."
+            )
+        for config in self.vision_configs:
+            if self.vision_layers_built(config) < 1:
+                raise ValueError(
+                    f"`vision_feature_layer={self.vision_feature_layer}` reads below the first block of a tower of "
+                    f"{config.num_hidden_layers} layers."
+                )
+        patches = {(config.image_size // config.patch_size) ** 2 for config in self.vision_configs}
+        if len(patches) != 1:
+            raise ValueError(
+                f"Both vision towers must give as many patches, got {sorted(patches)}: their features are "
+                "concatenated patch by patch."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`; a sub-config given as a dict overrides single fields of the stored one."""
+        config_dict = dict(config_dict)
+        for name in cls.sub_configs:
+            if isinstance(kwargs.get(name), dict):
+                merged = (config_dict.get(name) or {}) | kwargs.pop(name)
+                # Names of the stored depth's stages, which another depth does not have.
+                config_dict[name] = {k: v for k, v in merged.items() if k not in ("out_features", "out_indices")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def _read_published(self, backbone_id: str) -> None:
+        """Fill the sub-configs that a published config leaves to the names of its backbones."""
+        if backbone_id not in PUBLISHED_VISION_BACKBONES:
+            raise ValueError(
+                f"Unknown `vision_backbone_id` {backbone_id!r}; this package builds "
+                f"{', '.join(PUBLISHED_VISION_BACKBONES)}. For another tower give `vision_config` (and "
+                "`fused_vision_config`) instead."
+            )
+        vision, fused = PUBLISHED_VISION_BACKBONES[backbone_id]
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = vision | (self.vision_config or {})
+        if fused is not None and not isinstance(self.fused_vision_config, PreTrainedConfig):
+            self.fused_vision_config = fused | (self.fused_vision_config or {})
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = PUBLISHED_TEXT_DEFAULTS | (self.text_config or {})
+
+    @property
+    def vision_configs(self) -> list[PreTrainedConfig]:
+        """The towers' configs, in the order in which their channels and features are concatenated."""
+        return [config for config in (self.vision_config, self.fused_vision_config) if config is not None]
+
+    def vision_layers_built(self, config: PreTrainedConfig) -> int:
+        """Number of blocks of a tower up to the one whose output is read."""
+        return config.num_hidden_layers + self.vision_feature_layer + 1
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Patches of one image, each a placeholder in `input_ids`."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def action_vocab_end(self) -> int:
+        """One past the highest action id (32000 for Llama-2)."""
+        return self.text_config.vocab_size - self.pad_to_multiple_of
+
+
+OpenVLAConfig.register_for_auto_class()
+
+__all__ = ["OpenVLAConfig"]

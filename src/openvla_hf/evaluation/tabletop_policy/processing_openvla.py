@@ -1,0 +1,251 @@
+"""Prompt template and camera images to the inputs of OpenVLA."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.utils import CONFIG_NAME, TensorType, cached_file
+
+from .image_processing_openvla import OpenVLAImageProcessor
+
+
+PURE_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+VICUNA_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "USER: What action should the robot take to {instruction}? ASSISTANT:"
+)
+
+# The first row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
+IMAGE_TOKEN_ID = 32001
+
+HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+
+class OpenVLAProcessor(ProcessorMixin):
+    r"""Images and instructions to `input_ids`, `attention_mask` and `pixel_values`.
+
+    An image becomes `num_image_tokens` placeholders after the BOS token; the model puts its features there.
+
+    ```python
+    inputs = processor(image, instruction="pick up the red block")  # fills the checkpoint's prompt template
+    inputs = processor(prompt, image)  # a whole prompt, as it is
+    ```
+
+    Args:
+        image_processor: makes `pixel_values`.
+        tokenizer: a tokenizer with a pad token. It is set to pad on the left: every row ends in its prompt.
+        prompt_template: text with `{instruction}` in it.
+        lowercase_instruction: whether `instruction=` is put in lower case, as in OpenVLA's training data.
+        image_token: name of the placeholder; it is removed from instructions.
+        image_token_id: id of the placeholder. By default the tokenizer's own id of `image_token` if it knows
+            it, else 32001, a row of the padded embedding that OpenVLA's tokenizer does not know.
+        num_image_tokens: patches of an image (256 at 224 pixels).
+
+    Raises:
+        ValueError: the template has no `{instruction}`, or the tokenizer no pad token.
+    """
+
+    def __init__(
+        self,
+        image_processor: OpenVLAImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_template: str = PURE_PROMPT,
+        lowercase_instruction: bool = True,
+        image_token: str = "<image>",
+        image_token_id: int | None = None,
+        num_image_tokens: int = 256,
+    ):
+        super().__init__(image_processor, tokenizer)
+        if "{instruction}" not in prompt_template:
+            raise ValueError(f"prompt_template has no {{instruction}} to fill: {prompt_template!r}.")
+        if tokenizer.pad_token is None:
+            raise ValueError("The tokenizer has no pad token: tokenizer.add_special_tokens({'pad_token': '<PAD>'}).")
+        tokenizer.padding_side = "left"
+        self.prompt_template = prompt_template
+        self.lowercase_instruction = lowercase_instruction
+        self.image_token = image_token
+        known_id: Any = tokenizer.convert_tokens_to_ids(image_token)
+        if known_id in (None, tokenizer.unk_token_id):
+            known_id = IMAGE_TOKEN_ID
+        self.image_token_id: int = known_id if image_token_id is None else image_token_id
+        self.num_image_tokens = num_image_tokens
+
+    def __call__(
+        self,
+        *args: Any,
+        images: ImageInput | None = None,
+        text: str | Sequence[str] | None = None,
+        instruction: str | Sequence[str] | None = None,
+        padding: bool | str = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | TensorType | None = "pt",
+        add_image_tokens: bool = True,
+    ) -> BatchFeature:
+        """Prepares a batch of one image and one text each.
+
+        Args:
+            *args: the images with `instruction=`; else text and images in either order (if both are strings,
+                the text comes first, as in the original).
+            images: one image or a batch of them, see `OpenVLAImageProcessor`.
+            text: whole prompts, taken as they are.
+            instruction: what the robot is to do, put into the prompt template. One str serves a whole batch.
+            padding: `True` to the longest, `"max_length"`, or `False`.
+            truncation: whether the end of a prompt that is longer than `max_length` is cut off.
+            max_length: tokens of a row with its placeholders; the tokenizer's limit by default.
+            return_tensors: "pt", "np" or `None` for lists.
+            add_image_tokens: whether to put the placeholders in; without them the model inserts the images.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3 * towers, height, width).
+
+        Raises:
+            ValueError: an image or a text is missing, or their numbers differ.
+            TypeError: too many or wrong arguments.
+        """
+        images, text = self._sort_arguments(args, images, text, instruction)
+        pixel_values = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
+        batch_size = len(pixel_values)
+        prompts = [text] * batch_size if isinstance(text, str) else list(text)
+        if len(prompts) != batch_size:
+            raise ValueError(
+                f"{len(prompts)} texts do not go with {batch_size} images: give one image for each text, "
+                "or a single text (a str) for all images."
+            )
+        placeholders = [self.image_token_id] * self.num_image_tokens if add_image_tokens else []
+        rows = self.tokenizer(prompts, verbose=False)["input_ids"]
+        if truncation:
+            room = (max_length or self.tokenizer.model_max_length) - len(placeholders)
+            if room < 1:
+                raise ValueError(
+                    f"max_length={max_length} leaves no room for text with {len(placeholders)} image tokens."
+                )
+            rows = [row[:room] for row in rows]
+        rows = [self._insert(placeholders, row) for row in rows]
+        text_inputs = self.tokenizer.pad(
+            {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+            padding=padding,
+            max_length=max_length if padding == "max_length" else None,
+        )
+        return BatchFeature({**text_inputs, "pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def build_prompt(self, instruction: str) -> str:
+        """Fills the prompt template, for prediction and training alike.
+
+        Raises:
+            ValueError: the instruction is empty.
+            TypeError: the instruction is no string.
+        """
+        if not isinstance(instruction, str):
+            raise TypeError(f"An instruction is a str, not {type(instruction).__name__}.")
+        # The name of the placeholder is no word of the instruction: the original takes it out as well.
+        instruction = instruction.replace(self.image_token, "").strip()
+        if not instruction:
+            raise ValueError("The instruction is empty; say what the robot is to do, e.g. 'pick up the red block'.")
+        if self.lowercase_instruction:
+            instruction = instruction.lower()
+        return self.prompt_template.replace("{instruction}", instruction)
+
+    def _sort_arguments(
+        self, args: tuple[Any, ...], images: Any, text: Any, instruction: Any
+    ) -> tuple[Any, str | list[str]]:
+        """Finds the images and the prompts among the accepted forms of a call."""
+        if instruction is not None and text is not None:
+            raise ValueError("Give instruction= (fills the template) or text= (a whole prompt), not both.")
+        rest = list(args)
+        if rest and text is None and instruction is None:
+            text_second = len(rest) == 2 and not is_text(rest[0]) and is_text(rest[1])
+            text = rest.pop(1 if text_second else 0)
+        if rest and images is None:
+            images = rest.pop(0)
+        if rest:
+            raise TypeError(
+                "Too many arguments: call processor(images, instruction=...) or processor(prompt, images)."
+            )
+        texts = text if instruction is None else instruction
+        if images is None or texts is None:
+            raise ValueError(
+                "An image and a text are needed: "
+                "processor(images, instruction=...) or processor(prompt, images). "
+                "For one alone use processor.image_processor or processor.tokenizer."
+            )
+        if not is_text(texts):
+            raise TypeError(f"A text is a str or a list of them, not {texts!r:.80}.")
+        if instruction is None:
+            return images, texts
+        is_single = isinstance(texts, str)
+        return images, self.build_prompt(texts) if is_single else [self.build_prompt(each) for each in texts]
+
+    def _insert(self, placeholders: list[int], row: list[int]) -> list[int]:
+        start = 1 if row[:1] == [self.tokenizer.bos_token_id] else 0
+        return row[:start] + placeholders + row[start:]
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads our `processor_config.json`, or derives the fields from a published `config.json`."""
+        hub_kwargs = select_hub_kwargs(kwargs)
+        fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "prompt_template" not in fields:
+            config_file = cached_file(
+                pretrained_model_name_or_path,
+                CONFIG_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                **hub_kwargs,
+            )
+            if config_file is not None:
+                with open(config_file, encoding="utf-8") as file:
+                    fields |= read_published_fields(json.load(file))
+        return fields, kwargs
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        processor_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        # Not the Auto classes: they ask whether to trust the code that the published files name, and make
+        # the tokenizer a LlamaTokenizer, which splits some texts differently from the tokenizer.json.
+        return [
+            OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **select_hub_kwargs(kwargs)),
+        ]
+
+
+def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Derives the processor's fields from a published `config.json`.
+
+    The language model decides the prompt: one that began as Vicuna (openvla-7b-v01) speaks its chat format.
+    The image tokens are the patches: by the image's size and the patch size in the names of the towers.
+    """
+    fields: dict[str, Any] = {}
+    if language_model := config.get("llm_backbone_id"):
+        fields["prompt_template"] = VICUNA_PROMPT if language_model.startswith("vicuna") else PURE_PROMPT
+    patch_size = re.search(r"patch(\d+)", "".join(config.get("timm_model_ids") or []))
+    if patch_size and config.get("image_sizes"):
+        fields["num_image_tokens"] = (config["image_sizes"][0] // int(patch_size[1])) ** 2
+    return fields
+
+
+def select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keeps the arguments that say where a file is."""
+    return {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text or a batch of texts."""
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) for each in value)
+    )
+
+
+OpenVLAProcessor.register_for_auto_class()
+
+__all__ = ["OpenVLAProcessor"]

@@ -1,0 +1,69 @@
+"""What `from_pretrained` adds where weights are quantised: what stays in 16 bits, and clear errors."""
+
+import copy
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+KEPT_IN_16_BITS = ("lm_head", "model.vision_backbone", "model.projector")
+"""Modules left as they are by default.
+
+The head's rows decide between neighbouring actions. The towers and the projector run once for an action and the
+language model for each of its tokens, so that their quarter of a 4-bit model's bytes costs little time.
+"""
+KEPT_FIELDS = {"bitsandbytes": "llm_int8_skip_modules", "torchao": "modules_to_not_convert"}
+"""Quantisation method -> the field of its config that names such modules."""
+# What bitsandbytes' kernel for CPUs with AVX512-BF16 takes: outputs and inputs of a layer in multiples of these.
+CPU_KERNEL_OUTPUTS, CPU_KERNEL_INPUTS = 32, 64
+
+
+def with_defaults(quantization_config: Any) -> Any:
+    """The config with `KEPT_IN_16_BITS`, unless it says itself what to keep."""
+    field = KEPT_FIELDS.get(getattr(quantization_config, "quant_method", ""))
+    if field is None or getattr(quantization_config, field) is not None:
+        return quantization_config
+    quantization_config = copy.copy(quantization_config)
+    setattr(quantization_config, field, list(KEPT_IN_16_BITS))
+    return quantization_config
+
+
+def refuse_second(repo: Any, stored: Any) -> None:
+    """`ValueError` where weights are to be quantised that are so already."""
+    if stored is not None:
+        raise ValueError(
+            f"{repo} is quantised already: load it without `quantization_config`, or quantise the 16-bit checkpoint "
+            "that it was made from."
+        )
+
+
+def missing_package(repo: Any, error: ModuleNotFoundError) -> ImportError | None:
+    """A sentence in place of `error` where the package that reads quantised weights is absent; else `None`."""
+    package = (error.name or "").partition(".")[0]
+    if package not in KEPT_FIELDS:
+        return None
+    return ImportError(f"The weights of {repo} need {package}: run `pip install {package}`.")
+
+
+def prepare_quantized(model: PreTrainedModel) -> None:
+    """Make a model that bitsandbytes has quantised run everywhere and quietly; leaves others as they are."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None or config.quant_method != "bitsandbytes":
+        return
+    if config.load_in_8bit:
+        # It says at every layer of every pass that it casts to float16, which is how it works.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not model.hf_quantizer.param_needs_quantization(
+            model, f"{name}.weight"
+        ):
+            continue
+        if module.out_features % CPU_KERNEL_OUTPUTS or module.in_features % CPU_KERNEL_INPUTS:
+            # The kernel fails on such a layer ("N must be divisible by block_n"); the general one does not.
+            module.support_avx512bf16_for_cpu = False
+
+
+__all__ = ["KEPT_IN_16_BITS", "missing_package", "prepare_quantized", "refuse_second", "with_defaults"]

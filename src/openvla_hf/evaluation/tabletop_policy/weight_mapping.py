@@ -1,0 +1,122 @@
+"""Published weight names <-> ours, as rules of transformers' own checkpoint conversion.
+
+The rules of a tower are looked up by its class name and matched only below the tower's own path: an unanchored
+rule for `qkv` or `norm1` would rewrite the language model too. Source patterns differ between the towers, because
+transformers finds a converter by its pattern alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
+
+
+class Reshape(ConversionOps):
+    """One tensor through a function, and back through its inverse."""
+
+    def __init__(
+        self, function: Callable[[torch.Tensor], torch.Tensor], inverse: Callable[[torch.Tensor], torch.Tensor]
+    ):
+        self.function, self.inverse = function, inverse
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Apply the function to the one tensor that a rule collects."""
+        (tensor,) = next(iter(input_dict.values()))
+        return {target_patterns[0]: self.function(tensor)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """The same the other way round."""
+        return Reshape(self.inverse, self.function)
+
+
+def prepend_zero_row(patches: torch.Tensor) -> torch.Tensor:
+    """(1, P, D) position embedding of the patches -> (1, 1 + P, D): the class token gets none."""
+    return torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)
+
+
+def drop_first_row(positions: torch.Tensor) -> torch.Tensor:
+    """(1, 1 + P, D) -> (1, P, D)."""
+    return positions[:, 1:].contiguous()
+
+
+def drop_batch(positions: torch.Tensor) -> torch.Tensor:
+    """(1, P, D) -> (P, D)."""
+    return positions.squeeze(0)
+
+
+def add_batch(positions: torch.Tensor) -> torch.Tensor:
+    """(P, D) -> (1, P, D)."""
+    return positions.unsqueeze(0)
+
+
+def _renamings(table: dict[str, str]) -> list[WeightRenaming]:
+    return [WeightRenaming(source, target) for source, target in table.items()]
+
+
+def _qkv(attention: str) -> WeightConverter:
+    return WeightConverter(
+        rf"{attention}\.qkv",
+        [f"{attention}.{name}_proj" for name in ("q", "k", "v")],
+        operations=[Chunk(dim=0)],
+    )
+
+
+# Class name or model type -> rules, published first.
+CONVERSIONS = {
+    "openvla": _renamings({r"^language_model\.model\.": "language_model.", r"^language_model\.lm_head\.": "lm_head."}),
+    "OpenVLADinov2Tower": [
+        *_renamings(
+            {
+                r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+                r"^cls_token": "embeddings.cls_token",
+                r"^reg_token": "embeddings.register_tokens",
+                r"^pos_embed": "embeddings.pos_embed",
+                r"^blocks\.": "encoder.layer.",
+                r"\.attn\.qkv\.": ".attention.qkv.",
+                r"\.attn\.proj\.": ".attention.o_proj.",
+                r"\.ls1\.scale_factor": ".layer_scale1.lambda1",
+                r"\.ls2\.scale_factor": ".layer_scale2.lambda1",
+            }
+        ),
+        WeightConverter(
+            r"embeddings\.pos_embed",
+            "embeddings.position_embeddings",
+            operations=[Reshape(prepend_zero_row, drop_first_row)],
+        ),
+        _qkv("attention"),
+    ],
+    "OpenVLASiglipTower": [
+        *_renamings(
+            {
+                r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+                r"^blocks\.": "encoder.layers.",
+                r"\.norm1\.": ".layer_norm1.",
+                r"\.norm2\.": ".layer_norm2.",
+                r"\.attn\.qkv\.": ".self_attn.qkv.",
+                r"\.attn\.proj\.": ".self_attn.out_proj.",
+            }
+        ),
+        WeightConverter(
+            r"^pos_embed", "embeddings.position_embedding.weight", operations=[Reshape(drop_batch, add_batch)]
+        ),
+        _qkv("self_attn"),
+    ],
+}
+
+
+def register_conversions() -> None:
+    """Make `from_pretrained` apply the rules; safe to call again, also from a second copy of this module."""
+    for name, rules in CONVERSIONS.items():
+        register_checkpoint_conversion_mapping(name, rules, overwrite=True)
+
+
+__all__ = ["CONVERSIONS", "register_conversions"]

@@ -1,0 +1,131 @@
+"""Fine-tune a policy on a data set of frames: the steps behind `openvla-hf finetune`."""
+
+import copy
+import json
+import os
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor, set_seed
+
+from ..data import Augmentation, compute_statistics
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from .collator import ActionCollator
+from .recipes import Recipe
+from .trainer import ActionTrainer, last_checkpoint
+
+
+# What the model card is made from when the result is pushed.
+TRAINING_FILE = "training.json"
+
+
+def build_trainer(
+    model_id: str | os.PathLike,
+    train_data: Dataset | IterableDataset,
+    output: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    eval_data: Dataset | IterableDataset | dict[str, Any] | None = None,
+    norm_stats: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> ActionTrainer:
+    """Load the base and put model, data and recipe together.
+
+    Args:
+        model_id: Folder or Hub id of the base.
+        train_data: Frames, as `openvla_hf.data.load` gives them.
+        output: Folder of the checkpoints.
+        recipe: What is trained, and how.
+        eval_data: Frames to evaluate on, or several sets of them by name.
+        norm_stats: Statistics by data set; computed from `train_data` by default.
+        run: What the model card is to say of the run, such as `datasets` and `recipe`.
+        model_kwargs: More arguments of `from_pretrained` for the base.
+        arguments: Of `TrainingArguments`; they win over the recipe's.
+
+    Raises:
+        ValueError: The recipe does not fit the model, or the data have no frames.
+    """
+    set_seed(recipe.seed)
+    args = recipe.training_arguments(os.fspath(output), **arguments)
+    if norm_stats is None:
+        # Once on each machine: the others read what the first has cached.
+        with PartialState().local_main_process_first():
+            norm_stats = compute_statistics(train_data)
+    model = OpenVLAForActionPrediction.from_pretrained(model_id, **recipe.model_kwargs() | (model_kwargs or {}))
+    model.norm_stats = norm_stats
+    processor = AutoProcessor.from_pretrained(model_id)
+    whole_image, for_prediction = copy.deepcopy(processor), copy.deepcopy(processor)
+    whole_image.image_processor.center_crop_area = for_prediction.image_processor.center_crop_area = None
+    augmentation = None
+    if recipe.augment:
+        augmentation = Augmentation(size=model.config.vision_config.image_size)
+        for_prediction = augmentation.for_prediction(processor)
+    shared = {
+        "action_tokenizer": model.action_tokenizer,
+        "prompt_suffix_token_id": model.config.prompt_suffix_token_id,
+        "norm_stats": norm_stats,
+    }
+    run = {"base_model": str(model_id), "datasets": list(norm_stats), **(run or {})}
+    return ActionTrainer(
+        model=recipe.prepare(model),
+        args=args,
+        data_collator=ActionCollator(whole_image, augment=augmentation, seed=args.seed, **shared),
+        eval_collator=ActionCollator(for_prediction, **shared),
+        run_files={TRAINING_FILE: json.dumps(run, indent=2)},
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+    )
+
+
+def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
+    """Train, from the last complete checkpoint with `resume`, and leave the result in the output folder.
+
+    Returns:
+        The last figures logged: loss, action accuracy, L1, and those of the evaluation if there was one.
+
+    Raises:
+        ValueError: There is nothing to resume from.
+        FileExistsError: There are checkpoints of another run, and `resume` is not set.
+    """
+    output = trainer.args.output_dir
+    checkpoint = last_checkpoint(output)
+    if resume and checkpoint is None:
+        raise ValueError(f"{output} holds no complete checkpoint to resume from.")
+    if not resume and checkpoint is not None:
+        raise FileExistsError(f"{output} holds checkpoints of another run: resume it, or give another folder.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    figures: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        figures |= {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+    run = json.loads(trainer.run_files[TRAINING_FILE])
+    trainer.run_files[TRAINING_FILE] = json.dumps(run | {"figures": figures}, indent=2)
+    trainer.save_model(output)
+    return figures
+
+
+def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) -> tuple[Any, Any]:
+    """Training and evaluation frames: whole episodes are held out, so that no frame has a neighbour on the other side.
+
+    Args:
+        data: Frames with `episode_index`.
+        eval_share: Share of the episodes that is held out; 0 for none.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: A stream can't be split.
+    """
+    if eval_share <= 0:
+        return data, None
+    if isinstance(data, IterableDataset):
+        raise ValueError("A stream can't be split: give the evaluation data by themselves, or load without streaming.")
+    episodes = np.asarray(data.with_format(None).select_columns(["episode_index"])["episode_index"][:])
+    numbers = np.random.default_rng(seed).permutation(np.unique(episodes))
+    held_out = np.isin(episodes, numbers[: max(1, round(eval_share * len(numbers)))])
+    return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
+
+
+__all__ = ["TRAINING_FILE", "build_trainer", "finetune", "read_split"]

@@ -1,0 +1,123 @@
+"""An adapter merged into its base: a checkpoint that needs no adapter any more."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoProcessor
+
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+
+
+# Largest relative difference between the logits of merged and unmerged weights. Rounding to 16 bits moves them by
+# less than a hundredth; a delta in the wrong place, or left out, by far more.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+PROBE_TOKENS = 32
+UNFINISHED = "_unfinished"
+
+
+def merge_adapter(
+    adapter: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    device_map: Any = None,
+    **config_overrides: Any,
+) -> float:
+    """Merge an adapter into its base, layer by layer in place, and save the model with its processor.
+
+    The logits of the merged model are compared with those before, and nothing is written if they differ.
+
+    Args:
+        adapter: Folder or Hub id of the adapter.
+        output: Folder to write, which must not exist or be empty.
+        base: What the adapter was trained on; by default what it says itself. It must be in 16 bits or more.
+        dtype: To hold the base in; its own by default.
+        max_shard_size: Of the weights files. Beyond the base, no more than one of them is ever in memory.
+        device_map: Where to put the model, as in `from_pretrained`.
+        config_overrides: Fields of the base's configuration.
+
+    Returns:
+        The relative difference of the logits.
+
+    Raises:
+        ValueError: The base is quantised, or merged and unmerged logits differ.
+        OSError: A file is absent, or `output` holds something already.
+    """
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise OSError(f"{output} is not empty: give a new folder for the merged checkpoint.")
+    kwargs = {"dtype": dtype, "device_map": device_map, **config_overrides}
+    if base is None:
+        model = OpenVLAForActionPrediction.from_pretrained(adapter, **kwargs)
+    else:
+        model = OpenVLAForActionPrediction.from_pretrained(base, **kwargs)
+        model.load_adapter(os.fspath(adapter))
+    if model.config.to_dict().get("quantization_config") is not None:
+        raise ValueError(
+            f"The base of {adapter} is quantised, and what is merged into so few bits is lost: give the 16-bit "
+            "checkpoint that it was made from with `base=` (`--base`)."
+        )
+    processor = _processor(adapter, base or model.config.name_or_path)
+
+    inputs = _probe(model)
+    with torch.no_grad():
+        before = model(**inputs).logits.float()
+        merge_layers(model)
+        after = model(**inputs).logits.float()
+    difference = ((after - before).norm() / before.norm()).item()
+    if not difference <= TOLERANCE[model.dtype]:
+        raise ValueError(
+            f"Merging {adapter} would change the model: its logits differ by {difference:.1%} (limit "
+            f"{TOLERANCE[model.dtype]:.1%}), so nothing was written. Try `dtype='float32'`."
+        )
+    aside = output.with_name(output.name + UNFINISHED)
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, max_shard_size=max_shard_size)
+    processor.save_pretrained(aside)
+    if output.exists():
+        output.rmdir()
+    aside.rename(output)
+    return difference
+
+
+@torch.no_grad()
+def merge_layers(model: OpenVLAForActionPrediction) -> None:
+    """Add every adapter to the layer that it is on, and put the plain layer back in its place."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in adapted:
+        plain: nn.Module = layer.get_base_layer()
+        weight = plain.weight.data
+        delta = sum(layer.get_delta_weight(each).float() for each in layer.active_adapters)  # type: ignore[attr-defined]
+        weight.copy_((weight.float() + delta).to(weight.dtype))  # summed in float32, rounded once
+        model.set_submodule(name, plain)
+    model._hf_peft_config_loaded = False
+    del model.peft_config
+
+
+def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
+    """A random image and a random prompt, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    size, channels = model.config.vision_config.image_size, 3 * len(model.config.vision_configs)
+    first_action_id = model.config.action_vocab_end - model.config.n_action_bins
+    return {
+        "input_ids": torch.randint(3, first_action_id, (1, PROBE_TOKENS), generator=generator).to(model.device),
+        "pixel_values": torch.randn(1, channels, size, size, generator=generator).to(model.device, model.dtype),
+    }
+
+
+def _processor(adapter: str | os.PathLike, base: str | os.PathLike) -> Any:
+    """The adapter's processor, which knows of its augmentation; the base's where the adapter has none."""
+    try:
+        return AutoProcessor.from_pretrained(adapter)
+    except (OSError, ValueError):
+        return AutoProcessor.from_pretrained(base)
+
+
+__all__ = ["merge_adapter", "merge_layers"]

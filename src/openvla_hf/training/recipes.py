@@ -1,0 +1,257 @@
+"""Named recipes: which weights learn, how, and what that takes.
+
+A recipe is a small dataclass, and every field of it can be overridden: `recipe("lora", lora_rank=64)`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..modeling.configuration_openvla import OpenVLAConfig
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..quantization import expected_weight_bytes, quantization
+
+
+# Linear layers that are read, by the last part of their name: both towers, the projector, the language model.
+LINEAR_LAYERS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),
+    *("fc1", "fc2", "fc3"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+# What "all-linear" meant when the published adapters were made: the patch embeddings and the LM head as well.
+PATCH_EMBEDDINGS = ("projection", "patch_embedding")
+LM_HEAD = ("lm_head",)
+
+VISION = ("model.vision_backbone",)
+PROJECTOR = ("model.projector",)
+LANGUAGE_MODEL = ("model.language_model", "lm_head")
+LAST_LAYER = ("model.language_model.embed_tokens", "model.language_model.layers[-1]", "lm_head")
+
+ADAMW_STATE_BYTES = 8
+# Measured on the model's own blocks: bfloat16, and what lies between the layers (norms, rotary positions, gates).
+KEPT_PER_FEATURE = 2.6
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a policy is fine-tuned.
+
+    lora_rank: Rank of the adapters; 0 trains the weights themselves.
+    lora_targets: Layers that get an adapter, by the end of their name.
+    trained: Modules whose weights are trained when there are no adapters; `layers[-1]` is the last of a list.
+    quantize: Hold the base in 4 bits (NF4), adapters in float32.
+    dtype: Of the weights that stay as they are. Trained ones are float32, and the arithmetic is bfloat16.
+    batch_size: Samples of one step and process.
+    max_grad_norm: Gradients are clipped to this norm; 0 for none.
+    augment: Random crops and colours, and the centre crop at prediction that belongs to them.
+    """
+
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = LINEAR_LAYERS
+    trained: tuple[str, ...] = ()
+    quantize: bool = False
+    dtype: str = "bfloat16"
+    learning_rate: float = 2e-5
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    augment: bool = False
+    seed: int = 7
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether an adapter is trained, and the base is left as it is."""
+        return self.lora_rank > 0
+
+    def training_arguments(self, output_dir: str, **overrides: Any) -> TrainingArguments:
+        """`TrainingArguments` of the recipe; any of them can be overridden."""
+        fields = {
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": self.lr_scheduler_type,
+            "warmup_steps": self.warmup_steps,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "gradient_checkpointing": self.gradient_checkpointing or None,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
+            "bf16": self.dtype == "bfloat16",
+            "seed": self.seed,
+            "remove_unused_columns": False,
+            "report_to": "none",
+        }
+        fields = {name: value for name, value in fields.items() if value is not None}
+        return TrainingArguments(output_dir=output_dir, **(fields | overrides))
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for the base."""
+        kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.quantize:
+            kwargs["quantization_config"] = quantization("4bit")
+        return kwargs
+
+    def prepare(self, model: OpenVLAForActionPrediction) -> OpenVLAForActionPrediction | PeftModel:
+        """Add the adapters, or choose the weights that learn.
+
+        Raises:
+            ValueError: Nothing would be trained, or a module of `trained` is not there.
+        """
+        if self.uses_adapters:
+            return self._add_adapters(model)
+        if not self.trained:
+            raise ValueError("This recipe trains nothing: set `lora_rank`, or name modules in `trained`.")
+        model.requires_grad_(False)
+        for name in self.trained:
+            # Trained in float32: a step at these learning rates is below the resolution of bfloat16.
+            find_module(model, name).requires_grad_(True).float()
+        return model
+
+    def _add_adapters(self, model: OpenVLAForActionPrediction) -> PeftModel:
+        if self.quantize and model.device.type != "meta":
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        config = LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=list(self.lora_targets),
+            init_lora_weights="gaussian",
+        )
+        if self.gradient_checkpointing:
+            model.enable_input_require_grads()
+        return get_peft_model(model, config)
+
+
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe(lora_rank=32, learning_rate=5e-4, weight_decay=0.01, max_grad_norm=0.0, augment=True),
+    "full": Recipe(trained=("model", "lm_head")),
+    "frozen-vision": Recipe(trained=PROJECTOR + LANGUAGE_MODEL),
+    "last-layer": Recipe(trained=LAST_LAYER),
+    "sandwich": Recipe(trained=VISION + PROJECTOR + LAST_LAYER),
+}
+RECIPES["lora-paper"] = dataclasses.replace(
+    RECIPES["lora"], lora_targets=(*LINEAR_LAYERS, *PATCH_EMBEDDINGS, *LM_HEAD)
+)
+RECIPES["qlora"] = dataclasses.replace(RECIPES["lora"], quantize=True, gradient_checkpointing=True)
+
+
+def recipe(name: str, **overrides: Any) -> Recipe:
+    """A recipe by name, with fields overridden.
+
+    Raises:
+        ValueError: No recipe or no field of that name; the nearest is named.
+    """
+    _known(name, RECIPES, "recipe")
+    fields = {one.name: one for one in dataclasses.fields(Recipe)}
+    for override in overrides:
+        _known(override, fields, "field of a recipe")
+    return dataclasses.replace(RECIPES[name], **overrides)
+
+
+def _known(name: str, known: Mapping[str, Any], what: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown {what} {name!r}.{hint} There are {', '.join(known)}.")
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name, where `layers[-1]` is the last of a list."""
+    is_last = name.endswith("[-1]")
+    try:
+        module = model.get_submodule(name.removesuffix("[-1]"))
+    except AttributeError as error:
+        raise ValueError(f"This model has no module {name!r} to train.") from error
+    return list(module.children())[-1] if is_last else module
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe takes on each device, before it is started.
+
+    trainable, parameters: How many weights learn, and how many there are.
+    weights, gradients, optimizer, activations: GiB. What an allocator wastes comes on top, and so does evaluation.
+    """
+
+    trainable: int
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    total: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", self.weights + self.gradients + self.optimizer + self.activations)
+
+
+def estimate_cost(config: OpenVLAConfig, recipe: Recipe, prompt_tokens: int = 40) -> Cost:
+    """Count a recipe's weights and estimate its memory from the configuration alone, with no weight loaded.
+
+    Args:
+        config: Of the base.
+        recipe: What is to be trained.
+        prompt_tokens: Of the text, action included; the image's are added.
+    """
+    with torch.device("meta"):
+        model: nn.Module = OpenVLAForActionPrediction(config).to(getattr(torch, recipe.dtype))
+    rows = recipe.batch_size * config.num_image_tokens
+    text_rows = rows + recipe.batch_size * prompt_tokens
+    kept = {
+        name: _kept_for_backward(model.get_submodule(name), text_rows if name in LANGUAGE_MODEL else rows, recipe)
+        for name in VISION + PROJECTOR + LANGUAGE_MODEL[:1]
+    }
+    model = recipe.prepare(model)
+    parameters = dict(model.named_parameters())
+    learning = {name: one for name, one in parameters.items() if one.requires_grad}
+    # The backward pass ends where nothing before it learns.
+    first = next((i for i, part in enumerate(kept) if any(part in name for name in learning)), 0)
+    trainable = sum(one.numel() for one in learning.values())
+    gradients = sum(one.numel() * one.element_size() for one in learning.values())
+    if recipe.quantize:
+        weights = expected_weight_bytes(config, "4bit") + gradients
+    else:
+        weights = sum(one.numel() * one.element_size() for one in parameters.values())
+    return Cost(
+        trainable=trainable,
+        parameters=sum(one.numel() for one in parameters.values()),
+        weights=weights / GIB,
+        gradients=gradients / GIB,
+        optimizer=ADAMW_STATE_BYTES * trainable / GIB,
+        activations=sum(list(kept.values())[first:]) / GIB,
+    )
+
+
+def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
+    """Bytes of a part's forward pass that its backward pass needs, in bfloat16.
+
+    About what goes in and out of its linear layers. With checkpointing, what goes into its blocks, and one of them.
+    """
+
+    def between_layers(module: nn.Module) -> float:
+        linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+        return KEPT_PER_FEATURE * rows * sum(layer.in_features + layer.out_features for layer in linear)
+
+    blocks = [module for module in part.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not recipe.gradient_checkpointing or not blocks:
+        return between_layers(part)
+    width = next(layer.in_features for layer in blocks[0].modules() if isinstance(layer, nn.Linear))
+    return 2.0 * rows * width * len(blocks) + max(between_layers(block) for block in blocks)
+
+
+__all__ = ["RECIPES", "Cost", "Recipe", "estimate_cost", "find_module", "recipe"]

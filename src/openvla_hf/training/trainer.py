@@ -1,0 +1,265 @@
+"""transformers.Trainer for policies: loss on the action's tokens, action metrics, checkpoints that are complete.
+
+Shapes: B batch, T tokens, K supervised positions of the row that has most, V vocabulary.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..modeling.modeling_openvla import STATISTICS_FILE
+from .collator import IGNORED, ActionCollator
+
+
+# Where a checkpoint is written before it gets its name. The Hub's uploads pass over what begins with "_".
+UNFINISHED = "_unfinished"
+TRAINER_STATE = "trainer_state.json"
+
+
+class ActionTrainer(Trainer):
+    """Fine-tunes a policy on frames; everything that `Trainer` and `TrainingArguments` can do stays as it is.
+
+    - Only supervised positions go through the LM head, and the loss is the mean over the action tokens (and stop
+      tokens) of all processes and accumulated batches together.
+    - `action_accuracy` (arg max over the vocabulary equals the label) and `action_l1` (mean distance of decoded,
+      normalised actions) are logged in training and evaluation, and for each data set where there are several.
+      The stop token does not count.
+    - A checkpoint is complete: adapter or model, statistics, processor and model card. It is written aside and gets
+      its name when nothing is missing, so a run that is killed resumes from one that is whole.
+
+    Args:
+        model: From `Recipe.prepare`.
+        args: From `Recipe.training_arguments`, for instance.
+        data_collator: What makes batches of the frames; its statistics go into every checkpoint.
+        eval_collator: The same for evaluation, without augmentation; its processor goes into every checkpoint.
+            `data_collator` by default.
+        run_files: Name -> text of what else belongs into every checkpoint, such as a model card.
+    """
+
+    data_collator: ActionCollator
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data_collator: ActionCollator,
+        eval_collator: ActionCollator | None = None,
+        run_files: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self.eval_collator = eval_collator or data_collator
+        self.run_files = dict(run_files or {})
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_SamplesProgress)
+        self.add_callback(_CollatorPosition(data_collator, isinstance(self.train_dataset, IterableDataset)))
+        self.model_accepts_loss_kwargs = True  # asks for the number of supervised tokens, which `compute_loss` takes
+        self.label_names = ["labels"]
+        self.can_return_loss = True
+        tokenizer, config = data_collator.action_tokenizer, self._policy.config
+        self._value_of_id = torch.from_numpy(tokenizer.decode(np.arange(config.text_config.vocab_size)))
+        self._stop_id = data_collator.processor.tokenizer.eos_token_id
+        self._dataset_names = list(data_collator.norm_stats or [None])
+        # Of each data set: tokens, right ones, sum of distances.
+        self._counts = torch.zeros(len(self._dataset_names), 3, dtype=torch.float64)
+
+    @property
+    def _policy(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As `Trainer.get_eval_dataloader`, without augmentation."""
+        of_training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = of_training
+
+    # Loss and metrics
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross entropy at the supervised positions alone."""
+        inputs = dict(inputs)
+        dataset_index = inputs.pop("dataset_index", None)
+        positions, targets = supervised_positions(inputs.pop("labels"))
+        outputs = model(**inputs, logits_to_keep=positions)
+        logits = outputs.logits.float()
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        if num_items_in_batch is None:
+            loss = loss / targets.ne(IGNORED).sum()
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
+        self._count(logits.detach().argmax(-1), targets, dataset_index)
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, predicted: torch.Tensor, targets: torch.Tensor, dataset_index: torch.Tensor | None) -> None:
+        """Add a batch's ids (B, K) to the metrics."""
+        is_action = targets.ne(IGNORED) & targets.ne(self._stop_id)
+        values = self._value_of_id = self._value_of_id.to(targets.device)
+        distance = (values[predicted] - values[targets.clamp(min=0)]).abs()
+        of_rows = torch.stack(
+            [(one * is_action).sum(1).double() for one in (torch.ones_like(distance), predicted == targets, distance)],
+            dim=1,
+        )
+        if dataset_index is None:
+            dataset_index = torch.zeros(len(targets), dtype=torch.long, device=targets.device)
+        self._counts = self._counts.to(targets.device).index_add_(0, dataset_index, of_rows)
+
+    def _take_metrics(self, prefix: str = "") -> dict[str, float]:
+        """Metrics since the last call, over all processes."""
+        counts = self.accelerator.reduce(self._counts, reduction="sum").cpu()
+        self._counts = torch.zeros_like(self._counts)
+        by_name = {f"/{name}": row for name, row in zip(self._dataset_names, counts, strict=True) if len(counts) > 1}
+        metrics = {}
+        for name, (tokens, right, distance) in {"": counts.sum(0), **by_name}.items():
+            if tokens:
+                metrics[f"{prefix}action_accuracy{name}"] = float(right / tokens)
+                metrics[f"{prefix}action_l1{name}"] = float(distance / tokens)
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, with the action metrics of the steps since the last one."""
+        if "loss" in logs:
+            logs = logs | self._take_metrics()
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As `Trainer.evaluation_loop`, with the action metrics."""
+        of_training, self._counts = self._counts, torch.zeros_like(self._counts)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._take_metrics(f"{metric_key_prefix}_"))
+        self._counts = of_training
+        return output
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Everything that makes the folder a policy: no part of it is a pickle."""
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model)
+        # The base's embeddings are in the base, also where the head has an adapter.
+        more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(output_dir, state_dict=state_dict, **more)
+        self.eval_collator.processor.save_pretrained(output_dir)
+        statistics = self.data_collator.norm_stats or self._policy.norm_stats
+        (Path(output_dir) / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
+        for name, text in self.run_files.items():
+            (Path(output_dir) / name).write_text(text, encoding="utf-8")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self._is_saving else run_dir
+
+    _is_saving = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save aside, then give the folder its name: what is called a checkpoint is whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside, final = run_dir / UNFINISHED / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_model_checkpoint == str(aside):
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(aside / TRAINER_STATE))
+            if final.exists():  # of a run that went on from an earlier checkpoint
+                final.rename(run_dir / UNFINISHED / "replaced")
+            aside.rename(final)
+            shutil.rmtree(run_dir / UNFINISHED)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: a checkpoint is pushed once it has its name."""
+
+
+class _SamplesProgress(ProgressCallback):
+    """The progress bar of Trainer, in samples."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *more: Any, **kwargs: Any) -> None:
+        """The bar counts steps: let it show what they are in samples."""
+        super().on_train_begin(args, state, *more, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.unit = " samples"
+            self.training_bar.unit_scale = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class _CollatorPosition(TrainerCallback):
+    """Tells the collator which batch of the run an epoch begins with."""
+
+    def __init__(self, collator: ActionCollator, is_stream: bool):
+        self.collator, self.is_stream = collator, is_stream
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """A table is entered where the run goes on; a stream is read from its beginning, up to there."""
+        self.is_first_epoch = True
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Before the workers of the epoch start, each with a copy of the collator."""
+        from_beginning = self.is_stream and self.is_first_epoch
+        first = 0 if from_beginning else state.global_step * args.gradient_accumulation_steps
+        self.collator.start(first, args.process_index)
+        self.is_first_epoch = False
+
+
+def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the labels (B, T) are predicted, and what they are: both (B, K), K of the row that has most.
+
+    A position is one before its label. Rows with fewer are filled up with their last position and ignored targets.
+    """
+    supervised = labels[:, 1:].ne(IGNORED)
+    most = int(supervised.sum(1).max())
+    # Stable, so that positions stay in order: the supervised ones come first.
+    positions = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    targets = labels[:, 1:].gather(1, positions)
+    return positions, targets
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint of a run, or `None`: what was being written when it ended has no name."""
+    found: Sequence[Path] = sorted(
+        (path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / TRAINER_STATE).is_file()),
+        key=lambda path: int(path.name.rsplit("-", 1)[1]),
+    )
+    return str(found[-1]) if found else None
+
+
+__all__ = ["ActionTrainer", "last_checkpoint", "supervised_positions"]

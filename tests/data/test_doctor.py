@@ -1,0 +1,102 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from openvla_hf.cli import main
+from openvla_hf.data import Gripper, Robot, from_episodes, write_lerobot, write_rlds
+from openvla_hf.data.doctor import examine, judge_model, plot_actions
+
+
+ARM = Robot("arm", gripper=Gripper(), frequency=5.0)
+
+
+def warnings_of(episodes, robot=ARM):
+    return " ".join(examine(from_episodes(episodes, robot, name="arm"), robot)[0].warnings)
+
+
+def test_a_sound_data_set_is_ready(make_episode, tmp_path):
+    write_lerobot([make_episode(index, steps=8) for index in range(6)], tmp_path / "arm", frequency=5.0)
+    report, frames = examine(tmp_path / "arm", ARM)
+    assert report.warnings == []
+    assert (report.episodes, report.frames, report.instructions) == (6, 48, 6) == (6, len(frames), 6)
+    assert (report.shortest_episode, report.median_episode, report.longest_episode) == (8, 8, 8)
+    assert report.frequency == 5.0
+    assert report.gripper_open == 0.5
+    assert [sum(counts) for counts in report.histograms] == [48] * 7
+    json.dumps(report.as_dict())
+
+
+def test_each_fault_is_found(make_episode, tmp_path):
+    sound = [make_episode(index, steps=8) for index in range(6)]
+
+    idle = [[{**frame, "action": np.r_[np.zeros(6), 1.0]} for frame in each] for each in sound[:3]]
+    assert "move nothing" in warnings_of(sound[3:] + idle)
+    still = [[{**frame, "image": each[0]["image"]} for frame in each] for each in sound]
+    assert "equal the one before" in warnings_of(still)
+    short = [*sound, sound[0][:2]]
+    assert "shortest episode has 2 frames" in warnings_of(short)
+    flipped = [[{**f, "action": np.r_[f["action"][:6], 1 - f["action"][6]]} for f in each] for each in sound]
+    assert "begin with an open gripper" in warnings_of(flipped)
+    frozen = [[{**f, "action": np.r_[0.0, f["action"][1:]]} for f in each] for each in sound]
+    assert "dimensions [0] never change" in warnings_of(frozen)
+    many = [make_episode(index, steps=30) for index in range(7)]
+    many[2][4]["action"][1] = 3.0
+    assert "Dimension 1 reaches 3, far outside" in warnings_of(many)
+    assert "what the gripper's values mean" in warnings_of(sound, Robot("arm"))
+
+    write_rlds([*sound, make_episode(9, instruction="")], tmp_path / "silent")
+    assert "6 frames have no instruction" in " ".join(examine(tmp_path / "silent", ARM)[0].warnings)
+    write_lerobot(sound, tmp_path / "fast", frequency=10.0)
+    assert "at 10 Hz, the robot 'arm' at 5 Hz" in " ".join(examine(tmp_path / "fast", ARM)[0].warnings)
+    sound[1][2]["action"][0] = np.nan
+    write_rlds(sound, tmp_path / "broken")
+    report, _ = examine(tmp_path / "broken", ARM)
+    assert len(report.bad_episodes) == 1
+    assert "record 1: 'action' holds NaN" in report.warnings[0]
+
+
+def test_a_model_is_judged_by_what_it_predicts(tiny, make_episode):
+    model, processor = tiny()
+    frames = from_episodes([make_episode(0), make_episode(1)], ARM)
+    result = judge_model(model, processor, frames, max_frames=5, batch_size=2)
+    assert result["frames"] == 5
+    chosen = [frames[index] for index in (0, 3, 6, 8, 11)]
+    predicted = [
+        model.predict_action(**processor(frame["image"], instruction=frame["instruction"])) for frame in chosen
+    ]
+    # What the model itself says is met exactly.
+    own = [[{**frame, "action": action} for frame, action in zip(chosen, predicted, strict=True)]]
+    perfect = judge_model(model, processor, from_episodes(own, name="own"), batch_size=2)
+    assert perfect["token_accuracy"] > 0.9 > result["token_accuracy"]
+    assert perfect["l1"] < 0.01 < result["l1"]
+
+
+def test_another_number_of_dimensions_than_the_model_s_is_told(make_episode):
+    with pytest.raises(ValueError, match="7 dimensions, the model's statistics 2"):
+        examine(from_episodes([make_episode(0)]), stats={"q01": [0, 0], "q99": [1, 1]})
+
+
+def test_the_histograms_are_drawn(make_episode, tmp_path):
+    report, _ = examine(from_episodes([make_episode(0)], ARM), ARM)
+    assert Image.open(plot_actions(report, tmp_path / "actions.png")).size[0] > 400
+
+
+def test_the_command_prints_a_table_or_json(make_episode, tmp_path, capsys, tiny):
+    write_lerobot([make_episode(index, steps=8) for index in range(3)], tmp_path / "arm")
+    assert main(["doctor", str(tmp_path / "arm"), "--robot", "tabletop", "--plot", str(tmp_path / "plot.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "episodes, frames, instructions" in printed
+    assert "3, 24, 3" in printed
+    assert (tmp_path / "plot.png").exists()
+    model, processor = tiny()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    command = ["doctor", str(tmp_path / "arm"), "--json", "--model", str(tmp_path / "model"), "--frames", "4"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["frames"] == 24
+    assert report["model"]["frames"] == 4
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 2
+    assert "no data set at" in capsys.readouterr().err

@@ -1,0 +1,346 @@
+"""Policies on the Hub: the real client against a stand-in (`hub_server.py`), in this process and in fresh ones."""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from openvla_hf.checkpoint_info import describe
+from openvla_hf.cli import main
+from openvla_hf.hub import push
+from openvla_hf.testing import fake_episode
+
+
+FIXTURE = Path(__file__).parent / "parity" / "fused-224"
+INSTRUCTION = "pick up the red block"
+
+# Runs the code of repositories' own model cards, and then earlier revisions.
+READER = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "openvla_hf":
+            raise ModuleNotFoundError(name)
+
+image_file, usage, earlier, package = sys.argv[1:]
+if package == "absent":
+    sys.meta_path.insert(0, Refuse())
+else:
+    import openvla_hf
+
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+image = Image.open(image_file)
+actions = []
+for code in json.loads(usage):
+    scope = {"image": image}
+    exec(code, scope)
+    actions.append(scope["action"].tolist())
+for repo, revision in json.loads(earlier):
+    kwargs = {"revision": revision, "trust_remote_code": True}
+    model = AutoModel.from_pretrained(repo, **kwargs)
+    processor = AutoProcessor.from_pretrained(repo, **kwargs)
+    actions.append(model.predict_action(**processor(image, instruction="pick up the red block")).tolist())
+print(json.dumps(actions))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def owner(hub, monkeypatch, tmp_path):
+    """This process takes the stand-in for the Hub, with the owner's token and an empty cache."""
+    for name, value in {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    return hub
+
+
+def save(folder, pair, **kwargs):
+    for one in pair:
+        one.save_pretrained(folder, **kwargs)
+    return folder
+
+
+def card_of(hub, repo, revision="main"):
+    return ModelCard(hub.files(repo, revision)["README.md"].decode())
+
+
+def usage(hub, repo):
+    return re.search(r"```python\n(.*?)```", card_of(hub, repo).text, re.DOTALL)[1]
+
+
+def test_a_pushed_policy_acts_where_the_package_is_not_installed(tiny, owner, run_python, tmp_path):
+    image = fake_episode(steps=1)[0]["image"]
+    Image.fromarray(image).save(tmp_path / "image.png")
+
+    def act(model, processor):
+        return model.predict_action(**processor(image, instruction=INSTRUCTION)).tolist()
+
+    first, second, single = tiny(), tiny(seed=1), tiny(seed=2, fused=False)
+    expected = [act(*pair) for pair in (second, single, first)]
+    assert expected[0] != expected[2]
+    old = push(first[0], "someone/policy", processor=first[1], private=True).oid
+    push(second[0], "someone/policy", processor=second[1])
+    # As transformers pushes: two commits and its own card.
+    single[0].push_to_hub("someone/single")
+    single[1].push_to_hub("someone/single")
+    codes = [usage(owner, "someone/policy"), usage(owner, "someone/policy").replace("/policy", "/single")]
+    cases = (tmp_path / "image.png", json.dumps(codes), json.dumps([("someone/policy", old)]))
+    result = run_python(READER, *cases, "absent", **owner.env)
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
+    # Once seen, the Hub is not needed; and the package changes nothing.
+    asked = len(owner.requests)
+    result = run_python(READER, *cases, "installed", **owner.env | {"HF_HUB_OFFLINE": "1"})
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
+    assert len(owner.requests) == asked
+
+
+def test_a_private_repository_needs_a_token(tiny, owner, monkeypatch):
+    model, processor = tiny()
+    push(model, "someone/secret", processor=processor, private=True)
+    assert describe("someone/secret").layout == "openvla-hf"
+    monkeypatch.delenv("HF_TOKEN")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(OSError, match="someone/secret is not a local folder"):
+        describe("someone/secret")
+    assert describe("someone/secret", token=owner.token).layout == "openvla-hf"
+    with pytest.raises(OSError, match="401"):
+        push(model, "someone/secret", processor=processor)
+
+
+def test_one_commit_holds_everything_and_nothing_of_whoever_pushed(tiny, owner, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "adalovelace"))
+    folder = save(tmp_path / "adalovelace" / "run", tiny(), max_shard_size="60KB")
+    (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path)}))
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "model.safetensors").write_bytes(b"")
+    push(folder, "someone/policy", commit_message="First")
+    repository = owner.repository("someone/policy")
+    assert [repository.messages[oid] for oid in repository.commits] == ["", "First"]
+    pushed = owner.files("someone/policy")
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert set(pushed) == {
+        *shards,
+        *("model.safetensors.index.json", "config.json", "generation_config.json", "dataset_statistics.json"),
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "requirements.txt"),
+        *(path.name for path in folder.glob("*.py")),
+    }
+    assert pushed["requirements.txt"].decode().splitlines()[0] == "transformers>=5.20"
+    assert b"==" not in pushed["requirements.txt"]
+    for secret in (owner.token, "adalovelace", str(Path.cwd()), tempfile.gettempdir()):
+        assert not [name for name, content in pushed.items() if secret.encode() in content]
+    # Other shards take the place of the first ones, and what has not changed is not sent again.
+    asked = len(owner.requests)
+    save(tmp_path / "whole", tiny())
+    push(tmp_path / "whole", "someone/policy")
+    weights = [name for name in owner.files("someone/policy") if "safetensors" in name]
+    assert weights == ["model.safetensors"]
+    assert sum(request.startswith("PUT") for request in owner.requests[asked:]) == 1
+
+
+def test_an_upload_that_breaks_off_shows_nothing_and_is_resumed(tiny, owner, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the client's retries
+    folder = save(tmp_path / "run", tiny(), max_shard_size="60KB")
+    shards = len(list(folder.glob("*.safetensors")))
+    owner.uploads_until_cut = 2
+    with pytest.raises(OSError, match=r"broke off .* push again"):
+        push(folder, "someone/policy")
+    assert owner.files("someone/policy") == {}
+    arrived = len(owner.blobs)
+    assert arrived == 2
+    owner.uploads_until_cut = None
+    asked = len(owner.requests)
+    push(folder, "someone/policy")
+    assert sum(request.startswith("PUT") for request in owner.requests[asked:]) == shards - arrived
+    for path in folder.glob("*.safetensors"):
+        assert owner.files("someone/policy")[path.name] == path.read_bytes()
+
+
+def test_branches_and_pull_requests_leave_main_alone(tiny, owner):
+    model, processor = tiny()
+    push(model, "someone/policy", processor=processor)
+    main_commit = owner.commit("someone/policy")
+    other, _ = tiny(seed=1)
+    push(other, "someone/policy", processor=processor, revision="tuned", license="mit")
+    opened = push(other, "someone/policy", processor=processor, create_pr=True)
+    assert opened.pr_url.endswith("/discussions/1")
+    assert owner.commit("someone/policy") == main_commit
+    weights = [owner.files("someone/policy", name)["model.safetensors"] for name in ("main", "tuned", "refs/pr/1")]
+    assert weights[1] == weights[2] != weights[0]
+    assert card_of(owner, "someone/policy", "tuned").data.license == "mit"
+
+
+def test_the_card_tells_of_the_run(tiny, owner, tmp_path):
+    base = owner.root / "someone/base"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    folder = save(
+        tmp_path / "run", tiny(norm_stats={key: fake_statistics(dim) for key, dim in (("arm", 7), ("two", 14))})
+    )
+    row = {"episodes": 40, "success": 0.825, "moved_target": 1.0, "steps": 20.0}
+    for name, content in {
+        "training.json": {
+            "base_model": "someone/base",
+            "datasets": ["someone/kitchen"],
+            "recipe": {"learning rate": 5e-4},
+            "figures": {"action accuracy": 0.93},
+        },
+        "evaluation.json": {"results": {"as told": {"all": row}, "black": {"all": row | {"success": 0.0}}}},
+        "quantization.json": [{"format": "4bit", "agreement": 0.97}],
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+    push(folder, "someone/policy")
+    card = card_of(owner, "someone/policy")
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "robotics", "apache-2.0")
+    assert (data.base_model, data["base_model_relation"], data.datasets) == (
+        "someone/base",
+        "finetune",
+        ["someone/kitchen"],
+    )
+    assert [(one.dataset_config, one.metric_type, one.metric_value) for one in data.eval_results] == [
+        ("as told", "success_rate", 0.825),
+        ("black", "success_rate", 0.0),
+    ]
+    assert 'unnorm_key="arm"' in usage(owner, "someone/policy")
+    for line in (
+        "| learning rate | 0.0005 |",
+        "| action accuracy | 0.93 |",
+        "| as told | all | 40 | 82.5 % |",
+        "| format | agreement |",
+        "| 4bit | 0.97 |",
+        "apache-2.0, as its base model [someone/base]",
+    ):
+        assert line in card.text
+    assert re.search(r"\| `two` \| 14 \| -0.03, .* \| 6, 13 \| not recorded \| 90 \|", card.text)
+    assert "More Information Needed" not in card.text
+    assert not set(owner.files("someone/policy")) & {"training.json", "evaluation.json", "quantization.json"}
+
+
+def fake_statistics(dim):
+    one = {"q01": [-0.03] * dim, "q99": [0.03] * dim, "mask": [index % 7 != 6 for index in range(dim)]}
+    return {"action": one, "num_transitions": 90}
+
+
+def test_an_adapter_names_a_base_that_others_have(tiny, owner, tmp_path):
+    base = save(tmp_path / "base", tiny())
+    model, processor = tiny()
+    model.name_or_path = str(base)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    folder = save(tmp_path / "adapter", (adapted, processor))
+    with pytest.raises(ValueError, match=r"base is the folder .* give its Hub id as base_model"):
+        push(folder, "someone/adapter")
+    assert not (owner.root / "someone/adapter").exists()
+    push(base, "someone/base", license="mit")
+    push(folder, "someone/adapter", base_model="someone/base")
+    pushed = owner.files("someone/adapter")
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "someone/base"
+    assert not [name for name, content in pushed.items() if str(tmp_path).encode() in content]
+    data = card_of(owner, "someone/adapter").data
+    assert (data.library_name, data["base_model_relation"], data.license) == ("peft", "adapter", "mit")
+    assert b"peft" in pushed["requirements.txt"]
+    found = describe("someone/adapter")
+    assert (found.layout, found.base_model) == ("adapter", "someone/base")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"note": "hf_abcdefghijklmnopqrstuvwxyz"}, "note.json holds an access token"),
+        ({"note": "TMP/run/model"}, "note.json names the local path .*/run/model"),
+    ],
+)
+def test_secrets_are_not_pushed(tiny, owner, tmp_path, content, problem):
+    folder = save(tmp_path / "run", tiny())
+    (folder / "note.json").write_text(json.dumps(content).replace("TMP", str(tmp_path)))
+    with pytest.raises(ValueError, match=problem):
+        push(folder, "someone/policy")
+    assert owner.requests == []
+
+
+def test_what_cannot_be_pushed_is_said_in_a_sentence(tiny, owner, tmp_path):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match="needs its processor"):
+        push(model, "someone/policy")
+    with pytest.raises(ValueError, match="is no folder"):
+        push(tmp_path / "absent", "someone/policy")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(ValueError, match=r"no OpenVLA checkpoint: its config\.json is for 'llava'"):
+        push(tmp_path, "someone/policy")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "openvla"}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="no weights in safetensors files"):
+        push(tmp_path, "someone/policy")
+
+
+def test_a_checkpoint_is_described_alike_here_and_on_the_hub(tiny, owner, tmp_path):
+    model, _ = pair = tiny()
+    folder = save(tmp_path / "run", pair, max_shard_size="60KB")
+    push(folder, "someone/policy")
+    here, there = describe(folder), describe("someone/policy")
+    for name in (
+        "layout",
+        "vision_towers",
+        "language_model",
+        "action_dims",
+        "dtype",
+        "parameters",
+        "size",
+        "has_code",
+    ):
+        assert getattr(here, name) == getattr(there, name), name
+    assert (here.layout, here.dtype, here.has_code) == ("openvla-hf", "float32", True)
+    assert here.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert here.action_dims == {"tiny": 7}
+
+
+def test_layouts_are_told_apart(tmp_path):
+    published = describe(FIXTURE)
+    assert (published.layout, published.dtype, published.has_code) == ("published", "bfloat16", False)
+    assert [tower.split(",")[0] for tower in published.vision_towers] == [
+        "dinov2_with_registers",
+        "siglip_vision_model",
+    ]
+    assert published.action_dims["aloha_bimanual"] == 14
+    for name in ("config.json", "weights.safetensors"):
+        shutil.copy(FIXTURE / name, tmp_path)
+    (tmp_path / "action_head--100_checkpoint.pt").write_bytes(b"")
+    assert describe(tmp_path).layout == "openvla-oft"
+
+
+def test_the_commands(tiny, owner, tmp_path, capsys):
+    folder = str(save(tmp_path / "run", tiny()))
+    assert main(["push", folder, "someone/policy", "--license", "mit", "--json"]) == 0
+    pushed = json.loads(capsys.readouterr().out)
+    assert pushed["commit"] == owner.commit("someone/policy")
+    assert main(["info", "someone/policy", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["action_dims"] == {"tiny": 7}
+    assert main(["info", folder]) == 0
+    assert "tiny: 7 dimensions" in capsys.readouterr().out
+    assert main(["export", folder, str(tmp_path / "published")]) == 2
+    assert "can't be exported" in capsys.readouterr().err
+    assert main(["info", "someone/absent"]) == 2
+    error = capsys.readouterr().err
+    assert "someone/absent is not a local folder" in error

@@ -1,0 +1,427 @@
+import gc
+import importlib.util
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from openvla_hf.cli import main
+from openvla_hf.evaluation.fidelity import compare
+from openvla_hf.modeling.action_decoding import action_pass
+from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.quantization import FORMATS, expected_weight_bytes, quantization, quantize, weight_bytes
+from openvla_hf.testing import fake_episode
+
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+BNB = ("4bit", "8bit")
+HERE = [name for name in FORMATS if importlib.util.find_spec(FORMATS[name].package) and name not in ("int4", "float8")]
+GB = 10**9
+FULL_SIZE = {
+    "model_type": "llama",
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
+
+@pytest.fixture
+def policy(tiny, tmp_path):
+    """A saved policy: folder, model, processor, inputs of one observation."""
+    model, processor = tiny(text_width=128)
+    folder = tmp_path / "policy"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    image = fake_episode(steps=1)[0]["image"]
+    inputs = processor(image, instruction="pick up the red block")
+    return SimpleNamespace(folder=folder, model=model, processor=processor, image=image, inputs=inputs)
+
+
+def exact(name):
+    """The format with float32 arithmetic in which no row depends on the others of its pass."""
+    config = quantization(name)
+    config.bnb_4bit_compute_dtype = torch.float32
+    config.llm_int8_threshold = 0.0
+    return config
+
+
+def kinds(model):
+    """Part of the model -> names of the classes of its linear layers."""
+    parts = {"head": model.lm_head, "vision": model.model.vision_backbone, "projector": model.model.projector}
+    parts["text"] = model.model.language_model
+    return {
+        part: {type(layer).__name__ for layer in module.modules() if isinstance(layer, nn.Linear)}
+        for part, module in parts.items()
+    }
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+# Loading
+
+
+@pytest.mark.parametrize("loader", [AutoModel, AutoModelForImageTextToText, OpenVLAForActionPrediction])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_by_default_head_towers_and_projector_stay_in_16_bits(policy, loader, bits):
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = loader.from_pretrained(policy.folder, quantization_config=config)
+    layer = {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    assert kinds(model) == {"head": {"Linear"}, "vision": {"Linear"}, "projector": {"Linear"}, "text": {layer}}
+    assert config.llm_int8_skip_modules is None, "the user's own config was changed"
+    assert np.isfinite(model.predict_action(**policy.inputs)).all()
+
+
+def test_what_the_user_keeps_is_kept_and_nothing_else(policy):
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "model.projector"])
+    model = AutoModel.from_pretrained(policy.folder, quantization_config=config)
+    assert kinds(model)["projector"] == kinds(model)["head"] == {"Linear"}
+    assert kinds(model)["vision"] == kinds(model)["text"] == {"Linear4bit"}
+    everything = AutoModel.from_pretrained(policy.folder, quantization_config=quantization("4bit", towers=True))
+    assert kinds(everything)["projector"] == {"Linear4bit"}
+    assert kinds(everything)["head"] == {"Linear"}
+
+
+# Acting
+
+
+@pytest.mark.parametrize("name", BNB)
+def test_batches_drafts_details_and_streams_give_the_action(policy, name):
+    model = AutoModel.from_pretrained(policy.folder, quantization_config=exact(name), dtype=torch.float32)
+    alone = model.predict_action(**policy.inputs, return_details=True)
+    batch = policy.processor([policy.image] * 2, instruction=["open the drawer now", "pick up the red block"])
+    np.testing.assert_array_equal(model.predict_action(**batch)[1], alone.actions[0])
+    for draft in (alone.token_ids, alone.token_ids - 1):
+        drafted = model.predict_action(**policy.inputs, draft_token_ids=draft, return_details=True)
+        np.testing.assert_array_equal(drafted.token_ids, alone.token_ids)
+    assert model.predict_action(
+        **policy.inputs, draft_token_ids=alone.token_ids, return_details=True
+    ).forward_passes == 1  # fmt: skip
+    generated = model.predict_action(**policy.inputs, do_sample=False)
+    np.testing.assert_array_equal(generated, alone.actions[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BNB)
+def test_the_compiled_pass_is_one_graph_and_gives_the_same_tokens(policy, name):
+    model = AutoModel.from_pretrained(policy.folder, quantization_config=quantization(name), dtype=torch.bfloat16)
+    expected = model.predict_action(**policy.inputs, return_details=True)
+    model.action_pass = torch.compile(action_pass, backend="aot_eager", fullgraph=True, dynamic=False)
+    compiled = model.predict_action(**policy.inputs, return_details=True)
+    torch.compiler.reset()
+    np.testing.assert_array_equal(compiled.token_ids, expected.token_ids)
+
+
+# Saving
+
+
+REMOTE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "openvla_hf":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+inputs, output, *folders = sys.argv[1:]
+inputs = load_file(inputs)
+logits = {}
+for folder in folders:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        logits[folder] = model(**inputs).logits
+save_file(logits, output)
+"""
+
+
+def test_a_new_process_without_the_package_computes_identical_logits(policy, run_python, tmp_path):
+    expected = {}
+    for name in BNB:
+        for towers in (False, True):
+            config = quantization(name, towers=towers)
+            model = AutoModel.from_pretrained(policy.folder, quantization_config=config, dtype=torch.bfloat16)
+            folder = tmp_path / f"{name}-{towers}"
+            model.save_pretrained(folder)
+            expected[str(folder)] = logits(model, policy.inputs)
+    save_file({key: value.contiguous() for key, value in policy.inputs.items()}, tmp_path / "inputs.safetensors")
+    output = tmp_path / "logits.safetensors"
+    run_python(REMOTE, tmp_path / "inputs.safetensors", output, *expected)
+    actual = load_file(output)
+    for folder, value in expected.items():
+        assert torch.equal(actual[folder], value), folder
+
+
+@pytest.mark.parametrize("name", BNB)
+@pytest.mark.parametrize("case", ["fused-224", "sharded"])
+def test_a_published_checkpoint_is_quantised_saved_and_reloaded_alike(recorded, tmp_path, name, case):
+    record = recorded(case)
+    # The towers too: their fused weights are split on the way, and one has odd sizes.
+    model = record.load(quantization_config=quantization(name, towers=True), dtype=torch.bfloat16)
+    assert kinds(model)["vision"] == kinds(model)["text"]
+    model.save_pretrained(tmp_path)
+    again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    inputs = record.processor(record.cases["prompts"][0], record.images[0])
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+# Rewriting a checkpoint
+
+
+def read_all(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("towers", [False, True])
+def test_quantize_writes_what_loading_and_saving_would(policy, tmp_path, name, towers):
+    config = quantization(name, towers=towers)
+    model = AutoModel.from_pretrained(policy.folder, quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    quantize(policy.folder, tmp_path / "written", name, towers=towers, shard_bytes=200_000)
+    saved, written = read_all(tmp_path / "saved"), read_all(tmp_path / "written")
+    assert len(list((tmp_path / "written").glob("*.safetensors"))) > 2
+    assert written.keys() == saved.keys()
+    for key, value in saved.items():
+        assert torch.equal(written[key].view(torch.uint8), value.view(torch.uint8)), key
+    again = AutoModel.from_pretrained(tmp_path / "written")
+    processor = AutoProcessor.from_pretrained(tmp_path / "written")
+    inputs = processor(policy.image, instruction="pick up the red block")
+    assert torch.equal(logits(again, inputs), logits(model, policy.inputs))
+    assert again.norm_stats == model.norm_stats
+    files = {path.name for path in (tmp_path / "saved").iterdir() if path.suffix in (".py", ".json")}
+    assert files <= {path.name for path in (tmp_path / "written").iterdir()}
+
+
+def test_quantize_reads_a_published_sharded_checkpoint(recorded, tmp_path):
+    record = recorded("sharded")
+    config = AutoConfig.from_pretrained(record.checkpoint, **record.overrides)
+    quantize(record.checkpoint, tmp_path / "written", "4bit", towers=True, config=config, shard_bytes=300_000)
+    model = record.load(quantization_config=quantization("4bit", towers=True), dtype=torch.bfloat16)
+    inputs = record.processor(record.cases["prompts"][0], record.images[0])
+    again = AutoModel.from_pretrained(tmp_path / "written")
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def tensor_bytes():
+    """Of all that is in memory; `type`, since some objects import or warn when they are asked for more."""
+    real = [
+        one
+        for one in gc.get_objects()
+        if type(one) in (torch.Tensor, nn.Parameter, bitsandbytes.nn.Int8Params) and not one.is_meta
+    ]
+    return sum({one.data_ptr(): one.untyped_storage().nbytes() for one in real}.values())
+
+
+def test_quantize_holds_one_shard_in_memory(policy, tmp_path):
+    del policy.model
+    whole, shard = (policy.folder / "model.safetensors").stat().st_size // 2, 200_000
+    gc.collect()
+    before, held = tensor_bytes(), []
+    quantize(
+        policy.folder, tmp_path / "out", "8bit", shard_bytes=shard,
+        on_progress=lambda done, total: held.append(tensor_bytes() - before),
+    )  # fmt: skip
+    assert len(held) > 3
+    assert max(held) < 2 * shard < whole
+
+
+def test_quantize_leaves_nothing_behind_when_it_fails(policy, tmp_path):
+    weights = policy.folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(OSError, match="corrupt or was cut short"):
+        quantize(policy.folder, tmp_path / "out" / "here", "4bit")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_quantize_refuses_weights_that_do_not_belong(policy, tmp_path):
+    weights = policy.folder / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["lm_head.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing weights, such as 'lm_head\.weight'"):
+        quantize(policy.folder, tmp_path / "out", "4bit")
+
+
+# Size
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("towers", [False, True])
+def test_weights_take_what_is_computed(policy, name, towers):
+    config = quantization(name, towers=towers)
+    model = AutoModel.from_pretrained(policy.folder, quantization_config=config, dtype=torch.bfloat16)
+    # A description of each 4-bit layer, of some hundred bytes, weighs something here.
+    assert weight_bytes(model) == pytest.approx(expected_weight_bytes(model.config, name, towers=towers), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "towers", "most"), [("4bit", False, 5.7), ("4bit", True, 4.8), ("8bit", False, 8.7), ("8bit", True, 8.1)]
+)
+def test_a_7b_policy_fits(name, towers, most):
+    config = OpenVLAConfig(vision_backbone_id="dinosiglip-vit-so-224px", text_config=dict(FULL_SIZE))
+    assert expected_weight_bytes(config) == pytest.approx(15 * GB, rel=0.001)
+    assert expected_weight_bytes(config, name, towers=towers) <= most * GB
+
+
+# Adapters
+
+
+def test_an_adapter_trained_on_4_bits_runs_on_4_and_on_16(policy, tmp_path):
+    def base(**kwargs):
+        return AutoModel.from_pretrained(policy.folder, **kwargs)
+
+    config = quantization("4bit")
+    lora = LoraConfig(r=4, target_modules=r"model\.language_model\..*\.(q_proj|v_proj)", init_lora_weights="gaussian")
+    torch.manual_seed(0)
+    model = get_peft_model(base(quantization_config=config, dtype=torch.float32), lora)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    inputs = dict(policy.inputs)
+    losses = []
+    for _ in range(3):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+    on_4 = PeftModel.from_pretrained(base(quantization_config=config, dtype=torch.float32), tmp_path / "adapter")
+    assert torch.equal(logits(on_4, inputs), logits(model, inputs))
+    plain = base()
+    without = logits(plain, inputs)
+    on_16 = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    assert not torch.allclose(logits(on_16, inputs), without, atol=1e-2)
+    assert np.isfinite(on_16.predict_action(**inputs)).all()
+
+
+# Fidelity
+
+
+def test_the_report_counts_what_the_models_say(tiny, tmp_path):
+    model, processor = tiny()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    frames = fake_episode(steps=6)[::2]
+    plain, four = compare(tmp_path, ["4bit"], frames, towers=[True], device="cpu")
+    assert (plain.format, plain.token_agreement, plain.action_agreement, plain.gripper_flips) == ("16-bit", 1, 1, 0)
+    assert plain.l1 == [0.0] * 7
+    assert four.weight_bytes < 0.8 * plain.weight_bytes
+
+    def answers(config):
+        model = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
+        details = [
+            model.predict_action(**processor(one["image"], instruction=one["instruction"]), return_details=True)
+            for one in frames
+        ]
+        return [np.concatenate([getattr(one, name) for one in details]) for name in ("actions", "token_ids")]
+
+    actions, ids = answers(quantization("4bit", towers=True))
+    should_act, should_give = answers(None)
+    np.testing.assert_allclose(four.l1, np.abs(actions - should_act).mean(axis=0))
+    assert four.token_agreement == (ids == should_give).mean() < 1
+    assert four.action_agreement == (ids == should_give).all(axis=1).mean()
+    assert four.gripper_flips == ((actions > 0.5) != (should_act > 0.5))[:, 6].mean()
+
+
+def test_the_command_writes_checkpoints_and_reports(policy, tmp_path, capsys):
+    assert main(["quantize", str(policy.folder), str(tmp_path / "four"), "--bits", "4", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert AutoModel.from_pretrained(written["folder"]).config.quantization_config.load_in_4bit
+    pytest.importorskip("gymnasium")
+    more = ["--report", "--format", "8bit", "--frames", "2", "--output", str(tmp_path / "report"), "--json"]
+    assert main(["quantize", str(policy.folder), *more]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["format"] for row in report["results"]] == ["16-bit", "8bit"]
+    assert json.loads((tmp_path / "report" / "fidelity.json").read_text()) == report["results"]
+    assert (tmp_path / "report" / "fidelity.png").stat().st_size > 1000
+    assert main(["quantize", str(policy.folder)]) == 2
+    assert "a new folder" in capsys.readouterr().err
+
+
+# Bad input
+
+
+def test_an_unknown_format_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean '4bit'"):
+        quantization("4bits")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["int4", "float8"])
+def test_a_format_for_gpus_says_so(name):
+    with pytest.raises(ValueError, match=r"needs a GPU of compute capability .* take '4bit' or 'int8'"):
+        quantization(name)
+
+
+def test_weights_are_quantised_once(policy, tmp_path):
+    quantize(policy.folder, tmp_path / "four", "4bit")
+    for loader in (AutoModel, OpenVLAForActionPrediction):
+        with pytest.raises(ValueError, match="quantised already: load it without `quantization_config`"):
+            loader.from_pretrained(tmp_path / "four", quantization_config=quantization("8bit"))
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize(tmp_path / "four", tmp_path / "eight", "8bit")
+    with pytest.raises(ValueError, match="quantised already"):
+        compare(tmp_path / "four", ["8bit"], fake_episode(steps=1), device="cpu")
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        quantize(policy.folder, tmp_path / "four", "4bit")
+
+
+def test_a_missing_package_is_named(policy, tmp_path, monkeypatch):
+    AutoModel.from_pretrained(policy.folder, quantization_config=quantization("4bit")).save_pretrained(
+        tmp_path / "four"
+    )
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("openvla_hf.quantization.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs bitsandbytes: run `pip install bitsandbytes`"):
+        quantization("4bit")
+    with pytest.raises(ImportError, match=r"pip install .*bitsandbytes"):
+        AutoModel.from_pretrained(tmp_path / "four")
+
+    config_file = tmp_path / "four" / "config.json"
+    config = json.loads(config_file.read_text())
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": {"default": {}}}
+    config_file.write_text(json.dumps(config))
+    for module in ("torchao", "torchao.core.config"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match="need torchao: run `pip install torchao`"):
+        AutoModel.from_pretrained(tmp_path / "four")
+
+
+def test_sizes_that_the_cpu_kernel_can_not_take_go_the_general_way(tiny, tmp_path, monkeypatch):
+    """On a CPU with AVX512-BF16 such a layer fails with "N must be divisible by block_n"."""
+    model, processor = tiny(text_width=48)
+    model.save_pretrained(tmp_path)
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="pick up the red block")
+    plain = AutoModel.from_pretrained(tmp_path, quantization_config=quantization("4bit"))
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    config = quantization("4bit")
+    model = AutoModel.from_pretrained(tmp_path, quantization_config=config)
+    np.testing.assert_array_equal(model.predict_action(**inputs), plain.predict_action(**inputs))

@@ -1,0 +1,188 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.quantization import quantization
+from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.adapters import load_adapter
+from openvla_hf.training.merge import merge_adapter, merge_layers
+from openvla_hf.training.recipes import recipe
+
+
+LOGITS = 1e-4  # as tests/parity
+MERGED_LOGITS = 3e-4  # what merging in another order of float32 sums moves
+
+
+@pytest.fixture
+def published(golden):
+    """The adapter that the original code wrote, and what came of it."""
+    folder = golden / "lora"
+    if not folder.is_dir():
+        pytest.skip(f"no recorded adapter at {folder}")
+    return folder
+
+
+def check_recorded(model, processor, recorded, folder, kind, tolerance):
+    """Logits of every recorded step, and every action."""
+    expected = load_file(folder / "expected.safetensors")
+    cases = json.loads((folder / "cases.json").read_text())
+    base = recorded("fused-224")
+    for index, case in enumerate(cases["predictions"]):
+        inputs = processor(cases["prompts"][case["prompt"]], base.images[case["image"]])
+        details = model.predict_action(**inputs, unnorm_key=case["unnorm_key"], constrained=False, return_details=True)
+        name = f"{kind}.predict.{index}"
+        ids = expected[f"{name}.generated_ids"][-details.token_ids.shape[1] :]
+        assert details.token_ids[0].tolist() == ids.tolist()
+        torch.testing.assert_close(
+            torch.from_numpy(details.actions[0]), expected[f"{name}.actions"].double(), rtol=0, atol=1e-9
+        )
+    for index in cases["forward_full"]:
+        case = cases["predictions"][index]
+        inputs = processor(cases["prompts"][case["prompt"]], base.images[case["image"]])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+        error = (logits - expected[f"{kind}.forward.{index}.logits_last"]).abs().max().item()
+        assert error < tolerance, (index, error)
+
+
+def test_a_published_adapter_gives_the_recorded_logits_and_actions(recorded, published):
+    base = recorded("fused-224")
+    model = load_adapter(base.load(), published / "adapter")
+    check_recorded(model, base.processor, recorded, published, "unmerged", LOGITS)
+
+
+def test_a_published_adapter_merges_to_the_recorded_model(recorded, published, tmp_path):
+    base = recorded("fused-224")
+    merge_adapter(published / "adapter", tmp_path / "merged", base=base.checkpoint, dtype="float32", **base.overrides)
+    model = AutoModel.from_pretrained(tmp_path / "merged")
+    assert not hasattr(model, "peft_config")
+    check_recorded(
+        model, AutoProcessor.from_pretrained(tmp_path / "merged"), recorded, published, "merged", MERGED_LOGITS
+    )
+
+
+def test_from_pretrained_on_a_published_adapter_finds_its_base(recorded, published, tmp_path):
+    shutil.copytree(published / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(recorded("fused-224").checkpoint)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    base = recorded("fused-224")
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "adapter", dtype=torch.float32, **base.overrides)
+    check_recorded(model, base.processor, recorded, published, "unmerged", LOGITS)
+
+
+def rewrite(published, folder, change):
+    folder.mkdir()
+    shutil.copy(published / "adapter" / "adapter_config.json", folder)
+    weights = load_file(published / "adapter" / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_weight_without_a_place_is_an_error(recorded, published, tmp_path):
+    def add(weights):
+        weights["base_model.model.language_model.model.layers.9.mlp.up_proj.lora_A.weight"] = torch.zeros(8, 128)
+
+    with pytest.raises(ValueError, match=r"finds no place.*layers\.9\.mlp\.up_proj"):
+        load_adapter(recorded("fused-224").load(), rewrite(published, tmp_path / "adapter", add))
+
+
+def test_half_an_adapter_is_an_error(recorded, published, tmp_path):
+    def drop(weights):
+        del weights["base_model.model.projector.fc1.lora_B.weight"]
+
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_adapter(recorded("fused-224").load(), rewrite(published, tmp_path / "adapter", drop))
+
+
+def saved_base(folder, **fields):
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer, **fields)
+    torch.manual_seed(0)
+    model = OpenVLAForActionPrediction(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    processor = tiny_processor(tokenizer, config)
+    processor.save_pretrained(folder)
+    return OpenVLAForActionPrediction.from_pretrained(folder), processor
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A base, an adapter of ours whose B is not zero, and the inputs and logits that it gives."""
+
+    def build(name="lora", **fields):
+        base, processor = saved_base(tmp_path / "base", **fields)
+        model = recipe(name, dtype="float32", lora_rank=4).prepare(base).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        processor.save_pretrained(tmp_path / "adapter")
+        stats = {"mine": base.norm_stats["tiny"]}
+        (tmp_path / "adapter" / "dataset_statistics.json").write_text(json.dumps(stats))
+        frame = fake_episode(steps=1)[0]
+        inputs = processor(frame["image"], instruction=frame["instruction"])
+        with torch.no_grad():
+            return tmp_path / "adapter", inputs, model(**inputs).logits
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-paper"])
+@pytest.mark.parametrize("loader", [AutoModel, OpenVLAForActionPrediction])
+def test_an_adapter_repository_is_a_policy_ready_to_act(trained, loader, name):
+    folder, inputs, expected = trained(name)
+    model = loader.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    frame = fake_episode(steps=1)[0]
+    inputs = processor(frame["image"], instruction=frame["instruction"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)
+    assert list(model.norm_stats) == ["mine"]
+    assert model.predict_action(**inputs).shape == (7,)
+
+
+def test_an_adapter_without_its_base_says_so(trained, tmp_path):
+    folder, _, _ = trained()
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(OSError, match=r"load the base yourself.*load_adapter"):
+        OpenVLAForActionPrediction.from_pretrained(folder)
+
+
+def test_merging_keeps_the_logits_and_a_fault_writes_nothing(trained, tmp_path, monkeypatch):
+    folder, inputs, expected = trained("lora-paper")
+    assert merge_adapter(folder, tmp_path / "merged", max_shard_size="200KB") < 1e-5
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, expected, rtol=0, atol=1e-5)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+
+    def forget_one(model):
+        merge_layers(model)
+        model.model.projector.fc1.weight.data.mul_(1.1)
+
+    monkeypatch.setattr("openvla_hf.training.merge.merge_layers", forget_one)
+    with pytest.raises(ValueError, match="nothing was written"):
+        merge_adapter(folder, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_base_in_few_bits_is_refused(trained, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder, _, _ = trained()
+    small = OpenVLAForActionPrediction.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16, quantization_config=quantization("4bit")
+    )
+    small.save_pretrained(tmp_path / "small")
+    tiny_processor().save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"is quantised.*--base"):
+        merge_adapter(folder, tmp_path / "merged", base=tmp_path / "small")
+    assert not (tmp_path / "merged").exists()

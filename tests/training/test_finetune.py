@@ -1,0 +1,101 @@
+"""From frames to a policy, through the command line and the functions behind it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoModel, AutoProcessor
+
+from openvla_hf.cli import main
+from openvla_hf.data import from_episodes
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.finetune import read_split
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A saved policy that knows nothing."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer)
+    torch.manual_seed(0)
+    OpenVLAForActionPrediction(config).save_pretrained(folder)
+    tiny_processor(tokenizer, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four episodes as a data set on disk."""
+    folder = tmp_path_factory.mktemp("data") / "kitchen"
+    rows = [
+        frame | {"episode_index": episode, "frame_index": index}
+        for episode in range(4)
+        for index, frame in enumerate(fake_episode(seed=episode, steps=6))
+    ]
+    numbers = {"episode_index": Value("int64"), "frame_index": Value("int64")}
+    features = Features(
+        {"image": Image(), "instruction": Value("string"), "action": List(Value("float64")), **numbers}
+    )
+    Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features).save_to_disk(folder)
+    return folder
+
+
+def run(base, data, output, *more):
+    common = ["--model", str(base), "--data", str(data), "--output", str(output), "--workers", "0", "--json"]
+    quick = ["--save-steps", "2", "--logging-steps", "1"]
+    settings = ["dtype=float32", "batch_size=4", "lora_rank=4", "use_cpu=true"]
+    return main(["finetune", *common, *quick, *more, "--set", *settings])
+
+
+@pytest.mark.slow
+def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    assert run(base, data, output, "--steps", "2", "--eval-share", "0.25") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"loss", "action_accuracy", "eval_action_l1"} <= result["figures"].keys()
+    assert run(base, data, output, "--steps", "4") == 2
+    assert "resume it, or give another folder" in capsys.readouterr().err
+    assert run(base, data, output, "--steps", "4", "--eval-share", "0.25", "--resume") == 0
+    assert json.loads((output / "training.json").read_text())["recipe"] == "lora"
+
+    model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
+    assert processor.image_processor.center_crop_area == 0.9
+    assert list(model.norm_stats) == ["kitchen"]
+    frame = fake_episode(steps=1)[0]
+    inputs = processor(frame["image"], instruction=frame["instruction"])
+    action = model.predict_action(**inputs)
+
+    capsys.readouterr()
+    assert main(["merge", str(output), str(tmp_path / "merged"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["difference"] < 1e-3
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(merged.predict_action(**inputs), action)
+    assert main(["merge", str(output), str(tmp_path / "merged")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_what_a_recipe_takes_is_said_before_anything_is_loaded(base, tmp_path, capsys):
+    assert run(base, tmp_path / "no such data", tmp_path / "out", "--dry-run") == 0
+    printed = capsys.readouterr()
+    cost = json.loads(printed.out)
+    assert 0 < cost["trainable"] < cost["parameters"]
+    assert "trainable" in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_recipe_is_one_sentence(base, data, tmp_path, capsys):
+    assert run(base, data, tmp_path / "out", "--recipe", "lor") == 2
+    assert "Did you mean 'lora'?" in capsys.readouterr().err
+
+
+def test_whole_episodes_are_held_out():
+    episodes = [fake_episode(seed=seed, steps=3) for seed in range(10)]
+    train, held_out = read_split(from_episodes(episodes), 0.2, seed=0)
+    numbers = [{frame["episode_index"] for frame in part} for part in (train, held_out)]
+    assert len(numbers[1]) == 2
+    assert not numbers[0] & numbers[1]
+    assert len(train) + len(held_out) == 30

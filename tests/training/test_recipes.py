@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+
+from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.collator import ActionCollator
+from openvla_hf.training.recipes import RECIPES, estimate_cost, recipe
+from openvla_hf.training.trainer import supervised_positions
+
+
+PAPER_LORA_PARAMETERS = 110_828_288
+PAPER_SINGLE_TOWER = {"last-layer": 465.0, "frozen-vision": 6760.4}  # millions
+# What the paper trains of the single tower and no model here has: the last block, the final norm and the pooling head.
+PAPER_NEVER_READ = 7188.1 - 7157.6
+
+
+def published(backbone):
+    return OpenVLAConfig(vision_backbone_id=backbone, text_config={})
+
+
+def learning(name, **fields):
+    model = OpenVLAForActionPrediction(tiny_config())
+    recipe(name, lora_rank=2 if "lora" in name else 0, dtype="float32", **fields).prepare(model)
+    return {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_lora_adapts_every_linear_layer_that_is_read_and_nothing_else():
+    model = OpenVLAForActionPrediction(tiny_config())
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    assert {name.split(".lora_")[0] for name in learning("lora")} == linear
+
+
+def test_lora_as_published_adapts_the_patch_embeddings_and_the_head_too():
+    more = {name.split(".lora_")[0] for name in learning("lora-paper") - learning("lora")}
+    assert {name.rsplit(".", 1)[-1] for name in more} == {"lm_head", "projection", "patch_embedding"}
+
+
+def test_partial_recipes_train_what_they_name():
+    last = learning("last-layer")
+    assert {name.split(".")[3] if "layers" in name else "-" for name in last} == {"1", "-"}
+    assert not any("vision" in name or "projector" in name for name in last)
+    assert learning("sandwich") - last == {
+        name for name in learning("full") if "vision" in name or "projector" in name
+    }
+    assert learning("full") - learning("frozen-vision") == {name for name in learning("full") if "vision" in name}
+
+
+def test_every_field_can_be_overridden_and_a_wrong_name_is_a_sentence():
+    assert recipe("lora", lora_rank=64, learning_rate=1e-4).lora_rank == 64
+    with pytest.raises(ValueError, match="Did you mean 'lora_rank'"):
+        recipe("lora", lora_ranks=64)
+    with pytest.raises(ValueError, match="Did you mean 'last-layer'"):
+        recipe("last_layer")
+    with pytest.raises(ValueError, match="trains nothing"):
+        recipe("lora", lora_rank=0).prepare(OpenVLAForActionPrediction(tiny_config()))
+
+
+@pytest.mark.slow
+def test_counts_at_full_size_are_those_of_the_paper():
+    single = published("siglip-vit-so400m")
+    for name, millions in PAPER_SINGLE_TOWER.items():
+        assert estimate_cost(single, recipe(name)).trainable / 1e6 == pytest.approx(millions, abs=0.1)
+    sandwich = estimate_cost(single, recipe("sandwich")).trainable / 1e6
+    assert sandwich + PAPER_NEVER_READ == pytest.approx(914.2, abs=0.2)
+
+    fused = published("dinosiglip-vit-so-224px")
+    rank = RECIPES["lora-paper"].lora_rank
+    shared = sum(  # the paper's q, k and v are one layer, with one A
+        2 * rank * tower.hidden_size * fused.vision_layers_built(tower) for tower in fused.vision_configs
+    )
+
+    def adapters(*layers):
+        return sum(rank * (inputs + outputs) for inputs, outputs in layers)
+
+    def block(width, inner):
+        return adapters((width, 3 * width), (width, width), (width, inner), (inner, width))
+
+    never_read = block(1024, 4096) + block(1152, 4304)
+    never_read += adapters((1152, 1152), (1152, 2304), (1152, 1152), (1152, 4304), (4304, 1152))  # attn_pool
+    ours = estimate_cost(fused, recipe("lora-paper")).trainable
+    assert ours - shared + never_read == PAPER_LORA_PARAMETERS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing):
+    """In bfloat16, like what is estimated; tensors that are views of the same memory count once."""
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer, text_width=256, text_layers=4, vision_width=128, heads=4, image_size=112)
+    chosen = recipe("full", batch_size=4, gradient_checkpointing=checkpointing)
+    model = OpenVLAForActionPrediction(config).to(torch.bfloat16)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    processor = tiny_processor(tokenizer, config)
+    batch = ActionCollator(processor, model.action_tokenizer, model.get_action_stats())(fake_episode(steps=4))
+    positions, _ = supervised_positions(batch.pop("labels"))
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch, logits_to_keep=positions)
+    prompt = batch["input_ids"].shape[1] - config.num_image_tokens
+    estimate = estimate_cost(config, chosen, prompt_tokens=prompt).activations * 2**30
+    if checkpointing:  # its own hooks keep the inputs of blocks, out of sight
+        full = estimate_cost(config, recipe("full", batch_size=4), prompt_tokens=prompt).activations * 2**30
+        assert estimate < full / 2
+    else:
+        assert 0.6 < estimate / sum(kept.values()) < 1.6

@@ -1,0 +1,266 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from safetensors.torch import load_file
+
+from openvla_hf.data import Augmentation
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.collator import IGNORED, ActionCollator
+from openvla_hf.training.recipes import recipe
+from openvla_hf.training.trainer import UNFINISHED, ActionTrainer, last_checkpoint, supervised_positions
+
+
+NORM_STATS = {"tiny": {"action": BRIDGE_LIKE_STATS}}
+CARD = "---\nlibrary_name: peft\n---\n"
+INSTRUCTIONS = ("pick up the red block", "open the drawer and look inside", "push")
+FEATURES = Features({"image": Image(), "instruction": Value("string"), "action": List(Value("float64"))})
+
+
+def frames(episodes=3, steps=8):
+    rows = [
+        frame
+        for seed in range(episodes)
+        for frame in fake_episode(seed=seed, steps=steps, instruction=INSTRUCTIONS[seed % len(INSTRUCTIONS)])
+    ]
+    columns = {name: [row[name] for row in rows] for name in FEATURES}
+    return Dataset.from_dict(columns, features=FEATURES)
+
+
+def build(output, name="lora", dataset=None, norm_stats=NORM_STATS, seed=0, augment=None, fields=None, **arguments):
+    """A trainer of a tiny policy; `fields` are the recipe's."""
+    tokenizer = tiny_tokenizer(INSTRUCTIONS)
+    config = tiny_config(tokenizer, norm_stats=norm_stats)
+    torch.manual_seed(seed)
+    model = OpenVLAForActionPrediction(config)
+    rank = {"lora_rank": 4} if name == "lora" else {}
+    chosen = recipe(name, **{"dtype": "float32", "batch_size": 4} | rank | (fields or {}))
+    quick = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    processor = tiny_processor(tokenizer, config)
+    return ActionTrainer(
+        model=chosen.prepare(model),
+        args=chosen.training_arguments(str(output), **quick | arguments),
+        data_collator=ActionCollator(processor, model.action_tokenizer, norm_stats=norm_stats, augment=augment),
+        train_dataset=frames() if dataset is None else dataset,
+        run_files={"README.md": CARD},
+    )
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_each_rows_supervised_positions_are_found():
+    labels = torch.full((2, 9), IGNORED)
+    labels[0, 3:6] = torch.tensor([1, 2, 3])
+    labels[1, 7:9] = torch.tensor([4, 5])
+    positions, targets = supervised_positions(labels)
+    assert positions.shape == (2, 3)
+    assert positions[0].tolist() == [2, 3, 4]
+    assert targets[0].tolist() == [1, 2, 3]
+    assert positions[1, :2].tolist() == [6, 7]
+    assert targets[1].tolist() == [4, 5, IGNORED]
+
+
+def test_the_loss_is_that_of_all_logits_and_only_action_tokens_reach_the_head(tmp_path):
+    trainer = build(tmp_path, "full")
+    batch = trainer.data_collator([*fake_episode(steps=2), *fake_episode(seed=1, steps=1, instruction="push")])
+    del batch["dataset_index"]
+    seen = []
+    handle = trainer.model.lm_head.register_forward_hook(lambda module, given, output: seen.append(output.shape[:-1]))
+    loss = trainer.compute_loss(trainer.model, batch)
+    handle.remove()
+    assert seen == [(3, 8)]
+    torch.testing.assert_close(loss, trainer.model(**batch).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("name", "iterable"), [("lora", False), ("full", True)])
+def test_two_steps_and_resumed_to_four_equals_four_straight(tmp_path, name, iterable, workers):
+    def data():
+        one = frames()
+        return one.to_iterable_dataset(num_shards=3).shuffle(seed=3, buffer_size=10) if iterable else one
+
+    more = {"augment": Augmentation(size=56), "dataloader_num_workers": workers}
+    straight = build(tmp_path / "straight", name, data(), **more)
+    straight.train()
+    first = build(tmp_path / "resumed", name, data(), **more)
+    first.args.max_steps = 2
+    first.train()
+    second = build(tmp_path / "resumed", name, data(), seed=1 if name == "full" else 0, **more)
+    second.train(resume_from_checkpoint=last_checkpoint(tmp_path / "resumed"))
+    assert losses(second) == losses(straight)
+    for key, expected in weights(straight).items():
+        assert torch.equal(weights(second)[key], expected), key
+
+
+def test_an_adapter_learns_and_its_base_stays(tmp_path):
+    trainer = build(tmp_path, max_steps=12, learning_rate=5e-3, lr_scheduler_type="constant")
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_accumulated_batches_weigh_each_token_alike(tmp_path):
+    """One step on 8 frames, in one batch or in 8, also where rows differ in supervised tokens."""
+    three = {name: values[:3] for name, values in BRIDGE_LIKE_STATS.items()}
+    norm_stats = {"seven": {"action": BRIDGE_LIKE_STATS}, "three": {"action": three}}
+    rows = fake_episode(steps=8)
+    for index, row in enumerate(rows):
+        row["dataset"] = "three" if index % 3 else "seven"
+        row["action"] = row["action"][: 3 if index % 3 else 7]
+    dataset = Dataset.from_dict(
+        {name: [row[name] for row in rows] for name in rows[0]},
+        features=Features({**FEATURES, "dataset": Value("string")}),
+    )
+    results = []
+    for batch, accumulate in ((8, 1), (1, 8)):
+        trainer = build(
+            tmp_path / str(batch),
+            "full",
+            dataset,
+            norm_stats,
+            fields={"batch_size": batch, "gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0},
+            max_steps=1,
+            save_strategy="no",
+            optim="sgd",
+            learning_rate=0.1,
+        )
+        trainer.train()
+        results.append((losses(trainer)[0], weights(trainer)))
+    (loss_whole, whole), (loss_parts, parts) = results
+    assert loss_parts == pytest.approx(loss_whole, rel=1e-5)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-6)
+    names = {key for entry in trainer.state.log_history for key in entry}
+    assert {"action_accuracy", "action_accuracy/three", "action_l1/seven"} <= names
+
+
+def test_metrics_are_those_of_decoded_predictions(tmp_path):
+    trainer = build(tmp_path, "full")
+    dataset = frames(episodes=2, steps=4)
+    metrics = trainer.evaluate(dataset)
+    collate, model = trainer.data_collator, trainer.model
+    right, distance = [], []
+    for frame in dataset:
+        labels = collate([frame])["labels"]
+        inputs = {name: value for name, value in collate([frame]).items() if name not in ("labels", "dataset_index")}
+        with torch.no_grad():
+            predicted = model(**inputs).logits[:, :-1].argmax(-1)[labels[:, 1:] != IGNORED][:-1]
+        expected = labels[labels != IGNORED][:-1]
+        right.append((predicted == expected).float().mean().item())
+        decode = model.action_tokenizer.decode
+        distance.append(np.abs(decode(predicted) - decode(expected)).mean())
+    assert metrics["eval_action_accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+    assert metrics["eval_action_l1"] == pytest.approx(np.mean(distance), abs=1e-6)
+
+
+def test_a_checkpoint_is_complete_and_holds_the_adapter_alone(tmp_path):
+    trainer = build(tmp_path, max_steps=2)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert not (tmp_path / UNFINISHED).exists()
+    assert not list(folder.glob("*.bin"))
+    assert json.loads((folder / "dataset_statistics.json").read_text()) == NORM_STATS
+    assert (folder / "README.md").read_text() == CARD
+    assert (folder / "processor_config.json").is_file()
+    assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_a_second_run_over_the_same_steps_replaces_their_checkpoint(tmp_path):
+    build(tmp_path, max_steps=4).train()
+    (tmp_path / "checkpoint-4" / "old").touch()
+    again = build(tmp_path, max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not (tmp_path / "checkpoint-4" / "old").exists()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_what_was_being_written_is_no_checkpoint(tmp_path):
+    trainer = build(tmp_path, max_steps=2)
+    trainer.train()
+
+    class Full(OSError):
+        pass
+
+    def fail(*args, **kwargs):
+        raise Full("No space left on device")
+
+    trainer.args.max_steps = 4
+    trainer._save_optimizer_and_scheduler = fail
+    with pytest.raises(Full):
+        trainer.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert (tmp_path / UNFINISHED / "checkpoint-4").is_dir()
+    resumed = build(tmp_path)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+TRAIN = """
+import sys
+import torch
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.collator import ActionCollator
+from openvla_hf.training.recipes import recipe
+from openvla_hf.training.trainer import ActionTrainer, last_checkpoint
+
+output, steps = sys.argv[1], int(sys.argv[2])
+tokenizer = tiny_tokenizer()
+config = tiny_config(tokenizer)
+torch.manual_seed(0)
+model = OpenVLAForActionPrediction(config)
+chosen = recipe("full", dtype="float32", batch_size=2)
+trainer = ActionTrainer(
+    model=chosen.prepare(model),
+    args=chosen.training_arguments(
+        output, max_steps=steps, save_steps=1, save_total_limit=3, logging_steps=1, use_cpu=True, disable_tqdm=True
+    ),
+    data_collator=ActionCollator(tiny_processor(tokenizer, config), model.action_tokenizer, model.get_action_stats()),
+    train_dataset=fake_episode(steps=40),
+)
+trainer.train(resume_from_checkpoint=last_checkpoint(output))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(tmp_path, run_python):
+    steps = 12
+    rng = np.random.default_rng()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    for run in range(3):
+        command = [sys.executable, "-c", TRAIN, str(tmp_path / "killed"), str(steps)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        begun = last_checkpoint(tmp_path / "killed")
+        while process.poll() is None:
+            is_saving = (tmp_path / "killed" / UNFINISHED).exists()
+            if is_saving and last_checkpoint(tmp_path / "killed") != begun and rng.random() < 0.01:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(float(rng.uniform(0, 0.002)))
+        assert process.wait() == -signal.SIGKILL or run, process.stderr.read()
+        whole = last_checkpoint(tmp_path / "killed")
+        assert len(load_file(f"{whole}/model.safetensors")) > 10
+    run_python(TRAIN, tmp_path / "killed", steps)
+    run_python(TRAIN, tmp_path / "straight", steps)
+    expected = load_file(tmp_path / "straight" / f"checkpoint-{steps}" / "model.safetensors")
+    actual = load_file(tmp_path / "killed" / f"checkpoint-{steps}" / "model.safetensors")
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
