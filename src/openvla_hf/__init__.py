@@ -17,12 +17,15 @@ from .registration import PUBLISHED_NAMES, announce
 if TYPE_CHECKING:
     from .registered import (
         ActionPrediction,
+        ActionStream,
         ActionTokenizer,
         AutoModelForVision2Seq,
         OpenVLAConfig,
         OpenVLAForActionPrediction,
         OpenVLAImageProcessor,
+        OpenVLAModel,
         OpenVLAProcessor,
+        load_adapter,
     )
 
 
@@ -30,12 +33,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActionPrediction",
+    "ActionStream",
     "ActionTokenizer",
     "AutoModelForVision2Seq",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",
+    "OpenVLAModel",
     "OpenVLAProcessor",
+    "load_adapter",
 ]
 
 

@@ -2,12 +2,14 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
+from .modeling.action_decoding import ActionStream
 from .modeling.action_tokenizer import ActionTokenizer
 from .modeling.configuration_openvla import OpenVLAConfig
-from .modeling.modeling_openvla import ActionPrediction, OpenVLAForActionPrediction
+from .modeling.modeling_openvla import ActionPrediction, OpenVLAForActionPrediction, OpenVLAModel
 from .processing.image_processing_openvla import OpenVLAImageProcessor
 from .processing.processing_openvla import OpenVLAProcessor
 from .processing.registration import PrismaticImageProcessor, PrismaticProcessor, register_processing
+from .training.adapters import load_adapter
 
 
 # The name under which the original was loaded; transformers 5 has no class of that name any more.
@@ -20,12 +22,15 @@ register_processing(OpenVLAConfig)
 
 __all__ = [
     "ActionPrediction",
+    "ActionStream",
     "ActionTokenizer",
     "AutoModelForVision2Seq",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",
+    "OpenVLAModel",
     "OpenVLAProcessor",
     "PrismaticImageProcessor",
     "PrismaticProcessor",
+    "load_adapter",
 ]
