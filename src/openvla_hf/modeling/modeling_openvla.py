@@ -354,6 +354,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             )
         except SafetensorError as error:
             raise cls.unreadable_weights(pretrained_model_name_or_path, error) from error
+        except OSError as error:
+            if "no file named" not in str(error):
+                raise
+            raise OSError(
+                f"{error} Copy the weights beside the config, or download the repository again: it is not complete."
+            ) from error
         except ModuleNotFoundError as error:
             raise missing_package(pretrained_model_name_or_path, error) or error from error
         cls.refuse_foreign_weights(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"])
