@@ -75,7 +75,8 @@ def test_the_floor_counts_weights_and_operations():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is counted on Linux only")
 def test_peak_memory_is_what_a_call_takes():
     cpu = torch.device("cpu")
-    assert 64 << 20 <= peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8), cpu) <= 96 << 20
+    # The kernel counts pages in batches for each processor, so a little is missing at times.
+    assert 60 << 20 <= peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8), cpu) <= 96 << 20
 
 
 def test_what_is_measured(tiny):

@@ -31,7 +31,6 @@ from datasets import IterableDataset
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation.rollouts import FIRST_UNSEEN_SEED
 from ..evaluation.tabletop import DIRECTIONS, Frame, TabletopEnv, Task, plan, rollout_expert
@@ -40,6 +39,7 @@ from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from ..testing import tiny_config, tiny_processor, tiny_tokenizer
 from .collator import IGNORED, ActionCollator
+from .trainer import last_checkpoint
 
 
 UNNORM_KEY = "tabletop"
@@ -416,7 +416,7 @@ def train(recipe: Recipe) -> None:
         if not steps:
             return
         folder = Path(recipe.output, name)
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        checkpoint = last_checkpoint(folder)
         if checkpoint:  # on from seeds that have not been played
             done = TrainerState.load_from_json(Path(checkpoint, "trainer_state.json")).global_step
             first_seed += done * recipe.batch_size
