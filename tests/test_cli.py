@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from openvla_hf.cli import main
+from openvla_hf.data import load
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 
@@ -57,7 +58,18 @@ def test_demo_writes_pictures_and_evaluate_counts(policy, capsys, tmp_path):
     assert list(json.loads(capsys.readouterr().out)["results"]) == ["swapped"]
 
 
-@pytest.mark.parametrize("command", ["demo", "evaluate", "predict"])
+@pytest.mark.parametrize("kind", ["lerobot", "rlds"])
+def test_recorded_demonstrations_can_be_loaded(kind, capsys, tmp_path):
+    folder = tmp_path / "tabletop_lift"
+    assert main(["record", str(folder), "--task", "lift", "--episodes", "2", "--format", kind, "--json"]) == 0
+    frames = load(json.loads(capsys.readouterr().out)["folder"], "tabletop")
+    assert frames[0]["instruction"].startswith("lift the")
+    assert np.asarray(frames[0]["image"]).shape == (224, 224, 3)
+    assert main(["record", str(folder) + "2", "--task", "fold"]) == 2
+    assert "known: put, push, stack, lift" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "predict", "record"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

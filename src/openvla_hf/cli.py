@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   openvla-hf evaluate --episodes 200
   openvla-hf predict --image frame.png --instruction "put the green cube on the yellow plate"
   openvla-hf bench --random 0.5b --batch-sizes 1 8
+  openvla-hf record demos/tabletop_lift --task lift
   openvla-hf info openvla/openvla-7b
   openvla-hf predict --model openvla/openvla-7b --unnorm-key bridge_orig \\
       --image frame.png --instruction "pick up the red block" --json
@@ -85,12 +86,14 @@ def play(args: argparse.Namespace, condition: str, keep: int = 0) -> "list[Episo
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("success {task.fields[success]}"),
     )  # fmt: skip
+    tasks = args.task or ("put", "push")
     with Progress(*columns, console=console, disable=args.json) as progress:
         bar = progress.add_task(condition, total=len(seeds), success="-")
         first = set(seeds[:keep])
         for episode in run_episodes(
-            policy, seeds, condition=condition, batch_size=args.batch_size, keep_frames=first.__contains__
-        ):
+            policy, seeds, tasks=tasks, condition=condition, batch_size=args.batch_size,
+            keep_frames=first.__contains__,
+        ):  # fmt: skip
             episodes.append(episode)
             verdict = "[green]done[/]    " if episode.success else "[red]not done[/]"
             progress.console.print(f"{verdict} {episode.steps:3d} steps  {episode.instruction}", highlight=False)
@@ -130,6 +133,25 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps({"model": args.model, "episodes": args.episodes, "results": results}))
     else:
         Console().print(success_table(f"{args.model}: {args.episodes} unseen episodes a condition", results))
+
+
+def record(args: argparse.Namespace) -> None:
+    """Record demonstrations of the tabletop's expert as a data set to fine-tune on."""
+    from rich.progress import track
+
+    from .data import write_lerobot, write_rlds
+    from .evaluation.tabletop import record_demonstrations
+
+    seeds = track(
+        range(args.first_seed, args.first_seed + args.episodes), "recording", console=Console(stderr=True),
+        disable=args.json,
+    )  # fmt: skip
+    episodes = record_demonstrations(args.task, seeds)
+    written = (write_rlds if args.format == "rlds" else write_lerobot)(episodes, args.destination)
+    if args.json:
+        print(json.dumps({"folder": str(written)}))
+    else:
+        Console().print(f"Written: {written}", highlight=False)
 
 
 def dimension_names(count: int) -> Sequence[str]:
@@ -521,10 +543,18 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(run, example)
         sub.add_argument("--episodes", type=positive, default=episodes, help="(default: %(default)s)")
         sub.add_argument("--batch-size", type=positive, default=16, help="episodes at a time (default: %(default)s)")
+        sub.add_argument("--task", nargs="+", help="put, push, stack or lift (default: put and push)")
         if run is demo:
             sub.add_argument("--output", default="outputs/demo", help="folder for the pictures (default: %(default)s)")
         else:
             sub.add_argument("--condition", nargs="+", choices=("as told", "swapped", "black"), help="(default: all)")
+
+    sub = command(record, "record demos/tabletop_lift --task lift --episodes 500", acts=False)
+    sub.add_argument("destination", help="new folder; its name is that of the data set")
+    sub.add_argument("--task", nargs="+", required=True, help="put, push, stack or lift")
+    sub.add_argument("--episodes", type=positive, default=500, help="(default: %(default)s)")
+    sub.add_argument("--first-seed", type=int, default=0, help="of the episodes (default: %(default)s)")
+    sub.add_argument("--format", choices=("lerobot", "rlds"), default="lerobot", help="(default: %(default)s)")
 
     sub = command(predict, 'predict --image frame.png --instruction "push the red ball to the left"')
     sub.add_argument("--image", required=True, help="file or URL of the camera's image")

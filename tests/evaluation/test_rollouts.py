@@ -4,7 +4,7 @@ from PIL import Image
 
 from openvla_hf.evaluation.pictures import draw_strip, save_gif
 from openvla_hf.evaluation.rollouts import load_policy, run_episodes, success_by_task
-from openvla_hf.evaluation.tabletop import TabletopEnv
+from openvla_hf.evaluation.tabletop import ACTION_GRID, MAX_STEP, TabletopEnv, record_demonstrations
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
 
@@ -90,3 +90,15 @@ def test_pictures_hold_the_frames(tmp_path):
             gif.seek(index)
             shown.append(gif.info["duration"])
     assert sum(shown) == 200 * (max(len(one.frames) for one in episodes) + 5)
+
+
+def test_recorded_demonstrations_are_successes_on_the_grid():
+    episodes = list(record_demonstrations(("lift",), range(5)))
+    assert len(episodes) == 5
+    for frames in episodes:
+        assert {frame["instruction"].split()[0] for frame in frames} == {"lift"}
+        moves = np.stack([frame["action"][:3] for frame in frames]) / ACTION_GRID
+        np.testing.assert_allclose(moves, np.round(moves), atol=1e-4)
+        assert frames[-1]["action"][2] == np.float32(MAX_STEP)  # at the end it goes up
+    again = next(iter(record_demonstrations(("lift",), [3])))
+    assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(again, episodes[3], strict=True))

@@ -216,9 +216,9 @@ def test_bad_actions_are_refused(env, action, message):
 
 
 def test_unknown_names_are_refused(env):
-    with pytest.raises(ValueError, match="'fold'; known: put, push, stack"):
+    with pytest.raises(ValueError, match="'fold'; known: put, push, stack, lift"):
         TabletopEnv(("put", "fold"))
-    with pytest.raises(ValueError, match="'fold'; known: put, push, stack"):
+    with pytest.raises(ValueError, match="'fold'; known: put, push, stack, lift"):
         env.reset(seed=0, options={"task": "fold"})
     with pytest.raises(ValueError, match="known: 'task', 'swap_target'"):
         env.reset(seed=0, options={"swap": True})

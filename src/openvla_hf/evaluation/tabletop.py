@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from openvla_hf.evaluation.tabletop_scene import (
 
 
 __all__ = [
+    "ACTION_GRID",
     "DIRECTIONS",
     "ENV_ID",
     "HAND_NOISE",
@@ -47,13 +48,15 @@ __all__ = [
     "Frame",
     "TabletopEnv",
     "Task",
+    "demonstrated_action",
     "expert_action",
     "plan",
+    "record_demonstrations",
     "rollout_expert",
 ]
 
 ENV_ID = "openvla_hf/Tabletop-v0"
-TASKS = ("put", "push", "stack")
+TASKS = ("put", "push", "stack", "lift")
 MAX_STEP = 0.04
 """Largest translation along one axis in one step, metres."""
 MAX_STEPS = 80
@@ -74,6 +77,7 @@ GRASP_RADIUS = 0.02
 GOAL_RADIUS = 0.045
 PUSH_DISTANCE = 0.08
 MOVED_DISTANCE = 0.03
+LIFT_HEIGHT = 0.10  # higher than anything is carried to be put somewhere
 SUBSTEPS = 4  # a step is longer than an object's radius: without these the hand would jump over things
 CLOSED_RADIUS = FINGER_CLOSED + 0.005
 FINGER_RADIUS = 0.006
@@ -83,7 +87,8 @@ FINGER_RADIUS = 0.006
 class Task:
     """What is asked for in an episode.
 
-    `target` is the object to move. `goal` is set for `put`, `direction` for `push`, `base` for `stack`.
+    `target` is the object to move. `goal` is set for `put`, `direction` for `push`, `base` for `stack`, none of them
+    for `lift`.
     """
 
     family: str
@@ -95,7 +100,7 @@ class Task:
 
 
 class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """Put, push and stack coloured objects with a gripper that points down.
+    """Put, push, stack and lift coloured objects with a gripper that points down.
 
     Observation: the camera's frame, uint8 (224, 224, 3). Action (7,): dx, dy, dz in metres (each clipped to
     +-`MAX_STEP`), droll, dpitch, dyaw in radians (accepted and ignored: the gripper keeps pointing down), and
@@ -199,9 +204,12 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return draw_scene(self.scene) if self.render_mode == "rgb_array" else None
 
     def is_success(self) -> bool:
-        """Whether the target, let go of, is where the instruction wants it."""
+        """Whether the target is where the instruction wants it, and in the hand only if that is what it wants."""
         task, target = self.task, self.task.target
-        if self.scene.gripper.held is target:
+        is_held = self.scene.gripper.held is target
+        if task.family == "lift":
+            return is_held and float(target.position[2]) >= LIFT_HEIGHT
+        if is_held:
             return False
         if task.goal is not None:
             return self.scene.gripper.is_open and _distance(target.position, task.goal.xy) <= GOAL_RADIUS
@@ -418,6 +426,8 @@ def _sample_episode(rng: np.random.Generator, family: str, swap: bool) -> tuple[
         return scene, Task(family, f"put the {target.name} on the {goals[0].name}", target, goal=goals[0])
     if family == "push":
         return scene, Task(family, f"push the {target.name} to the {direction}", target, direction=direction)
+    if family == "lift":
+        return scene, Task(family, f"lift the {target.name}", target)
     base = objects[2]
     return scene, Task(family, f"stack the {target.name} on the {base.name}", target, base=base)
 
@@ -494,6 +504,8 @@ def plan(scene: Scene, task: Task) -> np.ndarray:
         delta, is_open = _expert_push(scene, task)
     elif held is not None and held is not task.target:
         delta, is_open = _expert_let_go(scene, held)
+    elif held is not None and task.family == "lift":
+        delta, is_open = np.array([0.0, 0.0, MAX_STEP]), False
     elif held is not None:
         delta, is_open = _expert_carry(scene, task, held)
     else:
@@ -571,6 +583,9 @@ def _expert_push(scene: Scene, task: Task) -> tuple[np.ndarray, bool]:
 
 # --- Demonstrations ---------------------------------------------------------------------------------------
 
+ACTION_GRID = 0.01
+"""What demonstrated moves are rounded to, metres: a few actions that can be told apart, rather than 256 that can't."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -643,6 +658,43 @@ def rollout_expert(
         following, _, terminated, truncated, _ = env.step(executed)
         yield Frame(image, info["instruction"], action, executed, info["task"], bool(terminated), state)
         image, done = following, terminated or truncated
+
+
+def demonstrated_action(action: np.ndarray) -> np.ndarray:
+    """The expert's action as a policy is to learn it, (7,): moves in steps of `ACTION_GRID`."""
+    rounded = np.array(action, dtype=np.float64)
+    rounded[:3] = np.round(rounded[:3] / ACTION_GRID) * ACTION_GRID
+    return rounded
+
+
+def record_demonstrations(
+    tasks: Sequence[str], seeds: Iterable[int], *, noise: float = 0.0075
+) -> Iterator[list[dict[str, Any]]]:
+    """The expert's episodes as data to learn from, for `from_episodes`, `write_lerobot` and `write_rlds`.
+
+    Each is a list of frames with `image` (224, 224, 3) uint8, `instruction`, and `action` (7,) float32. The actions
+    are what the expert does there; what is executed is `noise` metres (standard deviation) off, as in
+    `rollout_expert`, so the data show the way back from mistakes. Episodes that fail are left out.
+
+    Args:
+        tasks: Families to draw from, out of `TASKS`.
+        seeds: One for each episode; evaluation uses those from `rollouts.FIRST_UNSEEN_SEED` on.
+        noise: Of what is executed.
+
+    Raises:
+        ValueError: For an unknown task or negative noise.
+    """
+    for seed in seeds:
+        frames = list(rollout_expert(TabletopEnv(tasks, hand_noise=0.0), seed, noise=noise))
+        if frames[-1].success:
+            yield [
+                {
+                    "image": frame.image,
+                    "instruction": frame.instruction,
+                    "action": demonstrated_action(frame.action).astype(np.float32),
+                }
+                for frame in frames
+            ]
 
 
 if ENV_ID not in gymnasium.registry:

@@ -33,7 +33,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from ..evaluation.rollouts import FIRST_UNSEEN_SEED
-from ..evaluation.tabletop import DIRECTIONS, Frame, TabletopEnv, Task, plan, rollout_expert
+from ..evaluation.tabletop import DIRECTIONS, Frame, TabletopEnv, Task, demonstrated_action, plan, rollout_expert
 from ..evaluation.tabletop_scene import COLOURS, GOAL_KINDS, SHAPES, Scene, image_positions
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
@@ -53,8 +53,6 @@ NOWHERE = -1.0  # stands for the position of what is not in the image
 IMAGE_SIZE, PATCH_SIZE = 112, 14
 SIDE = IMAGE_SIZE // PATCH_SIZE
 VISION_WIDTH, TEXT_WIDTH = 96, 192
-# The expert's moves are rounded to centimetres: a few actions that can be told apart, rather than 256 that can't.
-ACTION_GRID = 0.01
 ACTION_DIM = 7
 
 
@@ -134,8 +132,6 @@ def example(image: np.ndarray, scene: Scene, task: Task) -> dict[str, Any]:
     positions = np.full((len(SEEN), 2), NOWHERE, dtype=np.float32)
     for name, position in image_positions(scene).items():
         positions[SEEN.index(name)] = position
-    action = plan(scene, task).astype(np.float64)
-    action[:3] = np.round(action[:3] / ACTION_GRID) * ACTION_GRID
     offsets = np.zeros(6, dtype=np.float32)
     offsets[:3] = task.target.position - scene.gripper.position
     if task.goal is not None:
@@ -143,7 +139,7 @@ def example(image: np.ndarray, scene: Scene, task: Task) -> dict[str, Any]:
     return {
         "image": image,
         "instruction": task.instruction,
-        "action": action,
+        "action": demonstrated_action(plan(scene, task)),
         "positions": positions,
         "target": SEEN.index(task.target.name),
         "goal": -1 if task.goal is None else SEEN.index(task.goal.name),
