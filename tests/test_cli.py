@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from openvla_hf.cli import main
@@ -31,8 +32,9 @@ def test_predict_prints_the_action_as_json(policy, capsys):
     assert predict(policy, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["names"][-1] == "gripper"
-    assert len(result["action"]) == len(result["token_ids"]) == len(result["probability"]) == 7
+    assert len(result["action"]) == len(result["token_ids"]) == len(result["probabilities"]) == 7
     assert np.isfinite(result["action"]).all()
+    assert np.abs(result["normalized_action"]).max() <= 1
 
 
 def test_predict_prints_a_table_for_people(policy, capsys):
@@ -45,6 +47,14 @@ def test_predict_prints_a_table_for_people(policy, capsys):
 def test_a_wrong_key_is_one_sentence(policy, capsys):
     assert predict(policy, "--unnorm-key", "tinny") == 2
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_where_one_is_asked_for_is_one_sentence(policy, capsys):
+    assert predict(policy, "--device", "cuda") == 2
+    assert main(["bench", "--random", "tiny", "--device", "cuda"]) == 2
+    sentence = "openvla-hf: PyTorch finds no CUDA device: leave --device out to run on the CPU.\n"
+    assert capsys.readouterr().err == 2 * sentence
 
 
 def test_demo_writes_pictures_and_evaluate_counts(policy, capsys, tmp_path):

@@ -39,9 +39,18 @@ def load(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple
 
     import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
 
+    require_device(device)
     logging.disable_progress_bar()
     model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device)
     return model, AutoProcessor.from_pretrained(model_id)
+
+
+def require_device(device: str | None) -> None:
+    """Say so before anything is loaded if a GPU is asked for and there is none."""
+    import torch
+
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("PyTorch finds no CUDA device: leave --device out to run on the CPU.")
 
 
 def default_model() -> str:
@@ -168,8 +177,9 @@ def predict(args: argparse.Namespace) -> None:
     chosen = details.probabilities[0].max(-1)
     names = dimension_names(len(action))
     if args.json:
-        print(json.dumps({"action": action.tolist(), "names": list(names), "token_ids": token_ids.tolist(),
-                          "probability": chosen.tolist()}))  # fmt: skip
+        print(json.dumps({"instruction": args.instruction, "names": list(names), "action": action.tolist(),
+                          "normalized_action": details.normalized_actions[0].tolist(),
+                          "token_ids": token_ids.tolist(), "probabilities": chosen.tolist()}))  # fmt: skip
         return
     table = Table(title=args.instruction)
     for column in ("", "value", "normalised", "token", "probability"):
@@ -190,6 +200,7 @@ def bench(args: argparse.Namespace) -> None:
     console = Console(stderr=True, quiet=args.json)
     with console.status("loading") as status:
         if args.random is not None:
+            require_device(args.device)
             device = torch.device(args.device or "cpu")
             usual = "bfloat16" if device.type == "cuda" else "float32"
             dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
@@ -457,9 +468,10 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     from dataclasses import asdict
     from itertools import islice
 
+    import torch
     from rich.progress import MofNCompleteColumn, Progress
 
-    from .evaluation.fidelity import compare, plot, tabletop_observations
+    from .evaluation.fidelity import compare, plot, table, tabletop_observations
 
     if args.data is None:
         frames = list(tabletop_observations(args.frames))
@@ -472,10 +484,11 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     with Progress(
         *Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True), disable=args.json
     ) as progress:
-        bar = progress.add_task("", total=len(frames) * (1 + len(formats) * len(towers)))
+        bar = progress.add_task("", total=(len(frames) + args.episodes) * (1 + len(formats) * len(towers)))
         results = compare(
             source, formats, frames, towers=towers, unnorm_key=args.unnorm_key, device=args.device,
-            episodes=args.episodes, on_progress=lambda label: progress.update(bar, advance=1, description=label),
+            dtype=getattr(torch, args.dtype), episodes=args.episodes,
+            on_progress=lambda label: progress.update(bar, advance=1, description=label),
         )  # fmt: skip
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -486,24 +499,8 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     if args.json:
         print(json.dumps({"model": source, "observations": len(frames), "results": rows}))
         return
-    table = Table(title=f"{source}: {len(frames)} observations, differences in the robot's units")
-    agreement, cost = ("same tokens", "same actions"), ("gripper flips", "success", "weights", "peak", "action")
-    for column in ("format", *agreement, *names, *cost):
-        table.add_column(column, justify="left" if column == "format" else "right")
-    for result in results:
-        table.add_row(
-            result.label,
-            f"{result.token_agreement:.1%}",
-            f"{result.action_agreement:.1%}",
-            *(f"{value:.4f}" for value in result.l1),
-            f"{result.gripper_flips:.1%}",
-            "-" if result.success is None else f"{result.success:.1%}",
-            f"{result.weight_bytes / 1e9:.3f} GB",
-            "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f} GB",
-            f"{1e3 * result.latency:.0f} ms",
-        )
     console = Console()
-    console.print(table)
+    console.print(table(results, names))
     console.print(f"Look at {output / 'fidelity.png'}; the same in {output / 'fidelity.json'}")
 
 
@@ -654,6 +651,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--episodes", type=int, default=0, help="report: on the tabletop, for success (default: none)")
     sub.add_argument("--unnorm-key", help="report: whose statistics give the robot's units, if there are several")
     sub.add_argument("--device", help="report: such as cuda (default: the first GPU, else the CPU)")
+    sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+                     help="report: of the arithmetic and of what is not quantised (default: %(default)s)")  # fmt: skip
     sub.add_argument("--output", default="outputs/fidelity", help="report: folder (default: %(default)s)")
     return parser
 
