@@ -106,6 +106,14 @@ def test_a_missing_file(checkpoint):
         AutoModel.from_pretrained(checkpoint)
 
 
+def test_pickled_weights_are_not_read(checkpoint):
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    for options in ({}, {"use_safetensors": False}):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            AutoModel.from_pretrained(checkpoint, **options)
+
+
 def test_a_missing_shard(tiny, tmp_path):
     tiny()[0].save_pretrained(tmp_path, max_shard_size="100KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

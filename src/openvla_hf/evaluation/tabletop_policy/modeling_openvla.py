@@ -334,7 +334,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     ) -> Any:
         """As `PreTrainedModel.from_pretrained`, for published checkpoints and our own.
 
-        Unless a `quantization_config` says what stays in 16 bits, the head, the towers and the projector do.
+        Unless a `quantization_config` says what stays in 16 bits, the head, the towers and the projector do. Weights
+        are read from safetensors alone: a pickled file could run code.
 
         Raises:
             ValueError: A weight is missing or has no place here, the checkpoint is an OpenVLA-OFT one, or it is
@@ -348,6 +349,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             stored = cls._stored_quantization(pretrained_model_name_or_path, **kwargs)
             refuse_second(pretrained_model_name_or_path, stored)
             kwargs["quantization_config"] = with_defaults(kwargs["quantization_config"])
+        kwargs["use_safetensors"] = True
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs

@@ -4,8 +4,10 @@ import copy
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 
 KEPT_IN_16_BITS = ("lm_head", "model.vision_backbone", "model.projector")
@@ -16,12 +18,19 @@ language model for each of its tokens, so that their quarter of a 4-bit model's 
 """
 KEPT_FIELDS = {"bitsandbytes": "llm_int8_skip_modules", "torchao": "modules_to_not_convert"}
 """Quantisation method -> the field of its config that names such modules."""
+COMPUTE_CAPABILITY = {"Int4WeightOnlyConfig": (8, 0), "Float8DynamicActivationFloat8WeightConfig": (8, 9)}
+"""Config of torchao -> what its kernels need of a GPU."""
+KERNELS_FOR_CPU = "opaque"
+"""The packing of four bits that needs no GPU."""
 # What bitsandbytes' kernel for CPUs with AVX512-BF16 takes: outputs and inputs of a layer in multiples of these.
 CPU_KERNEL_OUTPUTS, CPU_KERNEL_INPUTS = 32, 64
 
 
 def with_defaults(quantization_config: Any) -> Any:
-    """The config with `KEPT_IN_16_BITS`, unless it says itself what to keep."""
+    """The config with `KEPT_IN_16_BITS`, unless it says itself what to keep; `ValueError` where it can't run here."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    refuse_foreign_kernels(quantization_config)
     field = KEPT_FIELDS.get(getattr(quantization_config, "quant_method", ""))
     if field is None or getattr(quantization_config, field) is not None:
         return quantization_config
@@ -39,6 +48,26 @@ def refuse_second(repo: Any, stored: Any) -> None:
         )
 
 
+def refuse_without_gpu(what: str, needed: tuple[int, int] | None) -> None:
+    """`ValueError` where there is no GPU of the compute capability that `what` needs; `None` is for any machine."""
+    if needed is None:
+        return
+    too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < needed
+    if too_old or not torch.accelerator.is_available():
+        raise ValueError(
+            f"{what} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, and there is none here: take "
+            "'4bit' or 'int8', which run everywhere."
+        )
+
+
+def refuse_foreign_kernels(config: Any) -> None:
+    """`ValueError` where a quantisation config asks for kernels of a GPU that is not there."""
+    if config.quant_method != "torchao" or getattr(config.quant_type, "int4_packing_format", "") == KERNELS_FOR_CPU:
+        return
+    kind = type(config.quant_type).__name__
+    refuse_without_gpu(f"Quantisation by {kind}", COMPUTE_CAPABILITY.get(kind))
+
+
 def missing_package(repo: Any, error: ModuleNotFoundError) -> ImportError | None:
     """A sentence in place of `error` where the package that reads quantised weights is absent; else `None`."""
     package = (error.name or "").partition(".")[0]
@@ -48,9 +77,12 @@ def missing_package(repo: Any, error: ModuleNotFoundError) -> ImportError | None
 
 
 def prepare_quantized(model: PreTrainedModel) -> None:
-    """Make a model that bitsandbytes has quantised run everywhere and quietly; leaves others as they are."""
+    """Make a model that bitsandbytes has quantised run everywhere and quietly; `ValueError` where none could."""
     config = getattr(model.config, "quantization_config", None)
-    if config is None or config.quant_method != "bitsandbytes":
+    if config is None:
+        return
+    refuse_foreign_kernels(config)
+    if config.quant_method != "bitsandbytes":
         return
     if config.load_in_8bit:
         # It says at every layer of every pass that it casts to float16, which is how it works.
@@ -66,4 +98,12 @@ def prepare_quantized(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-__all__ = ["KEPT_IN_16_BITS", "missing_package", "prepare_quantized", "refuse_second", "with_defaults"]
+__all__ = [
+    "COMPUTE_CAPABILITY",
+    "KEPT_IN_16_BITS",
+    "missing_package",
+    "prepare_quantized",
+    "refuse_second",
+    "refuse_without_gpu",
+    "with_defaults",
+]
