@@ -1,7 +1,8 @@
-"""How fast frames are read on one core, and whether memory stays flat.
+"""How fast frames are read on one core, whether workers keep a training step fed, and whether memory stays flat.
 
     taskset -c 0 python benchmarks/data.py rlds
     taskset -c 0 python benchmarks/data.py video --codec av1
+    python benchmarks/data.py workers
     python benchmarks/data.py memory --gigabytes 20
 
 Data are made in a temporary folder, but for `memory`, which makes them as they are read.
@@ -105,6 +106,48 @@ def video(args: argparse.Namespace) -> None:
             )
 
 
+def workers(args: argparse.Namespace) -> None:
+    """What two workers deliver, augmented and as a model takes it, and how long a training step waits for it."""
+    import datasets
+    from torch.utils.data import DataLoader
+
+    from openvla_hf.data import Augmentation, load, write_lerobot, write_rlds
+    from openvla_hf.modeling.action_tokenizer import ActionTokenizer
+    from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_config, tiny_processor, tiny_tokenizer
+    from openvla_hf.training.collator import ActionCollator
+
+    tokenizer = tiny_tokenizer()
+    processor = tiny_processor(tokenizer, tiny_config(tokenizer, image_size=224))
+    collate = ActionCollator(processor, ActionTokenizer(), BRIDGE_LIKE_STATS, augment=Augmentation())
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
+        write_rlds((frames(index) for index in range(args.episodes)), f"{folder}/rlds")
+        write_lerobot((frames(index) for index in range(args.episodes)), f"{folder}/lerobot", codec=args.codec)
+        for name in ("rlds", "lerobot"):
+            table = load(f"{folder}/{name}").shuffle(seed=0)
+            loader = DataLoader(table, args.batch_size, num_workers=args.workers, collate_fn=collate, drop_last=True)
+            batches = iter(loader)
+            next(batches)  # the workers have started
+            start = time.perf_counter()
+            count = args.batch_size * sum(1 for _ in batches)
+            seconds = time.perf_counter() - start
+            # A device that takes as long for a step, and leaves the cores to the workers, as a GPU does.
+            waits, batches = [], iter(loader)
+            next(batches)
+            time.sleep(args.step_seconds)
+            while True:
+                start = time.perf_counter()
+                if next(batches, None) is None:
+                    break
+                waits.append(time.perf_counter() - start)
+                time.sleep(args.step_seconds)
+            print(
+                f"{name}: {args.workers} workers deliver {rate(count, seconds, 'samples')}; after a step of "
+                f"{args.step_seconds:.2f} s a batch of {args.batch_size} is waited for "
+                f"{1e3 * np.median(waits):.1f} ms (median), {1e3 * max(waits):.0f} ms (most)"
+            )
+
+
 def memory(args: argparse.Namespace) -> None:
     """Resident memory over an epoch of episodes that are made as they are read, with a shuffle buffer."""
     from openvla_hf.data import from_episodes
@@ -138,7 +181,7 @@ def memory(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for run in (rlds, video, memory):
+    for run in (rlds, video, workers, memory):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
         if run is memory:
@@ -146,9 +189,15 @@ def main() -> None:
             command.add_argument("--buffer", type=int, default=500, help="frames to draw from (default: %(default)s)")
         else:
             command.add_argument("--episodes", type=int, default=50, help="of 40 frames (default: %(default)s)")
+        if run in (rlds, video):
             command.add_argument("--repeats", type=int, default=3)
-        if run is video:
+        if run in (video, workers):
             command.add_argument("--codec", choices=("h264", "av1"), default="h264")
+        if run is workers:
+            command.add_argument("--workers", type=int, default=2)
+            command.add_argument("--batch-size", type=int, default=16)
+            # openvla-7b with LoRA on one GPU takes about as long as this or longer.
+            command.add_argument("--step-seconds", type=float, default=0.5)
     args = parser.parse_args()
     args.run(args)
 

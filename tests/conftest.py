@@ -1,7 +1,9 @@
+import contextlib
 import functools
 import json
 import logging.handlers
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +128,22 @@ def run_python(tmp_path):
         return result
 
     return run
+
+
+@pytest.fixture
+def full_disk():
+    """Within `full_disk()`, a file can't grow beyond a few bytes: the system refuses to write more."""
+
+    @contextlib.contextmanager
+    def limit(size: int = 1000):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture(scope="session")

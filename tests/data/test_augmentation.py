@@ -36,10 +36,10 @@ def test_the_same_state_of_torch_draws_the_same_view_and_the_next_draw_another(i
 @pytest.mark.parametrize("saturation", [0.8, 1.0, 1.2])
 @pytest.mark.parametrize("hue", [-0.05, 0.0, 0.05])
 def test_colours_change_as_in_hsv(saturation, hue):
-    levels = np.random.default_rng(1).random((8, 8, 3)).astype(np.float32)
-    levels[0, 0] = 0.5  # grey has no hue
+    levels = np.random.default_rng(1).random((3, 8, 8)).astype(np.float32)
+    levels[:, 0, 0] = 0.5  # grey has no hue
     changed = _change_colour(levels, saturation, hue)
-    for before, after in zip(levels.reshape(-1, 3), changed.reshape(-1, 3), strict=True):
+    for before, after in zip(levels.reshape(3, -1).T, changed.reshape(3, -1).T, strict=True):
         h, s, v = colorsys.rgb_to_hsv(*before.tolist())
         expected = colorsys.hsv_to_rgb((h + hue) % 1, min(s * saturation, 1), v)
         np.testing.assert_allclose(after, expected, atol=1e-5)

@@ -1,6 +1,7 @@
 import numpy as np
 import torch
 
+from openvla_hf.data import Augmentation
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.collator import IGNORED, ActionCollator
@@ -60,3 +61,23 @@ def test_a_few_steps_on_one_batch_lower_the_loss():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_is_drawn_depends_on_the_place_in_the_run_alone():
+    """Two batches of 4 are four of 2, two processes' batches of 2, and what a run that goes on draws."""
+    collate, _ = collator()
+    collate.augment = Augmentation(size=56)
+    frames = fake_episode(steps=8)
+
+    def draw(batches, *start):
+        collate.start(*start)
+        return [view for batch in batches for view in collate.views(batch)]
+
+    whole = draw([frames[:4], frames[4:]])
+    assert not np.array_equal(*(collate.augment(frames[0]["image"]) for _ in range(2)))
+    np.testing.assert_array_equal(draw([frames[i : i + 2] for i in range(0, 8, 2)]), whole)
+    for process in range(2):
+        mine = [i for i in range(8) if i // 2 % 2 == process]
+        drawn = draw([[frames[i] for i in mine[:2]], [frames[i] for i in mine[2:]]], 0, process, 2)
+        np.testing.assert_array_equal(drawn, [whole[i] for i in mine])
+    np.testing.assert_array_equal(draw([frames[4:]], 1), whole[4:])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.cli import main
@@ -76,6 +77,23 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     np.testing.assert_allclose(merged.predict_action(**inputs), action)
     assert main(["merge", str(output), str(tmp_path / "merged")]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_adapter_learnt_on_four_bits_acts_and_merges_on_the_whole_base(base, data, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    output = tmp_path / "tuned"
+    assert run(base, data, output, "--recipe", "qlora", "--steps", "3") == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert np.isfinite(figures["loss"])
+    adapter = load_file(output / "adapter_model.safetensors")
+    assert all("lora_" in name and torch.isfinite(tensor).all() for name, tensor in adapter.items())
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name), "nothing was learnt"
+    assert main(["merge", str(output), str(tmp_path / "merged"), "--json"]) == 0
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    frame = fake_episode(steps=1)[0]
+    inputs = AutoProcessor.from_pretrained(output)(frame["image"], instruction=frame["instruction"])
+    assert merged.predict_action(**inputs).shape == (7,)
 
 
 def test_what_a_recipe_takes_is_said_before_anything_is_loaded(base, tmp_path, capsys):

@@ -49,12 +49,13 @@ class Augmentation:
             x, y = left * (self.size - side), top * (self.size - side)
             box = (x, y, x + side, y + side)
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        levels = np.asarray(picture, np.float32) / 255
-        levels = np.clip(levels + (2 * brightness - 1) * self.brightness, 0, 1)
-        mean = levels.mean((0, 1))
-        levels = np.clip((levels - mean) * _between(self.contrast, contrast) + mean, 0, 1)
+        # Planes of one channel each: arithmetic on them takes half the time.
+        levels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1), np.float32) / 255
+        np.clip(levels + (2 * brightness - 1) * self.brightness, 0, 1, out=levels)
+        mean = levels.mean((1, 2), keepdims=True)
+        np.clip((levels - mean) * _between(self.contrast, contrast) + mean, 0, 1, out=levels)
         levels = _change_colour(levels, _between(self.saturation, saturation), (2 * hue - 1) * self.hue)
-        return np.rint(levels * 255).astype(np.uint8)
+        return np.rint(levels * 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
     def for_prediction(self, processor: Any) -> Any:
         """A copy of the processor that crops the centre as the random crops did on average.
@@ -71,22 +72,26 @@ def _between(bounds: tuple[float, float], draw: float) -> float:
 
 
 def _change_colour(levels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-    """RGB levels (H, W, 3) in [0, 1] with the saturation (of HSV) scaled and the hue shifted by turns."""
-    value = levels.max(-1)
-    chroma = value - levels.min(-1)
-    safe = np.where(chroma > 0, chroma, 1)
-    red, green, blue = np.moveaxis(levels, -1, 0)
+    """RGB levels (3, H, W) in [0, 1] with the saturation (of HSV) scaled and the hue shifted by turns."""
+    red, green, blue = levels
+    value = levels.max(0)
+    chroma = value - levels.min(0)
+    safe = np.where(chroma > 0, chroma, np.float32(1))
     sector = np.where(
         value == red,
         (green - blue) / safe,
         np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
+    sector += 6 * hue
     # Saturation is the chroma's share of the value, at most 1.
     chroma = np.minimum(chroma * saturation, value)
-    # Each channel falls from the value by the chroma, by how far the hue is from it: red 5, green 3, blue 1.
-    place = (np.array([5, 3, 1], np.float32) + (sector + 6 * hue)[..., None]) % 6
-    fall = np.clip(np.minimum(place, 4 - place), 0, 1)
-    return value[..., None] - chroma[..., None] * fall
+    changed = np.empty_like(levels)
+    # Each channel falls from the value by the chroma, by how far the hue is from it.
+    for channel, offset in zip(changed, (5, 3, 1), strict=True):
+        place = sector + offset
+        place -= 6 * np.floor(place / 6)
+        channel[...] = value - chroma * np.clip(np.minimum(place, 4 - place), 0, 1)
+    return changed
 
 
 __all__ = ["Augmentation"]

@@ -38,6 +38,8 @@ FEATURES = Features(
     }
 )
 """Of the rows of every reader: `dataset` names the statistics of the action, `action_mask` is what they scale."""
+DECODED = Features({**FEATURES, "image": Image()})
+"""Of frames, whose images are arrays. A stream must say what it gives, or `datasets` looks and can't tell."""
 
 ImageReference = Mapping[str, Any]
 """`{"bytes": encoded image or None, "path": where it is or None}`, as `datasets.Image` stores it."""
@@ -88,8 +90,8 @@ def episode_rows(episode: Episode, robot: "Robot", dataset: str) -> dict[str, An
         "action": list(actions),
         "action_mask": [robot.mask(actions.shape[1])] * len(kept),
         "state": [None] * len(kept) if states is None else list(states[told]),
-        "episode_index": np.full(len(kept), episode.index),
-        "frame_index": kept,
+        "episode_index": [episode.index] * len(kept),
+        "frame_index": kept.tolist(),
         "dataset": [dataset] * len(kept),
     }
 
@@ -228,4 +230,4 @@ def usable_rows(
             yield rows
 
 
-__all__ = ["FEATURES", "BadEpisodeError", "Episode", "decode_frames", "decode_image"]
+__all__ = ["DECODED", "FEATURES", "BadEpisodeError", "Episode", "decode_frames", "decode_image"]

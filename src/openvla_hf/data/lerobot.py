@@ -12,6 +12,7 @@ from fsspec import AbstractFileSystem
 
 from .frames import BadEpisodeError, Episode, ImageReference, matrix
 from .robots import Robot
+from .video import check_frame, close_videos
 
 
 INFO_FILE = "meta/info.json"
@@ -56,6 +57,7 @@ class LeRobotSource:
             raise ValueError(f"There is no split {split!r}, there is {', '.join(map(repr, splits))}.")
         start, end = splits[split].split(":")
         self.episodes = range(int(start), int(end))
+        close_videos()  # the files may have changed since they were opened
 
     @functools.cached_property
     def tasks(self) -> dict[int, str]:
@@ -95,12 +97,14 @@ class LeRobotSource:
         table = pq.read_table(shard.path, columns=stored, filters=filters, filesystem=self.fs)
         if len(table) != shard.length:
             raise ValueError(f"there are {len(table)} rows, the meta data says {shard.length}.")
+        if not shard.length:
+            raise ValueError("the episode has length 0.")
         images: list[ImageReference]
         if is_video:
             video, start = shard.videos[camera]
-            images = [
-                {"bytes": None, "path": f"{video}#t={start + time:.6f}"} for time in table["timestamp"].to_pylist()
-            ]
+            times = [start + time for time in table["timestamp"].to_pylist()]
+            check_frame(video, max(times))
+            images = [{"bytes": None, "path": f"{video}#t={time:.6f}"} for time in times]
         else:
             images = table[camera].to_pylist()
         instructions = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]

@@ -5,6 +5,7 @@ A frame is a dict: `image` uint8 (H, W, 3), `instruction` str, `action` float64 
 dimensions of the action statistics scale.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
 
 from .frames import (
+    DECODED,
     FEATURES,
     BadEpisodeError,
     Episode,
@@ -47,6 +49,7 @@ INDEX_VERSION = 1
 """Part of the name of a cached table: a change of what is in it makes old ones unused."""
 WRITE_ROWS = 1024
 """Rows that are gathered before they are written: few and large pieces are read faster."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,7 @@ def load(
         rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments | {"skip": skip_bad_episodes})
     if shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return rows.map(decode_frame)
+    return rows.map(decode_frame, features=DECODED)
 
 
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
@@ -178,7 +181,7 @@ def from_episodes(
         if not callable(episodes):
             raise TypeError("A stream starts over at every epoch: pass a function that gives the episodes.")
         arguments = {"make": episodes, "robot": adapter, "name": name, "skip": skip_bad_episodes}
-        return IterableDataset.from_generator(_generate_made, gen_kwargs=arguments)
+        return IterableDataset.from_generator(_generate_made, gen_kwargs=arguments).map(features=DECODED)
     made = _read_made(episodes() if callable(episodes) else episodes, encode_png)
     losses = Losses(skip_bad_episodes)
     return _write_table(usable_rows(made, adapter, name, losses), losses, name, None)
@@ -255,12 +258,20 @@ def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
             writer.write_table(pa.concat_tables(waiting).combine_chunks())
             waiting.clear()
 
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for each in columns:
-            waiting.append(pa.table(each, schema=schema))
-            if sum(map(len, waiting)) >= WRITE_ROWS:
-                flush()
-        flush()
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for each in columns:
+                waiting.append(pa.table(each, schema=schema))
+                if sum(map(len, waiting)) >= WRITE_ROWS:
+                    flush()
+            flush()
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(
+            f"The table of the frames can't be written to {path} ({error}): free some space, or name a folder of "
+            "another disk in HF_DATASETS_CACHE."
+        ) from error
 
 
 def _adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses) -> Dataset:

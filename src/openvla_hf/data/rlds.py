@@ -29,10 +29,11 @@ class Feature:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file, and the number of its first episode in the split."""
+    """A file, the number of its first episode in the split, and how many it has."""
 
     path: str
     first_episode: int
+    length: int
 
 
 class RLDSSource:
@@ -76,7 +77,7 @@ class RLDSSource:
                 "SHARD_X_OF_Y": f"{index:05d}-of-{len(lengths):05d}",
             }
             file = re.sub(r"\{(\w+)\}", lambda found, parts=parts: parts[found[1]], template)
-            shards.append(Shard(f"{self.root}/{file}", first_episode))
+            shards.append(Shard(f"{self.root}/{file}", first_episode, length))
             first_episode += length
         return shards
 
@@ -93,9 +94,11 @@ class RLDSSource:
         instruction = next((name for name in as_tuple(robot.instruction) if name in texts), None)
         wanted = {name: self.features[name] for name in (camera, *columns, instruction) if name is not None}
         keys = {feature.key for feature in wanted.values()}
+        index, is_damaged = -1, False
         with self.fs.open(shard.path, "rb") as file:
             for index, record in enumerate(read_records(file, shard.path)):
                 if isinstance(record, BadEpisodeError):
+                    is_damaged = True
                     yield record
                     continue
                 source = f"{shard.path}, record {index}"
@@ -119,6 +122,10 @@ class RLDSSource:
                     yield BadEpisodeError(f"{source}: {error}")
                 else:
                     yield episode
+        if index + 1 < shard.length and not is_damaged:
+            yield BadEpisodeError(
+                f"{shard.path}: there are {index + 1} records and should be {shard.length}; download it again."
+            )
 
     def _image(self, path: str, offset: int, payload: bytes, span: Span) -> ImageReference:
         start, end = span

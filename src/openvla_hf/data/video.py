@@ -35,9 +35,10 @@ class Video:
             self.stream = self.container.streams.video[0]
         except (self.av.FFmpegError, IndexError) as error:
             raise BadEpisodeError(f"{path}: no video can be read ({error}).") from error
-        # More threads than a decoder needs for one stream would fight with the data loader's workers.
+        # More threads would fight with the data loader's workers.
         self.stream.codec_context.thread_count = 1
         self.frame_time = float(1 / self.stream.average_rate)
+        self.end = float((self.stream.start_time + self.stream.duration) * self.stream.time_base)
         self.frames: Iterator[Any] = iter(())
         self.last = -np.inf
 
@@ -61,7 +62,7 @@ class Video:
                 if self.last > time - self.frame_time / 2:
                     if self.last > time + self.frame_time / 2:
                         break
-                    return frame.to_ndarray(format="rgb24")
+                    return frame.to_ndarray(format="rgb24", threads=1)
         except self.av.FFmpegError as error:
             self.last = np.inf
             raise BadEpisodeError(f"{self.path}, {time:.3f} s: the video is damaged ({error}).") from error
@@ -69,15 +70,23 @@ class Video:
         raise BadEpisodeError(f"{self.path}: there is no frame at {time:.3f} s; the video is cut or not this data's.")
 
 
-@functools.lru_cache(maxsize=OPEN_VIDEOS)
-def _open(path: str, process: int) -> Video:
-    return Video(path)
+_open = functools.lru_cache(maxsize=OPEN_VIDEOS)(Video)
+# A process that is forked, such as a data loader's worker, shares the positions in its parent's files, and waits for
+# ever where it closes a decoder whose threads stayed with the parent. So none is open while forking.
+close_videos = _open.cache_clear
+os.register_at_fork(before=close_videos)
+
+
+def check_frame(path: str, time: float) -> None:
+    """Raises `BadEpisodeError` where a video can't be opened or ends before `time` (seconds); nothing is decoded."""
+    video = _open(path)
+    if time > video.end - video.frame_time / 2:
+        raise BadEpisodeError(f"{path}: there is no frame at {time:.3f} s; the video ends at {video.end:.3f} s.")
 
 
 def read_frame(path: str, time: float) -> np.ndarray:
     """The frame that a video shows at `time` (seconds), uint8 (H, W, 3); see `Video`."""
-    # A decoder can't be shared with the processes that a data loader forks.
-    return _open(path, os.getpid()).read(time)
+    return _open(path).read(time)
 
 
-__all__ = ["Video", "read_frame"]
+__all__ = ["Video", "check_frame", "close_videos", "read_frame"]

@@ -24,8 +24,9 @@ class ActionCollator:
         prompt_suffix_token_id: Id between the prompt and the action, of the model's config.
         norm_stats: In place of `stats`, those of several data sets by name: each frame's `dataset` says whose it is
             (it may be left out where there is one), and batches get `dataset_index` (B,), its place among them.
-        augment: Image to another view of it, by torch's random numbers. What it draws depends on `seed`, on the
-            process and on the batch's number alone, so a run that goes on from a checkpoint draws as it would have.
+        augment: Image to another view of it, by torch's random numbers. What it draws depends on `seed` and on the
+            frame's place in the run alone: a run that goes on from a checkpoint, or on other processes with the same
+            global batch, draws as it would have.
         seed: Of `augment`.
     """
 
@@ -48,9 +49,9 @@ class ActionCollator:
         self.seed = seed
         self.start()
 
-    def start(self, batch: int = 0, process: int = 0) -> None:
-        """Say which batch of the run comes next, and in which process."""
-        self.first_batch, self.process, self.batches = batch, process, 0
+    def start(self, batch: int = 0, process: int = 0, processes: int = 1) -> None:
+        """Say which of the run's batches comes next, and in which of how many processes."""
+        self.first_batch, self.process, self.processes, self.batches = batch, process, processes, 0
 
     def __call__(self, frames: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Frames (`image`, `instruction`, `action`) to `input_ids`, `attention_mask`, `labels`, `pixel_values`.
@@ -88,14 +89,17 @@ class ActionCollator:
         images = [frame["image"] for frame in frames]
         if self.augment is None:
             return images
-        # Each worker makes every so many-th batch.
+        # Each worker makes every so many-th batch, and of all processes' batches each takes one in turn.
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        number = self.first_batch + self.batches * workers + index
+        batch = (self.first_batch + self.batches * workers + index) * self.processes + self.process
         self.batches += 1
+        views = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, self.process, number]).generate_state(1)[0]))
-            return [self.augment(image) for image in images]
+            for place, image in enumerate(images, start=batch * len(images)):
+                torch.manual_seed(int(np.random.SeedSequence([self.seed, place]).generate_state(1)[0]))
+                views.append(self.augment(image))
+        return views
 
     def encode(self, frame: dict[str, Any]) -> list[int]:
         """Ids of a frame's action."""

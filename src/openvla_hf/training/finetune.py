@@ -3,22 +3,21 @@
 import copy
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor, TrainingArguments, set_seed
 
+from ..checkpoint_info import describe
 from ..data import Augmentation, compute_statistics
+from ..model_card import TRAINING_FILE, write_card
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from .collator import ActionCollator
 from .recipes import Recipe
 from .trainer import ActionTrainer, last_checkpoint
-
-
-# What the model card is made from when the result is pushed.
-TRAINING_FILE = "training.json"
 
 
 def build_trainer(
@@ -69,7 +68,12 @@ def build_trainer(
         "prompt_suffix_token_id": model.config.prompt_suffix_token_id,
         "norm_stats": norm_stats,
     }
-    run = {"base_model": str(model_id), "datasets": list(norm_stats), **(run or {})}
+    run = {
+        "base_model": str(model_id),
+        "datasets": list(norm_stats),
+        "settings": _settings(recipe, args),
+        **(run or {}),
+    }
     return ActionTrainer(
         model=recipe.prepare(model),
         args=args,
@@ -81,8 +85,23 @@ def build_trainer(
     )
 
 
+def _settings(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
+    """What a reader of the model card wants to know of a run."""
+    adapters = f"adapters of rank {recipe.lora_rank}, alpha {recipe.lora_alpha}"
+    return {
+        "trained": adapters if recipe.uses_adapters else ", ".join(recipe.trained),
+        "weights that stay": "4 bits" if recipe.quantize else recipe.dtype,
+        "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "samples a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
+        "weight decay": args.weight_decay,
+        "augmentation": "random crops and colours" if recipe.augment else "none",
+        "seed": args.seed,
+    }
+
+
 def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
-    """Train, from the last complete checkpoint with `resume`, and leave the result in the output folder.
+    """Train, from the last complete checkpoint with `resume`, and leave the result, with a card, in the output folder.
 
     Returns:
         The last figures logged: loss, action accuracy, L1, and those of the evaluation if there was one.
@@ -104,6 +123,9 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
     run = json.loads(trainer.run_files[TRAINING_FILE])
     trainer.run_files[TRAINING_FILE] = json.dumps(run | {"figures": figures}, indent=2)
     trainer.save_model(output)
+    if trainer.args.should_save:
+        card = write_card(Path(output), describe(output), output)
+        Path(output, "README.md").write_text(card, encoding="utf-8")
     return figures
 
 
@@ -128,4 +150,4 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
 
 
-__all__ = ["TRAINING_FILE", "build_trainer", "finetune", "read_split"]
+__all__ = ["build_trainer", "finetune", "read_split"]

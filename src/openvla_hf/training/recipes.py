@@ -95,6 +95,8 @@ class Recipe:
             "bf16": self.dtype == "bfloat16",
             "seed": self.seed,
             "remove_unused_columns": False,
+            # Each process reads for itself: batches whose prompts differ in length could not be dealt out by one.
+            "accelerator_config": {"dispatch_batches": False},
             "report_to": "none",
         }
         fields = {name: value for name, value in fields.items() if value is not None}

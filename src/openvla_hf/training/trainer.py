@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -35,6 +37,8 @@ class ActionTrainer(Trainer):
     - `action_accuracy` (arg max over the vocabulary equals the label) and `action_l1` (mean distance of decoded,
       normalised actions) are logged in training and evaluation, and for each data set where there are several.
       The stop token does not count.
+    - A stream starts over where it ends, so steps are counted and not epochs; of several processes each reads shards
+      of its own, where there are enough.
     - A checkpoint is complete: adapter or model, statistics, processor and model card. It is written aside and gets
       its name when nothing is missing, so a run that is killed resumes from one that is whole.
 
@@ -42,6 +46,7 @@ class ActionTrainer(Trainer):
         model: From `Recipe.prepare`.
         args: From `Recipe.training_arguments`, for instance.
         data_collator: What makes batches of the frames; its statistics go into every checkpoint.
+        train_dataset: Frames, as `openvla_hf.data.load` gives them.
         eval_collator: The same for evaluation, without augmentation; its processor goes into every checkpoint.
             `data_collator` by default.
         run_files: Name -> text of what else belongs into every checkpoint, such as a model card.
@@ -54,17 +59,22 @@ class ActionTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         data_collator: ActionCollator,
+        train_dataset: Any = None,
         eval_collator: ActionCollator | None = None,
         run_files: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        is_stream = isinstance(train_dataset, datasets.IterableDataset)
+        if is_stream:
+            # Processes come to the end of their shards at different steps, and a resumed run may begin after one.
+            train_dataset = train_dataset.repeat(None)
+        super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.eval_collator = eval_collator or data_collator
         self.run_files = dict(run_files or {})
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_SamplesProgress)
-        self.add_callback(_CollatorPosition(data_collator, isinstance(self.train_dataset, IterableDataset)))
+        self.add_callback(_CollatorPosition(data_collator, is_stream))
         self.model_accepts_loss_kwargs = True  # asks for the number of supervised tokens, which `compute_loss` takes
         self.label_names = ["labels"]
         self.can_return_loss = True
@@ -188,6 +198,10 @@ class ActionTrainer(Trainer):
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what the writers of files raise on a full disk
+            raise OSError(
+                f"{final} can't be written ({error}): free some space and resume, the checkpoints before it are whole."
+            ) from error
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
@@ -228,16 +242,13 @@ class _CollatorPosition(TrainerCallback):
     def __init__(self, collator: ActionCollator, is_stream: bool):
         self.collator, self.is_stream = collator, is_stream
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """A table is entered where the run goes on; a stream is read from its beginning, up to there."""
-        self.is_first_epoch = True
-
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Before the workers of the epoch start, each with a copy of the collator."""
-        from_beginning = self.is_stream and self.is_first_epoch
-        first = 0 if from_beginning else state.global_step * args.gradient_accumulation_steps
-        self.collator.start(first, args.process_index)
-        self.is_first_epoch = False
+        """Before the workers of the epoch start, each with a copy of the collator.
+
+        A table is entered where the run goes on; a stream is one epoch, read from its beginning up to there.
+        """
+        first = 0 if self.is_stream else state.global_step * args.gradient_accumulation_steps
+        self.collator.start(first, args.process_index, args.world_size)
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
