@@ -11,10 +11,10 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest lint format policy-code clean
+.PHONY: help demo test test-fast test-oldest test-notebooks lint format policy-code clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp  ## run the tabletop demo with the policy that ships with the package
 	@$(VENV)/bin/openvla-hf demo
@@ -28,6 +28,9 @@ test-fast: $(VENV)/.stamp  ## run the tests that are not marked slow
 test-oldest: $(OLDEST)/.stamp  ## run the model's tests on the oldest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS) -p no:cacheprovider \
 	    $(wildcard tests/modeling tests/processing tests/parity tests/test_import.py)
+
+test-notebooks: $(VENV)/.stamp  ## run the notebooks; SAVE_OUTPUTS=1 also writes their outputs into them
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) --dist load notebooks
 
 lint: $(VENV)/.stamp  ## check style and types
 	$(VENV)/bin/ruff check

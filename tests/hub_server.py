@@ -1,12 +1,13 @@
-"""A stand-in for the Hub: model repositories over HTTP on this machine, with the real client on the other side.
+"""A stand-in for the Hub: repositories over HTTP on this machine, with the real client on the other side.
 
     with HubServer(tmp_path / "repositories") as hub:
         shutil.copytree(checkpoint, hub.root / "someone/model")
         run_python("...", **hub.env)
 
 It keeps branches, commits and pull requests, takes large files by LFS, serves ranges, and hides private repositories
-from everybody without `hub.token`. The folder `{root}/{owner}/{name}` is the branch `main`: what a test puts or
-changes there is a commit, what is pushed lies there. The client has to leave Xet out, as `hub.env` says.
+from everybody without `hub.token`; `hub.guest_token` is known and may not write. The folder `{root}/{owner}/{name}`
+(of a data set `{root}/datasets/{owner}/{name}`) is the branch `main`: what a test puts or changes there is a commit,
+what is pushed lies there. The client has to leave Xet out, as `hub.env` says.
 """
 
 import base64
@@ -59,6 +60,7 @@ class HubServer:
     """
 
     token = "hf_ownerOfEverythingHere"
+    guest_token = "hf_someoneElseHere"
 
     def __init__(self, root: Path):
         self.root = root
@@ -156,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
             body = b"".join(self._read_body())
             if self.command in ("POST", "PUT") and parts != ["api", "validate-yaml"] and not self._is_owner():
-                self._send(401, error="Unauthorized")
+                self._refuse()
                 return
             match parts:
                 case ["api", "whoami-v2"]:
@@ -165,13 +167,15 @@ class _Handler(BaseHTTPRequestHandler):
                     self._create(json.loads(body))
                 case ["api", "validate-yaml"]:
                     self._send_json({"errors": [], "warnings": []})
-                case ["api", "models", owner, name, *what]:
-                    self._answer_api(self._find(f"{owner}/{name}"), f"{owner}/{name}", what, body)
-                case [_, _, "info", "lfs", "objects", "batch"]:
+                case ["api", "models" | "datasets" as kind, owner, name, *what]:
+                    repo = f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"
+                    self._answer_api(self._find(repo), repo, what, body)
+                case [*_, "info", "lfs", "objects", "batch"]:
                     self._send_upload_links(json.loads(body)["objects"])
-                case [owner, name, "resolve", revision, *file]:
-                    self._find(f"{owner}/{name}")
-                    self._send_file(f"{owner}/{name}", revision, "/".join(file))
+                case [owner, name, "resolve", revision, *file] | ["datasets", owner, name, "resolve", revision, *file]:
+                    repo = f"{owner}/{name}" if parts[0] == owner else f"datasets/{owner}/{name}"
+                    self._find(repo)
+                    self._send_file(repo, revision, "/".join(file))
                 case ["storage", digest]:
                     self._send_content(self.hub.blobs[digest], ETag=f'"{digest}"')
                 case _:
@@ -190,6 +194,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_owner(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+
+    def _refuse(self) -> None:
+        if self.headers.get("Authorization") == f"Bearer {self.hub.guest_token}":
+            self._send(403, error="Forbidden", message="You don't have the rights to write here")
+        else:
+            self._send(401, error="Unauthorized", message="Invalid credentials in Authorization header")
 
     def _find(self, repo: str) -> Repository:
         found = self.hub.repository(repo)
@@ -249,7 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
         return commit
 
     def _create(self, wanted: dict[str, Any]) -> None:
-        repo = f"{wanted['organization'] or USER}/{wanted['name']}"
+        kind = "datasets/" if wanted.get("type") == "dataset" else ""
+        repo = f"{kind}{wanted['organization'] or USER}/{wanted['name']}"
         answer = {"url": f"{self.hub.endpoint}/{repo}", "name": repo}
         if (self.hub.root / repo).is_dir():
             self._send_json(answer, status=409)
@@ -361,7 +372,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def is_large(name: str) -> bool:
     """Whether a file goes to the large-file storage."""
-    return name.endswith((".safetensors", ".model"))
+    return name.endswith((".safetensors", ".model", ".parquet", ".mp4"))
 
 
 def git_hash(content: bytes) -> str:

@@ -7,15 +7,22 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import close_session
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.checkpoint_info import describe
 from openvla_hf.cli import main
+from openvla_hf.data import from_episodes
 from openvla_hf.hub import push
+from openvla_hf.processing.processing_openvla import VICUNA_PROMPT
 from openvla_hf.testing import fake_episode
+from openvla_hf.training.finetune import build_trainer, finetune
+from openvla_hf.training.recipes import recipe
 
 
 FIXTURE = Path(__file__).parent / "parity" / "fused-224"
@@ -119,13 +126,41 @@ def test_a_private_repository_needs_a_token(tiny, owner, monkeypatch):
     model, processor = tiny()
     push(model, "someone/secret", processor=processor, private=True)
     assert describe("someone/secret").layout == "openvla-hf"
+    assert AutoModel.from_pretrained("someone/secret").norm_stats == model.norm_stats
     monkeypatch.delenv("HF_TOKEN")
     shutil.rmtree(constants.HF_HUB_CACHE)
-    with pytest.raises(OSError, match="someone/secret is not a local folder"):
-        describe("someone/secret")
+    for read in (describe, AutoModel.from_pretrained, AutoProcessor.from_pretrained):
+        with pytest.raises(OSError, match="someone/secret is not a local folder"):
+            read("someone/secret")
     assert describe("someone/secret", token=owner.token).layout == "openvla-hf"
-    with pytest.raises(OSError, match="401"):
-        push(model, "someone/secret", processor=processor)
+    assert AutoModel.from_pretrained("someone/secret", token=owner.token).norm_stats == model.norm_stats
+
+
+def test_why_a_push_failed_is_said_in_a_sentence(tiny, owner, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the client's retries
+    folder = save(tmp_path / "run", tiny())
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(OSError, match=r"Pushing takes a token .* run `hf auth login`"):
+        push(folder, "someone/policy")
+    assert owner.requests == []
+    with pytest.raises(OSError, match=r"refused someone/policy \(401\): it does not know the token"):
+        push(folder, "someone/policy", token="hf_revoked")
+    push(folder, "someone/policy", token=owner.token)
+    before = owner.commit("someone/policy")
+    with pytest.raises(OSError, match=r"refused someone/policy \(403\): the token may not write there"):
+        push(folder, "someone/policy", token=owner.guest_token)
+    with pytest.raises(OSError, match=r"refused someone/policy \(404\)"):
+        push(folder, "someone/policy", token=owner.token, create_pr=True, revision="absent")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        close_session()  # the client asks once for each of its sessions
+        with pytest.raises(OSError, match="can't be pushed while HF_HUB_OFFLINE is set"):
+            push(folder, "someone/policy", token=owner.token)
+    close_session()
+    assert owner.commit("someone/policy") == before
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(OSError, match=r"http://127\.0\.0\.1:9 can't be reached .* push again"):
+        push(folder, "someone/policy", token=owner.token)
 
 
 def test_one_commit_holds_everything_and_nothing_of_whoever_pushed(tiny, owner, tmp_path, monkeypatch):
@@ -204,8 +239,9 @@ def test_the_card_tells_of_the_run(tiny, owner, tmp_path):
         "training.json": {
             "base_model": "someone/base",
             "datasets": ["someone/kitchen"],
-            "recipe": {"learning rate": 5e-4},
-            "figures": {"action accuracy": 0.93},
+            "recipe": "lora",
+            "settings": {"learning rate": 5e-4},
+            "figures": {"action_accuracy": 0.93, "eval_loss": 0.123456, "train_runtime": 12.0},
         },
         "evaluation.json": {"results": {"as told": {"all": row}, "black": {"all": row | {"success": 0.0}}}},
         "quantization.json": [{"format": "4bit", "agreement": 0.97}],
@@ -226,8 +262,10 @@ def test_the_card_tells_of_the_run(tiny, owner, tmp_path):
     ]
     assert 'unnorm_key="arm"' in usage(owner, "someone/policy")
     for line in (
+        "| recipe | lora |",
         "| learning rate | 0.0005 |",
         "| action accuracy | 0.93 |",
+        "| eval loss | 0.1235 |",
         "| as told | all | 40 | 82.5 % |",
         "| format | agreement |",
         "| 4bit | 0.97 |",
@@ -235,7 +273,8 @@ def test_the_card_tells_of_the_run(tiny, owner, tmp_path):
     ):
         assert line in card.text
     assert re.search(r"\| `two` \| 14 \| -0.03, .* \| 6, 13 \| not recorded \| 90 \|", card.text)
-    assert "More Information Needed" not in card.text
+    for absent in ("More Information Needed", "runtime"):
+        assert absent not in card.text
     assert not set(owner.files("someone/policy")) & {"training.json", "evaluation.json", "quantization.json"}
 
 
@@ -263,6 +302,104 @@ def test_an_adapter_names_a_base_that_others_have(tiny, owner, tmp_path):
     assert b"peft" in pushed["requirements.txt"]
     found = describe("someone/adapter")
     assert (found.layout, found.base_model) == ("adapter", "someone/base")
+
+
+def tune(base, output, name):
+    """Two steps of a named recipe, on frames of a data set that is no other's."""
+    frames = from_episodes([fake_episode(seed=seed, steps=6) for seed in range(2)], name="kitchen")
+    settings = recipe(
+        name, dtype="float32", batch_size=4, learning_rate=0.01, **({"lora_rank": 4} if "lora" in name else {})
+    )
+    run = {"datasets": ["someone/kitchen", str(output.parent / "kitchen")], "recipe": name}
+    arguments = {"max_steps": 2, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    finetune(build_trainer(base, frames, output, settings, run=run, **arguments))
+    return output
+
+
+def test_a_pushed_adapter_needs_three_lines_and_no_other_file(tiny, owner, run_python, tmp_path):
+    model, processor = tiny()
+    processor.prompt_template = VICUNA_PROMPT
+    push(model, "someone/base", processor=processor, license="mit")
+    folder = tune("someone/base", tmp_path / "run", "lora")
+    image = fake_episode(steps=1)[0]["image"]
+    Image.fromarray(image).save(tmp_path / "image.png")
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    inputs = processor(image, instruction=INSTRUCTION)
+    # What a user would get wrong without the repository's own statistics, prompt, crop or weights.
+    assert list(model.norm_stats) == ["kitchen"]
+    assert processor.prompt_template == VICUNA_PROMPT
+    assert processor.image_processor.center_crop_area == 0.9
+    base = AutoModel.from_pretrained("someone/base")
+    assert not torch.equal(model(**inputs).logits, base(**inputs).logits)
+
+    push(folder, "someone/adapter")
+    shutil.rmtree(folder)
+    card = card_of(owner, "someone/adapter")
+    assert (card.data.base_model, card.data["base_model_relation"], card.data.license) == (
+        "someone/base",
+        "adapter",
+        "mit",
+    )
+    assert card.data.datasets == ["someone/kitchen"]
+    code = usage(owner, "someone/adapter")
+    assert len([line for line in code.splitlines() if "import" not in line and line]) == 3
+    cases = (tmp_path / "image.png", json.dumps([code]), "[]")
+    result = run_python(READER, *cases, "installed", **owner.env)
+    assert json.loads(result.stdout.splitlines()[-1]) == [model.predict_action(**inputs).tolist()]
+
+
+USER = """
+import json, sys
+import numpy as np
+import openvla_hf
+from transformers import AutoModel, AutoProcessor
+
+prompt, image, *repositories = sys.argv[1:]
+for repo in repositories:
+    for trust in ({}, {"trust_remote_code": True}):
+        model = AutoModel.from_pretrained(repo, dtype="auto", **trust)
+        processor = AutoProcessor.from_pretrained(repo, **trust)
+        inputs = processor(prompt, image)
+        keys = sorted(model.norm_stats)
+        actions = [model.predict_action(**inputs, unnorm_key=key, do_sample=False).tolist() for key in keys]
+        details = model.predict_action(**processor(image, instruction="wave"), unnorm_key=keys[0], return_details=True)
+        print(json.dumps([keys, str(model.dtype), type(model).__name__, type(processor).__name__,
+                          processor.prompt_template, inputs["input_ids"].tolist(), actions,
+                          details.token_ids.tolist(), details.probabilities.tolist()]))
+"""
+
+
+@pytest.mark.parametrize("case", ["fused-224", "siglip-224", "sharded"])
+def test_a_published_repository_and_ours_differ_in_nothing_for_a_user(recorded, owner, run_python, tmp_path, case):
+    record = recorded(case)
+    published = Path(shutil.copytree(record.checkpoint, owner.root / "openvla/published"))
+    # The miniature's towers, which a published config can't say.
+    config = json.loads((published / "config.json").read_text()) | record.overrides
+    (published / "config.json").chmod(0o644)
+    (published / "config.json").write_text(json.dumps(config))
+    push(save(tmp_path / "ours", (record.load(dtype="auto"), record.processor)), "someone/ours")
+    record.images[0].save(tmp_path / "image.png")
+    arguments = (record.cases["prompts"][0], tmp_path / "image.png", "openvla/published", "someone/ours")
+    answers = run_python(USER, *arguments, **owner.env).stdout.splitlines()[-4:]
+    assert len(set(answers)) == 1
+    assert "OpenVLAForActionPrediction" in answers[0]
+
+
+@pytest.mark.parametrize("name", ["lora", "last-layer"])
+def test_a_finished_run_has_a_card(tiny, owner, tmp_path, name):
+    base = save(tmp_path / "base", tiny())
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    folder = tune(base, tmp_path / "run", name)
+    card = ModelCard.load(folder / "README.md")
+    assert f'from_pretrained("{folder}"' in card.text
+    assert (card.data.base_model, card.data.datasets, card.data.license) == (None, ["someone/kitchen"], "apache-2.0")
+    for line in (f"| recipe | {name} |", "| steps | 2 |", "| samples a step | 4 |", "| `kitchen` | 7 |"):
+        assert line in card.text
+    assert re.search(r"\| action l1 \| 0\.\d+ \|", card.text)
+    push(folder, "someone/policy", base_model="someone/base" if name == "lora" else None, license="mit")
+    pushed = card_of(owner, "someone/policy")
+    assert 'from_pretrained("someone/policy"' in pushed.text
+    assert str(tmp_path) not in str(pushed)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,18 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+
+# HTTPError is of the HTTP library, which is another one in other versions of the client.
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from .checkpoint_info import ADAPTER_CONFIG, CheckpointInfo, describe
-from .model_card import RUN_FILES, write_card
+from .model_card import RUN_FILES, is_hub_id, write_card
 from .modeling.configuration_openvla import MINIMUM_TRANSFORMERS
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .processing.processing_openvla import OpenVLAProcessor
@@ -18,6 +23,10 @@ from .processing.processing_openvla import OpenVLAProcessor
 
 README, REQUIREMENTS = "README.md", "requirements.txt"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+REFUSALS = {
+    401: "it does not know the token; log in again with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there; take one with the right to write, or push to a repository of your own",
+}
 
 
 def push(
@@ -59,7 +68,7 @@ def push(
     Raises:
         ValueError: A model came without its processor, an adapter's base is a folder, weights are no safetensors, or a
             file would tell a token or a local path.
-        OSError: The Hub refused it or could not be reached.
+        OSError: There is no token, the Hub refused it, or it could not be reached.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
         if processor is None:
@@ -82,9 +91,12 @@ def push(
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give a model, or the folder that `save_pretrained` wrote.")
+    if (token or get_token()) is None:
+        raise OSError("Pushing takes a token with the right to write: run `hf auth login`, or set HF_TOKEN.")
     api = HfApi(token=token, library_name="openvla-hf")
     if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
+        with _in_a_sentence(repo_id):
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
     info = describe(folder)
     texts = _read_texts(folder, info, base_model)
     texts[REQUIREMENTS] = _requirements(info)
@@ -96,14 +108,13 @@ def push(
     binaries = [name for name in info.files if fnmatch(name, "*.safetensors") or name == "tokenizer.model"]
     additions = [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
     additions += [CommitOperationAdd(name, folder / name) for name in binaries]
-
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    there = api.list_repo_files(repo_id, revision=None if create_pr else revision)
     added = {operation.path_in_repo for operation in additions}
-    stale = [name for name in there if name not in added and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
-    try:
+    with _in_a_sentence(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=None if create_pr else revision)
+        stale = [name for name in there if name not in added and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
         return api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in stale)],
@@ -111,6 +122,24 @@ def push(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+@contextmanager
+def _in_a_sentence(repo_id: str) -> Iterator[None]:
+    """What goes wrong between here and the Hub, as an `OSError` that says what to do."""
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"{repo_id} can't be pushed while HF_HUB_OFFLINE is set: unset it.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = REFUSALS.get(status) or error.server_message or type(error).__name__
+        raise OSError(f"The Hub refused {repo_id} ({status}): {reason}.") from error
+    except HTTPError as error:
+        raise OSError(
+            f"{constants.ENDPOINT} can't be reached ({error}): check the network and push again, what has arrived is "
+            "kept."
+        ) from error
     except RuntimeError as error:  # what the client raises when a large file can't be sent
         raise OSError(
             f"The upload to {repo_id} broke off ({error.__cause__ or error}): push again, what has arrived is kept."
@@ -125,7 +154,7 @@ def _read_texts(folder: Path, info: CheckpointInfo, base_model: str | None) -> d
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     if info.base_model is not None:
         base_model = base_model or info.base_model
-        if Path(base_model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        if not is_hub_id(base_model):
             raise ValueError(
                 f"The adapter's base is the folder {base_model}, which nobody else has: give its Hub id as base_model."
             )

@@ -2,13 +2,15 @@
 
 Three files may lie beside the weights:
 
-- `training.json`: `base_model` and `datasets` (Hub ids), `recipe` and `figures` (name -> value).
+- `training.json`, of `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings` and
+  `figures` (name -> value).
 - `evaluation.json`: what `openvla-hf evaluate --json` prints, `{"results": {condition: {task: {"success",
   "episodes", ...}}}}`; an `environment` names another place than the tabletop.
 - `quantization.json`: a list of rows, `{column: value}`, one for each format that was measured.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from .checkpoint_info import CheckpointInfo
 
 
 RUN_FILES = TRAINING_FILE, EVALUATION_FILE, QUANTIZATION_FILE = "training.json", "evaluation.json", "quantization.json"
+# Of what training logs: what says how well it went, of training, evaluation, and single data sets.
+FIGURE = re.compile(r"(eval_(\w+_)?)?(loss|action_accuracy|action_l1)(/.+)?")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -31,7 +35,11 @@ def write_card(
     license: str | None = None,
     token: str | None = None,
 ) -> str:
-    """The text of the `README.md` of a repository; arguments as those of `hub.push`."""
+    """The text of the `README.md` of the checkpoint in `folder`.
+
+    `repo_id` is what loads it, a Hub id or the folder itself; the other arguments are those of `hub.push`. A base or a
+    data set that is a local folder is not named.
+    """
     training, evaluation, quantization = (
         _read(folder / name, default)
         for name, default in ((TRAINING_FILE, {}), (EVALUATION_FILE, {}), (QUANTIZATION_FILE, []))
@@ -39,6 +47,7 @@ def write_card(
     base_model = base_model or info.base_model or training.get("base_model")
     inherited = license is None and base_model is not None
     license = _license_of(base_model, token) if license is None and base_model is not None else license
+    base_model = base_model if is_hub_id(base_model) else None
     name = repo_id.split("/")[-1]
     data = ModelCardData(
         library_name="peft" if info.layout == "adapter" else "transformers",
@@ -46,7 +55,7 @@ def write_card(
         license=license,
         base_model=base_model,
         base_model_relation=_relation(info) if base_model else None,
-        datasets=datasets or training.get("datasets"),
+        datasets=datasets or [name for name in training.get("datasets", []) if is_hub_id(name)] or None,
         tags=["openvla", "vision-language-action", "robotics"],
         model_name=name,
         eval_results=_results(evaluation),
@@ -59,7 +68,7 @@ def write_card(
         info=info,
         inherited=inherited,
         spaces=_action_spaces(info.statistics),
-        training=training,
+        recipe=_recipe(training),
         evaluation=evaluation,
         quantization=quantization,
     )
@@ -70,18 +79,37 @@ def _read(path: Path, default: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
+def is_hub_id(name: str | None) -> bool:
+    """Whether others find something by this name: it has the form of a Hub id and is no folder here."""
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def _license_of(base_model: str, token: str | None) -> str | None:
     """License in the card of the base model, or `None` where there is none to read."""
+    local = Path(base_model, "README.md")
+    if not is_hub_id(base_model) and not local.is_file():
+        return None
     try:
-        return ModelCard.load(base_model, token=token).data.license
+        card = ModelCard.load(local if local.is_file() else base_model, token=token, ignore_metadata_errors=True)
     except OSError:  # no card, no permission, no network
         return None
+    return card.data.license
 
 
 def _relation(info: CheckpointInfo) -> str:
     if info.layout == "adapter":
         return "adapter"
     return "quantized" if info.quantization else "finetune"
+
+
+def _recipe(training: dict[str, Any]) -> dict[str, Any]:
+    """Rows of the table of the training."""
+    figures = {name: value for name, value in training.get("figures", {}).items() if FIGURE.fullmatch(name)}
+    return {
+        **({"recipe": training["recipe"]} if "recipe" in training else {}),
+        **training.get("settings", {}),
+        **{name.replace("_", " "): f"{value:.4g}" for name, value in figures.items()},
+    }
 
 
 def _results(evaluation: dict[str, Any]) -> list[EvalResult] | None:
@@ -124,4 +152,4 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
 
 
-__all__ = ["write_card"]
+__all__ = ["is_hub_id", "write_card"]
