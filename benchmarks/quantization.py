@@ -2,7 +2,7 @@
 
 python benchmarks/quantization.py weights            # on the meta device, and checked on a shallow 7B that is loaded
 python benchmarks/quantization.py layers             # one layer in each format, and what 8 bits spend their time on
-python benchmarks/quantization.py actions --size 7b  # whole actions, plain and compiled, beside 16 bits: a GPU
+python benchmarks/quantization.py actions --size 7b --compile --format 4bit 8bit  # whole actions, on a GPU
 """
 
 import argparse
@@ -14,9 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -25,27 +25,23 @@ from torch import nn
 from transformers import AutoModel
 
 import openvla_hf  # noqa: F401 - registers the Auto classes
-from openvla_hf.modeling.configuration_openvla import PUBLISHED_TEXT_DEFAULTS, OpenVLAConfig
+from openvla_hf.evaluation.latency import INSTRUCTION, RANDOM_SIZES, peak_memory, random_model, seconds
+from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.quantization import FORMATS, expected_weight_bytes, quantization, weight_bytes
 from openvla_hf.testing import BRIDGE_LIKE_STATS
 
 
-PROMPT_TOKENS = 20
 # (inputs, outputs) of the language model's layers, and rows: a token, and a prompt with its image.
 LAYERS = {"attention": (4096, 4096), "mlp": (4096, 11008)}
 ROWS = (1, 276)
 VARIANTS = [(None, False)] + [(name, towers) for name in FORMATS for towers in (False, True)]
 
 
-def policy_config(size: str, **text: int) -> OpenVLAConfig:
-    """A published config: the full-size one, or its towers with half a billion parameters of language model."""
-    widths = {
-        "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-        "0.5b": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 36, "num_attention_heads": 16},
-    }[size]
+def full_size(**text: int) -> OpenVLAConfig:
+    """The config of openvla-7b, with some of its language model's fields replaced."""
     return OpenVLAConfig(
         vision_backbone_id="dinosiglip-vit-so-224px",
-        text_config=PUBLISHED_TEXT_DEFAULTS | widths | text,
+        text_config=RANDOM_SIZES["7b"]["text_config"] | text,
         norm_stats={"random": {"action": BRIDGE_LIKE_STATS}},
     )
 
@@ -58,23 +54,16 @@ def runs_here(name: str | None, towers: bool = False) -> bool:
         return False
 
 
-def label(name: str | None, towers: bool) -> str:
-    return "16-bit" if name is None else f"{name} + towers" if towers else name
-
-
-def save_random(config: OpenVLAConfig, folder: Path, device: str) -> None:
-    """A checkpoint of random weights."""
-    with torch.device(device):
-        model = AutoModel.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+def label(name: str | None, towers: bool, dtype: torch.dtype = torch.bfloat16) -> str:
+    return f"{8 * dtype.itemsize}-bit" if name is None else f"{name} + towers" if towers else name
 
 
 def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Bytes of the weights: computed for 7B, and for a shallow one computed and loaded."""
-    full, shallow = policy_config("7b"), policy_config("7b", num_hidden_layers=1)
+    full, shallow = full_size(), full_size(num_hidden_layers=1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        save_random(shallow, Path(folder), "cpu")
+        AutoModel.from_config(shallow, dtype=torch.bfloat16).save_pretrained(folder)
         for name, towers in VARIANTS:
             computed = expected_weight_bytes(shallow, name, towers=towers)
             loaded = None
@@ -95,13 +84,7 @@ def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
     """Median time of a call in milliseconds, after two that don't count."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    times = [seconds(run, torch.device(device)) for _ in range(repeats + 2)]
     return 1e3 * statistics.median(times[2:])
 
 
@@ -150,37 +133,39 @@ def time_actions(
     folder: str, name: str | None, towers: bool, inputs: dict[str, torch.Tensor], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Load a format and act in it."""
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     start = time.perf_counter()
-    config = None if name is None else quantization(name, towers=towers)
-    model = AutoModel.from_pretrained(folder, device_map=args.device, dtype=torch.bfloat16, quantization_config=config)
-    row: dict[str, Any] = {"format": label(name, towers), "load (s)": round(time.perf_counter() - start, 1)}
+    config = None if name is None else quantization(name, towers=towers, dtype=dtype)
+    model = AutoModel.from_pretrained(folder, device_map=args.device, dtype=dtype, quantization_config=config)
+    row: dict[str, Any] = {"format": label(name, towers, dtype), "load (s)": round(time.perf_counter() - start, 1)}
     row["weights (GB)"] = round(weight_bytes(model) / 1e9, 2)
     act = functools.partial(model.predict_action, **inputs)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    act()
+    beside = peak_memory(act, device)
+    row["beside them (GB)"] = None if beside is None else round(beside / 1e9, 2)
     row["action (ms)"] = round(median_ms(act, args.device, args.repeats), 1)
-    if args.device == "cuda":
-        row["peak (GB)"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    if args.compile:
         model.compile_for_actions()
         row["compiled (ms)"] = round(median_ms(act, args.device, args.repeats), 1)
     return row
 
 
 def actions(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time of `predict_action`, weights and peak memory of a policy of random weights."""
-    ids = torch.randint(3, 30000, (1, PROMPT_TOKENS))
-    ids[:, 0] = 1
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 6, 224, 224)}
+    """Time of `predict_action`, weights and memory of a policy of random weights."""
+    model, processor = random_model(args.size, torch.bfloat16, args.device)
+    inputs = processor(np.zeros((256, 256, 3), np.uint8), instruction=INSTRUCTION)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        save_random(policy_config(args.size), Path(folder), args.device)
+        model.save_pretrained(folder)
+        del model
         for name, towers in VARIANTS:
-            if not runs_here(name, towers) or (args.format and name is not None and name not in args.format):
+            chosen = name is None or ((not args.format or name in args.format) and (args.towers or not towers))
+            if not chosen or not runs_here(name, towers):
                 continue
             rows.append(time_actions(folder, name, towers, inputs, args))
             for kind in ("action", "compiled"):
                 if (mine := rows[-1].get(f"{kind} (ms)")) is not None:
-                    rows[-1][f"{kind} of 16-bit"] = round(mine / rows[0][f"{kind} (ms)"], 2)
+                    rows[-1][f"{kind}, of the first"] = round(mine / rows[0][f"{kind} (ms)"], 2)
             Console(stderr=True).print(rows[-1])
             gc.collect()
             torch.compiler.reset()
@@ -192,10 +177,16 @@ def actions(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("weights", "layers", "actions"))
-    parser.add_argument("--size", choices=("7b", "0.5b"), default="0.5b", help="of `actions` (default: %(default)s)")
+    parser.add_argument(
+        "--size", choices=tuple(RANDOM_SIZES), default="0.5b", help="of `actions` (default: %(default)s)"
+    )
     parser.add_argument(
         "--format", nargs="+", choices=tuple(FORMATS), help="of `actions` (default: all that run here)"
     )
+    parser.add_argument("--towers", action="store_true", help="`actions` with quantised towers too")
+    parser.add_argument("--compile", action="store_true", help="`actions` with compiled passes too")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+                        help="of the arithmetic of `actions` (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output, nothing else")

@@ -10,7 +10,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
-from .modeling.quantized_loading import KEPT_IN_16_BITS, refuse_second
+from .modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
 
 
 SHARD_BYTES = 2 * 10**9
@@ -43,7 +42,7 @@ NF4_BLOCK, INT4_GROUP = 64, 128
 
 
 def _nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
 def _llm_int8() -> BitsAndBytesConfig:
@@ -109,7 +108,7 @@ FORMATS = {
         _torchao_int4,
         # What no group divides is left as it is.
         lambda rows, columns: rows * columns * (2 if columns % INT4_GROUP else 0.5 + 4 / INT4_GROUP),
-        (8, 0),
+        COMPUTE_CAPABILITY["Int4WeightOnlyConfig"],
     ),
     "int8": Format(
         "torchao, weights alone: made for compiled passes",
@@ -122,7 +121,7 @@ FORMATS = {
         "torchao",
         _torchao_float8,
         lambda rows, columns: rows * columns + 4 * rows,
-        (8, 9),
+        COMPUTE_CAPABILITY["Float8DynamicActivationFloat8WeightConfig"],
     ),
 }
 
@@ -135,30 +134,29 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-def quantization(name: str, *, towers: bool = False) -> BitsAndBytesConfig | TorchAoConfig:
+def quantization(
+    name: str, *, towers: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> BitsAndBytesConfig | TorchAoConfig:
     """The recommended `quantization_config` of a format.
 
     Args:
         name: "4bit", "8bit" (bitsandbytes), "int4", "int8" or "float8" (torchao).
         towers: Quantise the vision towers and the projector too; the head stays in 16 bits.
+        dtype: Of the arithmetic in 4 bits; GPUs before Ampere are faster in float16.
 
     Raises:
         ValueError: Unknown name, or the format needs a GPU that is not there.
         ImportError: The package behind it is not installed.
     """
     wanted = _format(name)
-    needed = wanted.compute_capability
-    if needed is not None and (not torch.cuda.is_available() or torch.cuda.get_device_capability() < needed):
-        raise ValueError(
-            f"Format {name!r} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, and there is none "
-            "here: take '4bit' or 'int8', which run everywhere."
-        )
+    refuse_without_gpu(f"Format {name!r}", wanted.compute_capability)
     if find_spec(wanted.package) is None:
         raise ImportError(f"Format {name!r} needs {wanted.package}: run `pip install {wanted.package}`.")
     config = wanted.make_config()
     kept = [KEPT_IN_16_BITS[0]] if towers else list(KEPT_IN_16_BITS)
     if isinstance(config, BitsAndBytesConfig):
         config.llm_int8_skip_modules = kept
+        config.bnb_4bit_compute_dtype = dtype
     else:
         config.modules_to_not_convert = kept
     return config
@@ -197,23 +195,23 @@ def _weight_files(source: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     return get_checkpoint_shard_files(source, index, **hub_kwargs)[0]
 
 
-def _groups(files: list[str], shard_bytes: int, opened: ExitStack) -> list[dict[str, Any]]:
-    """Stored weights, not read yet, in groups of about `shard_bytes` in 16 bits."""
-    groups: list[dict[str, Any]] = [{}]
-    size = 0
+def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
+    """Names of stored weights that are about `shard_bytes` in 16 bits together, and the file that holds them."""
+    groups: list[tuple[str, list[str]]] = []
     for path in files:
+        groups.append((path, []))
+        size = 0
         try:
-            file = opened.enter_context(safe_open(path, framework="pt"))
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no dict
+                    weight_size = 2 * math.prod(file.get_slice(name).get_shape())
+                    if groups[-1][1] and size + weight_size > shard_bytes:
+                        groups.append((path, []))
+                        size = 0
+                    groups[-1][1].append(name)
+                    size += weight_size
         except SafetensorError as error:
             raise OpenVLAForActionPrediction.unreadable_weights(path, error) from error
-        for name in file.keys():  # noqa: SIM118 - no dict
-            weight = file.get_slice(name)
-            weight_size = 2 * math.prod(weight.get_shape())
-            if groups[-1] and size + weight_size > shard_bytes:
-                groups.append({})
-                size = 0
-            groups[-1][name] = weight
-            size += weight_size
     return groups
 
 
@@ -228,7 +226,7 @@ class _Loaded:
 
 
 def _quantized_groups(
-    model: PreTrainedModel, quantizer: Any, groups: list[dict[str, Any]], dtype: torch.dtype, source: Any
+    model: PreTrainedModel, quantizer: Any, groups: list[tuple[str, list[str]]], dtype: torch.dtype, source: Any
 ) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, str]]]:
     """Quantise each group as `from_pretrained` would, and let go of it: (tensors, metadata of their file).
 
@@ -244,18 +242,22 @@ def _quantized_groups(
         weight_mapping=get_model_conversion_mapping(model, None, quantizer),
     )
     total = None
-    for group in groups:
-        info, _ = convert_and_load_state_dict_in_model(model, group, load_config)
-        if info.conversion_errors:
-            raise ValueError(f"{source} can't be quantised: {next(iter(info.conversion_errors.values()))}")
-        if total is None:
-            total = info
-        total.missing_keys &= info.missing_keys
-        total.unexpected_keys |= info.unexpected_keys
-        loaded = _Loaded(model)
-        tensors, metadata = quantizer.get_state_dict_and_metadata(loaded)
-        tensors = loaded.tensors if tensors is None else tensors
-        yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata
+    for path, names in groups:
+        # Opened for each group: what has been read of a file stays in memory until it is closed.
+        with safe_open(path, framework="pt") as file:
+            group = {name: file.get_slice(name) for name in names}
+            info, _ = convert_and_load_state_dict_in_model(model, group, load_config)
+            if info.conversion_errors:
+                raise ValueError(f"{source} can't be quantised: {next(iter(info.conversion_errors.values()))}")
+            if total is None:
+                total = info
+            total.missing_keys &= info.missing_keys
+            total.unexpected_keys |= info.unexpected_keys
+            loaded = _Loaded(model)
+            tensors, metadata = quantizer.get_state_dict_and_metadata(loaded)
+            tensors = loaded.tensors if tensors is None else tensors
+            yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata
+            del group, loaded, tensors
         for name, parameter in empty.items():
             module, leaf = get_module_from_name(model, name)
             module._parameters[leaf] = parameter
@@ -313,10 +315,7 @@ def quantize(
     processor = AutoProcessor.from_pretrained(source, **hub_kwargs)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as staging,
-        ExitStack() as stack,
-    ):
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as staging:
         folder = Path(staging) / "checkpoint"
         # Config, code and statistics, without weights.
         model.config.quantization_config = quantizer.quantization_config
@@ -324,13 +323,13 @@ def quantize(
         model.save_pretrained(folder, state_dict={})
         processor.save_pretrained(folder)
 
-        groups = _groups(_weight_files(source, **hub_kwargs), shard_bytes, stack)
+        groups = _groups(_weight_files(source, **hub_kwargs), shard_bytes)
         weight_map: dict[str, str] = {}
         total_size = 0
         metadata: dict[str, str] = {"format": "pt"}
-        for part, (tensors, part_metadata) in enumerate(
-            _quantized_groups(model, quantizer, groups, dtype, source), start=1
-        ):
+        part = 0
+        for tensors, part_metadata in _quantized_groups(model, quantizer, groups, dtype, source):
+            part += 1  # noqa: SIM113 - `enumerate` would keep the tensors of the last part
             # torchao lists all tensors there: readers take the last file's list.
             known, new = (json.loads(each.get("tensor_names", "[]")) for each in (metadata, part_metadata))
             metadata |= part_metadata | ({"tensor_names": json.dumps(known + new)} if known + new else {})
@@ -339,6 +338,7 @@ def quantize(
             weight_map |= dict.fromkeys(tensors, file_name)
             total_size += sum(tensor.nbytes for tensor in tensors.values())
             on_progress(part, len(groups))
+            del tensors  # before the next ones are made
         if len(groups) > 1:
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

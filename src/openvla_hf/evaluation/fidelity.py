@@ -5,6 +5,7 @@
 A frame is a dict with `image` and `instruction`, as `openvla_hf.data` gives them.
 """
 
+import functools
 import gc
 import itertools
 import time
@@ -15,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal
+from rich.table import Table
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..modeling.quantized_loading import refuse_second
 from ..quantization import quantization, weight_bytes
+from .latency import peak_memory
 
 
-BASELINE = "16-bit"
 GRIPPER_OPEN = 0.5
 """Above it a gripper is open."""
 FRAMES_APART = 5
@@ -34,7 +37,7 @@ Observation = Mapping[str, Any]
 class Fidelity:
     """One format beside 16 bits, over the same observations.
 
-    format: Name of the format; "16-bit" is what the others are compared with.
+    format: Name of the format; the first, "16-bit", is what the others are compared with.
     towers: Whether the vision towers and the projector are quantised too.
     observations: How many.
     token_agreement: Share of the action tokens that are the same.
@@ -42,8 +45,10 @@ class Fidelity:
     l1: Mean absolute difference of each action dimension, in the robot's units.
     gripper_flips: Share of the observations that open what 16 bits close, or the reverse.
     success: Share of the tabletop episodes solved; `None` without episodes.
+    lost: Episodes solved in 16 bits and not in this format.
+    won: Episodes solved in this format and not in 16 bits.
     weight_bytes: Of the weights and scales.
-    peak_bytes: Of the GPU's memory while it predicts; `None` on a CPU.
+    peak_bytes: The weights, and the most that predicting holds beside them; `None` where nobody counts.
     latency: Median seconds of `predict_action` for one observation.
     """
 
@@ -55,6 +60,8 @@ class Fidelity:
     l1: list[float]
     gripper_flips: float
     success: float | None
+    lost: int | None
+    won: int | None
     weight_bytes: int
     peak_bytes: int | None
     latency: float
@@ -88,7 +95,11 @@ def tabletop_observations(count: int, first_seed: int | None = None) -> Iterator
 
 
 def _answer(
-    model: Any, processor: Any, observations: Sequence[Observation], unnorm_key: str | None, tell: Callable[[], None]
+    model: Any,
+    processor: Any,
+    observations: Sequence[Observation],
+    unnorm_key: str | None,
+    tell: Callable[[], None] = lambda: None,
 ) -> _Answers:
     token_ids, actions, seconds = [], [], []
     for observation in observations:
@@ -102,13 +113,20 @@ def _answer(
     return _Answers(np.stack(token_ids), np.stack(actions), float(np.median(seconds)))
 
 
-def _success(model: Any, processor: Any, episodes: int, unnorm_key: str | None) -> float | None:
+def _solve(
+    model: Any, processor: Any, episodes: int, unnorm_key: str | None, tell: Callable[[], None]
+) -> dict[int, bool]:
+    """Seed of the episode -> whether it is solved."""
     if not episodes:
-        return None
+        return {}
     from .rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
 
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + episodes)
-    return float(np.mean([one.success for one in run_episodes(load_policy(model, processor, unnorm_key), seeds)]))
+    solved = {}
+    for episode in run_episodes(load_policy(model, processor, unnorm_key), seeds):
+        solved[episode.seed] = episode.success
+        tell()
+    return solved
 
 
 def compare(
@@ -119,6 +137,7 @@ def compare(
     towers: Sequence[bool] = (False,),
     unnorm_key: str | None = None,
     device: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     episodes: int = 0,
     on_progress: Callable[[str], None] = lambda label: None,
 ) -> list[Fidelity]:
@@ -131,8 +150,9 @@ def compare(
         towers: Whether to quantise the vision towers and the projector too; both values give a row each.
         unnorm_key: Whose statistics give the robot's units, if the policy knows several.
         device: Such as "cuda"; by default the first GPU, or the CPU where there is none.
+        dtype: Of the arithmetic and of what is not quantised; with float32, formats are compared with 32 bits.
         episodes: Of the tabletop, to measure success.
-        on_progress: Called with the label of the format after each observation.
+        on_progress: Called with the label of the format after each observation and each episode.
 
     Returns:
         16 bits first, then one entry for each format and value of `towers`.
@@ -146,44 +166,85 @@ def compare(
         raise ValueError("There is nothing to compare on: give at least one observation.")
     refuse_second(checkpoint, getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    variants = [(BASELINE, False), *itertools.product(formats, towers)]
+    baseline = f"{8 * dtype.itemsize}-bit"
+    variants = [(baseline, False), *itertools.product(formats, towers)]
     # All of them before the first is loaded: what can't run is said at once.
-    configs = [None if name == BASELINE else quantization(name, towers=each) for name, each in variants]
+    configs = [None, *(quantization(name, towers=each, dtype=dtype) for name, each in variants[1:])]
     processor = AutoProcessor.from_pretrained(checkpoint)
     results: list[Fidelity] = []
     expected: _Answers | None = None
+    should_solve: dict[int, bool] = {}
     for (name, with_towers), config in zip(variants, configs, strict=True):
-        model = AutoModel.from_pretrained(
-            checkpoint, dtype=torch.bfloat16, device_map=device, quantization_config=config
-        )
-        on_gpu = model.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        result = Fidelity(name, with_towers, len(frames), 1.0, 1.0, [], 0.0, None, weight_bytes(model), None, 0.0)
-        answers = _answer(model, processor, frames, unnorm_key, lambda: on_progress(result.label))  # noqa: B023
-        expected = expected or answers
+        model = AutoModel.from_pretrained(checkpoint, dtype=dtype, device_map=device, quantization_config=config)
+        tell = functools.partial(on_progress, f"{name} + towers" if with_towers else name)
+        answer = functools.partial(_answer, model, processor, unnorm_key=unnorm_key)
+        answer(frames[:1])  # what the first call makes, and later ones use, is no part of a format
+        beside = peak_memory(functools.partial(answer, frames[:1]), model.device)
+        answers = answer(frames, tell=tell)
+        solved = _solve(model, processor, episodes, unnorm_key, tell)
+        if not results:
+            expected, should_solve = answers, solved
+        assert expected is not None  # the first answers are
         # Dimensions that the statistics leave as they are: open or closed, no distance.
         gripper = ~np.asarray(model.get_action_stats(unnorm_key).get("mask", True), dtype=bool)
         gripper = np.broadcast_to(gripper, answers.actions.shape[1:])
         same = answers.token_ids == expected.token_ids
         opened, should_open = (one.actions[:, gripper] > GRIPPER_OPEN for one in (answers, expected))
-        result.token_agreement = float(same.mean())
-        result.action_agreement = float(same.all(axis=1).mean())
-        result.l1 = np.abs(answers.actions - expected.actions).mean(axis=0).tolist()
-        result.gripper_flips = float((opened != should_open).any(axis=1).mean())
-        result.latency = answers.latency
-        result.peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else None
-        result.success = _success(model, processor, episodes, unnorm_key)
-        results.append(result)
-        del model
+        weights = weight_bytes(model)
+        results.append(
+            Fidelity(
+                format=name,
+                towers=with_towers,
+                observations=len(frames),
+                token_agreement=float(same.mean()),
+                action_agreement=float(same.all(axis=1).mean()),
+                l1=np.abs(answers.actions - expected.actions).mean(axis=0).tolist(),
+                gripper_flips=float((opened != should_open).any(axis=1).mean()),
+                success=float(np.mean(list(solved.values()))) if solved else None,
+                lost=sum(should_solve[seed] and not solved[seed] for seed in solved) if solved else None,
+                won=sum(solved[seed] and not should_solve[seed] for seed in solved) if solved else None,
+                weight_bytes=weights,
+                peak_bytes=None if beside is None else weights + max(beside, 0),
+                latency=answers.latency,
+            )
+        )
+        del model, answer
         gc.collect()
-        if on_gpu:
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return results
 
 
-def plot(results: Sequence[Fidelity], path: str | Path, names: Sequence[str] | None = None) -> None:
-    """Draw agreement against memory, and the difference of each action dimension, into an image file.
+def table(results: Sequence[Fidelity], names: Sequence[str]) -> Table:
+    """The figures for a person, a format a column; `names` are those of the action dimensions."""
+
+    def size(count: int | None) -> str:
+        return "-" if count is None else decimal(count)
+
+    rows = Table(title=f"{results[0].observations} observations, L1 in the robot's units")
+    rows.add_column("")
+    for result in results:
+        rows.add_column(result.label, justify="right")
+    figures: dict[str, Callable[[Fidelity], str]] = {
+        "same tokens": lambda one: f"{one.token_agreement:.1%}",
+        "same actions": lambda one: f"{one.action_agreement:.1%}",
+        "gripper flips": lambda one: f"{one.gripper_flips:.1%}",
+        "success": lambda one: "-" if one.success is None else f"{one.success:.1%}",
+        "episodes lost, won": lambda one: "-" if one.success is None else f"{one.lost}, {one.won}",
+        "weights": lambda one: size(one.weight_bytes),
+        "peak memory": lambda one: size(one.peak_bytes),
+        "action": lambda one: f"{1e3 * one.latency:.0f} ms",
+    }
+    for name, text in figures.items():
+        rows.add_row(name, *map(text, results))
+    rows.add_section()
+    for dimension, name in enumerate(names):
+        rows.add_row(f"L1 of {name}", *(f"{result.l1[dimension]:.4f}" for result in results))
+    return rows
+
+
+def plot(results: Sequence[Fidelity], path: str | Path, names: Sequence[str]) -> None:
+    """Draw agreement and success against memory, and the difference of each action dimension, into an image file.
 
     Args:
         results: Of `compare`.
@@ -197,25 +258,29 @@ def plot(results: Sequence[Fidelity], path: str | Path, names: Sequence[str] | N
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError("The plot needs matplotlib: run `pip install matplotlib`.") from error
+    baseline, *quantized = results
     figure = Figure(figsize=(11, 4), layout="constrained")
-    memory, difference = figure.subplots(1, 2, width_ratios=(1, 2))
-    for result in results:
-        memory.scatter(result.weight_bytes / 1e9, 100 * result.token_agreement)
-        memory.annotate(result.label, (result.weight_bytes / 1e9, 100 * result.token_agreement), fontsize=8)
-    memory.set(xlabel="weights (GB)", ylabel="tokens as in 16 bits (%)")
-    quantized = [result for result in results if result.format != BASELINE]
-    width = 0.8 / max(1, len(quantized))
-    for place, result in enumerate(quantized):
-        difference.bar(np.arange(len(result.l1)) + place * width, result.l1, width, label=result.label)
-    dimensions = len(results[0].l1)
-    names = names if names is not None and len(names) == dimensions else [f"a{i}" for i in range(dimensions)]
-    difference.set_xticks(np.arange(dimensions) + 0.4 - width / 2, names)
-    # Where nothing differs there is nothing to take a logarithm of.
-    scale = "log" if any(any(result.l1) for result in quantized) else "linear"
-    difference.set(ylabel="mean difference (robot's units)", yscale=scale)
-    if quantized:
-        difference.legend(fontsize=8)
+    memory, difference = figure.subplots(1, 2, width_ratios=(2, 3))
+    for place, result in enumerate(results):
+        megabytes, colour = result.weight_bytes / 1e6, f"C{place}"
+        memory.scatter(megabytes, 100 * result.token_agreement, color=colour, label=result.label)
+        if result.success is not None:
+            memory.scatter(megabytes, 100 * result.success, color=colour, marker="s")
+    memory.set(xlabel="weights (MB)", ylabel="%", xlim=(0, None), ylim=(None, 101))
+    memory.set_title(
+        f"●  tokens as in {baseline.format}" + ("   ■  episodes solved" if baseline.success is not None else ""),
+        fontsize=10,
+    )
+    for place, result in enumerate(quantized, start=1):
+        shift = (place - len(results) / 2) / (2 * len(results))
+        difference.scatter(np.arange(len(names)) + shift, result.l1, color=f"C{place}")
+    difference.set_xticks(range(len(names)), names)
+    difference.set_title("L1, in the robot's units", fontsize=10)
+    # Metres and radians are far apart. Where nothing differs there is nothing to take a logarithm of.
+    difference.set_yscale("log" if any(any(result.l1) for result in quantized) else "linear")
+    difference.grid(axis="y", alpha=0.3)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-__all__ = ["BASELINE", "Fidelity", "compare", "plot", "tabletop_observations"]
+__all__ = ["Fidelity", "compare", "plot", "table", "tabletop_observations"]
