@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Sequence
@@ -51,6 +52,12 @@ def require_device(device: str | None) -> None:
 
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("PyTorch finds no CUDA device: leave --device out to run on the CPU.")
+
+
+def register_robots(file: str | None) -> None:
+    """Run a Python file of the user's, which registers robots."""
+    if file is not None:
+        runpy.run_path(file)
 
 
 def default_model() -> str:
@@ -300,6 +307,7 @@ def finetune(args: argparse.Namespace) -> None:
     from .training.finetune import finetune as run_training
     from .training.recipes import Recipe, estimate_cost, recipe
 
+    register_robots(args.robots)
     is_main = PartialState().is_main_process
     fields = {field.name for field in dataclasses.fields(Recipe)}
     settings = dict(args.set or ())
@@ -314,6 +322,9 @@ def finetune(args: argparse.Namespace) -> None:
     frames = load_frames(
         args.data,
         args.robot,
+        split=args.split,
+        name=args.name,
+        camera=args.camera,
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
         skip_bad_episodes=args.skip_bad_episodes,
@@ -355,6 +366,7 @@ def doctor(args: argparse.Namespace) -> None:
 
     from .data.doctor import examine, judge_model, plot_actions
 
+    register_robots(args.robots)
     model, processor = load(args.model_id) if args.model_id else (None, None)
     stats = model.get_action_stats(args.unnorm_key) if model is not None else None
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True),
@@ -599,6 +611,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", required=True, help="folder or Hub id of the base")
     sub.add_argument("--data", required=True, help="folder or Hub id: LeRobot, RLDS, or datasets with images")
     sub.add_argument("--robot", help="name of the adapter that reads it (default: the data set's own, or generic)")
+    sub.add_argument("--robots", metavar="FILE", help="Python file of your own that registers robots")
+    sub.add_argument("--split", default="train", help="(default: %(default)s)")
+    sub.add_argument("--camera", help="the image to read, if there are several")
+    sub.add_argument("--name", help="of the statistics in the checkpoint (default: the data set's)")
     names = "lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich"
     sub.add_argument("--recipe", default="lora", help=f"{names} (default: %(default)s)")
     sub.add_argument("--output", required=True, help="folder of the checkpoints and the result")
@@ -620,6 +636,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(doctor, "doctor lab/kitchen --robot libero --plot actions.png", acts=False)
     sub.add_argument("data", help="folder, URL or Hub id: LeRobot, RLDS, or datasets with images")
     sub.add_argument("--robot", help="name of the adapter that reads it (default: the data set's own, or generic)")
+    sub.add_argument("--robots", metavar="FILE", help="Python file of your own that registers robots")
     sub.add_argument("--split", default="train", help="(default: %(default)s)")
     sub.add_argument("--camera", help="the image to read, if there are several")
     sub.add_argument("--model", dest="model_id", help="folder or Hub id of a policy to try on the frames")

@@ -60,6 +60,8 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     assert {"loss", "action_accuracy", "eval_action_l1"} <= result["figures"].keys()
     assert run(base, data, output, "--steps", "4") == 2
     assert "resume it, or give another folder" in capsys.readouterr().err
+    assert run(base, data, output, "--steps", "4", "--resume") == 2  # without the held-out episodes they differ
+    assert "statistics of the data are not those" in capsys.readouterr().err
     assert run(base, data, output, "--steps", "4", "--eval-share", "0.25", "--resume") == 0
     assert json.loads((output / "training.json").read_text())["recipe"] == "lora"
 
@@ -117,3 +119,21 @@ def test_whole_episodes_are_held_out():
     assert len(numbers[1]) == 2
     assert not numbers[0] & numbers[1]
     assert len(train) + len(held_out) == 30
+    with pytest.raises(ValueError, match="one episode, so none can be held out"):
+        read_split(from_episodes(episodes[:1]), 0.2, seed=0)
+
+
+@pytest.mark.slow
+def test_a_robot_of_the_users_own_reads_the_data(base, data, tmp_path, capsys):
+    robots = tmp_path / "robots.py"
+    robots.write_text(
+        "from openvla_hf.data.robots import Gripper, Robot, register_robot\n"
+        "register_robot(Robot('mine', action_dim=7, gripper=Gripper(open=1.0, closed=0.0)))\n"
+    )
+    assert run(base, data, tmp_path / "out", "--robot", "mine", "--steps", "1") == 2
+    assert "mine" in capsys.readouterr().err
+    mine = ["--robots", str(robots), "--robot", "mine", "--name", "my_kitchen", "--camera", "image"]
+    assert run(base, data, tmp_path / "out", *mine, "--steps", "1") == 0
+    statistics = json.loads((tmp_path / "out" / "dataset_statistics.json").read_text())
+    assert list(statistics) == ["my_kitchen"]
+    assert statistics["my_kitchen"]["action"]["mask"][-1] is False

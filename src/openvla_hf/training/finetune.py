@@ -14,7 +14,7 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 from ..checkpoint_info import describe
 from ..data import Augmentation, compute_statistics
 from ..model_card import TRAINING_FILE, write_card
-from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..modeling.modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
 from .collator import ActionCollator
 from .recipes import Recipe
 from .trainer import ActionTrainer, last_checkpoint
@@ -107,7 +107,7 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
         The last figures logged: loss, action accuracy, L1, and those of the evaluation if there was one.
 
     Raises:
-        ValueError: There is nothing to resume from.
+        ValueError: There is nothing to resume from, or it was trained on other statistics.
         FileExistsError: There are checkpoints of another run, and `resume` is not set.
     """
     output = trainer.args.output_dir
@@ -116,6 +116,13 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
         raise ValueError(f"{output} holds no complete checkpoint to resume from.")
     if not resume and checkpoint is not None:
         raise FileExistsError(f"{output} holds checkpoints of another run: resume it, or give another folder.")
+    if checkpoint is not None:
+        saved = json.loads(Path(checkpoint, STATISTICS_FILE).read_text(encoding="utf-8"))
+        if saved != json.loads(json.dumps(trainer.data_collator.norm_stats)):
+            raise ValueError(
+                f"The statistics of the data are not those that {checkpoint} was trained with, so its actions would "
+                "change their meaning: resume on the same data, or fine-tune its weights into another folder."
+            )
     trainer.train(resume_from_checkpoint=checkpoint)
     figures: dict[str, float] = {}
     for entry in trainer.state.log_history:
@@ -138,7 +145,7 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
         seed: Of the draw.
 
     Raises:
-        ValueError: A stream can't be split.
+        ValueError: A stream can't be split, nor a single episode.
     """
     if eval_share <= 0:
         return data, None
@@ -146,6 +153,8 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
         raise ValueError("A stream can't be split: give the evaluation data by themselves, or load without streaming.")
     episodes = np.asarray(data.with_format(None).select_columns(["episode_index"])["episode_index"][:])
     numbers = np.random.default_rng(seed).permutation(np.unique(episodes))
+    if len(numbers) < 2:
+        raise ValueError("There is one episode, so none can be held out: set `eval_share` to 0.")
     held_out = np.isin(episodes, numbers[: max(1, round(eval_share * len(numbers)))])
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
 

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, K supervised positions of the row that has most, V vo
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +205,10 @@ class ActionTrainer(Trainer):
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == str(aside):  # in every process: each loads it at the end
+            self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
-            if self.state.best_model_checkpoint == str(aside):
-                self.state.best_model_checkpoint = str(final)
-                self.state.save_to_json(str(aside / TRAINER_STATE))
+            self.state.save_to_json(str(aside / TRAINER_STATE))
             if final.exists():  # of a run that went on from an earlier checkpoint
                 final.rename(run_dir / UNFINISHED / "replaced")
             aside.rename(final)
@@ -266,11 +266,12 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest complete checkpoint of a run, or `None`: what was being written when it ended has no name."""
-    found: Sequence[Path] = sorted(
-        (path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / TRAINER_STATE).is_file()),
-        key=lambda path: int(path.name.rsplit("-", 1)[1]),
-    )
-    return str(found[-1]) if found else None
+    steps = {
+        int(number): path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.rsplit("-", 1)[1]).isdigit() and (path / TRAINER_STATE).is_file()
+    }
+    return str(steps[max(steps)]) if steps else None
 
 
 __all__ = ["ActionTrainer", "last_checkpoint", "supervised_positions"]
