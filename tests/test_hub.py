@@ -122,6 +122,23 @@ def test_a_pushed_policy_acts_where_the_package_is_not_installed(tiny, owner, ru
     assert len(owner.requests) == asked
 
 
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_a_quantised_policy_is_pushed_and_acts_where_the_package_is_not_installed(
+    tiny, owner, run_python, tmp_path, bits
+):
+    pytest.importorskip("bitsandbytes")
+    save(tmp_path / "whole", tiny(text_width=128))
+    folder = str(tmp_path / "small")
+    assert main(["quantize", str(tmp_path / "whole"), folder, "--bits", bits, "--json"]) == 0
+    push(folder, "someone/small")
+    Image.fromarray(fake_episode(steps=1)[0]["image"]).save(tmp_path / "image.png")
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    expected = model.predict_action(**processor(Image.open(tmp_path / "image.png"), instruction=INSTRUCTION)).tolist()
+    code = json.dumps([usage(owner, "someone/small")])
+    result = run_python(READER, tmp_path / "image.png", code, "[]", "absent", **owner.env)
+    assert json.loads(result.stdout.splitlines()[-1]) == [expected]
+
+
 def test_a_private_repository_needs_a_token(tiny, owner, monkeypatch):
     model, processor = tiny()
     push(model, "someone/secret", processor=processor, private=True)
