@@ -51,7 +51,9 @@ trainer = ActionTrainer(
 )
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-print("RESULT", json.dumps([trainer.args.process_index, losses, sorted(Collator.seen)]))
+index = trainer.args.process_index
+with open(f"{output}-{index}.json", "w") as file:
+    json.dump([index, losses, sorted(Collator.seen)], file)
 """
 
 
@@ -82,11 +84,9 @@ def launch(tmp_path, data, output, name, config=None, kind="table", steps=4):
     }
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    told = [
-        json.loads(line.removeprefix("RESULT")) for line in result.stdout.splitlines() if line.startswith("RESULT")
-    ]
-    assert [process for process, _, _ in sorted(told)] == list(range(processes))
-    return sorted(told), tmp_path / output / f"checkpoint-{steps}"
+    told = sorted(json.loads(file.read_text()) for file in tmp_path.glob(f"{output}-*.json"))
+    assert [process for process, _, _ in told] == list(range(processes))
+    return told, tmp_path / output / f"checkpoint-{steps}"
 
 
 @pytest.mark.slow

@@ -5,9 +5,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from openvla_hf.evaluation.tabletop import MAX_STEP
+from openvla_hf.evaluation.tabletop import ACTION_GRID, MAX_STEP
 from openvla_hf.training.tabletop_policy import (
-    ACTION_GRID,
     CLOSED,
     NAMES,
     OPEN,
