@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from openvla_hf.data import BadEpisodeError, Gripper, Robot, from_episodes, load, write_lerobot, write_rlds
 from openvla_hf.data.robots import GENERIC
-from openvla_hf.data.tfrecord import build_example, write_record
+from openvla_hf.data.tfrecord import build_example, read_records, write_record
 from openvla_hf.data.video import OPEN_VIDEOS
 
 
@@ -138,6 +138,35 @@ def test_a_table_is_read_once_and_again_after_a_change(episodes, tmp_path, cache
     (record,) = (tmp_path / "arm").rglob("*.tfrecord-*")
     record.write_bytes(record.read_bytes() * 2)
     assert len(load(tmp_path / "arm")) == 10 * STEPS
+
+
+def test_each_split_has_a_table_of_its_own(episodes, tmp_path):
+    write_lerobot(episodes, tmp_path / "arm")
+    info = tmp_path / "arm/meta/info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"splits": {"train": "0:3", "val": "3:5"}}))
+    assert set(load(tmp_path / "arm")["episode_index"]) == {0, 1, 2}
+    assert set(load(tmp_path / "arm", split="val")["episode_index"]) == {3, 4}
+
+
+def test_lerobot_s_instructions_are_read_from_a_column_too(episodes, tmp_path):
+    write_lerobot(episodes, tmp_path / "arm")
+    tasks = tmp_path / "arm/meta/tasks.parquet"
+    table = pq.read_table(tasks).to_pandas()
+    assert table.index.tolist()[0] == "move the bar 0"
+    table.rename_axis("task").reset_index().to_parquet(tasks)
+    assert load(tmp_path / "arm")["instruction"][0] == "move the bar 0"
+    table.reset_index(drop=True).to_parquet(tasks)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"tasks\.parquet holds no instructions"):
+            load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=True)
+
+
+def test_rlds_without_an_instruction_names_the_texts_that_there_are(episodes, tmp_path):
+    write_rlds(episodes, tmp_path / "arm")
+    silent = Robot("arm", instruction="annotation")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"no instruction 'annotation'.*'language_instruction'"):
+            load(tmp_path / "arm", silent, streaming=streaming, skip_bad_episodes=True)
 
 
 def test_the_table_does_not_hold_the_images(make_episode, tmp_path, cache):
@@ -278,6 +307,74 @@ def test_actions_that_are_not_finite(episodes, tmp_path, write):
     with pytest.raises(BadEpisodeError, match=r"(record|episode) 1: 'action' holds NaN or infinity at frame 3"):
         load(tmp_path / "arm")
     assert set(load(tmp_path / "arm", skip_bad_episodes=True)["episode_index"]) == {0, 2, 3, 4}
+
+
+def test_a_state_that_is_not_finite_counts_as_none_where_no_action_needs_it(episodes):
+    episodes[1][3]["state"][2] = np.nan
+    frames = from_episodes(episodes)
+    assert len(frames) == 5 * STEPS
+    assert {frame["episode_index"] for frame in frames if frame["state"] is None} == {1}
+    with pytest.raises(BadEpisodeError, match="episode 1: 'state' holds NaN or infinity at frame 3"):
+        from_episodes(episodes, Robot("poses", relative=False))
+
+
+def test_an_image_that_is_none(episodes, tmp_path):
+    write_rlds(episodes, tmp_path / "arm")
+    file = tfrecord(tmp_path / "arm")
+    with file.open("rb") as stored:
+        records = [payload for _, payload in read_records(stored, str(file))]
+    image = records[1].find(b"\xff\xd8")
+    records[1] = records[1][:image] + b"??" + records[1][image + 2 :]
+    with file.open("wb") as damaged:
+        for payload in records:
+            write_record(damaged, payload)
+    for streaming in (False, True):
+        with pytest.raises(BadEpisodeError, match=rf"{file.name}, record 1: frame 0 holds no image"):
+            list(load(tmp_path / "arm", streaming=streaming))
+        frames = load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=True)
+        assert {frame["episode_index"] for frame in frames} == {0, 2, 3, 4}
+
+
+def test_an_image_that_is_damaged_within_names_its_frame(episodes, tmp_path):
+    write_rlds(episodes, tmp_path / "arm")
+    file = tfrecord(tmp_path / "arm")
+    with file.open("rb") as stored:
+        records = [payload for _, payload in read_records(stored, str(file))]
+    # The entropy-coded part of the first image, after its last header (start of scan), is overwritten.
+    scan = records[1].find(b"\xff\xda") + 14
+    records[1] = records[1][:scan] + b"\xff\xd9" * 20 + records[1][scan + 40 :]
+    with file.open("wb") as damaged:
+        for payload in records:
+            write_record(damaged, payload)
+    where = rf"dataset arm, episode_index 1, frame_index 0: .*{file.name}#bytes="
+    for streaming in (False, True):
+        with pytest.raises(BadEpisodeError, match=where):
+            list(load(tmp_path / "arm", streaming=streaming))
+
+
+def test_grippers_that_settle_need_whole_episodes(episodes):
+    rows = [
+        {**frame, "episode_index": i, "frame_index": t} for i, e in enumerate(episodes) for t, frame in enumerate(e)
+    ]
+    settling = Robot("settling", gripper=Gripper(binarize=True))
+    with pytest.raises(ValueError, match="needs whole episodes: load this data set without streaming"):
+        load(from_columns(rows).to_iterable_dataset(), settling, streaming=True)
+    with pytest.raises(ValueError, match="no column 'episode_index'"):
+        load(from_columns(rows).remove_columns("episode_index"), settling)
+    assert len(load(from_columns(rows), settling)) == len(rows)
+
+
+def test_a_bad_row_of_a_plain_stream(episodes, caplog):
+    rows = [
+        {**frame, "episode_index": i, "frame_index": t} for i, e in enumerate(episodes) for t, frame in enumerate(e)
+    ]
+    rows[8]["action"] = np.full(7, np.nan, np.float32)
+    plain = from_columns(rows).to_iterable_dataset()
+    with pytest.raises(BadEpisodeError, match="data, row 8: 'action' holds NaN"):
+        list(load(plain, streaming=True))
+    with caplog.at_level(logging.WARNING):
+        assert len(list(load(plain, streaming=True, skip_bad_episodes=True))) == len(rows) - 1
+    assert "row 8" in caplog.text
 
 
 def test_an_episode_of_length_0(episodes):

@@ -10,6 +10,8 @@ import importlib
 import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,11 @@ FEATURES = Features(
 """Of the rows of every reader: `dataset` names the statistics of the action, `action_mask` is what they scale."""
 DECODED = Features({**FEATURES, "image": Image()})
 """Of frames, whose images are arrays. A stream must say what it gives, or `datasets` looks and can't tell."""
+
+PLACE = ("dataset", "episode_index", "frame_index")
+"""Columns that say which frame a row is."""
+JPEG = b"\xff\xd8"
+"""How such a file begins."""
 
 ImageReference = Mapping[str, Any]
 """`{"bytes": encoded image or None, "path": where it is or None}`, as `datasets.Image` stores it."""
@@ -96,6 +103,19 @@ def episode_rows(episode: Episode, robot: "Robot", dataset: str) -> dict[str, An
     }
 
 
+_DECODES_IMAGES = ContextVar("decodes_images", default=True)
+
+
+@contextmanager
+def images_left_out() -> Iterator[None]:
+    """Frames that are read meanwhile have None for their image: for who wants the numbers of a stream alone."""
+    token = _DECODES_IMAGES.set(False)
+    try:
+        yield
+    finally:
+        _DECODES_IMAGES.reset(token)
+
+
 def decode_frames(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Turns a batch of rows into frames: `image` uint8 (H, W, 3), `action` float64 (A,), `state` float64 (S,) or None.
 
@@ -104,11 +124,20 @@ def decode_frames(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """
     decoded = dict(rows)
     if "image" in rows:
-        decoded["image"] = [decode_image(reference) for reference in rows["image"]]
+        wanted = _DECODES_IMAGES.get()
+        decoded["image"] = [_image_of_row(rows, index) if wanted else None for index in range(len(rows["image"]))]
     for name in ("action", "state"):
         if name in rows:
             decoded[name] = [None if row is None else np.array(row, np.float64) for row in rows[name]]
     return decoded
+
+
+def _image_of_row(rows: dict[str, list[Any]], index: int) -> np.ndarray:
+    try:
+        return decode_image(rows["image"][index])
+    except BadEpisodeError as error:
+        where = ", ".join(f"{name} {rows[name][index]}" for name in PLACE if name in rows)
+        raise BadEpisodeError(f"{where}: {error}" if where else str(error)) from error
 
 
 def decode_frame(row: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +165,25 @@ def decode_image(reference: ImageReference) -> np.ndarray:
         else:
             data = _read_range(path, 0, None)
     try:
-        return _decode_jpeg(data) if data[:2] == b"\xff\xd8" else _decode_other(data)
+        return _decode_jpeg(data) if data[:2] == JPEG else _decode_other(data)
     except (OSError, ValueError) as error:
         raise BadEpisodeError(f"{path or 'an image'}: this is no image that can be decoded ({error}).") from error
+
+
+def check_images(images: Iterable[bytes | memoryview]) -> None:
+    """Reads the headers of encoded images, which takes far less time than to decode them.
+
+    Raises:
+        ValueError: one is no image; the message names its frame.
+    """
+    for frame, data in enumerate(images):
+        try:
+            if data[:2] == JPEG:
+                import_extra("simplejpeg", "data").decode_jpeg_header(data)
+            else:
+                PILImage.open(io.BytesIO(data)).close()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"frame {frame} holds no image that can be decoded ({error}).") from error
 
 
 def _read_range(path: str, start: int, end: int | None) -> bytes:

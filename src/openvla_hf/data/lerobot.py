@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from .frames import BadEpisodeError, Episode, ImageReference, matrix
+from .frames import BadEpisodeError, Episode, ImageReference, check_images, matrix
 from .robots import Robot
 from .video import check_frame, close_videos
 
@@ -42,7 +42,7 @@ class LeRobotSource:
     """
 
     def __init__(self, fs: AbstractFileSystem, root: str, split: str = "train", prefix: str = ""):
-        self.fs, self.root, self.prefix = fs, root, prefix
+        self.fs, self.root, self.prefix, self.split = fs, root, prefix, split
         self.name = root.rstrip("/").rsplit("/", 1)[-1]
         info = json.loads(fs.read_text(f"{root}/{INFO_FILE}"))
         self.version: str = info["codebase_version"].lstrip("v")
@@ -63,10 +63,19 @@ class LeRobotSource:
     def tasks(self) -> dict[int, str]:
         """Instructions by number."""
         if self.version.startswith("3"):
-            table = self._table("meta/tasks.parquet").to_pandas()
-            return {int(number): str(task) for task, number in table["task_index"].items()}
+            path = f"{self.root}/meta/tasks.parquet"
+            table = pq.read_table(path, filesystem=self.fs).to_pandas()
+            texts = table.get("task", table.index)
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{path} holds no instructions: neither its column 'task' nor its index is text.")
+            return dict(zip(table["task_index"].tolist(), texts, strict=True))
         rows = self.fs.read_text(f"{self.root}/meta/tasks.jsonl").splitlines()
         return {row["task_index"]: row["task"] for row in map(json.loads, filter(None, rows))}
+
+    def check(self, robot: Robot) -> None:
+        """Raises `ValueError` where the data set, whatever the episode, lacks what the robot reads."""
+        robot.choose_camera(self.cameras)
+        _ = self.tasks  # read now: no episode is usable without
 
     def shards(self) -> list[Shard]:
         """The episodes of the split."""
@@ -107,6 +116,7 @@ class LeRobotSource:
             images = [{"bytes": None, "path": f"{video}#t={time:.6f}"} for time in times]
         else:
             images = table[camera].to_pylist()
+            check_images(image["bytes"] for image in images if image["bytes"] is not None)
         instructions = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
         columns = {name: matrix(table[name], name) for name in names}
         return Episode(f"{shard.path}, episode {shard.episode}", shard.episode, images, instructions, columns)
@@ -155,9 +165,6 @@ class LeRobotSource:
                 Shard(episode, f"{self.root}/{self.info['data_path'].format(**where)}", row["length"], videos)
             )
         return shards
-
-    def _table(self, path: str) -> pa.Table:
-        return pq.read_table(f"{self.root}/{path}", filesystem=self.fs)
 
 
 __all__ = ["INFO_FILE", "LeRobotSource"]

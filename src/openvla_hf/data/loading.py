@@ -45,7 +45,7 @@ Source = LeRobotSource | RLDSSource
 Frames: TypeAlias = Dataset | IterableDataset
 Episodes = Iterable[Sequence[Mapping[str, Any]]]
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Part of the name of a cached table: a change of what is in it makes old ones unused."""
 WRITE_ROWS = 1024
 """Rows that are gathered before they are written: few and large pieces are read faster."""
@@ -94,9 +94,9 @@ def load(
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
         return read_table(source, adapter, name, Losses(skip_bad_episodes))
     if isinstance(source, IterableDataset):
-        rows = _adapt_stream(source, adapter, name)
+        rows = _adapt_stream(source, adapter, name, Losses(skip_bad_episodes))
     else:
-        adapter.choose_camera(source.cameras)
+        source.check(adapter)
         arguments = {"shards": source.shards(), "source": source, "robot": adapter, "name": name}
         rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments | {"skip": skip_bad_episodes})
     if shuffle_buffer:
@@ -117,9 +117,9 @@ def read_table(source: Source | Dataset, robot: Robot, name: str, losses: Losses
     if isinstance(source, Dataset):
         return _adapt_table(source, robot, name, losses)
     # At once, and not an episode at a time: no episode could be read.
-    robot.choose_camera(source.cameras)
+    source.check(robot)
     stamps = [(path, info["size"], info.get("mtime")) for path in source.files() for info in [source.fs.info(path)]]
-    key = Hasher.hash([INDEX_VERSION, stamps, robot, name, losses.skip])
+    key = Hasher.hash([INDEX_VERSION, stamps, source.split, robot, name, losses.skip])
 
     def columns() -> Iterator[dict[str, Any]]:
         for shard in tqdm(source.shards(), desc=f"Reading {name}", unit=" shards"):
@@ -222,13 +222,19 @@ def _as_rows(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(columns, values, strict=True))
 
 
+def cache_folder() -> Path:
+    """Where tables and their statistics are kept: in the cache of `datasets`."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "openvla_hf"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _write_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, key: str | None) -> Dataset:
     """The table of the cache under `key`, which is written from the columns if it is not there.
 
     Without a key, the name of the table is a hash of what is in it.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "openvla_hf"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder()
     path = folder / f"{name}-{key}.arrow"
     if key is None or not path.exists():
         # Written beside its place and then moved there: a table that was cut short is never taken for a whole one.
@@ -308,8 +314,8 @@ def _adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses) -> Data
     return concatenate_datasets([images, numbers], axis=1).with_transform(decode_frames)
 
 
-def _adapt_stream(data: IterableDataset, robot: Robot, name: str) -> IterableDataset:
-    """Row by row."""
+def _adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses) -> IterableDataset:
+    """Row by row: a bad one is left out by itself where bad episodes are skipped."""
     if robot.needs_whole_episodes:
         raise ValueError(f"The adapter {robot.name!r} needs whole episodes: load this data set without streaming.")
     if data.features is None:
@@ -323,7 +329,8 @@ def _adapt_stream(data: IterableDataset, robot: Robot, name: str) -> IterableDat
         try:
             _, actions, states = robot.standardize(numbers, 1)
         except ValueError as error:
-            raise BadEpisodeError(f"{name}, row {index}: {error}") from error
+            losses.note(BadEpisodeError(f"{name}, row {index}: {error}"))
+            return dict.fromkeys(FEATURES)  # without an instruction, so it is left out
         return {
             "image": row[camera],
             "instruction": row[instruction],

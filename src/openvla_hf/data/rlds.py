@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from .frames import BadEpisodeError, Episode, ImageReference
-from .robots import Robot, as_tuple, find_name
+from .frames import BadEpisodeError, Episode, ImageReference, check_images
+from .robots import Robot, find_name
 from .tfrecord import Span, parse_example, read_records
 
 
@@ -56,21 +56,30 @@ class RLDSSource:
         info = json.loads(fs.read_text(f"{root}/dataset_info.json"))
         self.name: str = info["name"]
         splits = {each["name"]: each for each in info["splits"]}
-        self.split: dict[str, Any] = splits[find_name(split, splits, "split")]
+        self.split = find_name(split, splits, "split")
+        self.files_of_split: dict[str, Any] = splits[self.split]
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise ValueError(f"{root} holds {info['fileFormat']} files; only tfrecord is read.")
         self.features = read_features(json.loads(fs.read_text(f"{root}/features.json")))
-        self.cameras = [name for name, feature in self.features.items() if feature.kind == "image"]
+        self.cameras = self._named("image")
+
+    def check(self, robot: Robot) -> None:
+        """Raises `ValueError` where the data set, whatever the episode, lacks what the robot reads."""
+        robot.choose_camera(self.cameras)
+        find_name(robot.instruction, self._named("text"), "instruction")
+
+    def _named(self, kind: str) -> list[str]:
+        return [name for name, feature in self.features.items() if feature.kind == kind]
 
     def shards(self) -> list[Shard]:
         """The files of the split."""
-        lengths = [int(length) for length in self.split["shardLengths"]]
-        template = self.split.get("filepathTemplate") or DEFAULT_FILES
+        lengths = [int(length) for length in self.files_of_split["shardLengths"]]
+        template = self.files_of_split.get("filepathTemplate") or DEFAULT_FILES
         shards, first_episode = [], 0
         for index, length in enumerate(lengths):
             parts = {
                 "DATASET": self.name,
-                "SPLIT": self.split["name"],
+                "SPLIT": self.split,
                 "FILEFORMAT": "tfrecord",
                 "SHARD_INDEX": f"{index:05d}",
                 "NUM_SHARDS": f"{len(lengths):05d}",
@@ -88,11 +97,9 @@ class RLDSSource:
     def read(self, shard: Shard, robot: Robot) -> Iterator[Episode | BadEpisodeError]:
         """The episodes of a file, and what can't be read of it, in order."""
         camera = robot.choose_camera(self.cameras)
-        numbers = {name for name, feature in self.features.items() if feature.kind == "numbers"}
-        texts = {name for name, feature in self.features.items() if feature.kind == "text"}
-        columns = robot.wanted_columns(numbers)
-        instruction = next((name for name in as_tuple(robot.instruction) if name in texts), None)
-        wanted = {name: self.features[name] for name in (camera, *columns, instruction) if name is not None}
+        columns = robot.wanted_columns(self._named("numbers"))
+        instruction = find_name(robot.instruction, self._named("text"), "instruction")
+        wanted = {name: self.features[name] for name in (camera, *columns, instruction)}
         keys = {feature.key for feature in wanted.values()}
         index, is_damaged = -1, False
         with self.fs.open(shard.path, "rb") as file:
@@ -110,12 +117,12 @@ class RLDSSource:
                         raise ValueError(f"it lacks {', '.join(map(repr, missing))}.")
                     spans = values[wanted[camera].key]
                     length = len(spans)
-                    texts_of = values[wanted[instruction].key] if instruction else []
+                    check_images(memoryview(payload)[start:end] for start, end in spans)
                     episode = Episode(
                         source,
                         shard.first_episode + index,
                         [self._image(shard.path, offset, payload, span) for span in spans],
-                        _texts(payload, texts_of, length),
+                        _texts(payload, values[wanted[instruction].key], length),
                         {name: _shaped(name, values[wanted[name].key], wanted[name], length) for name in columns},
                     )
                 except ValueError as error:
@@ -129,9 +136,8 @@ class RLDSSource:
 
     def _image(self, path: str, offset: int, payload: bytes, span: Span) -> ImageReference:
         start, end = span
-        if self.inline:
-            return {"bytes": payload[start:end], "path": None}
-        return {"bytes": None, "path": f"{path}#bytes={offset + start}-{offset + end}"}
+        where = f"{path}#bytes={offset + start}-{offset + end}"
+        return {"bytes": payload[start:end] if self.inline else None, "path": where}
 
 
 def find_version(fs: AbstractFileSystem, path: str) -> str | None:

@@ -6,7 +6,7 @@ gripper, 1 = open and 0 = closed. Other robots (joints, two arms) keep the dimen
 
 import difflib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,7 +77,6 @@ class Robot:
     relative: bool = True
     gripper: Gripper | None = None
     frequency: float | None = None
-    needs_whole_episodes: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -111,6 +110,11 @@ class Robot:
         """Whether the action is made from the state."""
         return not self.relative
 
+    @property
+    def needs_whole_episodes(self) -> bool:
+        """Whether a frame's action is made from later frames of its episode too."""
+        return self.gripper is not None and self.gripper.binarize
+
     def mask(self, action_dim: int) -> list[bool]:
         """Which dimensions of the standard action statistics scale: all but a known gripper."""
         return [True] * (action_dim - 1) + [self.gripper is None]
@@ -128,15 +132,18 @@ class Robot:
             Indices of the kept frames (K), their actions (K, A) float64, and states (K, S) float64 or `None`.
 
         Raises:
-            ValueError: a column is missing or of the wrong length or size, or holds what is not finite.
+            ValueError: a column is missing or of the wrong length or size, or one that the actions are made from
+                holds what is not finite. Other states that do count as none.
         """
         values = {}
-        for name in self.wanted_columns(columns):
+        for index, name in enumerate(self.wanted_columns(columns)):
             column = np.asarray(columns[name], np.float64)
             column = column.reshape(len(column), -1)
             if len(column) != length:
                 raise ValueError(f"{name!r} has {len(column)} rows for {length} images.")
             if not np.isfinite(column).all():
+                if index > 0 and not self.needs_state:
+                    continue  # a state that is not used costs no episode
                 frame = int(np.flatnonzero(~np.isfinite(column).all(-1))[0])
                 raise ValueError(f"{name!r} holds NaN or infinity at frame {frame}.")
             values[name] = column
@@ -181,7 +188,10 @@ class Robot:
 class ReachedPoseRobot(Robot):
     """The movement is what the robot did, from its state to the next; the first step, which is empty, is left out."""
 
-    needs_whole_episodes: bool = field(default=True, init=False)
+    @property
+    def needs_whole_episodes(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def needs_state(self) -> bool:

@@ -1,7 +1,8 @@
-"""Action statistics, as `dataset_statistics.json` holds them: exact, in one pass over the actions."""
+"""Action statistics, as `dataset_statistics.json` holds them: exact, in one pass over the numbers alone."""
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 
-from .frames import FEATURES, matrix
+from .frames import FEATURES, images_left_out, matrix
+from .loading import cache_folder
 
 
 FILE_NAME = "dataset_statistics.json"
 LOW, HIGH = 0.01, 0.99
 COLUMNS = ("dataset", "episode_index", "action", "action_mask", "state")
 READ_ROWS = 16384
+VERSION = 1
+"""Part of the name of cached statistics: a change of how they are computed makes old ones unused."""
 
 
 def describe(values: np.ndarray) -> dict[str, list[float]]:
@@ -35,7 +40,9 @@ def describe(values: np.ndarray) -> dict[str, list[float]]:
 
 
 def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
-    """Statistics of every data set that the frames are of; images are not read from a `Dataset`.
+    """Statistics of every data set that the frames are of, each frame counted once however often it is drawn.
+
+    Those of a table are kept in the cache under its fingerprint.
 
     Args:
         frames: From `load`, `from_episodes` or `mix`; a stream must end, so those of a mixture of streams are
@@ -48,6 +55,20 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
     Raises:
         ValueError: there are no frames, or actions of one data set differ in size.
     """
+    if not isinstance(frames, Dataset):
+        with images_left_out():
+            return _compute(frames)
+    folder = cache_folder()
+    path = folder / f"statistics-{Hasher.hash([VERSION, frames._fingerprint])}.json"
+    if not path.exists():
+        statistics = _compute(frames)
+        # Written beside its place: who reads meanwhile never finds half of it.
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            os.replace(save_statistics(statistics, unfinished), path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _compute(frames: Dataset | IterableDataset) -> dict[str, Any]:
     actions: dict[str, list[np.ndarray]] = {}
     states: dict[str, list[np.ndarray]] = {}
     masks: dict[str, list[bool]] = {}
@@ -56,8 +77,8 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
         actions.setdefault(name, []).append(matrix(batch["action"], f"{name}: action"))
         masks.setdefault(name, batch["action_mask"][0].as_py())
         episodes.setdefault(name, set()).update(pc.unique(batch["episode_index"]).to_pylist())
-        if not batch["state"].null_count:
-            states.setdefault(name, []).append(matrix(batch["state"], f"{name}: state"))
+        if len(known := batch["state"].drop_null()):
+            states.setdefault(name, []).append(matrix(known, f"{name}: state"))
     if not actions:
         raise ValueError("There are no frames to compute statistics of.")
     statistics = {}
@@ -77,6 +98,10 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
 def _read(frames: Dataset | IterableDataset) -> Iterator[tuple[str, pa.Table]]:
     """Pieces of the table of numbers, each of one data set."""
     if isinstance(frames, Dataset):
+        if frames._indices is not None:
+            # Drawn, as in a mixture: each row that is stored once, and in the order in which it is read fastest.
+            _, first = np.unique(frames._indices.column(0), return_index=True)
+            frames = frames.select(first)
         pieces = frames.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=READ_ROWS)
     else:
         schema = pa.schema([FEATURES.arrow_schema.field(name) for name in COLUMNS])
