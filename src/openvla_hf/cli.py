@@ -598,7 +598,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     sub.add_argument("--message", default="Upload OpenVLA policy", help="of the commit (default: %(default)s)")
 
-    sub = command(export, "export outputs/kitchen outputs/kitchen-published", acts=False)
+    sub = command(export, "export outputs/kitchen-merged outputs/kitchen-published", acts=False)
     sub.add_argument("checkpoint", help="folder or Hub id of a 16- or 32-bit checkpoint")
     sub.add_argument("destination", help="empty or new folder")
     sub.add_argument("--max-shard-size", default="7GB", help="of one weights file (default: %(default)s)")

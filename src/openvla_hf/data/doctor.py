@@ -263,6 +263,7 @@ def plot_actions(report: Report, path: str | os.PathLike, names: Sequence[str] |
     edges = np.linspace(-1, 1, N_BINS)
     for dimension, (axis, counts) in enumerate(zip(axes[:, 0], report.histograms, strict=True)):
         axis.bar(edges, counts, width=2 / N_BINS, align="edge", log=True)
+        axis.set_ylim(bottom=0.5)  # a bar of one frame is seen
         axis.set_ylabel(names[dimension] if names else f"action {dimension}")
     axes[-1, 0].set_xlabel("normalised action; a bar is a token")
     figure.suptitle(f"{report.name}: {report.frames} frames")
