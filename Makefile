@@ -11,7 +11,7 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks lint format policy-code clean
+.PHONY: help demo test test-fast test-oldest test-notebooks lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +41,6 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-policy-code: $(VENV)/.stamp  ## renew the copies of modeling/ and processing/ beside the tabletop policy
-	$(VENV)/bin/python -c "$$POLICY_CODE"
-
 clean:  ## remove the virtual environments and the caches
 	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -53,15 +50,6 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
-
-define POLICY_CODE
-import openvla_hf
-from transformers import AutoModel, AutoProcessor
-from openvla_hf.evaluation.rollouts import TABLETOP_POLICY
-for auto_class in (AutoModel, AutoProcessor):
-    auto_class.from_pretrained(TABLETOP_POLICY).save_pretrained(TABLETOP_POLICY)
-endef
-export POLICY_CODE
 
 # The oldest versions: every `name>=version` of pyproject.toml as `name==version`, and everything else as tested. Kept as
 # tested besides: torch, whose older builds bring gigabytes of CUDA, and Pillow, whose version 13 changed how an

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
 
 from .modeling.action_tokenizer import action_dim
+from .modeling.checkpoint_loading import OFT_FILES, STATISTICS_FILE
 from .modeling.configuration_openvla import OpenVLAConfig
-from .modeling.modeling_openvla import OFT_FILES, STATISTICS_FILE
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -20,8 +20,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from . import registered  # noqa: F401 - makes the Auto classes know OpenVLA
 from .checkpoint_info import describe
+from .modeling.checkpoint_loading import STATISTICS_FILE
 from .modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
-from .modeling.modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
+from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .processing.image_processing_openvla import OpenVLAImageProcessor
 from .processing.processing_openvla import PURE_PROMPT, VICUNA_PROMPT, OpenVLAProcessor
 

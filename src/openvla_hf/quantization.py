@@ -29,6 +29,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .modeling.checkpoint_loading import read_statistics, refuse_foreign_weights, refuse_oft, unreadable_weights
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
@@ -211,7 +212,7 @@ def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
                     groups[-1][1].append(name)
                     size += weight_size
         except SafetensorError as error:
-            raise OpenVLAForActionPrediction.unreadable_weights(path, error) from error
+            raise unreadable_weights(path, error) from error
     return groups
 
 
@@ -263,7 +264,7 @@ def _quantized_groups(
             module._parameters[leaf] = parameter
     model._adjust_missing_and_unexpected_keys(total)
     assert total is not None  # a model has parts
-    OpenVLAForActionPrediction.refuse_foreign_weights(source, total.missing_keys, total.unexpected_keys)
+    refuse_foreign_weights(source, total.missing_keys, total.unexpected_keys)
 
 
 def quantize(
@@ -303,7 +304,7 @@ def quantize(
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not empty: name a new folder.")
-    OpenVLAForActionPrediction._refuse_oft(source, **hub_kwargs)
+    refuse_oft(source, **hub_kwargs)
     config = config or AutoConfig.from_pretrained(source, **hub_kwargs)
     refuse_second(source, getattr(config, "quantization_config", None))
     quantizer = AutoHfQuantizer.from_config(quantization(name, towers=towers), pre_quantized=False)
@@ -319,7 +320,7 @@ def quantize(
         folder = Path(staging) / "checkpoint"
         # Config, code and statistics, without weights.
         model.config.quantization_config = quantizer.quantization_config
-        model.norm_stats = model.norm_stats or model._read_statistics(source, **hub_kwargs)
+        model.norm_stats = model.norm_stats or read_statistics(source, **hub_kwargs)
         model.save_pretrained(folder, state_dict={})
         processor.save_pretrained(folder)
 

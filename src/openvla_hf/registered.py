@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from .modeling.action_decoding import ActionStream
+from .modeling.action_prediction import ActionPrediction, ActionStream
 from .modeling.action_tokenizer import ActionTokenizer
 from .modeling.configuration_openvla import OpenVLAConfig
-from .modeling.modeling_openvla import ActionPrediction, OpenVLAForActionPrediction, OpenVLAModel
+from .modeling.modeling_openvla import OpenVLAForActionPrediction, OpenVLAModel
 from .processing.image_processing_openvla import OpenVLAImageProcessor
 from .processing.processing_openvla import OpenVLAProcessor
 from .processing.registration import PrismaticImageProcessor, PrismaticProcessor, register_processing

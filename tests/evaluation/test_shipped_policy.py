@@ -1,17 +1,12 @@
 """The policy that ships: whole, as the package saves it, and able to act."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoModel, AutoProcessor
 
-import openvla_hf
 from openvla_hf.evaluation.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
-
-
-SOURCES = Path(openvla_hf.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -22,26 +17,15 @@ def act():
 def test_it_is_small_and_safe():
     files = [path for path in TABLETOP_POLICY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) <= 15e6
-    assert {path.suffix for path in files} <= {".py", ".json", ".safetensors", ".md", ".txt"}
-
-
-def test_its_code_is_that_of_the_package():
-    stale = [
-        copy.name
-        for copy in TABLETOP_POLICY.glob("*.py")
-        if not any(
-            (SOURCES / folder / copy.name).is_file()
-            and (SOURCES / folder / copy.name).read_bytes() == copy.read_bytes()
-            for folder in ("modeling", "processing")
-        )
-    ]
-    assert not stale, f"stale copies {stale}: run `make policy-code`"
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
 
 
 def test_saving_it_again_writes_the_same_files(tmp_path):
     AutoModel.from_pretrained(TABLETOP_POLICY).save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(TABLETOP_POLICY).save_pretrained(tmp_path)
-    for path in tmp_path.iterdir():
+    weights_and_configs = [path for path in tmp_path.iterdir() if path.suffix != ".py"]
+    assert weights_and_configs
+    for path in weights_and_configs:
         assert (TABLETOP_POLICY / path.name).read_bytes() == path.read_bytes(), path.name
 
 

@@ -398,59 +398,7 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     return Cache(layers=[StaticLayer(capacity) for _ in range(config.num_hidden_layers)])
 
 
-class ActionStream:
-    """One robot's control loop: the tokens of its last action are the draft of the next.
-
-    The actions are those of `predict_action`; only the passes that they take are fewer, since a robot's next action
-    resembles its last. A batch is several robots in step.
-
-    Example:
-        ```python
-        stream = model.action_stream("bridge_orig")
-        for frame in camera:
-            robot.step(stream.predict_action(**processor(frame, instruction=instruction)))
-        stream.reset()  # a new episode
-        ```
-
-    Attributes:
-        token_ids: (B, A) of the last action, or `None` at the start of an episode.
-        forward_passes: How often the language model ran for it.
-    """
-
-    def __init__(self, model: "OpenVLAForActionPrediction", unnorm_key: str | list[str] | None = None):
-        self.model, self.unnorm_key = model, unnorm_key
-        self.reset()
-
-    def reset(self) -> None:
-        """Start an episode: forget the last action."""
-        self.token_ids: np.ndarray | None = None
-        self.forward_passes = 0
-
-    def predict_action(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        return_details: bool = False,
-    ) -> Any:
-        """As `OpenVLAForActionPrediction.predict_action`."""
-        draft = self.token_ids if self.token_ids is not None and len(self.token_ids) == len(input_ids) else None
-        details = self.model.predict_action(
-            input_ids,
-            pixel_values,
-            attention_mask,
-            self.unnorm_key,
-            draft_token_ids=draft,
-            return_details=True,
-        )
-        self.token_ids, self.forward_passes = details.token_ids, details.forward_passes
-        if return_details:
-            return details
-        return details.actions[0] if len(details.actions) == 1 else details.actions
-
-
 __all__ = [
-    "ActionStream",
     "ActionTokens",
     "action_pass",
     "append_prompt_suffix",

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 from ..checkpoint_info import describe
 from ..data import Augmentation, compute_statistics
 from ..model_card import TRAINING_FILE, write_card
-from ..modeling.modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
+from ..modeling.checkpoint_loading import STATISTICS_FILE
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from .collator import ActionCollator
 from .recipes import Recipe
 from .trainer import ActionTrainer, last_checkpoint

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..modeling.modeling_openvla import STATISTICS_FILE
+from ..modeling.checkpoint_loading import STATISTICS_FILE
 from .collator import IGNORED, ActionCollator
 
 

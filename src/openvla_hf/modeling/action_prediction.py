@@ -1,0 +1,236 @@
+"""Acting with a policy: observations to actions in the robot's units.
+
+Shapes: B batch, T tokens (image placeholders included), A action dimensions, N action bins.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import Cache
+
+from .action_decoding import (
+    ActionTokens,
+    append_prompt_suffix,
+    compile_action_pass,
+    decode_actions,
+    insert_image_tokens,
+    left_pad,
+)
+from .action_tokenizer import ActionTokenizer, action_dim, resolve_action_stats, unnormalize
+from .configuration_openvla import OpenVLAConfig
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:  # a mixin: the class that takes it brings the model
+    _Base = object
+
+
+@dataclass
+class ActionPrediction:
+    """What `predict_action(return_details=True)` gives; rows with fewer dimensions than the longest end in NaN.
+
+    actions: (B, A) float64, in the robot's units.
+    normalized_actions: (B, A) float64 in [-1, 1].
+    token_ids: (B, A) int64.
+    probabilities: (B, A, N) float32 over the bins, lowest value first; `ActionTokenizer.bin_values` names them.
+    entropy: (B, A) float32, of these, in nats.
+    forward_passes: How often the language model ran.
+    """
+
+    actions: np.ndarray
+    normalized_actions: np.ndarray
+    token_ids: np.ndarray
+    probabilities: np.ndarray
+    entropy: np.ndarray
+    forward_passes: int
+
+
+class ActionPredictionMixin(_Base):
+    """What a model needs to act: its statistics, `predict_action`, and a control loop."""
+
+    config: OpenVLAConfig
+    device: torch.device
+    dtype: torch.dtype
+    action_pass: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    action_caches: dict[tuple, Cache]
+
+    @property
+    def norm_stats(self) -> dict[str, Any] | None:
+        """`{key: {"action": {"q01", "q99", "mask", ...}, ...}}` of every data set the checkpoint knows."""
+        return self.config.norm_stats
+
+    @norm_stats.setter
+    def norm_stats(self, value: dict[str, Any] | None) -> None:
+        self.config.norm_stats = value
+
+    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
+        """Action statistics of one data set; `ValueError` when the key does not name one."""
+        return resolve_action_stats(self.norm_stats, unnorm_key)
+
+    def get_action_dim(self, unnorm_key: str | None = None) -> int:
+        """Number of action dimensions of one data set."""
+        return action_dim(self.get_action_stats(unnorm_key))
+
+    @property
+    def action_tokenizer(self) -> ActionTokenizer:
+        """Bins <-> ids of this checkpoint."""
+        return ActionTokenizer(self.config.action_vocab_end, self.config.n_action_bins)
+
+    def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
+        """Action ids (..., A) -> actions in the robot's units, float64 of the same shape."""
+        return unnormalize(self.action_tokenizer.decode(token_ids), self.get_action_stats(unnorm_key))
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        unnorm_key: str | list[str] | None = None,
+        *,
+        stats: dict[str, Any] | None = None,
+        constrained: bool = True,
+        return_details: bool = False,
+        draft_token_ids: torch.Tensor | np.ndarray | None = None,
+        **decoding: Any,
+    ) -> np.ndarray | ActionPrediction:
+        """Predict the action for one observation or a batch.
+
+        Args:
+            input_ids: (B, T) prompts, with or without image placeholders, padded on either side.
+            pixel_values: (B, 3 * towers, H, W).
+            attention_mask: (B, T); all ones when left out.
+            unnorm_key: Whose statistics turn the action into robot units; a list gives each row its own.
+            stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
+            constrained: Choose among the action ids only. `False` takes the best of the whole vocabulary and
+                clips what is no action to an end, as the original code does.
+            return_details: Give an `ActionPrediction`, with a batch dimension always.
+            draft_token_ids: (B, A) or (A,) ids that the action may well have, such as the last action's. The result
+                is the same; the closer they come, the fewer passes of the language model it takes.
+            decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default.
+
+        Returns:
+            float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics.
+
+        Raises:
+            ValueError: The statistics can't be resolved, or images and prompts differ in number.
+        """
+        # 1. Whose action is it
+        rows = len(input_ids)
+        if len(pixel_values) != rows:
+            raise ValueError(f"Got {len(pixel_values)} images for {rows} prompts: give one image with each prompt.")
+        keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
+        if len(keys) != rows:
+            raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
+        row_stats = [stats or self.get_action_stats(key) for key in keys]
+        dims = [action_dim(one) for one in row_stats]
+        # 2. Inputs where and how the model wants them: placeholders, prompt suffix, padding on the left
+        # (they are looked at for that, so ids that come from the CPU go to the device afterwards)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+        input_ids, attention_mask = left_pad(input_ids, attention_mask)
+        input_ids, attention_mask = append_prompt_suffix(self.config, input_ids, attention_mask)
+        input_ids, attention_mask, _ = insert_image_tokens(self.config, input_ids, attention_mask)
+        assert attention_mask is not None  # one went in
+        # 3. Ids of the action, one for each dimension
+        tokens: ActionTokens = decode_actions(
+            self,
+            input_ids.to(self.device),
+            pixel_values.to(self.device, self.dtype),
+            attention_mask.to(self.device),
+            dims,
+            constrained=constrained,
+            draft_token_ids=draft_token_ids,
+            **decoding,
+        )
+        # 4. Ids to bins to robot units
+        token_ids = tokens.token_ids.cpu().numpy()
+        normalized = self.action_tokenizer.decode(token_ids)
+        actions = np.full(normalized.shape, np.nan)
+        for row, (one, dim) in enumerate(zip(row_stats, dims, strict=True)):
+            normalized[row, dim:] = np.nan
+            actions[row, :dim] = unnormalize(normalized[row, :dim], one)
+        if not return_details:
+            return actions[0] if rows == 1 else actions
+        log_probabilities = tokens.action_logits.float().log_softmax(-1)
+        return ActionPrediction(
+            actions=actions,
+            normalized_actions=normalized,
+            token_ids=token_ids,
+            probabilities=log_probabilities.exp().cpu().numpy(),
+            entropy=-(log_probabilities.exp() * log_probabilities).sum(-1).cpu().numpy(),
+            forward_passes=tokens.forward_passes,
+        )
+
+    def action_stream(self, unnorm_key: str | list[str] | None = None) -> "ActionStream":
+        """A control loop's `predict_action`: each action's tokens are the draft of the next."""
+        return ActionStream(self, unnorm_key)
+
+    def compile_for_actions(self, mode: str | None = None) -> None:
+        """Compile the passes of `predict_action`, with CUDA graphs on a GPU; the first call of each size compiles.
+
+        Prompts are padded to a few lengths, so that all instructions share a few graphs. Where compilation fails, the
+        first call warns and the model goes on without. Without this nothing is compiled.
+
+        Args:
+            mode: Of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU, its own default elsewhere.
+        """
+        mode = mode or ("reduce-overhead" if self.device.type == "cuda" else "default")
+        self.action_pass, self.action_caches = compile_action_pass(mode), {}
+
+
+class ActionStream:
+    """One robot's control loop: the tokens of its last action are the draft of the next.
+
+    The actions are those of `predict_action`; only the passes that they take are fewer, since a robot's next action
+    resembles its last. A batch is several robots in step.
+
+    Example:
+        ```python
+        stream = model.action_stream("bridge_orig")
+        for frame in camera:
+            robot.step(stream.predict_action(**processor(frame, instruction=instruction)))
+        stream.reset()  # a new episode
+        ```
+
+    Attributes:
+        token_ids: (B, A) of the last action, or `None` at the start of an episode.
+        forward_passes: How often the language model ran for it.
+    """
+
+    def __init__(self, model: ActionPredictionMixin, unnorm_key: str | list[str] | None = None):
+        self.model, self.unnorm_key = model, unnorm_key
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an episode: forget the last action."""
+        self.token_ids: np.ndarray | None = None
+        self.forward_passes = 0
+
+    def predict_action(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_details: bool = False,
+    ) -> Any:
+        """As `OpenVLAForActionPrediction.predict_action`."""
+        draft = self.token_ids if self.token_ids is not None and len(self.token_ids) == len(input_ids) else None
+        details = self.model.predict_action(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            self.unnorm_key,
+            draft_token_ids=draft,
+            return_details=True,
+        )
+        self.token_ids, self.forward_passes = details.token_ids, details.forward_passes
+        if return_details:
+            return details
+        return details.actions[0] if len(details.actions) == 1 else details.actions
+
+
+__all__ = ["ActionPrediction", "ActionPredictionMixin", "ActionStream"]
