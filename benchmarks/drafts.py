@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LogitsProcessorList
 
-from openvla_hf.cli import default_model, load
+from openvla_hf.cli.common import default_model, load
 from openvla_hf.evaluation.rollouts import FIRST_UNSEEN_SEED
 from openvla_hf.evaluation.tabletop import TabletopEnv
 from openvla_hf.modeling.action_decoding import ActionIdsOnly, append_prompt_suffix

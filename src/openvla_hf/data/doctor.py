@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from rich.table import Table
 
 from ..modeling.action_tokenizer import ActionTokenizer, normalize
 from .frames import Losses, import_extra, matrix
@@ -253,6 +254,33 @@ def judge_model(
     }
 
 
+def report_tables(report: Report, names: Sequence[str]) -> list[Table]:
+    """The figures for a person; `names` are those of the action's dimensions."""
+    facts = Table(title=f"{report.name}, read as {report.robot!r}", show_header=False)
+    for fact in (
+        ("episodes, frames, instructions", f"{report.episodes}, {report.frames}, {report.instructions}"),
+        ("frames an episode", f"{report.shortest_episode} / {report.median_episode:g} / {report.longest_episode}"
+                              "  (shortest, median, longest)"),
+        ("frequency", f"{report.frequency:g} Hz" if report.frequency else "unknown"),
+        ("idle actions", f"{report.idle:.1%}"),
+        ("images like the one before", f"{report.duplicates:.1%}"),
+        ("bad episodes, frames without instruction",
+         f"{len(report.bad_episodes)}, {report.frames_without_instruction}"),
+        *([("gripper open", f"{report.gripper_open:.1%}")] if report.gripper_open is not None else []),
+        *([("the model on these frames", f"token accuracy {report.model['token_accuracy']:.1%}, "
+            f"L1 {report.model['l1']:.3f} ({report.model['frames']} frames)")] if report.model else []),
+    ):  # fmt: skip
+        facts.add_row(*fact)
+    actions = Table(title="actions")
+    for column in ("", "lowest", "1 %", "99 %", "highest", "clipped", "bins used"):
+        actions.add_column(column, justify="right")
+    for index, name in enumerate(names):
+        values = (report.lowest[index], report.q01[index], report.q99[index], report.highest[index])
+        used = sum(count > 0 for count in report.histograms[index])
+        actions.add_row(name, *(f"{value:+.4g}" for value in values), f"{report.clipped[index]:.1%}", str(used))
+    return [facts, actions]
+
+
 def plot_actions(report: Report, path: str | os.PathLike, names: Sequence[str] | None = None) -> Path:
     """Draws how often each of the 256 bins is used, a panel for each dimension."""
     pyplot = import_extra("matplotlib.pyplot", "data")
@@ -272,4 +300,4 @@ def plot_actions(report: Report, path: str | os.PathLike, names: Sequence[str] |
     return Path(path)
 
 
-__all__ = ["Report", "examine", "judge_model", "plot_actions"]
+__all__ = ["Report", "examine", "judge_model", "plot_actions", "report_tables"]

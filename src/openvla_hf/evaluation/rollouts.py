@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from .tabletop import TabletopEnv
 
@@ -132,3 +133,23 @@ def success_by_task(episodes: Iterable[Episode]) -> dict[str, dict[str, float]]:
         for task, group in [*sorted(groups.items()), ("all", everything)]
         if group
     }
+
+
+def success_table(title: str, results: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """`{condition: success_by_task(...)}` as a table."""
+    table = Table(title=title)
+    for column in ("condition", "task", "episodes", "success", "moved the named object", "mean steps"):
+        table.add_column(column, justify="left" if column in ("condition", "task") else "right")
+    for condition, by_task in results.items():
+        for task, row in by_task.items():
+            table.add_row(
+                condition,
+                task,
+                f"{row['episodes']:.0f}",
+                f"{row['success']:.1%}",
+                f"{row['moved_target']:.1%}",
+                f"{row['steps']:.1f}",
+                style="bold" if task == "all" else None,
+                end_section=task == "all",
+            )
+    return table

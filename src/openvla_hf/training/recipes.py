@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from rich.table import Table
 from torch import nn
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -240,6 +241,15 @@ def estimate_cost(config: OpenVLAConfig, recipe: Recipe, prompt_tokens: int = 40
     )
 
 
+def cost_table(title: str, cost: Cost) -> Table:
+    """Show what is trained, and what memory that takes."""
+    table = Table(title=title, show_header=False)
+    table.add_row("trainable", f"{cost.trainable:,} of {cost.parameters:,} ({cost.trainable / cost.parameters:.2%})")
+    for name in ("weights", "gradients", "optimizer", "activations", "total"):
+        table.add_row(name, f"about {getattr(cost, name):.1f} GiB", style="bold" if name == "total" else None)
+    return table
+
+
 def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
     """Bytes of a part's forward pass that its backward pass needs, in bfloat16.
 
@@ -257,4 +267,4 @@ def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
     return 2.0 * rows * width * len(blocks) + max(between_layers(block) for block in blocks)
 
 
-__all__ = ["RECIPES", "Cost", "Recipe", "estimate_cost", "find_module", "recipe"]
+__all__ = ["RECIPES", "Cost", "Recipe", "cost_table", "estimate_cost", "find_module", "recipe"]

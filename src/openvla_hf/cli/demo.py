@@ -1,0 +1,37 @@
+"""Run unseen episodes and write a picture strip and a GIF."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from .common import default_model, print_json
+from .episodes import add_episode_arguments, play
+
+
+EXAMPLE = "demo --episodes 12 --output outputs/demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_episode_arguments(parser, episodes=40)
+    parser.add_argument("--output", default="outputs/demo", help="folder for the pictures (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..evaluation.pictures import draw_strip, save_gif
+    from ..evaluation.rollouts import success_by_task, success_table
+
+    episodes = play(args, args.model or default_model(), "as told", keep=6)
+    results = {"as told": success_by_task(episodes)}
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    shown = sorted((one for one in episodes if one.frames), key=lambda one: one.seed)
+    strip, gif = output / "strip.png", output / "episodes.gif"
+    draw_strip(shown[:4]).save(strip)
+    save_gif(shown, gif)
+    if args.json:
+        print_json({"results": results, "strip": str(strip), "gif": str(gif)})
+        return
+    console = Console()
+    console.print(success_table(f"{len(episodes)} unseen episodes", results))
+    console.print(f"Watch {gif}, look at {strip}")

@@ -1,0 +1,54 @@
+"""Say whether a data set is ready to train on, and how near a model comes to it."""
+
+import argparse
+
+from rich.console import Console
+
+from .common import add_data_arguments, dimension_names, load, positive, print_json, register_robots
+
+
+EXAMPLE = "doctor lab/kitchen --robot libero --plot actions.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="folder, URL or Hub id: LeRobot, RLDS, or datasets with images")
+    add_data_arguments(parser)
+    parser.add_argument("--model", help="folder or Hub id of a policy to try on the frames")
+    parser.add_argument("--unnorm-key", help="whose statistics the policy uses, if it knows several")
+    parser.add_argument("--frames", type=positive, default=64, help="that the policy acts on (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help="picture of the action histograms with the 256 bins")
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from ..data.doctor import examine, judge_model, plot_actions, report_tables
+
+    register_robots(args.robots)
+    model, processor = load(args.model) if args.model else (None, None)
+    stats = model.get_action_stats(args.unnorm_key) if model is not None else None
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True),
+                  disable=args.json, transient=True) as progress:  # fmt: skip
+        images, acting = (progress.add_task(what, total=None, visible=False) for what in ("images", "predictions"))
+        report, frames = examine(
+            args.data, args.robot, split=args.split, camera=args.camera, stats=stats,
+            progress=lambda done, total: progress.update(images, completed=done, total=total, visible=True),
+        )  # fmt: skip
+        if model is not None:
+            report.model = judge_model(
+                model, processor, frames, args.unnorm_key, max_frames=args.frames,
+                progress=lambda done, total: progress.update(acting, completed=done, total=total, visible=True),
+            )  # fmt: skip
+    names = dimension_names(len(report.q01))
+    if args.plot:
+        plot_actions(report, args.plot, names)
+    if args.json:
+        print_json(report.as_dict())
+        return
+    console = Console()
+    for table in report_tables(report, names):
+        console.print(table)
+    for warning in report.warnings:
+        console.print(f"[yellow]![/] {warning}", highlight=False)
+    if not report.warnings:
+        console.print("[green]ready[/]: nothing to say against it")

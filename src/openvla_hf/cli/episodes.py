@@ -1,0 +1,51 @@
+"""What `demo` and `evaluate` share: running the tabletop's episodes."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from .common import add_policy_arguments, load, positive
+
+
+if TYPE_CHECKING:
+    from ..evaluation.rollouts import Episode
+
+
+def add_episode_arguments(parser: argparse.ArgumentParser, episodes: int) -> None:
+    """Add the options that name the policy and its episodes, of which there are `episodes` by default."""
+    add_policy_arguments(parser)
+    parser.add_argument("--episodes", type=positive, default=episodes, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="episodes at a time (default: %(default)s)")
+    parser.add_argument("--task", nargs="+", help="put, push, stack or lift (default: put and push)")
+
+
+def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0) -> "list[Episode]":
+    """Run the episodes of one condition, telling of each as it ends; the first `keep` keep their frames."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..evaluation.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
+
+    console = Console(stderr=True)
+    model, processor = load(model_id)
+    policy = load_policy(model, processor, args.unnorm_key)
+    seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
+    episodes: list[Episode] = []
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("success {task.fields[success]}"),
+    )  # fmt: skip
+    tasks = args.task or ("put", "push")
+    with Progress(*columns, console=console, disable=args.json) as progress:
+        bar = progress.add_task(condition, total=len(seeds), success="-")
+        first = set(seeds[:keep])
+        for episode in run_episodes(
+            policy, seeds, tasks=tasks, condition=condition, batch_size=args.batch_size,
+            keep_frames=first.__contains__,
+        ):  # fmt: skip
+            episodes.append(episode)
+            verdict = "[green]done[/]    " if episode.success else "[red]not done[/]"
+            progress.console.print(f"{verdict} {episode.steps:3d} steps  {episode.instruction}", highlight=False)
+            done = sum(one.success for one in episodes)
+            progress.update(bar, advance=1, success=f"{done}/{len(episodes)} = {done / len(episodes):.0%}")
+    return episodes

@@ -1,0 +1,99 @@
+"""Fine-tune a policy on a data set: adapters or whole weights, by a named recipe."""
+
+import argparse
+import dataclasses
+
+from rich.console import Console
+
+from .common import add_data_arguments, positive, print_json, register_robots, setting
+
+
+EXAMPLE = "finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora --output outputs/kitchen"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hub id of the base")
+    parser.add_argument("--data", required=True, help="folder or Hub id: LeRobot, RLDS, or datasets with images")
+    add_data_arguments(parser)
+    parser.add_argument("--name", help="of the statistics in the checkpoint (default: the data set's)")
+    names = "lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich"
+    parser.add_argument("--recipe", default="lora", help=f"{names} (default: %(default)s)")
+    parser.add_argument("--output", required=True, help="folder of the checkpoints and the result")
+    parser.add_argument("--steps", type=positive, default=5000, help="(default: %(default)s)")
+    parser.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
+                     help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
+    parser.add_argument("--eval-share", type=float, default=0.0, help="share of the episodes held out (default: none)")
+    parser.add_argument("--save-steps", type=positive, default=500, help="also of evaluation (default: %(default)s)")
+    parser.add_argument("--logging-steps", type=positive, default=10, help="(default: %(default)s)")
+    parser.add_argument("--keep", type=positive, default=2, help="checkpoints at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read data (default: %(default)s)")
+    parser.add_argument("--streaming", action="store_true", help="read the data as they come, and keep nothing")
+    parser.add_argument("--shuffle-buffer", type=positive, default=10_000, help="of a stream (default: %(default)s)")
+    parser.add_argument("--skip-bad-episodes", action="store_true", help="go on without episodes that can't be read")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the output")
+    parser.add_argument("--report-to", nargs="+", help="trackers of Trainer, such as tensorboard, trackio or wandb")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it takes, and stop")
+
+
+def run(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+    from transformers import AutoConfig, PrinterCallback
+
+    import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
+
+    from ..data import load as load_frames
+    from ..training.finetune import build_trainer, read_split
+    from ..training.finetune import finetune as run_training
+    from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
+
+    register_robots(args.robots)
+    is_main = PartialState().is_main_process
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    settings = dict(args.set or ())
+    chosen = recipe(args.recipe, **{name: value for name, value in settings.items() if name in fields})
+    cost = estimate_cost(AutoConfig.from_pretrained(args.model), chosen)
+    if is_main:
+        Console(stderr=True).print(cost_table(f"{args.recipe} on {args.model}", cost))
+    if args.dry_run:
+        if args.json and is_main:
+            print_json({"recipe": args.recipe, **dataclasses.asdict(cost)})
+        return
+    frames = load_frames(
+        args.data,
+        args.robot,
+        split=args.split,
+        name=args.name,
+        camera=args.camera,
+        streaming=args.streaming,
+        shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
+        skip_bad_episodes=args.skip_bad_episodes,
+        seed=chosen.seed,
+    )
+    train_data, eval_data = read_split(frames, args.eval_share, chosen.seed)
+    trainer = build_trainer(
+        args.model,
+        train_data,
+        args.output,
+        chosen,
+        eval_data=eval_data,
+        run={"datasets": [args.data], "recipe": args.recipe},
+        **{
+            "max_steps": args.steps,
+            "save_steps": args.save_steps,
+            "eval_strategy": "steps" if eval_data is not None else "no",
+            "eval_steps": args.save_steps,
+            "logging_steps": args.logging_steps,
+            "save_total_limit": args.keep,
+            "dataloader_num_workers": args.workers,
+            "report_to": args.report_to or "none",
+            "disable_tqdm": args.json,
+        }
+        | {name: value for name, value in settings.items() if name not in fields},
+    )
+    if args.json:
+        trainer.remove_callback(PrinterCallback)
+    figures = run_training(trainer, resume=args.resume)
+    if args.json and is_main:
+        print_json({"output": args.output, "figures": figures})
+    elif is_main:
+        Console().print(f"Fine-tuned: {args.output}", highlight=False)

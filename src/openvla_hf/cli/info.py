@@ -1,0 +1,43 @@
+"""Say what a checkpoint is, without loading its weights."""
+
+import argparse
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from .common import print_json
+
+
+EXAMPLE = "info openvla/openvla-7b"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..checkpoint_info import describe
+
+    found = describe(args.checkpoint, revision=args.revision)
+    if args.json:
+        print_json(asdict(found))
+        return
+    table = Table(title=args.checkpoint, show_header=False)
+    rows = {
+        "layout": found.layout,
+        "base model": found.base_model,
+        "vision towers": "\n".join(found.vision_towers),
+        "language model": found.language_model,
+        "actions": "\n".join(f"{key}: {dim} dimensions" for key, dim in found.action_dims.items()),
+        "dtype": found.dtype,
+        "quantisation": found.quantization,
+        "parameters": found.parameters and f"{found.parameters:,}",
+        "weights": f"{found.size / 1e9:.3f} GB",
+        "brings its code": "yes" if found.has_code else "no",
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    Console().print(table)

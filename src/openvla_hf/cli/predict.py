@@ -1,0 +1,41 @@
+"""Print the action for one image and one instruction."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from .common import add_policy_arguments, default_model, dimension_names, load, print_json
+
+
+EXAMPLE = 'predict --image frame.png --instruction "push the red ball to the left"'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_policy_arguments(parser)
+    parser.add_argument("--image", required=True, help="file or URL of the camera's image")
+    parser.add_argument("--instruction", required=True, help="what the robot is to do")
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the checkpoint's)")
+    parser.add_argument("--device", help="such as cuda or auto (default: the CPU)")
+
+
+def run(args: argparse.Namespace) -> None:
+    model, processor = load(args.model or default_model(), args.dtype, args.device)
+    inputs = processor(args.image, instruction=args.instruction)
+    details = model.predict_action(**inputs, unnorm_key=args.unnorm_key, return_details=True)
+    action, token_ids = details.actions[0], details.token_ids[0]
+    chosen = details.probabilities[0].max(-1)
+    names = dimension_names(len(action))
+    if args.json:
+        print_json({"instruction": args.instruction, "names": list(names), "action": action.tolist(),
+                          "normalized_action": details.normalized_actions[0].tolist(),
+                          "token_ids": token_ids.tolist(), "probabilities": chosen.tolist()})  # fmt: skip
+        return
+    table = Table(title=args.instruction)
+    for column in ("", "value", "normalised", "token", "probability"):
+        table.add_column(column, justify="right")
+    for name, value, normalised, token, probability in zip(
+        names, action, details.normalized_actions[0], token_ids, chosen, strict=True
+    ):
+        table.add_row(name, f"{value:+.4f}", f"{normalised:+.3f}", str(token), f"{probability:.1%}")
+    Console().print(table)

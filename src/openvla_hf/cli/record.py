@@ -1,0 +1,36 @@
+"""Record demonstrations of the tabletop's expert as a data set to fine-tune on."""
+
+import argparse
+
+from rich.console import Console
+
+from .common import positive, print_json
+
+
+EXAMPLE = "record demos/tabletop_lift --task lift --episodes 500"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("destination", help="new folder; its name is that of the data set")
+    parser.add_argument("--task", nargs="+", required=True, help="put, push, stack or lift")
+    parser.add_argument("--episodes", type=positive, default=500, help="(default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the episodes (default: %(default)s)")
+    parser.add_argument("--format", choices=("lerobot", "rlds"), default="lerobot", help="(default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.progress import track
+
+    from ..data import write_lerobot, write_rlds
+    from ..evaluation.tabletop import record_demonstrations
+
+    seeds = track(
+        range(args.first_seed, args.first_seed + args.episodes), "recording", console=Console(stderr=True),
+        disable=args.json,
+    )  # fmt: skip
+    episodes = record_demonstrations(args.task, seeds)
+    written = (write_rlds if args.format == "rlds" else write_lerobot)(episodes, args.destination)
+    if args.json:
+        print_json({"folder": str(written)})
+    else:
+        Console().print(f"Written: {written}", highlight=False)
