@@ -16,7 +16,7 @@ from openvla_hf.testing import fake_episode
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red block")
 TRAIN = """
-import json, sys
+import json, os, sys
 import torch
 from openvla_hf.data import Augmentation, load
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -27,9 +27,14 @@ from openvla_hf.training.trainer import ActionTrainer
 
 class Collator(ActionCollator):
     seen = set()
+    calls = 0
     def __call__(self, frames):
         self.seen.update(frame["episode_index"] for frame in frames)
-        return super().__call__(frames)
+        self.calls += 1
+        batch = super().__call__(frames)
+        if "SPOIL" in os.environ and self.process == 1 and self.calls == 3:
+            batch["pixel_values"] *= float("nan")
+        return batch
 
 data, output, name, batch_size, streaming, steps = sys.argv[1:]
 tokenizer = tiny_tokenizer()
@@ -49,9 +54,15 @@ trainer = ActionTrainer(
     data_collator=collator,
     train_dataset=load(data, streaming=streaming == "stream"),
 )
-trainer.train()
-losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 index = trainer.args.process_index
+try:
+    trainer.train()
+except ValueError as error:
+    if "SPOIL" not in os.environ:
+        raise
+    with open(f"{output}-{index}.txt", "w") as file:
+        file.write(str(error))
+losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 with open(f"{output}-{index}.json", "w") as file:
     json.dump([index, losses, sorted(Collator.seen)], file)
 """
@@ -66,7 +77,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def launch(tmp_path, data, output, name, config=None, kind="table", steps=4):
+def launch(tmp_path, data, output, name, config=None, kind="table", steps=4, **env):
     """What each process says: its losses and the episodes that it read; the folder of the checkpoint."""
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
@@ -76,12 +87,16 @@ def launch(tmp_path, data, output, name, config=None, kind="table", steps=4):
         command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
         command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
     command += [str(script), str(data), str(tmp_path / output), name, str(4 // processes), kind, str(steps)]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+    environment = (
+        os.environ
+        | env
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+    )
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     told = sorted(json.loads(file.read_text()) for file in tmp_path.glob(f"{output}-*.json"))
@@ -110,3 +125,12 @@ def test_each_process_reads_its_own_shards_of_a_stream_as_often_as_it_takes(tmp_
     assert {*some} | {*rest} == {*range(5)}
     assert len(one) == 12
     assert one == other
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, data):
+    told, folder = launch(tmp_path, data, "out", "lora", "ddp.yaml", SPOIL="1")
+    for index, losses, _ in told:
+        assert len(losses) == 2
+        assert "The loss is nan at step 3" in (tmp_path / f"out-{index}.txt").read_text()
+    assert not folder.exists()

@@ -45,10 +45,12 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(base, data, output, *more):
+SETTINGS = ("dtype=float32", "batch_size=4", "lora_rank=4", "use_cpu=true")
+
+
+def run(base, data, output, *more, settings=SETTINGS):
     common = ["--model", str(base), "--data", str(data), "--output", str(output), "--workers", "0", "--json"]
     quick = ["--save-steps", "2", "--logging-steps", "1"]
-    settings = ["dtype=float32", "batch_size=4", "lora_rank=4", "use_cpu=true"]
     return main(["finetune", *common, *quick, *more, "--set", *settings])
 
 
@@ -96,6 +98,17 @@ def test_an_adapter_learnt_on_four_bits_acts_and_merges_on_the_whole_base(base, 
     frame = fake_episode(steps=1)[0]
     inputs = AutoProcessor.from_pretrained(output)(frame["image"], instruction=frame["instruction"])
     assert merged.predict_action(**inputs).shape == (7,)
+
+
+def test_a_diverging_run_is_exit_status_2_and_saves_nothing(base, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    diverging = [*SETTINGS, "learning_rate=1e25"]
+    assert run(base, data, output, "--steps", "8", settings=diverging) == 2
+    printed = capsys.readouterr()
+    assert "The loss is nan at step 2" in printed.err
+    assert printed.out == ""
+    assert not list(output.glob("**/*.safetensors"))
+    assert not (output / "README.md").exists()
 
 
 def test_what_a_recipe_takes_is_said_before_anything_is_loaded(base, tmp_path, capsys):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,55 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_none(tmp_path, full_disk)
     resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not (tmp_path / UNFINISHED).exists()
+
+
+def saved(folder):
+    return sorted(path.name for path in folder.glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_training_stops_at_the_first_loss_that_is_not_finite(tmp_path, name, accumulated):
+    fields = {"batch_size": 2, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0.0}
+    trainer = build(tmp_path, name, fields=fields, learning_rate=1e25, max_steps=8, save_steps=4)
+    with pytest.raises(ValueError, match=r"The loss is (nan|inf) at step 2.*No checkpoint had been saved.*lower"):
+        trainer.train()
+    assert losses(trainer) == [pytest.approx(losses(trainer)[0])]
+    assert not saved(tmp_path)
+
+
+def test_training_stops_at_the_first_gradient_that_is_not_finite(tmp_path):
+    trainer = build(tmp_path, "full", max_steps=8, save_steps=1)
+    backward_passes = []
+
+    def overflow(gradient):
+        backward_passes.append(1)
+        return gradient * (np.inf if len(backward_passes) == 3 else 1)
+
+    trainer.model.lm_head.weight.register_hook(overflow)
+    good = re.escape(str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match=f"gradient norm is (nan|inf) at step 3.*last good checkpoint is {good}"):
+        trainer.train()
+    assert saved(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+
+
+def test_weights_that_make_the_loss_non_finite_are_never_saved(tmp_path):
+    trainer = build(tmp_path, "full", learning_rate=1e25, max_steps=8, save_steps=1)
+    with pytest.raises(ValueError, match="after step 1"):
+        trainer.train()
+    assert not saved(tmp_path)
+    with pytest.raises(ValueError, match="after step 1"):
+        trainer.save_model(str(tmp_path / "result"))
+    assert not (tmp_path / "result").exists()
+
+
+def test_an_evaluation_whose_loss_is_not_finite_ends_the_run(tmp_path):
+    trainer = build(tmp_path, "full")
+    trainer.model.lm_head.weight.data[3] = np.nan
+    with pytest.raises(ValueError, match="The evaluation loss is nan"):
+        trainer.evaluate(frames(episodes=1, steps=2))
 
 
 TRAIN = """

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, K supervised positions of the row that has most, V vo
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ class ActionTrainer(Trainer):
       The stop token does not count.
     - A stream starts over where it ends, so steps are counted and not epochs; of several processes each reads shards
       of its own, where there are enough.
+    - Training stops at the first loss or gradient that is not finite, and weights that make the loss so are not saved.
     - A checkpoint is complete: adapter or model, statistics, processor and model card. It is written aside and gets
       its name when nothing is missing, so a run that is killed resumes from one that is whole.
 
@@ -68,6 +70,7 @@ class ActionTrainer(Trainer):
         if is_stream:
             # Processes come to the end of their shards at different steps, and a resumed run may begin after one.
             train_dataset = train_dataset.repeat(None)
+        args.logging_nan_inf_filter = False  # it would hide the losses that must end the run
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.eval_collator = eval_collator or data_collator
         self.run_files = dict(run_files or {})
@@ -84,6 +87,8 @@ class ActionTrainer(Trainer):
         self._dataset_names = list(data_collator.norm_stats or [None])
         # Of each data set: tokens, right ones, sum of distances.
         self._counts = torch.zeros(len(self._dataset_names), 3, dtype=torch.float64)
+        self._last_batch: dict[str, torch.Tensor] | None = None
+        self._step_loss = torch.zeros(())
 
     @property
     def _policy(self) -> nn.Module:
@@ -125,6 +130,38 @@ class ActionTrainer(Trainer):
         self._count(logits.detach().argmax(-1), targets, dataset_index)
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As `Trainer.training_step`; the loss is checked when the gradients of the step are complete."""
+        self._last_batch = inputs
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step_loss = self._step_loss.to(loss.device) + loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As `Trainer._get_grad_norm`, which runs in every process just before the optimizer's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # A loss that is not finite in one process must stop all of them.
+        loss = float(self.accelerator.reduce(self._step_loss, reduction="sum"))
+        self._step_loss = torch.zeros_like(self._step_loss)
+        when = f"at step {self.state.global_step + 1}"
+        self._require_finite(loss, "loss", when)
+        # DeepSpeed doesn't always know the norm, and a gradient scaler skips the steps whose gradients overflow.
+        if grad_norm is not None and self.accelerator.scaler is None:
+            self._require_finite(float(grad_norm), "gradient norm", when)
+        return grad_norm
+
+    def _require_finite(self, value: float, name: str, when: str) -> None:
+        if math.isfinite(value):
+            return
+        checkpoint = last_checkpoint(self.args.output_dir)
+        raise ValueError(
+            f"The {name} is {value} {when}, so training stopped without saving. "
+            + (f"The last good checkpoint is {checkpoint}. " if checkpoint else "No checkpoint had been saved. ")
+            + "Start again in another folder with a lower learning rate."
+        )
+
     def _count(self, predicted: torch.Tensor, targets: torch.Tensor, dataset_index: torch.Tensor | None) -> None:
         """Add a batch's ids (B, K) to the metrics."""
         is_action = targets.ne(IGNORED) & targets.ne(self._stop_id)
@@ -162,9 +199,30 @@ class ActionTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self._take_metrics(f"{metric_key_prefix}_"))
         self._counts = of_training
+        loss = output.metrics.get(f"{metric_key_prefix}_loss", 0.0)
+        self._require_finite(loss, "evaluation loss", f"after step {self.state.global_step}")
         return output
 
     # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, if the weights still give a finite loss on the last batch of training."""
+        self._check_weights()
+        super().save_model(output_dir, _internal_call)
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """The loss of a step says nothing of the weights that the step makes: compute it again with them."""
+        if self._last_batch is None:
+            return
+        of_training, self._counts = self._counts, torch.zeros_like(self._counts)
+        model = self.model_wrapped.eval()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(self._last_batch)).detach()
+        model.train()
+        self._counts = of_training
+        loss = self.accelerator.reduce(loss, reduction="sum")
+        self._require_finite(float(loss), "loss", f"after step {self.state.global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Everything that makes the folder a policy: no part of it is a pickle."""
