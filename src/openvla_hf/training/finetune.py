@@ -128,8 +128,9 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=checkpoint)
     figures: dict[str, float] = {}
     for entry in trainer.state.log_history:
+        numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
         # With a gradient scaler, a step that was skipped has an infinite gradient norm, which JSON can't hold.
-        figures |= {name: value for name, value in entry.items() if isinstance(value, (int, float)) and isfinite(value)}
+        figures |= {name: value for name, value in numbers.items() if isfinite(value)}
     run = json.loads(trainer.run_files[TRAINING_FILE])
     trainer.run_files[TRAINING_FILE] = json.dumps(run | {"figures": figures}, indent=2)
     trainer.save_model(output)
