@@ -1,7 +1,10 @@
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from openvla_hf.data import Gripper, Robot, register_robot, registered_robots
+from openvla_hf.data import FirstOf, Gripper, Robot, register_robot, registered_robots
 from openvla_hf.data.robots import (
     BRIDGE,
     GENERIC,
@@ -107,3 +110,88 @@ def test_bridge_takes_the_reached_pose_and_drops_the_first_step_and_the_last():
 def test_a_wrong_rotation_is_told():
     with pytest.raises(ValueError, match="'quaternion' is none of 'euler'"):
         Robot("arm", rotation="quaternion")
+
+
+BIMANUAL = np.arange(28.0).reshape(2, 14) / 10
+
+
+def test_fourteen_joints_are_never_read_as_a_pose():
+    with pytest.raises(ValueError, match=r"14 numbers.*takes 6, or 7 with a gripper.*'joint_positions'"):
+        Robot("two_arms", action_dim=14, relative=False)
+    for space in ("end_effector_pose", "end_effector_delta"):
+        with pytest.raises(ValueError, match="14 numbers"):
+            standardize(Robot("two_arms", space=space), BIMANUAL, BIMANUAL)
+
+
+def test_joint_targets_stay_as_recorded_unless_differences_are_asked_for():
+    state = BIMANUAL - 0.25
+    joints = Robot("two_arms", space="joint_positions")
+    np.testing.assert_array_equal(standardize(joints, BIMANUAL, state)[1], BIMANUAL)
+    _, actions, _ = standardize(replace(joints, as_delta=True), BIMANUAL, state)
+    np.testing.assert_allclose(actions, 0.25, atol=1e-12)
+
+
+def test_the_grippers_of_two_arms_are_not_differences_and_not_scaled():
+    action, state = BIMANUAL.copy(), BIMANUAL - 0.25
+    action[:, [6, 13]] = [[0.0, 0.08], [0.08, 0.0]]
+    gripper = Gripper(open=0.08, closed=0.0, dimensions=(6, 13))
+    two_arms = Robot("two_arms", space="joint_positions", as_delta=True, gripper=gripper)
+    _, actions, _ = standardize(two_arms, action, state)
+    np.testing.assert_array_equal(actions[:, [6, 13]], [[0.0, 1.0], [1.0, 0.0]])
+    np.testing.assert_allclose(np.delete(actions, [6, 13], 1), 0.25, atol=1e-12)
+    assert np.flatnonzero(np.logical_not(two_arms.mask(14))).tolist() == [6, 13]
+    with pytest.raises(ValueError, match=r"gripper is said to be at \[13\], but the action has 7"):
+        standardize(replace(two_arms, as_delta=None), action[:, :7], state)
+
+
+def test_differences_of_joints_follow_the_selected_order():
+    select = Robot("arm", space="joint_positions", as_delta=True, select=(2, 0))
+    _, actions, _ = standardize(select, [[1.0, 2.0, 3.0]], [[0.5, 0.0, 1.0, 9.0]])
+    assert actions.tolist() == [[2.0, 0.5]]
+    with pytest.raises(ValueError, match="needs the 3 joint positions in the state, which has 2"):
+        standardize(select, [[1.0, 2.0, 3.0]], [[0.5, 0.0]])
+
+
+def test_an_absolute_pose_may_stay_one():
+    action = np.arange(14.0).reshape(2, 7) / 10
+    _, actions, _ = standardize(Robot("arm", space="end_effector_pose", as_delta=False), action)
+    np.testing.assert_array_equal(actions, action)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"space": "joints"}, "space 'joints' is not one of 'end_effector_delta'"),
+        ({"space": "joint_positions", "relative": False}, "leave relative out"),
+        ({"space": "joint_deltas", "as_delta": True}, "as_delta=True is for recorded targets"),
+        ({"as_delta": False}, "as_delta=False is for recorded targets"),
+        ({"space": "joint_positions", "rotation": "axis_angle"}, "rotation='axis_angle' is for end effectors"),
+    ],
+)
+def test_contradictory_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Robot("arm", **fields)
+
+
+def test_the_features_of_a_tuple_are_concatenated_in_its_order():
+    columns = {"b": np.array([[3.0], [4.0]]), "a": np.array([[1.0, 2.0], [5.0, 6.0]]), "c": np.array([7.0, 8.0])}
+    robot = Robot("arm", action=("a", "c", "b"), state=("b", "a"))
+    _, actions, states = robot.standardize(columns, 2)
+    assert actions.tolist() == [[1.0, 2.0, 7.0, 3.0], [5.0, 6.0, 8.0, 4.0]]
+    assert states.tolist() == [[3.0, 1.0, 2.0], [4.0, 5.0, 6.0]]
+    assert sorted(robot.wanted_columns(columns)) == ["a", "b", "c"]
+
+
+def test_a_missing_feature_of_a_tuple_is_named_and_not_passed_over():
+    with pytest.raises(ValueError, match=r"concatenates features, but there is no 'gripper'.*FirstOf"):
+        Robot("arm", action=("action", "gripper")).standardize({"action": np.zeros((2, 6))}, 2)
+    with pytest.raises(ValueError, match="there is no 'joints'"):
+        Robot("arm", state=("state", "joints")).standardize({"action": np.zeros((2, 6)), "state": np.zeros((2, 6))}, 2)
+
+
+def test_alternatives_are_written_as_such():
+    robot = Robot("arm", action=FirstOf("action", "actions"))
+    for name in robot.action:
+        assert robot.wanted_columns([name]) == [name]
+    assert robot.wanted_columns(["actions", "action"]) == ["action"]
+    assert pickle.loads(pickle.dumps(robot)) == robot

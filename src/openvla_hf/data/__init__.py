@@ -4,7 +4,7 @@ from .augmentation import Augmentation
 from .frames import BadEpisodeError
 from .loading import from_episodes, load
 from .mixtures import MIXTURES, load_mixture, mix
-from .robots import Gripper, Robot, register_robot, registered_robots
+from .robots import FirstOf, Gripper, Robot, register_robot, registered_robots
 from .statistics import compute_statistics, load_statistics, save_statistics
 from .writing import write_lerobot, write_rlds
 
@@ -13,6 +13,7 @@ __all__ = [
     "MIXTURES",
     "Augmentation",
     "BadEpisodeError",
+    "FirstOf",
     "Gripper",
     "Robot",
     "compute_statistics",

@@ -1,7 +1,8 @@
 """Robot adapters: which camera is seen, and how a data set's action becomes OpenVLA's.
 
 OpenVLA's action of an end effector is dx, dy, dz (metres), droll, dpitch, dyaw (radians, extrinsic x-y-z) and the
-gripper, 1 = open and 0 = closed. Other robots (joints, two arms) keep the dimensions that they have.
+gripper, 1 = open and 0 = closed. Other robots (joints, two arms) keep the dimensions that they have: say what their
+numbers are in `Robot.space`.
 """
 
 import difflib
@@ -12,25 +13,50 @@ import numpy as np
 
 
 Names = str | tuple[str, ...]
-"""A feature's name, or several of which a data set has one: the first that it has is read."""
 
+
+class FirstOf(tuple[str, ...]):
+    """Alternative names of one feature: the first that a dataset has is read."""
+
+    def __new__(cls, *names: str) -> "FirstOf":
+        """Names, the preferred one first."""
+        return super().__new__(cls, names)
+
+    def __getnewargs__(self) -> tuple[str, ...]:
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        return f"FirstOf({', '.join(map(repr, self))})"
+
+
+STATE_NAMES = FirstOf("observation.state", "state")
 INSTRUCTION_NAMES = ("language_instruction", "observation.natural_language_instruction", "instruction", "task")
 POSE_DIMS = 3
 """Where the rotation begins in an end effector's action or state, after the position."""
+DELTAS = ("end_effector_delta", "joint_deltas")
+"""Spaces in which an action is a movement."""
+TARGETS = ("end_effector_pose", "joint_positions")
+"""Spaces in which an action is where the robot is to be."""
 RANGE_SLACK = 0.05
 """Share of its range by which a gripper's value may lie outside, as sensors do."""
 
 
 @dataclass(frozen=True)
 class Gripper:
-    """The values that a data set writes for an open and a closed gripper, in the last dimension of the action.
+    """The values that a dataset writes for an open and a closed gripper.
 
-    binarize: whether to make what lies between them what the gripper becomes next (as for Bridge).
+    Args:
+        open: Value of an open gripper.
+        closed: Value of a closed gripper.
+        binarize: Whether to replace values between the two by the one that the gripper reaches next (as for Bridge).
+        dimensions: Where the grippers are in the action, after `Robot.select`: the last number by default; two arms
+            of six joints have (6, 13).
     """
 
     open: float = 1.0
     closed: float = 0.0
     binarize: bool = False
+    dimensions: tuple[int, ...] = (-1,)
 
     def to_openvla(self, values: np.ndarray) -> np.ndarray:
         """(T) values of the data set to 1 = open, 0 = closed.
@@ -53,34 +79,93 @@ class Robot:
 
     Args:
         name: The adapter's name.
-        camera: Feature with the image that the model sees; by default the only one.
-        action: Feature with the action.
-        state: Feature with the proprioception; a data set may have none.
-        instruction: Feature with the text, where the format has no place of its own for it.
+        camera: Feature with the image that the model sees; by default the only one. A tuple or `FirstOf` gives
+            alternatives: one image is read.
+        action: Feature with the action. The features of a tuple are concatenated in its order, and all must exist;
+            `FirstOf` gives alternatives.
+        state: Feature with the proprioception, named like `action`; a data set may have none.
+        instruction: Feature with the text, where the format has no place of its own for it. A tuple or `FirstOf` gives
+            alternatives.
         select: Which numbers of the action are taken, in which order; all by default.
         action_dim: How many numbers the data set's action must have.
         rotation: How the numbers after the position say a rotation, one of `ROTATIONS`; it becomes Euler angles.
-        relative: Whether the action is a movement; else it is a pose, and the movement to it from the state, whose
-            first numbers must be a pose in the same form, is taken.
-        gripper: What its values mean. Then the last dimension is the gripper's and is not scaled by statistics.
+        relative: Older form: `relative=False` means `space="end_effector_pose"`.
+        gripper: What its values mean. Its dimensions are then not scaled by statistics.
         frequency: Actions a second.
+        space: What the numbers of the data set's action are. By default nothing is known, and they are taken as they
+            are.
+
+            - "end_effector_delta": movement of the end effector: position, rotation, and maybe the gripper.
+            - "end_effector_pose": pose that the end effector is to reach, and maybe the gripper.
+            - "joint_deltas": movement of the joints of one arm or several.
+            - "joint_positions": positions that the joints are to reach.
+        as_delta: Whether to replace targets by the movement to them from the state, whose first numbers must be a pose
+            or joints in the same form. By default a pose is replaced, since OpenVLA's action is a movement, and joint
+            positions are not.
+
+    Raises:
+        ValueError: `rotation` or `space` is unknown, or the fields contradict each other.
     """
 
     name: str
     camera: Names = ()
     action: Names = "action"
-    state: Names = ("observation.state", "state")
+    state: Names = STATE_NAMES
     instruction: Names = INSTRUCTION_NAMES
     select: tuple[int, ...] | None = None
     action_dim: int | None = None
     rotation: str = "euler"
-    relative: bool = True
+    relative: bool | None = None
     gripper: Gripper | None = None
     frequency: float | None = None
+    space: str | None = None
+    as_delta: bool | None = None
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
             raise ValueError(f"rotation {self.rotation!r} is none of {', '.join(map(repr, ROTATIONS))}.")
+        if self.space not in (None, *DELTAS, *TARGETS):
+            raise ValueError(f"space {self.space!r} is not one of {_listed((*DELTAS, *TARGETS))}.")
+        if self.relative is not None and self.space is not None:
+            raise ValueError(f"space={self.space!r} replaces relative={self.relative}: leave relative out.")
+        if self.as_delta is not None and self.recorded_space not in TARGETS:
+            raise ValueError(
+                f"as_delta={self.as_delta} is for recorded targets: give it with space='end_effector_pose' or "
+                "space='joint_positions'."
+            )
+        if self.rotation != "euler" and not self.is_end_effector:
+            raise ValueError(
+                f"rotation={self.rotation!r} is for end effectors, but space={self.space!r} holds joints."
+            )
+        if self.action_dim is not None and self.select is None:
+            self._check_size(self.action_dim)
+
+    @property
+    def recorded_space(self) -> str | None:
+        """Space of the data set's action, or `None` where nothing is known."""
+        if self.relative is False:
+            return "end_effector_pose"
+        # A rotation that is to be converted says where the pose is.
+        return self.space or (None if self.rotation == "euler" else "end_effector_delta")
+
+    @property
+    def is_end_effector(self) -> bool:
+        """Whether the action begins with a position and a rotation."""
+        return self.recorded_space in ("end_effector_delta", "end_effector_pose")
+
+    @property
+    def takes_difference(self) -> bool:
+        """Whether the action is replaced by the movement to it from the state."""
+        if self.as_delta is None:
+            return self.recorded_space == "end_effector_pose"
+        return self.as_delta
+
+    @property
+    def standard_space(self) -> str | None:
+        """Space of the actions that `standardize` returns."""
+        if not self.takes_difference:
+            return self.recorded_space
+        return "end_effector_delta" if self.is_end_effector else "joint_deltas"
 
     def choose_camera(self, cameras: Collection[str]) -> str:
         """The camera to read, out of those that a data set has.
@@ -94,30 +179,59 @@ class Robot:
             raise ValueError(f"There are several cameras: pass camera=, one of {_listed(cameras)}.")
         return find_name(self.camera, cameras, "camera")
 
+    def action_columns(self, available: Collection[str]) -> list[str]:
+        """The columns that make up the action, in order, out of those that a data set has.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        return _find_columns(self.action, available, "action")
+
+    def state_columns(self, available: Collection[str]) -> list[str]:
+        """The columns that make up the state, in order; none where there is no state and no action needs it.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        if not self.needs_state and not any(name in available for name in as_tuple(self.state)):
+            return []
+        return _find_columns(self.state, available, "state")
+
     def wanted_columns(self, available: Collection[str]) -> list[str]:
         """The columns of numbers that `standardize` reads, out of those that a data set has.
 
         Raises:
             ValueError: the action, or a state that is needed, is missing.
         """
-        names = [find_name(self.action, available, "action")]
-        if self.needs_state or any(name in available for name in as_tuple(self.state)):
-            names.append(find_name(self.state, available, "state"))
-        return names
+        return list(dict.fromkeys([*self.action_columns(available), *self.state_columns(available)]))
 
     @property
     def needs_state(self) -> bool:
         """Whether the action is made from the state."""
-        return not self.relative
+        return self.takes_difference
 
     @property
     def needs_whole_episodes(self) -> bool:
         """Whether a frame's action is made from later frames of its episode too."""
         return self.gripper is not None and self.gripper.binarize
 
+    def gripper_dimensions(self, action_dim: int) -> list[int]:
+        """Which of the dimensions of an action are grippers', so far as the robot says.
+
+        Raises:
+            ValueError: the robot names one that the action does not have.
+        """
+        if self.gripper is None:
+            return []
+        beyond = [index for index in self.gripper.dimensions if not -action_dim <= index < action_dim]
+        if beyond:
+            raise ValueError(f"the gripper is said to be at {beyond}, but the action has {action_dim} numbers.")
+        return sorted({index % action_dim for index in self.gripper.dimensions})
+
     def mask(self, action_dim: int) -> list[bool]:
-        """Which dimensions of the standard action statistics scale: all but a known gripper."""
-        return [True] * (action_dim - 1) + [self.gripper is None]
+        """Which dimensions of the standard action statistics scale: all but known grippers."""
+        grippers = self.gripper_dimensions(action_dim)
+        return [index not in grippers for index in range(action_dim)]
 
     def standardize(
         self, columns: dict[str, np.ndarray], length: int
@@ -135,20 +249,14 @@ class Robot:
             ValueError: a column is missing or of the wrong length or size, or one that the actions are made from
                 holds what is not finite. Other states that do count as none.
         """
-        values = {}
-        for index, name in enumerate(self.wanted_columns(columns)):
-            column = np.asarray(columns[name], np.float64)
-            column = column.reshape(len(column), -1)
-            if len(column) != length:
-                raise ValueError(f"{name!r} has {len(column)} rows for {length} images.")
-            if not np.isfinite(column).all():
-                if index > 0 and not self.needs_state:
-                    continue  # a state that is not used costs no episode
-                frame = int(np.flatnonzero(~np.isfinite(column).all(-1))[0])
-                raise ValueError(f"{name!r} holds NaN or infinity at frame {frame}.")
-            values[name] = column
-        action, *states = values.values()
-        state = states[0] if states else None
+        action = _join(columns, self.action_columns(columns), length)
+        state_columns = self.state_columns(columns)
+        state = _join(columns, state_columns, length) if state_columns else None
+        _check_finite(action, self.action_columns(columns))
+        if state is not None and not np.isfinite(state).all():
+            if self.needs_state:
+                _check_finite(state, state_columns)
+            state = None  # a state that is not used costs no episode
         if self.action_dim is not None and action.shape[1] != self.action_dim:
             raise ValueError(
                 f"the action has {action.shape[1]} dimensions, the adapter {self.name!r} is for {self.action_dim}."
@@ -161,24 +269,59 @@ class Robot:
         """Checked actions (T, A') and states (T, S) to what `standardize` returns; for subclasses to override."""
         action = self.select_and_rotate(action, state)
         if self.gripper is not None:
-            action[:, -1] = self.gripper.to_openvla(action[:, -1])
+            for dimension in self.gripper_dimensions(action.shape[1]):
+                action[:, dimension] = self.gripper.to_openvla(action[:, dimension])
         return np.arange(len(action)), action, state
 
     def select_and_rotate(self, action: np.ndarray, state: np.ndarray | None) -> np.ndarray:
-        """The selected numbers, in order, with a relative rotation as Euler angles: (T, A)."""
+        """The selected numbers, in order, with rotations as Euler angles and targets as movements: (T, A).
+
+        Raises:
+            ValueError: the numbers do not fit the robot's space.
+        """
+        recorded = action.shape[1]
         if self.select is not None:
-            beyond = [index for index in self.select if not -action.shape[1] <= index < action.shape[1]]
+            beyond = [index for index in self.select if not -recorded <= index < recorded]
             if beyond:
-                raise ValueError(f"select={self.select} asks for {beyond}, the action has {action.shape[1]} numbers.")
+                raise ValueError(f"select={self.select} asks for {beyond}, the action has {recorded} numbers.")
             action = action[:, list(self.select)]
-        if self.relative and self.rotation == "euler":
+        if self.is_end_effector:
+            return self._convert_pose(action, state)
+        if not self.takes_difference or state is None:
             return action.copy()
+        if state.shape[1] < recorded:
+            raise ValueError(
+                f"as_delta=True needs the {recorded} joint positions in the state, which has {state.shape[1]} numbers."
+            )
+        start = state[:, :recorded] if self.select is None else state[:, :recorded][:, list(self.select)]
+        grippers = self.gripper_dimensions(action.shape[1])
+        difference = action - start
+        difference[:, grippers] = action[:, grippers]
+        return difference
+
+    def _check_size(self, action_dim: int) -> None:
+        """Raise `ValueError` where an action of so many numbers is not of one end effector, but the robot's is."""
+        pose_end = POSE_DIMS + ROTATIONS[self.rotation][0]
+        if self.is_end_effector and not pose_end <= action_dim <= pose_end + 1:
+            raise ValueError(
+                f"the action has {action_dim} numbers, but {self.recorded_space!r} with rotation={self.rotation!r} "
+                f"takes {pose_end}, or {pose_end + 1} with a gripper. Choose them with select=, or give joints and "
+                "several arms as space='joint_positions' or space='joint_deltas'."
+            )
+
+    def _convert_pose(self, action: np.ndarray, state: np.ndarray | None) -> np.ndarray:
+        self._check_size(action.shape[1])
         size, to_matrix = ROTATIONS[self.rotation]
         pose_end = POSE_DIMS + size
-        if action.shape[1] < pose_end or (not self.relative and state is not None and state.shape[1] < pose_end):
-            raise ValueError(f"a pose with rotation={self.rotation!r} takes {pose_end} numbers.")
+        if not self.takes_difference and self.rotation == "euler":
+            return action.copy()
         move, turn = action[:, :POSE_DIMS], to_matrix(action[:, POSE_DIMS:pose_end])
-        if not self.relative and state is not None:
+        if self.takes_difference and state is not None:
+            if state.shape[1] < pose_end:
+                raise ValueError(
+                    f"the movement to a pose needs a state that begins with the {pose_end} numbers of a pose, but the "
+                    f"state has {state.shape[1]}."
+                )
             move = move - state[:, :POSE_DIMS]
             turn = turn @ to_matrix(state[:, POSE_DIMS:pose_end]).swapaxes(-1, -2)
         return np.concatenate([move, matrix_to_euler(turn), action[:, pose_end:]], axis=1)
@@ -260,6 +403,41 @@ def find_name(wanted: Names, available: Collection[str], kind: str) -> str:
     raise ValueError(f"There is no {kind} {wanted_text}.{hint} There are {_listed(available)}.")
 
 
+def _find_columns(wanted: Names, available: Collection[str], kind: str) -> list[str]:
+    """The columns that a robot names: one, the first of several alternatives, or all that are to be concatenated."""
+    if isinstance(wanted, (str, FirstOf)):
+        return [find_name(wanted, available, kind)]
+    missing = [name for name in wanted if name not in available]
+    if missing or not wanted:
+        raise ValueError(
+            f"{kind}={wanted!r} concatenates features, but there is no {_listed(missing or ['name'])}. "
+            f"There are {_listed(available)}. For alternatives, write FirstOf('one name', 'another name')."
+        )
+    return list(wanted)
+
+
+def _join(columns: dict[str, np.ndarray], names: list[str], length: int) -> np.ndarray:
+    """(T, D) numbers of several columns side by side.
+
+    Raises:
+        ValueError: a column is not of the length T.
+    """
+    parts = []
+    for name in names:
+        column = np.asarray(columns[name], np.float64)
+        if len(column) != length:
+            raise ValueError(f"{name!r} has {len(column)} rows for {length} images.")
+        parts.append(column.reshape(length, -1))
+    return np.concatenate(parts, axis=1)
+
+
+def _check_finite(values: np.ndarray, names: list[str]) -> None:
+    finite = np.isfinite(values).all(-1)
+    if not finite.all():
+        named = " + ".join(map(repr, names))
+        raise ValueError(f"{named} holds NaN or infinity at frame {int(np.flatnonzero(~finite)[0])}.")
+
+
 def as_tuple(names: Names) -> tuple[str, ...]:
     """One name or several, as several."""
     return (names,) if isinstance(names, str) else names
@@ -334,15 +512,24 @@ ROTATIONS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
 GENERIC = Robot("generic")
 """Takes the features as they are, and scales every dimension."""
 
-TABLETOP = register_robot(Robot("tabletop", action_dim=7, gripper=Gripper(open=1.0, closed=0.0), frequency=5.0))
+TABLETOP = register_robot(
+    Robot(
+        "tabletop",
+        action_dim=7,
+        gripper=Gripper(open=1.0, closed=0.0),
+        frequency=5.0,
+        space="end_effector_delta",
+    )
+)
 LIBERO = register_robot(
     Robot(
         "libero",
         camera=("observation.image", "observation.images.image", "image"),
-        action=("action", "actions"),
+        action=FirstOf("action", "actions"),
         action_dim=7,
         gripper=Gripper(open=-1.0, closed=1.0),
         frequency=20.0,
+        space="end_effector_delta",
     )
 )
 for _suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"):
@@ -356,7 +543,18 @@ BRIDGE = register_robot(
         action_dim=7,
         gripper=Gripper(open=1.0, closed=0.0, binarize=True),
         frequency=5.0,
+        space="end_effector_delta",
     )
 )
 
-__all__ = ["BRIDGE", "GENERIC", "LIBERO", "TABLETOP", "Gripper", "Robot", "register_robot", "registered_robots"]
+__all__ = [
+    "BRIDGE",
+    "GENERIC",
+    "LIBERO",
+    "TABLETOP",
+    "FirstOf",
+    "Gripper",
+    "Robot",
+    "register_robot",
+    "registered_robots",
+]
