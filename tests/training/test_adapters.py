@@ -175,6 +175,43 @@ def test_merging_keeps_the_logits_and_a_fault_writes_nothing(trained, tmp_path, 
     assert not (tmp_path / "wrong").exists()
 
 
+def test_merging_leaves_other_folders_alone_and_no_trace_of_itself(trained, tmp_path):
+    folder, _, _ = trained()
+    (tmp_path / "merged_unfinished").mkdir()
+    (tmp_path / "merged_unfinished" / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    merge_adapter(folder, tmp_path / "merged")
+    assert (tmp_path / "merged_unfinished" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "merged"])
+    assert (tmp_path / "merged").stat().st_mode == (tmp_path / "merged_unfinished").stat().st_mode
+
+
+def test_the_second_of_two_merges_into_one_folder_is_refused(trained, tmp_path, monkeypatch):
+    folder, _, _ = trained()
+    model_of_first = []
+
+    def merge_the_other_meanwhile(model):
+        monkeypatch.undo()
+        merge_adapter(folder, tmp_path / "merged")
+        model_of_first.append((tmp_path / "merged" / "model.safetensors").stat().st_ino)
+        merge_layers(model)
+
+    monkeypatch.setattr("openvla_hf.training.merge.merge_layers", merge_the_other_meanwhile)
+    with pytest.raises(OSError, match=r"merged is not empty"):
+        merge_adapter(folder, tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_ino == model_of_first[0]
+    assert not list(tmp_path.glob(".merged*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "full"])
+def test_merging_into_something_that_exists_is_refused(trained, tmp_path, kind):
+    folder, _, _ = trained()
+    output = tmp_path / "notes.txt" if kind == "file" else tmp_path / "base"
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match=r"is not (empty|a folder)"):
+        merge_adapter(folder, output)
+
+
 def test_a_base_in_few_bits_is_refused(trained, tmp_path):
     pytest.importorskip("bitsandbytes")
     folder, _, _ = trained()

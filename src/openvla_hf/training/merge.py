@@ -1,7 +1,8 @@
 """An adapter merged into its base: a checkpoint that needs no adapter any more."""
 
+import errno
 import os
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.005, torch.bfloat16: 0.01}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 PROBE_TOKENS = 32
-UNFINISHED = "_unfinished"
 
 
 def merge_adapter(
@@ -52,8 +52,10 @@ def merge_adapter(
         OSError: A file is absent, or `output` holds something already.
     """
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is not a folder. Give a new folder for the merged checkpoint.")
     if output.exists() and any(output.iterdir()):
-        raise OSError(f"{output} is not empty: give a new folder for the merged checkpoint.")
+        raise _not_empty(output)
     kwargs = {"dtype": dtype, "device_map": device_map, **config_overrides}
     if base is None:
         model = OpenVLAForActionPrediction.from_pretrained(adapter, **kwargs)
@@ -82,14 +84,23 @@ def merge_adapter(
             f"Merging {adapter} would change the model: its logits differ by {difference:.1%} (limit "
             f"{limit:.1%}), so nothing was written. Try `dtype='float32'`."
         )
-    aside = output.with_name(output.name + UNFINISHED)
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, max_shard_size=max_shard_size)
-    processor.save_pretrained(aside)
-    if output.exists():
-        output.rmdir()
-    aside.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the output, so that the finished checkpoint can be renamed into place.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
+        merged = Path(staging, output.name)
+        model.save_pretrained(merged, max_shard_size=max_shard_size)
+        processor.save_pretrained(merged)
+        try:
+            merged.replace(output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise _not_empty(output) from error  # something else was written there meanwhile
     return difference
+
+
+def _not_empty(output: Path) -> OSError:
+    return FileExistsError(f"{output} is not empty. Give a new folder for the merged checkpoint.")
 
 
 @torch.no_grad()
