@@ -1,6 +1,7 @@
 """From frames to a policy, through the command line and the functions behind it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,64 @@ def test_an_adapter_learnt_on_four_bits_acts_and_merges_on_the_whole_base(base, 
     frame = fake_episode(steps=1)[0]
     inputs = AutoProcessor.from_pretrained(output)(frame["image"], instruction=frame["instruction"])
     assert merged.predict_action(**inputs).shape == (7,)
+
+
+def tree(folder):
+    """Every file of a folder and what is in it."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_settings_or_is_refused(base, data, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(base, data, output, "--steps", "2", settings=[*SETTINGS, "learning_rate=1e-3"]) == 0
+    before = tree(output)
+    for setting, old, new in (
+        ("learning_rate", "0.001", "1e-05"),
+        ("lora_alpha", "16", "32"),
+        ("adam_beta1", "0.9", "0.5"),
+        ("batch_size", "4", "2"),
+        ("seed", "7", "8"),
+    ):
+        capsys.readouterr()
+        settings = [*SETTINGS, "learning_rate=1e-3", f"{setting}={new}"]
+        assert run(base, data, output, "--steps", "4", "--resume", settings=settings) == 2
+        printed = capsys.readouterr().err
+        name = "samples_per_step" if setting == "batch_size" else setting
+        assert f"was trained with {name}={old}, and a resumed run can't change it to {new}" in printed
+        assert "start a new run in another folder" in printed
+    assert tree(output) == before
+    # Half the batch and twice the batches are the same step.
+    settings = [*SETTINGS, "learning_rate=1e-3", "batch_size=2", "gradient_accumulation_steps=2"]
+    assert run(base, data, output, "--steps", "3", "--resume", settings=settings) == 0
+    told = json.loads((output / "training.json").read_text())
+    assert told["arguments"]["learning_rate"] == 1e-3
+    assert told["settings"]["learning rate"] == "0.001, constant"
+    assert "| learning rate | 0.001, constant |" in (output / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_holds_another_checkpoint_is_refused(base, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    before = tree(other)
+    assert run(base, data, other, "--steps", "1") == 2
+    assert "holds another checkpoint (config.json)" in capsys.readouterr().err
+    for more in ([], ["--resume"]):
+        assert run(other, data, other, "--steps", "1", *more) == 2
+        assert "is the base itself" in capsys.readouterr().err
+    assert tree(other) == before
+
+    output = tmp_path / "out"
+    assert run(base, data, output, "--steps", "1") == 0
+    assert run(other, data, output, "--steps", "2", "--resume") == 2
+    assert f"was trained with base_model='{base}'" in capsys.readouterr().err
+    shutil.copytree(base, output, dirs_exist_ok=True)
+    (output / "training.json").unlink()
+    before = tree(output)
+    assert run(base, data, output, "--steps", "2", "--resume") == 2
+    assert "that is not of this run" in capsys.readouterr().err
+    assert tree(output) == before
 
 
 def test_a_diverging_run_is_exit_status_2_and_saves_nothing(base, data, tmp_path, capsys):

@@ -64,6 +64,10 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def saved(folder):
+    return sorted(path.name for path in folder.glob("*checkpoint*"))
+
+
 def test_each_rows_supervised_positions_are_found():
     labels = torch.full((2, 9), IGNORED)
     labels[0, 3:6] = torch.tensor([1, 2, 3])
@@ -108,6 +112,13 @@ def test_two_steps_and_resumed_to_four_equals_four_straight(tmp_path, name, iter
     assert losses(second) == losses(straight)
     for key, expected in weights(straight).items():
         assert torch.equal(weights(second)[key], expected), key
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told(tmp_path):
+    build(tmp_path, max_steps=2, save_steps=2).train()
+    resumed = build(tmp_path, max_steps=4, save_steps=1)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert saved(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
 def test_an_adapter_learns_and_its_base_stays(tmp_path):
@@ -209,10 +220,6 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_none(tmp_path, full_disk)
     resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not (tmp_path / UNFINISHED).exists()
-
-
-def saved(folder):
-    return sorted(path.name for path in folder.glob("*checkpoint*"))
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

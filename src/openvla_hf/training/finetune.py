@@ -19,7 +19,8 @@ from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from .collator import ActionCollator
 from .recipes import Recipe
-from .trainer import ActionTrainer, last_checkpoint
+from .runs import check_output, run_settings
+from .trainer import ActionTrainer
 
 
 def build_trainer(
@@ -74,6 +75,7 @@ def build_trainer(
         "base_model": str(model_id),
         "datasets": list(norm_stats),
         "settings": _settings(recipe, args),
+        "arguments": run_settings(recipe, args),
         **(run or {}),
     }
     return ActionTrainer(
@@ -109,15 +111,13 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
         The last figures logged: loss, action accuracy, L1, and those of the evaluation if there was one.
 
     Raises:
-        ValueError: There is nothing to resume from, or it was trained on other statistics.
-        FileExistsError: There are checkpoints of another run, and `resume` is not set.
+        ValueError: There is nothing to resume from, or it was trained with other settings or on other statistics, or
+            a loss is not finite.
+        FileExistsError: The output folder holds a checkpoint of another run.
     """
     output = trainer.args.output_dir
-    checkpoint = last_checkpoint(output)
-    if resume and checkpoint is None:
-        raise ValueError(f"{output} holds no complete checkpoint to resume from.")
-    if not resume and checkpoint is not None:
-        raise FileExistsError(f"{output} holds checkpoints of another run: resume it, or give another folder.")
+    run = json.loads(trainer.run_files[TRAINING_FILE])
+    checkpoint = check_output(output, run, resume)
     if checkpoint is not None:
         saved = json.loads(Path(checkpoint, STATISTICS_FILE).read_text(encoding="utf-8"))
         if saved != json.loads(json.dumps(trainer.data_collator.norm_stats)):
@@ -131,7 +131,6 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
         numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
         # With a gradient scaler, a step that was skipped has an infinite gradient norm, which JSON can't hold.
         figures |= {name: value for name, value in numbers.items() if isfinite(value)}
-    run = json.loads(trainer.run_files[TRAINING_FILE])
     trainer.run_files[TRAINING_FILE] = json.dumps(run | {"figures": figures}, indent=2)
     trainer.save_model(output)
     if trainer.args.should_save:

@@ -78,6 +78,7 @@ class ActionTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(_SamplesProgress)
         self.add_callback(_CollatorPosition(data_collator, is_stream))
+        self.add_callback(_Intervals())
         self.model_accepts_loss_kwargs = True  # asks for the number of supervised tokens, which `compute_loss` takes
         self.label_names = ["labels"]
         self.can_return_loss = True
@@ -229,6 +230,10 @@ class ActionTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
+        # First, so that weights without them are seen to be another's.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        for name, text in self.run_files.items():
+            (Path(output_dir) / name).write_text(text, encoding="utf-8")
         model = self.accelerator.unwrap_model(self.model)
         # The base's embeddings are in the base, also where the head has an adapter.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
@@ -236,8 +241,6 @@ class ActionTrainer(Trainer):
         self.eval_collator.processor.save_pretrained(output_dir)
         statistics = self.data_collator.norm_stats or self._policy.norm_stats
         (Path(output_dir) / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
-        for name, text in self.run_files.items():
-            (Path(output_dir) / name).write_text(text, encoding="utf-8")
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -292,6 +295,14 @@ class _SamplesProgress(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.unit = " samples"
             self.training_bar.unit_scale = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class _Intervals(TrainerCallback):
+    """Lets a resumed run save, evaluate and log as often as it is told, and not as the run before it was."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """The state comes from the checkpoint, with the intervals of then."""
+        state.compute_steps(args, state.max_steps)
 
 
 class _CollatorPosition(TrainerCallback):

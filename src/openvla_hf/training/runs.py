@@ -1,0 +1,100 @@
+"""What identifies a run: the settings that a resumed run must share, and the folder that belongs to it."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..checkpoint_info import ADAPTER_CONFIG
+from ..model_card import TRAINING_FILE
+from .recipes import Recipe
+from .trainer import last_checkpoint
+
+
+# Fields that say how the samples of a step are dealt out: a run may go on with others, if their product is the same.
+PER_DEVICE = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+# Of `TrainingArguments`: what shapes learning beside the fields of a recipe.
+OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed")
+# Files that only a checkpoint has.
+CHECKPOINT_FILES = ("config.json", ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt")
+
+
+def run_settings(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
+    """Name -> value, ready for JSON, of every setting that must not change while a run lasts.
+
+    The optimizer's state holds some of them, so that a new value would be ignored. A change of the others would leave
+    a checkpoint whose record is true of only a part of its training.
+    """
+    given = args.to_dict()
+    of_recipe = {name: given.get(name, value) for name, value in asdict(recipe).items() if name not in PER_DEVICE}
+    samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = of_recipe | {name: given[name] for name in OPTIMIZER} | {"samples_per_step": samples}
+    return json.loads(json.dumps(settings))
+
+
+def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -> str | None:
+    """Make sure that a run may write into a folder.
+
+    Args:
+        output: Folder of the run.
+        run: `base_model` and `arguments` (see `run_settings`), as they stand in `training.json`.
+        resume: Whether the folder's last checkpoint is to be continued.
+
+    Returns:
+        The checkpoint to resume from, with `resume`.
+
+    Raises:
+        ValueError: The folder is that of the base, or there is nothing to resume, or it was trained otherwise.
+        FileExistsError: The folder holds a checkpoint that this run would overwrite.
+    """
+    folder = Path(output)
+    if folder.exists() and Path(run["base_model"]).exists() and folder.samefile(run["base_model"]):
+        raise ValueError(f"The output {output} is the base itself, which training would overwrite. Give a new folder.")
+    checkpoint = last_checkpoint(output)
+    result = sorted(path.name for pattern in CHECKPOINT_FILES for path in folder.glob(pattern))
+    if not resume:
+        if checkpoint is not None:
+            raise FileExistsError(f"{output} holds checkpoints of another run: resume it, or give another folder.")
+        if result:
+            raise FileExistsError(f"{output} holds another checkpoint ({result[0]}). Give another folder.")
+        return None
+    if checkpoint is None:
+        raise ValueError(f"{output} holds no complete checkpoint to resume from.")
+    _require_same_run(Path(checkpoint), run)
+    if result:
+        if not (folder / TRAINING_FILE).is_file():
+            raise FileExistsError(
+                f"{output} holds a checkpoint ({result[0]}) that is not of this run. Move it to another folder."
+            )
+        _require_same_run(folder, run)
+    return checkpoint
+
+
+def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Compare a checkpoint's `training.json`, as far as it goes, with a run."""
+    file = checkpoint / TRAINING_FILE
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    pairs = {
+        name: (saved["arguments"][name], value)
+        for name, value in run["arguments"].items()
+        if name in saved.get("arguments", {})
+    }
+    if "base_model" in saved:
+        pairs["base_model"] = _place(saved["base_model"]), _place(run["base_model"])
+    for name, (before, now) in pairs.items():
+        if before != now:
+            raise ValueError(
+                f"{checkpoint} was trained with {name}={before!r}, and a resumed run can't change it to {now!r}. "
+                "Resume with the former value, or start a new run in another folder."
+            )
+
+
+def _place(model_id: str) -> str:
+    """One name for a folder, however it is written."""
+    return os.path.realpath(model_id) if os.path.exists(model_id) else model_id
+
+
+__all__ = ["check_output", "run_settings"]
