@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,64 @@ def test_each_fault_is_found(make_episode, tmp_path):
     report, _ = examine(tmp_path / "broken", ARM)
     assert len(report.bad_episodes) == 1
     assert "record 1: 'action' holds NaN" in report.warnings[0]
+
+
+def reaching(index, still=0, steps=24):
+    """An arm of two joints that stands still, and then follows targets with a lag; and its movements."""
+    targets = np.concatenate([np.zeros(still), np.sin(np.linspace(0, 3, steps) + index)])[:, None] * [1.0, -0.5]
+    states = np.concatenate([targets[:1], targets[:-1]])
+    rng = np.random.default_rng(index)
+    image = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    return [
+        {"image": np.roll(image, step, 0), "instruction": "reach", "action": target, "state": state}
+        for step, (target, state) in enumerate(zip(targets, states, strict=True))
+    ]
+
+
+def test_absolute_actions_are_recognised_by_the_state(tmp_path):
+    def warnings_about(episodes, robot):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return " ".join(examine(write_rlds(episodes, folder), robot)[0].warnings)
+
+    targets = [reaching(index) for index in range(4)]
+    movements = [[{**frame, "action": frame["action"] - frame["state"]} for frame in each] for each in targets]
+    for robot in (Robot("arm"), Robot("arm", space="joint_deltas")):
+        assert "dimensions [0, 1], as a target is" in warnings_about(targets, robot)
+        assert "target" not in warnings_about(movements, robot)
+    joints = Robot("arm", space="joint_positions")
+    for robot in (joints, replace(joints, as_delta=True)):
+        assert "target" not in warnings_about(targets, robot)
+        assert "movements" not in warnings_about(targets, robot)
+    assert "do not follow the state: are they movements" in warnings_about(movements, joints)
+    assert "movements already" in warnings_about(movements, replace(joints, as_delta=True))
+
+
+def test_motionless_starts_are_recognised_by_the_state_and_go_without_idle_frames():
+    joints = Robot("arm", space="joint_positions")
+    episodes = [reaching(0, still=16), reaching(1, still=16)]
+    assert "of the frames come before the robot starts to move" in warnings_of(episodes, joints)
+    report, frames = examine(from_episodes(episodes, joints, name="arm"), joints)
+    assert 0.35 < report.motionless_start < 0.45
+    assert 0.3 < report.idle < 0.45
+    kept = from_episodes(episodes, joints, name="arm", drop_idle=True)
+    report, _ = examine(kept, joints)
+    assert len(frames) == 80 > len(kept) > 40
+    assert report.motionless_start < 0.05
+    assert report.idle < 0.1
+
+
+def test_the_doctor_judges_the_data_at_the_rate_that_is_asked_for(make_episode, tmp_path, capsys):
+    episodes = [make_episode(index, steps=20) for index in range(4)]
+    for each in episodes:
+        for frame in each[:5]:
+            frame["action"] = np.r_[np.zeros(6), 1.0]
+    write_lerobot(episodes, tmp_path / "arm", frequency=50.0)
+    command = ["doctor", str(tmp_path / "arm"), "--robot", "tabletop", "--every", "5", "--drop-idle", "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["frequency"] == 10.0
+    assert report["frames"] == 4 * 3
+    assert report["idle"] == 0.0
 
 
 def test_a_model_is_judged_by_what_it_predicts(tiny, make_episode):

@@ -216,6 +216,26 @@ def test_frames_without_an_instruction_are_left_out(make_episode, tmp_path):
     assert {frame["episode_index"] for frame in load(tmp_path / "arm")} == {0}
 
 
+def test_a_lower_rate_and_no_pauses_in_every_format(written, episodes):
+    options = {"robot": "tabletop", "every": 2, "drop_idle": True}
+    frames = load(written, **options)
+    expected = from_episodes(episodes, **options, name=written.name)
+    assert len(frames) == len(expected) == 5 * STEPS // 2
+    for one, other in zip(frames, expected, strict=True):
+        assert one["frame_index"] == other["frame_index"]
+        np.testing.assert_allclose(one["action"], other["action"], atol=1e-7)
+        assert np.abs(one["image"].astype(float) - other["image"]).mean() < LOSSY
+    assert all(
+        identical(one, other) for one, other in zip(load(written, **options, streaming=True), frames, strict=True)
+    )
+
+
+def test_an_episode_that_never_moves_gives_no_frame_without_its_pauses(make_episode):
+    still = [{**frame, "action": np.zeros(7)} for frame in make_episode(0)]
+    frames = from_episodes([still, make_episode(1)], "tabletop", drop_idle=True)
+    assert set(frames["episode_index"]) == {1}
+
+
 # Damage: each names the file and the record, and can be skipped.
 
 

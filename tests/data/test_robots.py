@@ -5,15 +5,8 @@ import numpy as np
 import pytest
 
 from openvla_hf.data import FirstOf, Gripper, Robot, register_robot, registered_robots
-from openvla_hf.data.robots import (
-    BRIDGE,
-    GENERIC,
-    LIBERO,
-    axis_angle_to_matrix,
-    euler_to_matrix,
-    matrix_to_euler,
-    resolve_robot,
-)
+from openvla_hf.data.robots import BRIDGE, GENERIC, LIBERO, resolve_robot
+from openvla_hf.data.rotations import axis_angle_to_matrix, euler_to_matrix, matrix_to_euler
 
 
 def standardize(robot, action, state=None):
@@ -195,3 +188,79 @@ def test_alternatives_are_written_as_such():
         assert robot.wanted_columns([name]) == [name]
     assert robot.wanted_columns(["actions", "action"]) == ["action"]
     assert pickle.loads(pickle.dumps(robot)) == robot
+
+
+def test_joined_movements_end_where_the_single_ones_do():
+    rng = np.random.default_rng(0)
+    action = np.concatenate([rng.normal(size=(12, 3)), rng.uniform(-0.4, 0.4, (12, 3)), rng.random((12, 1))], 1)
+    robot = Robot("arm", space="end_effector_delta", gripper=Gripper())
+    kept, actions, states = standardize(replace(robot, every=5), action, np.arange(12)[:, None])
+    assert kept.tolist() == states[:, 0].tolist() == [0, 5, 10]
+    np.testing.assert_allclose(
+        actions[:, :3], [action[0:5, :3].sum(0), action[5:10, :3].sum(0), action[10:, :3].sum(0)]
+    )
+    turn = np.eye(3)
+    for angles in action[:, 3:6]:
+        turn = euler_to_matrix(angles) @ turn
+    joined = np.eye(3)
+    for angles in actions[:, 3:6]:
+        joined = euler_to_matrix(angles) @ joined
+    np.testing.assert_allclose(joined, turn, atol=1e-12)
+    np.testing.assert_array_equal(actions[:, 6], action[[4, 9, 11], 6])
+
+
+def test_joined_targets_are_the_last_ones_seen_from_the_first_frame():
+    target = np.arange(24.0).reshape(12, 2)
+    state = target - 1.5
+    joints = Robot("arm", space="joint_positions", every=5)
+    _, actions, states = standardize(joints, target, state)
+    np.testing.assert_array_equal(actions, target[[4, 9, 11]])
+    np.testing.assert_array_equal(states, state[[0, 5, 10]])
+    _, actions, _ = standardize(replace(joints, as_delta=True), target, state)
+    np.testing.assert_allclose(actions, target[[4, 9, 11]] - state[[0, 5, 10]])
+    _, actions, _ = standardize(replace(joints, space="joint_deltas"), target, state)
+    np.testing.assert_allclose(actions.sum(0), target.sum(0))
+
+
+def test_joined_poses_are_the_movement_to_the_last_one():
+    rng = np.random.default_rng(0)
+    pose = np.concatenate([rng.normal(size=(6, 3)), rng.uniform(-0.4, 0.4, (6, 3))], 1)
+    _, actions, _ = standardize(Robot("arm", space="end_effector_pose", every=3), pose, pose)
+    np.testing.assert_allclose(actions[:, :3], pose[[2, 5], :3] - pose[[0, 3], :3])
+    reached = euler_to_matrix(actions[:, 3:]) @ euler_to_matrix(pose[[0, 3], 3:])
+    np.testing.assert_allclose(reached, euler_to_matrix(pose[[2, 5], 3:]), atol=1e-12)
+
+
+def test_joined_reached_poses_are_the_difference_of_their_ends():
+    rng = np.random.default_rng(0)
+    state, action = rng.normal(size=(8, 7)), np.zeros((8, 7))
+    action[:, -1] = [0, 1, 1, 0, 0, 1, 0, 0]
+    kept, actions, _ = standardize(replace(BRIDGE, every=3), action, state)
+    assert kept.tolist() == [1, 4]
+    np.testing.assert_allclose(actions[:, :6], state[[4, 7], :6] - state[[1, 4], :6])
+    assert actions[:, -1].tolist() == [0.0, 0.0]
+
+
+def test_idle_frames_are_dropped_but_not_a_gripper_that_moves_slowly():
+    action = np.zeros((10, 7))
+    action[[0, 1, 8], 0] = 0.02
+    action[:, -1] = [1, 1, 1, 1, 0.9, 0.6, 0.3, 0, 0, 0]
+    robot = Robot("arm", space="end_effector_delta", gripper=Gripper(), drop_idle=True)
+    kept, actions, _ = standardize(robot, action)
+    assert kept.tolist() == [0, 1, 4, 5, 6, 7, 8]
+    np.testing.assert_array_equal(actions, action[kept])
+    # A target that stays is idle only while the robot stands still.
+    target = np.array([0.0, 0.0, 0.5, 0.5, 0.5, 0.5])[:, None]
+    state = np.array([0.0, 0.0, 0.0, 0.3, 0.5, 0.5])[:, None]
+    joints = Robot("arm", space="joint_positions", drop_idle=True)
+    assert standardize(joints, target, state)[0].tolist() == [2, 3, 4]
+
+
+def test_frames_are_joined_and_dropped_only_where_the_space_is_known():
+    for option in ({"every": 5}, {"drop_idle": True}):
+        with pytest.raises(ValueError, match=r"movements or targets: give a robot with space="):
+            resolve_robot(None, "anything", **option)
+        with pytest.raises(ValueError, match=r"movements or targets"):
+            Robot("arm", **option)
+    with pytest.raises(ValueError, match="every=0 is not a number of frames"):
+        Robot("arm", every=0)

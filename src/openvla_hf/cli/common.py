@@ -22,6 +22,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--robots", metavar="FILE", help="Python file of your own that registers robots")
     parser.add_argument("--split", default="train", help="(default: %(default)s)")
     parser.add_argument("--camera", help="the image to read, if there are several")
+    parser.add_argument("--every", type=positive, metavar="N",
+                        help="recorded frames that become one, such as 5 for 10 Hz of 50 Hz (default: 1)")  # fmt: skip
+    parser.add_argument("--drop-idle", action="store_true", default=None,
+                        help="leave out frames whose action moves nothing")  # fmt: skip
 
 
 def setting(text: str) -> tuple[str, Any]:

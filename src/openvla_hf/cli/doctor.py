@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
                   disable=args.json, transient=True) as progress:  # fmt: skip
         images, acting = (progress.add_task(what, total=None, visible=False) for what in ("images", "predictions"))
         report, frames = examine(
-            args.data, args.robot, split=args.split, camera=args.camera, stats=stats,
+            args.data, args.robot, split=args.split, camera=args.camera, every=args.every,
+            drop_idle=args.drop_idle, stats=stats,
             progress=lambda done, total: progress.update(images, completed=done, total=total, visible=True),
         )  # fmt: skip
         if model is not None:

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
         split=args.split,
         name=args.name,
         camera=args.camera,
+        every=args.every,
+        drop_idle=args.drop_idle,
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
         skip_bad_episodes=args.skip_bad_episodes,

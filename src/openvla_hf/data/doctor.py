@@ -13,6 +13,7 @@ from rich.table import Table
 from ..modeling.action_tokenizer import ActionTokenizer, normalize
 from .frames import Losses, import_extra, matrix
 from .loading import Frames, name_of, open_source, read_table
+from .motion import STILL, TARGETS, find_idle
 from .robots import Robot, resolve_robot
 from .statistics import compute_statistics
 
@@ -22,8 +23,10 @@ SHORT_EPISODE = 5
 """Frames: fewer say little about a task."""
 IDLE_SHARE, DUPLICATE_SHARE, CLIPPED_SHARE = 0.2, 0.2, 0.05
 """Of the frames, from which on it is worth a word."""
-STILL = 0.01
-"""A movement below this share of the range from q01 to q99 is none."""
+FOLLOWS = 0.5
+"""An action nearer to the state than this share of the state's deviation is a target, not a movement."""
+MOTIONLESS_SHARE = 0.1
+"""Of the frames before the robot starts to move, from which on it is worth a word."""
 SAME_IMAGE = 0.1
 """Mean difference in levels below which two images are one: compression moves a still image by less."""
 FAR_OUT = 10.0
@@ -35,6 +38,9 @@ class Report:
     """What was found; rates are shares in [0, 1], lists of numbers have one for each action dimension.
 
     warnings: What should be looked at before training, a sentence each.
+    idle: Share of the actions that move nothing.
+    follows_state: Dimensions whose action is about where the state is, as a target's.
+    motionless_start: Share of the frames before the state of their episode changes; `None` where there is no state.
     clipped: Share of the values outside the quantiles that are mapped to [-1, 1] (or outside the model's).
     histograms: Counts in the 256 bins of the action tokens, lowest first, for each dimension.
     model: `token_accuracy` and `l1` (normalised) of a model on frames of the data, where one was given.
@@ -60,6 +66,8 @@ class Report:
     unused_dimensions: list[int]
     gripper_open: float | None
     frequency: float | None
+    follows_state: list[int]
+    motionless_start: float | None
     histograms: list[list[int]]
     model: dict[str, float] | None = None
     warnings: list[str] = field(default_factory=list)
@@ -75,6 +83,8 @@ def examine(
     *,
     split: str = "train",
     camera: str | None = None,
+    every: int | None = None,
+    drop_idle: bool | None = None,
     stats: dict[str, Any] | None = None,
     max_images: int = 500,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -86,6 +96,8 @@ def examine(
         robot: See `load`.
         split: See `load`.
         camera: See `load`.
+        every: See `load`.
+        drop_idle: See `load`.
         stats: Action statistics that will normalise the actions (a model's); the data set's own by default.
         max_images: How many images are compared with the next one.
         progress: Called with the number of images read and their total.
@@ -99,14 +111,15 @@ def examine(
     losses = Losses(skip=True)
     source = open_source(data, split, streaming=False)
     name = name_of(source)
-    adapter = resolve_robot(robot, name, camera)
+    adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
     frames = read_table(source, adapter, name, losses)
     if not len(frames):
         reason = f" The first reason: {losses.bad_episodes[0]}" if losses.bad_episodes else ""
         raise ValueError(f"{name} has no usable frame.{reason}")
     own = compute_statistics(frames)[name]["action"]
-    table = frames.select_columns(["action", "episode_index", "instruction"]).with_format("arrow")[:]
+    table = frames.select_columns(["action", "state", "episode_index", "instruction"]).with_format("arrow")[:]
     actions = matrix(table["action"], "action")
+    states = None if table["state"].null_count else matrix(table["state"], "state")
     episode_of = table["episode_index"].to_numpy()
     if stats is not None and len(stats["q01"]) != actions.shape[1]:
         raise ValueError(
@@ -123,6 +136,15 @@ def examine(
         np.bincount(np.digitize(column, bins) - 1, minlength=N_BINS).tolist() for column in normalize(actions, used).T
     ]
     source_frequency = None if isinstance(source, Dataset) else source.frequency
+    if source_frequency is not None:
+        source_frequency /= adapter.every
+    follows = np.empty(0, int) if states is None else _follow_state(actions, states, adapter)
+    space = adapter.standard_space
+    if space is None and _are_most(follows, actions, adapter):
+        space = TARGETS[-1]
+    grippers = adapter.gripper_dimensions(actions.shape[1])
+    episodes = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    idle = [find_idle(actions[each], None if states is None else states[each], space, grippers) for each in episodes]
     report = Report(
         name=name,
         robot=adapter.name,
@@ -134,7 +156,7 @@ def examine(
         longest_episode=int(lengths.max()),
         bad_episodes=losses.bad_episodes,
         frames_without_instruction=losses.without_instruction,
-        idle=float(_idle(actions, np.array(own["q99"]) - np.array(own["q01"]), adapter, starts).mean()),
+        idle=float(np.concatenate(idle).mean()),
         duplicates=_duplicates(frames, episode_of, max_images, progress),
         lowest=own["min"],
         highest=own["max"],
@@ -144,21 +166,41 @@ def examine(
         unused_dimensions=np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
         gripper_open=float((actions[:, -1] > 0.5).mean()) if adapter.gripper else None,
         frequency=source_frequency or adapter.frequency,
+        follows_state=follows.tolist(),
+        motionless_start=None if states is None else _motionless_start(states, episodes),
         histograms=histograms,
     )
     report.warnings = _warnings(report, adapter, actions, starts, source_frequency)
     return report, frames
 
 
-def _idle(actions: np.ndarray, span: np.ndarray, robot: Robot, starts: np.ndarray) -> np.ndarray:
-    """(N) whether a frame's action moves nothing: no dimension, and the gripper stays as it was."""
-    moving = actions[:, :-1] if robot.gripper else actions
-    still = (np.abs(moving) <= STILL * span[: moving.shape[1]]).all(1)
-    if robot.gripper:
-        changed = np.abs(np.diff(actions[:, -1], prepend=actions[0, -1])) > 0.5
-        changed[starts] = False
-        still &= ~changed
-    return still
+def _follow_state(actions: np.ndarray, states: np.ndarray, robot: Robot) -> np.ndarray:
+    """The dimensions, other than grippers', whose action is nearer to the state than the state is to its own mean.
+
+    An action that was made relative to the state follows its reverse where it was a movement already.
+    """
+    shared = min(actions.shape[1], states.shape[1])
+    actions, states = actions[:, :shared], states[:, :shared]
+    sign = -1.0 if robot.takes_difference else 1.0
+    near = np.sqrt(np.square(actions - sign * states).mean(0)) < FOLLOWS * states.std(0)
+    return np.setdiff1d(np.flatnonzero(near), robot.gripper_dimensions(actions.shape[1]))
+
+
+def _are_most(dimensions: np.ndarray, actions: np.ndarray, robot: Robot) -> bool:
+    """Whether these are at least half of the dimensions that change, grippers left out."""
+    changing = np.setdiff1d(np.flatnonzero(np.ptp(actions, axis=0)), robot.gripper_dimensions(actions.shape[1]))
+    return len(dimensions) > 0 and 2 * len(dimensions) >= len(changing)
+
+
+def _motionless_start(states: np.ndarray, episodes: Sequence[slice]) -> float:
+    """Share of the frames before the state of their episode first differs from where it began."""
+    ranges = np.ptp(np.quantile(states, (0.01, 0.99), axis=0), axis=0)
+    motionless = 0
+    for each in episodes:
+        moved = (np.abs(states[each] - states[each][0]) > STILL * ranges).any(1)
+        # The frame before the first change is the one that moves the robot.
+        motionless += max(0, (int(moved.argmax()) if moved.any() else len(moved)) - 1)
+    return motionless / len(states)
 
 
 def _duplicates(frames: Dataset, episode_of: np.ndarray, limit: int, progress: Callable[[int, int], None]) -> float:
@@ -192,6 +234,18 @@ def _warnings(
         warnings.append(f"The shortest episode has {report.shortest_episode} frames: was it cut?")
     if report.idle > IDLE_SHARE:
         warnings.append(f"{report.idle:.0%} of the actions move nothing: a policy learns to stand still from them.")
+    if report.motionless_start is not None and report.motionless_start > MOTIONLESS_SHARE:
+        warnings.append(
+            f"{report.motionless_start:.0%} of the frames come before the robot starts to move: consider "
+            "drop_idle=True (--drop-idle)."
+        )
+    if _are_most(np.array(report.follows_state), actions, robot):
+        warnings += _warn_of_targets(report, robot)
+    elif robot.standard_space in TARGETS and report.motionless_start is not None:
+        warnings.append(
+            f"The robot {robot.name!r} says that actions are {robot.standard_space}, but they do not follow the "
+            "state: are they movements?"
+        )
     if report.duplicates > DUPLICATE_SHARE:
         warnings.append(f"{report.duplicates:.0%} of the images equal the one before: does the camera lag?")
     if report.unused_dimensions:
@@ -217,6 +271,19 @@ def _warnings(
     if report.frequency is None:
         warnings.append("Nothing says how many actions a second there are; act at the rate of the recording.")
     return warnings
+
+
+def _warn_of_targets(report: Report, robot: Robot) -> list[str]:
+    """What it means that most dimensions follow the state."""
+    if robot.takes_difference:
+        return [f"The recorded actions seem to be movements already, but {robot.name!r} takes them for targets."]
+    if robot.standard_space in TARGETS:
+        return []
+    said = "" if robot.standard_space is None else f", but the robot {robot.name!r} says {robot.standard_space}"
+    return [
+        f"The action is about where the state is in the dimensions {report.follows_state}, as a target is{said}: give "
+        "a robot with space='joint_positions' or space='end_effector_pose'."
+    ]
 
 
 def judge_model(
@@ -263,6 +330,8 @@ def report_tables(report: Report, names: Sequence[str]) -> list[Table]:
                               "  (shortest, median, longest)"),
         ("frequency", f"{report.frequency:g} Hz" if report.frequency else "unknown"),
         ("idle actions", f"{report.idle:.1%}"),
+        *([("before the robot starts to move", f"{report.motionless_start:.1%}")]
+          if report.motionless_start is not None else []),
         ("images like the one before", f"{report.duplicates:.1%}"),
         ("bad episodes, frames without instruction",
          f"{len(report.bad_episodes)}, {report.frames_without_instruction}"),

@@ -61,6 +61,8 @@ def load(
     split: str = "train",
     name: str | None = None,
     camera: str | None = None,
+    every: int | None = None,
+    drop_idle: bool | None = None,
     streaming: bool = False,
     shuffle_buffer: int = 0,
     seed: int = 0,
@@ -78,6 +80,9 @@ def load(
         split: Which split.
         name: Name that the statistics get; the data set's own by default.
         camera: The image to read instead of the adapter's.
+        every: How many recorded frames become one, instead of the adapter's number: 5 makes 10 Hz of 50 Hz. Movements
+            are joined, and of targets and grippers the last counts.
+        drop_idle: Whether to leave out frames whose action moves nothing, instead of what the adapter says.
         streaming: Whether to give an `IterableDataset`; its shards are episodes (LeRobot) or files.
         shuffle_buffer: With `streaming`, encoded frames that are held to draw from.
         seed: Of the draws.
@@ -90,7 +95,7 @@ def load(
     """
     source = open_source(data, split, streaming)
     name = name or name_of(source, data)
-    adapter = resolve_robot(robot, name, camera)
+    adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
         return read_table(source, adapter, name, Losses(skip_bad_episodes))
     if isinstance(source, IterableDataset):
@@ -158,6 +163,8 @@ def from_episodes(
     robot: Robot | str | None = None,
     *,
     name: str = "episodes",
+    every: int | None = None,
+    drop_idle: bool | None = None,
     streaming: bool = False,
     skip_bad_episodes: bool = False,
 ) -> Frames:
@@ -168,6 +175,8 @@ def from_episodes(
             is a sequence of dicts with `image`, `instruction`, `action`, and maybe `state`.
         robot: See `load`.
         name: Name that the statistics get.
+        every: See `load`.
+        drop_idle: See `load`.
         streaming: Whether to make frames as they are read (`episodes` is then a function); else they are made once
             and kept on disk, without loss.
         skip_bad_episodes: See `load`.
@@ -176,7 +185,7 @@ def from_episodes(
         BadEpisodeError: an episode can't be used; the message says which.
         TypeError: `streaming` without a function.
     """
-    adapter = resolve_robot(robot, name)
+    adapter = resolve_robot(robot, name, every=every, drop_idle=drop_idle)
     if streaming:
         if not callable(episodes):
             raise TypeError("A stream starts over at every epoch: pass a function that gives the episodes.")

@@ -6,10 +6,14 @@ numbers are in `Robot.space`.
 """
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+
+from .motion import DELTAS, POSE_DIMS, TARGETS, find_idle, join_movements
+from .rotations import ROTATIONS, matrix_to_euler
 
 
 Names = str | tuple[str, ...]
@@ -31,12 +35,6 @@ class FirstOf(tuple[str, ...]):
 
 STATE_NAMES = FirstOf("observation.state", "state")
 INSTRUCTION_NAMES = ("language_instruction", "observation.natural_language_instruction", "instruction", "task")
-POSE_DIMS = 3
-"""Where the rotation begins in an end effector's action or state, after the position."""
-DELTAS = ("end_effector_delta", "joint_deltas")
-"""Spaces in which an action is a movement."""
-TARGETS = ("end_effector_pose", "joint_positions")
-"""Spaces in which an action is where the robot is to be."""
 RANGE_SLACK = 0.05
 """Share of its range by which a gripper's value may lie outside, as sensors do."""
 
@@ -102,6 +100,9 @@ class Robot:
         as_delta: Whether to replace targets by the movement to them from the state, whose first numbers must be a pose
             or joints in the same form. By default a pose is replaced, since OpenVLA's action is a movement, and joint
             positions are not.
+        every: How many recorded frames become one: 5 makes 10 Hz of 50 Hz. The frame is the first of them; movements
+            are joined, and of targets and grippers the last counts. The last frames of an episode may be fewer.
+        drop_idle: Whether to leave out frames whose action moves nothing, after `every`.
 
     Raises:
         ValueError: `rotation` or `space` is unknown, or the fields contradict each other.
@@ -120,6 +121,8 @@ class Robot:
     frequency: float | None = None
     space: str | None = None
     as_delta: bool | None = None
+    every: int = 1
+    drop_idle: bool = False
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -136,6 +139,13 @@ class Robot:
         if self.rotation != "euler" and not self.is_end_effector:
             raise ValueError(
                 f"rotation={self.rotation!r} is for end effectors, but space={self.space!r} holds joints."
+            )
+        if self.every < 1:
+            raise ValueError(f"every={self.every} is not a number of frames: give at least 1.")
+        if (self.every > 1 or self.drop_idle) and self.recorded_space is None:
+            raise ValueError(
+                f"every={self.every} and drop_idle={self.drop_idle} need to know whether the actions are movements or "
+                f"targets: give a robot with space=, one of {_listed((*DELTAS, *TARGETS))}."
             )
         if self.action_dim is not None and self.select is None:
             self._check_size(self.action_dim)
@@ -213,7 +223,8 @@ class Robot:
     @property
     def needs_whole_episodes(self) -> bool:
         """Whether a frame's action is made from later frames of its episode too."""
-        return self.gripper is not None and self.gripper.binarize
+        settles = self.gripper is not None and self.gripper.binarize
+        return settles or self.every > 1 or self.drop_idle
 
     def gripper_dimensions(self, action_dim: int) -> list[int]:
         """Which of the dimensions of an action are grippers', so far as the robot says.
@@ -261,7 +272,40 @@ class Robot:
             raise ValueError(
                 f"the action has {action.shape[1]} dimensions, the adapter {self.name!r} is for {self.action_dim}."
             )
-        return self.convert(action, state)
+        if self.recorded_space in TARGETS:
+            # The last target of the frames that become one, seen from the first of them.
+            action = action[np.minimum(np.arange(length) + self.every - 1, length - 1)]
+        return self._drop_idle(*self._resample(*self.convert(action, state)))
+
+    def _resample(
+        self, kept: np.ndarray, actions: np.ndarray, states: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Every so many frames as one, which does what they do."""
+        if self.every == 1:
+            return kept, actions, states
+        starts = np.arange(0, len(actions), self.every)
+        joined = actions[starts]
+        if self.recorded_space in DELTAS:
+            for offset in range(1, self.every):
+                inside = starts + offset < len(actions)
+                joined[inside] = self.join(joined[inside], actions[starts[inside] + offset])
+        return kept[starts], joined, None if states is None else states[starts]
+
+    def join(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Movements (N, A) that do what `first` and then `second` do; for subclasses to override."""
+        return join_movements(first, second, str(self.standard_space), self.gripper_dimensions(first.shape[1]))
+
+    def find_idle(self, actions: np.ndarray, states: np.ndarray | None) -> np.ndarray:
+        """(K) whether each of an episode's standard actions (K, A) moves nothing."""
+        return find_idle(actions, states, self.standard_space, self.gripper_dimensions(actions.shape[1]))
+
+    def _drop_idle(
+        self, kept: np.ndarray, actions: np.ndarray, states: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        if not self.drop_idle:
+            return kept, actions, states
+        moving = ~self.find_idle(actions, states)
+        return kept[moving], actions[moving], None if states is None else states[moving]
 
     def convert(
         self, action: np.ndarray, state: np.ndarray | None
@@ -352,7 +396,12 @@ class ReachedPoseRobot(Robot):
         # The gripper of the last step counts where it settles, so it is read before that step goes.
         kept, standard, _ = super().convert(action[1:], state[1:])
         pose = state[1:, : 2 * POSE_DIMS]
+        # Angles are plain differences, as in the original, so `join` adds them.
         return kept[:-1] + 1, np.concatenate([np.diff(pose, axis=0), standard[:-1, 2 * POSE_DIMS :]], 1), state[1:-1]
+
+    def join(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Differences of poses add up to the difference of the last pose from the first."""
+        return np.concatenate([(first + second)[:, : 2 * POSE_DIMS], second[:, 2 * POSE_DIMS :]], axis=1)
 
 
 _REGISTRY: dict[str, Robot] = {}
@@ -369,23 +418,24 @@ def registered_robots() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def resolve_robot(robot: "Robot | str | None", dataset: str, camera: str | None = None) -> Robot:
+def resolve_robot(robot: "Robot | str | None", dataset: str, **options: Any) -> Robot:
     """The adapter for a data set.
 
     Args:
         robot: An adapter or the name of one; by default the one that is registered under the data set's name, else
             the generic one, which takes the features as they are.
         dataset: The data set's name.
-        camera: The image to read instead of the adapter's.
+        options: Fields of `Robot` that replace the adapter's, where they are not `None`.
 
     Raises:
-        ValueError: no adapter has this name (the nearest is named).
+        ValueError: no adapter has this name (the nearest is named), or an option does not fit the adapter.
     """
     if robot is None:
         robot = _REGISTRY.get(dataset, GENERIC)
     elif isinstance(robot, str):
         robot = _REGISTRY[find_name(robot, _REGISTRY, "robot")]
-    return robot if camera is None else replace(robot, camera=camera)
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace(robot, **given) if given else robot
 
 
 def find_name(wanted: Names, available: Collection[str], kind: str) -> str:
@@ -455,59 +505,6 @@ def _settle(opening: np.ndarray) -> np.ndarray:
         following = settled[index] = following if np.isnan(settled[index]) else settled[index]
     return settled
 
-
-def euler_to_matrix(angles: np.ndarray) -> np.ndarray:
-    """Roll, pitch, yaw (..., 3), radians about fixed axes x, y, z, to rotations (..., 3, 3)."""
-    (cr, cp, cy), (sr, sp, sy) = (np.moveaxis(part(angles), -1, 0) for part in (np.cos, np.sin))
-    rows = [
-        [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
-        [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
-        [-sp, cp * sr, cp * cr],
-    ]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
-
-
-def matrix_to_euler(matrix: np.ndarray) -> np.ndarray:
-    """Rotations (..., 3, 3) to roll, pitch, yaw (..., 3)."""
-    pitch = np.arcsin(np.clip(-matrix[..., 2, 0], -1.0, 1.0))
-    roll = np.arctan2(matrix[..., 2, 1], matrix[..., 2, 2])
-    yaw = np.arctan2(matrix[..., 1, 0], matrix[..., 0, 0])
-    return np.stack([roll, pitch, yaw], -1)
-
-
-def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
-    """Axis times angle in radians (..., 3) to rotations (..., 3, 3)."""
-    half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
-    # sin(a / 2) / a, which is 1/2 at 0.
-    return quaternion_to_matrix(np.concatenate([vector * np.sinc(half / np.pi) / 2, np.cos(half)], -1))
-
-
-def quaternion_to_matrix(quaternion: np.ndarray) -> np.ndarray:
-    """Quaternions x, y, z, w (..., 4) to rotations (..., 3, 3)."""
-    x, y, z, w = np.moveaxis(quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True), -1, 0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
-
-
-def six_numbers_to_matrix(numbers: np.ndarray) -> np.ndarray:
-    """The first two columns of rotations (..., 6), made orthonormal, to rotations (..., 3, 3)."""
-    first = numbers[..., :3] / np.linalg.norm(numbers[..., :3], axis=-1, keepdims=True)
-    second = numbers[..., 3:] - (first * numbers[..., 3:]).sum(-1, keepdims=True) * first
-    second /= np.linalg.norm(second, axis=-1, keepdims=True)
-    return np.stack([first, second, np.cross(first, second)], -1)
-
-
-ROTATIONS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
-    "euler": (3, euler_to_matrix),
-    "axis_angle": (3, axis_angle_to_matrix),
-    "quaternion_xyzw": (4, quaternion_to_matrix),
-    "rotation_6d": (6, six_numbers_to_matrix),
-}
-"""How many numbers each takes, and how they become a matrix."""
 
 GENERIC = Robot("generic")
 """Takes the features as they are, and scales every dimension."""
