@@ -4,6 +4,7 @@
     taskset -c 0 python benchmarks/data.py video --codec av1
     python benchmarks/data.py workers
     python benchmarks/data.py memory --gigabytes 20
+    taskset -c 0 python benchmarks/data.py lerobot --episodes 100 1000 5000
 
 Data are made in a temporary folder, but for `memory`, which makes them as they are read.
 """
@@ -106,6 +107,29 @@ def video(args: argparse.Namespace) -> None:
             )
 
 
+def lerobot(args: argparse.Namespace) -> None:
+    """Making the table of a LeRobot file of more and more short episodes: the time of each should not grow."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    from openvla_hf.data import load, write_lerobot
+
+    with tempfile.TemporaryDirectory() as folder:
+        for count in args.episodes:
+            root = write_lerobot((frames(index, steps=8, size=64) for index in range(count)), f"{folder}/bench{count}")
+            data = next((root / "data").rglob("*.parquet"))
+            for groups in ("a row group for each episode", "one row group"):
+                if groups == "one row group":  # as files of version 2 become when they are converted
+                    pq.write_table(pq.read_table(data), data)
+                seconds = []
+                for repeat in range(args.repeats):
+                    datasets.config.HF_DATASETS_CACHE = Path(folder, f"cache{count}", groups, str(repeat))
+                    start = time.perf_counter()
+                    assert len(load(root)) == 8 * count
+                    seconds.append(time.perf_counter() - start)
+                print(f"{count} episodes in a file, {groups}: {1e3 * min(seconds) / count:.2f} ms an episode")
+
+
 def workers(args: argparse.Namespace) -> None:
     """What two workers deliver, augmented and as a model takes it, and how long a training step waits for it."""
     import datasets
@@ -181,15 +205,17 @@ def memory(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for run in (rlds, video, workers, memory):
+    for run in (rlds, video, lerobot, workers, memory):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
         if run is memory:
             command.add_argument("--gigabytes", type=float, default=20.0, help="of raw pixels (default: %(default)s)")
             command.add_argument("--buffer", type=int, default=500, help="frames to draw from (default: %(default)s)")
+        elif run is lerobot:
+            command.add_argument("--episodes", type=int, nargs="+", default=[100, 1000, 5000], help="of 8 frames")
         else:
             command.add_argument("--episodes", type=int, default=50, help="of 40 frames (default: %(default)s)")
-        if run in (rlds, video):
+        if run in (rlds, video, lerobot):
             command.add_argument("--repeats", type=int, default=3)
         if run in (video, workers):
             command.add_argument("--codec", choices=("h264", "av1"), default="h264")

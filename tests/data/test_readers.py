@@ -2,6 +2,8 @@
 
 import json
 import logging
+import pickle
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -12,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
+from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
 from openvla_hf.data import BadEpisodeError, Gripper, Robot, from_episodes, load, write_lerobot, write_rlds
+from openvla_hf.data.lerobot import LeRobotSource
 from openvla_hf.data.robots import GENERIC
 from openvla_hf.data.tfrecord import build_example, read_records, write_record
 from openvla_hf.data.video import OPEN_VIDEOS
@@ -159,6 +163,49 @@ def test_lerobot_s_instructions_are_read_from_a_column_too(episodes, tmp_path):
     for streaming in (False, True):
         with pytest.raises(ValueError, match=r"tasks\.parquet holds no instructions"):
             load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=True)
+
+
+class CountingFileSystem(LocalFileSystem):
+    """Local files, with how often each was opened: a parquet file's footer is read whenever it is."""
+
+    cachable = False
+
+    def __init__(self):
+        super().__init__()
+        self.opened = Counter()
+
+    def _open(self, path, mode="rb", **options):
+        self.opened[Path(path).name] += 1
+        return super()._open(path, mode, **options)
+
+
+@pytest.mark.parametrize("row_group", [None, 4, 1000])
+def test_the_footer_of_a_lerobot_file_is_read_once_however_many_episodes_it_holds(make_episode, tmp_path, row_group):
+    count = 12
+    write_lerobot([make_episode(index) for index in range(count)], tmp_path / "arm")
+    data = tmp_path / "arm/data/chunk-000/file-000.parquet"
+    if row_group is not None:  # an episode over several row groups, and all in one
+        pq.write_table(pq.read_table(data), data, row_group_size=row_group)
+    fs = CountingFileSystem()
+    source = LeRobotSource(fs, str(tmp_path / "arm"))
+    shards = source.shards()
+    fs.opened.clear()
+    episodes = [episode for shard in shards for episode in source.read(shard, GENERIC)]
+    assert fs.opened[data.name] == 1
+    for index, episode in enumerate(episodes):
+        truth = np.array([frame["action"] for frame in make_episode(index)])
+        np.testing.assert_array_equal(episode.columns["action"], truth)
+        assert episode.instructions == [f"move the bar {index}"] * STEPS
+    assert pickle.loads(pickle.dumps(source)).shards() == shards
+
+
+def test_the_rows_of_a_lerobot_episode_may_lie_apart(episodes, tmp_path):
+    write_lerobot(episodes, tmp_path / "arm")
+    data = tmp_path / "arm/data/chunk-000/file-000.parquet"
+    table = pq.read_table(data)
+    before = load(tmp_path / "arm")
+    pq.write_table(table.take(np.argsort(table["frame_index"], kind="stable")), data, row_group_size=7)
+    assert all(identical(one, other) for one, other in zip(load(tmp_path / "arm"), before, strict=True))
 
 
 def test_rlds_without_an_instruction_names_the_texts_that_there_are(episodes, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
@@ -26,6 +27,54 @@ class Shard:
     path: str
     length: int
     videos: dict[str, tuple[str, float]]
+
+
+class DataFile:
+    """An open parquet file: its footer and its episode numbers are read once, however many episodes it holds.
+
+    Args:
+        fs: File system of the file.
+        path: File.
+        columns: What is read of each episode.
+
+    Raises:
+        ValueError: the file lacks a column.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, path: str, columns: list[str]):
+        self.path, self.columns = path, columns
+        self.file = pq.ParquetFile(path, filesystem=fs)
+        missing = sorted({*columns, "episode_index"} - {*self.file.schema_arrow.names})
+        if missing:
+            raise ValueError(f"the column {', '.join(map(repr, missing))} is missing.")
+        metadata = self.file.metadata
+        self.sizes = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], int)
+        self.ends = np.cumsum(self.sizes)
+        episode_of = self.file.read(columns=["episode_index"])["episode_index"].to_numpy()
+        self.rows = np.argsort(episode_of, kind="stable")
+        self.episodes, self.starts = np.unique(episode_of[self.rows], return_index=True)
+        self.groups: dict[int, pa.Table] = {}
+
+    def read(self, episode: int) -> pa.Table:
+        """The rows of an episode, in the order in which they are stored; none where it is not in the file."""
+        at = np.searchsorted(self.episodes, [episode, episode + 1])
+        rows = self.rows[slice(*np.append(self.starts, len(self.rows))[at])]
+        if not len(rows):
+            return self.file.schema_arrow.empty_table().select(self.columns)
+        group_of = np.searchsorted(self.ends, rows, side="right")
+        groups, which = np.unique(group_of, return_inverse=True)
+        # The next episode begins in the last of these row groups, or after it.
+        kept = self.groups
+        self.groups = {
+            group: kept[group] if group in kept else self.file.read_row_group(group, columns=self.columns)
+            for group in groups.tolist()
+        }
+        table = pa.concat_tables(self.groups.values())
+        sizes = self.sizes[groups]
+        places = rows - (self.ends - self.sizes)[group_of] + (np.cumsum(sizes) - sizes)[which]
+        if places[-1] - places[0] + 1 == len(places):
+            return table.slice(places[0], len(places))
+        return table.take(places)
 
 
 class LeRobotSource:
@@ -57,7 +106,12 @@ class LeRobotSource:
             raise ValueError(f"There is no split {split!r}, there is {', '.join(map(repr, splits))}.")
         start, end = splits[split].split(":")
         self.episodes = range(int(start), int(end))
+        self._file: DataFile | None = None
         close_videos()  # the files may have changed since they were opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each process opens files of its own.
+        return self.__dict__ | {"_file": None}
 
     @functools.cached_property
     def tasks(self) -> dict[int, str]:
@@ -99,11 +153,9 @@ class LeRobotSource:
         names = robot.wanted_columns(numbers)
         is_video = camera in shard.videos
         stored = [*names, "task_index", "timestamp", *([] if is_video else [camera])]
-        filters = [("episode_index", "==", shard.episode)]
-        missing = sorted({*stored} - {*pq.read_schema(shard.path, filesystem=self.fs).names})
-        if missing:
-            raise ValueError(f"the column {', '.join(map(repr, missing))} is missing.")
-        table = pq.read_table(shard.path, columns=stored, filters=filters, filesystem=self.fs)
+        if self._file is None or self._file.path != shard.path or self._file.columns != stored:
+            self._file = DataFile(self.fs, shard.path, stored)
+        table = self._file.read(shard.episode)
         if len(table) != shard.length:
             raise ValueError(f"there are {len(table)} rows, the meta data says {shard.length}.")
         if not shard.length:
