@@ -337,19 +337,6 @@ def test_calls_share_a_cache_and_nothing_leaks(policy):
     assert storage(model) == memory
 
 
-def test_a_broken_frame_spoils_its_own_action_only(policy):
-    model, processor = policy()
-    inputs = processor(images(2), instruction=INSTRUCTIONS[:2])
-    expected = predict(model, inputs)
-    broken = inputs["pixel_values"].clone()
-    broken[0] = torch.nan
-    for draft in (None, expected.token_ids):
-        spoilt = predict(model, inputs | {"pixel_values": broken}, draft_token_ids=draft)
-        assert np.isnan(spoilt.probabilities[0]).any()
-        assert np.array_equal(spoilt.token_ids[1], expected.token_ids[1])
-        assert np.array_equal(predict(model, inputs).probabilities, expected.probabilities)
-
-
 def test_dtype_inference_mode_and_autocast_may_change_between_calls(policy):
     model, processor = policy()
     inputs = processor(images(1), instruction=INSTRUCTIONS[0])
@@ -374,6 +361,107 @@ def test_threads_may_predict_at_once(policy):
     with ThreadPoolExecutor(4) as pool:
         for i, token_ids in enumerate(pool.map(work, range(24))):
             assert np.array_equal(token_ids, expected[i % 6].token_ids)
+
+
+# Numbers that are not finite
+
+
+DECODINGS = {
+    "greedy": {},
+    "unconstrained": {"constrained": False},
+    "draft": {"draft_token_ids": [[0] * STEPS]},
+    "sampling": {"do_sample": True},
+    "unconstrained sampling": {"do_sample": True, "constrained": False},
+    "beams": {"num_beams": 3},
+}
+each_decoding = pytest.mark.parametrize("options", DECODINGS.values(), ids=DECODINGS)
+
+
+def spoil_pixels(inputs, row, value):
+    pixel_values = inputs["pixel_values"].clone()
+    pixel_values[row, 0, 0, 0] = value
+    return inputs | {"pixel_values": pixel_values}
+
+
+@each_decoding
+def test_nan_logits_are_refused(policy, options):
+    model, processor = policy()
+    inputs = processor(images(2), instruction=INSTRUCTIONS[:2])
+    with torch.no_grad():
+        model.model.projector.fc1.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite for observations 0, 1: .* weights.* float16"):
+        model.predict_action(**inputs, **options)
+    with pytest.raises(ValueError, match="not finite for observations 0, 1: "):
+        predict(model, inputs, **options)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@each_decoding
+def test_a_frame_that_is_not_finite_is_named_and_leaves_the_next_call_alone(policy, options, value):
+    model, processor = policy()
+    inputs = processor(images(3), instruction=INSTRUCTIONS)
+    expected = predict(model, inputs)
+    with pytest.raises(ValueError, match="not finite for observation 1: "):
+        model.predict_action(**spoil_pixels(inputs, 1, value), **options)
+    assert np.array_equal(predict(model, inputs).probabilities, expected.probabilities)
+
+
+@each_decoding
+@torch.no_grad()
+def test_a_spoilt_token_after_the_first_is_refused(policy, options):
+    model, processor = policy()
+    inputs = processor(images(1), instruction=INSTRUCTIONS[0])
+    first = predict(model, inputs, constrained=options.get("constrained", True)).token_ids[0, 0]
+    model.get_input_embeddings().weight[first] = torch.nan
+    with pytest.raises(ValueError, match="not finite for observation 0: "):
+        model.predict_action(**inputs, **options | ({"temperature": 1e-6} if "do_sample" in options else {}))
+
+
+@torch.no_grad()
+def test_an_infinite_logit_is_refused(policy):
+    model, processor = policy()
+    inputs = processor(images(1), instruction=INSTRUCTIONS[0])
+    head = model.lm_head.weight
+    for token_id, options in ((model.config.action_vocab_end - 9, {}), (5, {"constrained": False})):
+        row = head[token_id].clone()
+        head[token_id] = torch.inf
+        with pytest.raises(ValueError, match="not finite for observation 0: "):
+            model.predict_action(**inputs, **options)
+        head[token_id] = row
+    assert np.isfinite(model.predict_action(**inputs)).all()
+
+
+@torch.no_grad()
+def test_float16_that_overflows_is_refused(policy):
+    model, processor = policy()
+    inputs = processor(images(1), instruction=INSTRUCTIONS[0])
+    for weight in (model.model.language_model.norm.weight, model.lm_head.weight):
+        weight.mul_(1e3)
+    assert np.isfinite(model.predict_action(**inputs)).all()
+    with pytest.raises(ValueError, match="float16"):
+        model.half().predict_action(**inputs)
+
+
+@torch.no_grad()
+def test_what_follows_the_last_dimension_of_a_row_may_be_anything(policy):
+    model, processor = policy(norm_stats={"one": {"action": BRIDGE_LIKE_STATS}, "two": {"action": TWO_ARMS}})
+    inputs = processor(images(2), instruction=INSTRUCTIONS[:2])
+    expected = predict(model, inputs, unnorm_key=["one", "two"])
+    # The token that ends the first row's action is read for what comes after it alone.
+    last = expected.token_ids[0, STEPS - 1]
+    assert last not in expected.token_ids[0, : STEPS - 1]
+    assert last not in expected.token_ids[1, :-1]
+    model.get_input_embeddings().weight[last] = torch.nan
+    actions = model.predict_action(**inputs, unnorm_key=["one", "two"])
+    assert np.array_equal(actions, expected.actions, equal_nan=True)
+
+
+def test_of_equal_logits_the_first_is_chosen(policy):
+    model, processor = policy()
+    inputs = processor(images(1), instruction=INSTRUCTIONS[0])
+    torch.nn.init.zeros_(model.lm_head.weight)
+    for options in (DECODINGS["greedy"], DECODINGS["draft"]):
+        assert (predict(model, inputs, **options).token_ids == model.action_tokenizer.first_id).all()
 
 
 # Control loops
@@ -424,6 +512,9 @@ def test_compiled_passes_give_the_same(policy):
                 assert np.array_equal(details.token_ids, right)
                 assert np.abs(details.probabilities - plain.probabilities).max() <= 1e-4
                 assert details.forward_passes <= STEPS
+        for draft in (None, right):
+            with pytest.raises(ValueError, match="not finite for observation 0: "):
+                model.predict_action(**spoil_pixels(inputs, 0, torch.nan), draft_token_ids=draft)
     assert model.action_pass is not action_pass
 
 

@@ -20,6 +20,8 @@ from .configuration_openvla import OpenVLAConfig
 if TYPE_CHECKING:
     from .modeling_openvla import OpenVLAForActionPrediction
 
+ActionPass = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""`action_pass`, or that compiled."""
 MASKED_ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask (B, 1, queries, keys) to add."""
 PROMPT_BUCKET = 32
@@ -31,7 +33,7 @@ MAX_COMPILED_SHAPES = 128
 class ActionTokens:
     """Decoded ids.
 
-    token_ids: (B, A) int64.
+    token_ids: (B, A) int64; -1 where the logits that the id was chosen from are not finite.
     action_logits: (B, A, N) logits of the action ids, lowest action value first (the highest id).
     forward_passes: How often the language model ran.
     """
@@ -166,12 +168,18 @@ def _decode_by_generate(
         logits_processor=only,
         output_logits=True,
         return_dict_in_generate=True,
-        **generate_kwargs,
+        # Sampling from logits that are not finite would stop a GPU for good; `output_logits` are those before this.
+        **generate_kwargs | {"remove_invalid_values": True},
     )
-    logits = torch.stack(outputs.logits, dim=1)[..., first_id:end_id].flip(-1)
-    if generate_kwargs.get("num_beams", 1) > 1:  # (B * beams, A, N): follow the beam of each row's token
-        logits = logits[outputs.beam_indices, torch.arange(num_tokens, device=logits.device)]
-    return ActionTokens(outputs.sequences[:, input_ids.shape[1] :], logits, num_tokens)
+    token_ids = outputs.sequences[:, input_ids.shape[1] :]
+    logits = torch.stack(outputs.logits, dim=1)  # (B * beams, A, V)
+    of_actions = logits[..., first_id:end_id]
+    highest = (of_actions if constrained else logits).amax(-1)
+    if len(logits) > len(token_ids):
+        highest = highest.unflatten(0, (len(token_ids), -1)).amax(1)
+        # Follow the beam of each row's token.
+        of_actions = of_actions[outputs.beam_indices, torch.arange(num_tokens, device=logits.device)]
+    return ActionTokens(_finite_or_none(token_ids, highest), of_actions.flip(-1), num_tokens)
 
 
 def action_pass(
@@ -184,7 +192,7 @@ def action_pass(
     slot: torch.Tensor,
     keep: int,
     constrained: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the language model over `input_ids` (B, T): all that happens on the device between two tokens.
 
     This is what `compile_action_pass` compiles: it neither asks the device for a value nor makes a shape of one.
@@ -201,7 +209,8 @@ def action_pass(
         constrained: Choose among the action ids only.
 
     Returns:
-        Greedy ids (B, keep), and the logits (B, keep, N) of the action ids, highest id first.
+        Greedy ids (B, keep), their logits (B, keep), NaN where any logit is, and the logits (B, keep, N) of the
+        action ids, highest id first.
     """
     if pixel_values is not None:
         cache.reset()  # old slots are masked, but a NaN that is left in one would spoil a sum all the same
@@ -221,15 +230,16 @@ def action_pass(
     # gives all its logits, and these are cut.
     plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.weight.device == hidden.device
     if constrained and plain:
-        logits = nn.functional.linear(hidden, head.weight[first_id:end_id])
-        return logits.argmax(-1) + first_id, logits.flip(-1)
-    logits = head(hidden)
-    of_actions = logits[..., first_id:end_id]
-    token_ids = of_actions.argmax(-1) + first_id if constrained else logits.argmax(-1)
-    return token_ids, of_actions.flip(-1)
+        of_actions = nn.functional.linear(hidden, head.weight[first_id:end_id])
+    else:
+        logits = head(hidden)
+        of_actions = logits[..., first_id:end_id]
+    # NaN counts as the highest, so one that is anywhere among the logits shows in `highest`.
+    highest, token_ids = (of_actions if constrained else logits).max(-1)
+    return token_ids + first_id if constrained else token_ids, highest, of_actions.flip(-1)
 
 
-def compile_action_pass(mode: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def compile_action_pass(mode: str) -> ActionPass:
     """`action_pass`, compiled for each shape that it meets; `mode` is that of `torch.compile`.
 
     Where compilation fails, as without a C++ compiler or Triton, the model warns once and goes on without.
@@ -249,7 +259,7 @@ def compile_action_pass(mode: str) -> Callable[..., tuple[torch.Tensor, torch.Te
         position_ids: torch.Tensor,
         cache: Cache,
         *args: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # A window's strides would tell apart what has the same shape.
         mask, position_ids = (one.clone(memory_format=torch.contiguous_format) for one in (mask, position_ids))
         inputs = (model, input_ids, pixel_values, mask, position_ids, cache, *args)
@@ -257,14 +267,15 @@ def compile_action_pass(mode: str) -> Callable[..., tuple[torch.Tensor, torch.Te
             action_pass(*inputs)
         torch.compiler.cudagraph_mark_step_begin()
         try:
-            token_ids, logits = compiled(*inputs)
+            outputs = compiled(*inputs)
         except (FailOnRecompileLimitHit, TorchDynamoException) as error:
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"Actions are predicted without compilation, since it failed: {reason}", stacklevel=2)
             model.action_pass = action_pass
             return action_pass(*inputs)
         # The graph's next replay writes over what this one gave.
-        return token_ids.clone(), logits.clone()
+        token_ids, highest, of_actions = outputs
+        return token_ids.clone(), highest.clone(), of_actions.clone()
 
     return run
 
@@ -320,7 +331,7 @@ class _Decoding:
 
     def run(
         self, input_ids: torch.Tensor, slot: int, keep: int, pixel_values: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One pass over ids (B, T) that go into the slots from `slot` on."""
         window = slice(slot, slot + input_ids.shape[1])
         return self.model.action_pass(
@@ -337,13 +348,11 @@ class _Decoding:
 
     def one_by_one(self) -> ActionTokens:
         """The prompt, then each token after the other."""
-        token, of_actions = self.run(self.input_ids, 0, 1, self.pixel_values)
-        token_ids, action_logits = [token], [of_actions]
+        passes = [self.run(self.input_ids, 0, 1, self.pixel_values)]
         for slot in range(self.prompt, self.prompt + self.num_tokens - 1):
-            token, of_actions = self.run(token, slot, 1)
-            token_ids.append(token)
-            action_logits.append(of_actions)
-        return ActionTokens(torch.cat(token_ids, dim=1), torch.cat(action_logits, dim=1), self.num_tokens)
+            passes.append(self.run(passes[-1][0], slot, 1))
+        token_ids, highest, action_logits = (torch.cat(one, dim=1) for one in zip(*passes, strict=True))
+        return ActionTokens(_finite_or_none(token_ids, highest), action_logits, self.num_tokens)
 
     def as_draft(self, token_ids: torch.Tensor | np.ndarray | Sequence) -> torch.Tensor:
         """Any guess as ids (B, A): cut or filled up; what is no id becomes one, and will be found wrong."""
@@ -371,26 +380,32 @@ class _Decoding:
         """
         last = self.num_tokens
         prompt_and_draft = torch.cat([self.input_ids, draft[:, :-1]], dim=1)
-        token_ids, action_logits = self.run(prompt_and_draft, 0, last, self.pixel_values)
+        token_ids, highest, action_logits = self.run(prompt_and_draft, 0, last, self.pixel_values)
         known = (1 + _leading(token_ids == draft)).clamp(max=last)  # (B,) tokens that are right
         passes = 1
         while (first := int(known.where(known < dims, last).min())) < last:
             # From the newest right token of the row that is furthest behind; compiled passes have one length.
             start = 1 if self.compiled else first
-            guess, logits = self.run(token_ids[:, start - 1 : -1], self.prompt + start - 1, last - start)
+            guess, *logits = self.run(token_ids[:, start - 1 : -1], self.prompt + start - 1, last - start)
             before = token_ids[:, start:]
             is_known = torch.arange(start, last, device=known.device) < known.unsqueeze(1)  # stays as it is
             guess = before.where(is_known, guess)
             known = (start + 1 + _leading(guess == before)).clamp(max=last)
-            action_logits[:, start:] = action_logits[:, start:].where(is_known.unsqueeze(-1), logits)
+            highest[:, start:] = highest[:, start:].where(is_known, logits[0])
+            action_logits[:, start:] = action_logits[:, start:].where(is_known.unsqueeze(-1), logits[1])
             token_ids[:, start:] = guess
             passes += 1
-        return ActionTokens(token_ids, action_logits, passes)
+        return ActionTokens(_finite_or_none(token_ids, highest), action_logits, passes)
 
 
 def _leading(agrees: torch.Tensor) -> torch.Tensor:
     """(B, A) bool -> (B,): how many are true before the first that is not."""
     return agrees.long().cumprod(dim=1).sum(dim=1)
+
+
+def _finite_or_none(token_ids: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """Ids (B, A), and -1 in place of those whose logits (B, A) are not finite: the caller sees it in the ids' copy."""
+    return token_ids.masked_fill(~highest.isfinite(), -1)
 
 
 def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
@@ -399,6 +414,7 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
 
 
 __all__ = [
+    "ActionPass",
     "ActionTokens",
     "action_pass",
     "append_prompt_suffix",

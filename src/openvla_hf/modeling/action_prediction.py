@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens (image placeholders included), A action dimensions, N action bins.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from transformers import Cache
 
 from .action_decoding import (
+    ActionPass,
     ActionTokens,
     append_prompt_suffix,
     compile_action_pass,
@@ -55,7 +55,7 @@ class ActionPredictionMixin(_Base):
     config: OpenVLAConfig
     device: torch.device
     dtype: torch.dtype
-    action_pass: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    action_pass: ActionPass
     action_caches: dict[tuple, Cache]
 
     @property
@@ -117,7 +117,8 @@ class ActionPredictionMixin(_Base):
             float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics.
 
         Raises:
-            ValueError: The statistics can't be resolved, or images and prompts differ in number.
+            ValueError: The statistics can't be resolved, images and prompts differ in number, or the model's output is
+                not finite.
         """
         # 1. Whose action is it
         rows = len(input_ids)
@@ -148,6 +149,13 @@ class ActionPredictionMixin(_Base):
         )
         # 4. Ids to bins to robot units
         token_ids = tokens.token_ids.cpu().numpy()
+        spoilt = [row for row, dim in enumerate(dims) if (token_ids[row, :dim] < 0).any()]
+        if spoilt:
+            raise ValueError(
+                f"The model's output is not finite for observation{'s' * (len(spoilt) > 1)} "
+                f"{', '.join(map(str, spoilt))}: check `pixel_values` and the weights, those of an adapter included, "
+                "for NaN and infinity. A model in float16 may overflow: load it in bfloat16 or float32."
+            )
         normalized = self.action_tokenizer.decode(token_ids)
         actions = np.full(normalized.shape, np.nan)
         for row, (one, dim) in enumerate(zip(row_stats, dims, strict=True)):

@@ -5,7 +5,6 @@ A action dimensions, N action bins.
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .action_decoding import action_pass, insert_image_tokens
+from .action_decoding import ActionPass, action_pass, insert_image_tokens
 from .action_prediction import ActionPrediction, ActionPredictionMixin
 from .checkpoint_loading import CheckpointMixin
 from .configuration_openvla import OpenVLAConfig
@@ -275,7 +274,7 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         super().__init__(config)
         self.model = OpenVLAModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.action_pass: Callable[..., tuple[torch.Tensor, torch.Tensor]] = action_pass
+        self.action_pass: ActionPass = action_pass
         self.action_caches: dict[tuple, Cache] = {}  # one, for the next call of the same size
         self.post_init()
 
