@@ -1,8 +1,11 @@
 """Every format gives the frames that were written, as a table and as a stream."""
 
+import gzip
 import json
 import logging
 import pickle
+import shutil
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from torch.utils.data import DataLoader
 from openvla_hf.data import BadEpisodeError, Gripper, Robot, from_episodes, load, write_lerobot, write_rlds
 from openvla_hf.data.lerobot import LeRobotSource
 from openvla_hf.data.robots import GENERIC
-from openvla_hf.data.tfrecord import build_example, read_records, write_record
+from openvla_hf.data.tfrecord import build_example, parse_example, read_records, write_record
 from openvla_hf.data.video import OPEN_VIDEOS
 
 
@@ -206,6 +209,123 @@ def test_the_rows_of_a_lerobot_episode_may_lie_apart(episodes, tmp_path):
     before = load(tmp_path / "arm")
     pq.write_table(table.take(np.argsort(table["frame_index"], kind="stable")), data, row_group_size=7)
     assert all(identical(one, other) for one, other in zip(load(tmp_path / "arm"), before, strict=True))
+
+
+def add_to_rlds(folder, descriptions, values):
+    """Gives the steps of a written RLDS folder more features: what they are, and the values of an episode."""
+    path = next(folder.rglob("features.json"))
+    features = json.loads(path.read_text())
+    steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    steps |= descriptions
+    path.write_text(json.dumps(features))
+    for file in folder.rglob("*.tfrecord-*"):
+        with file.open("rb") as stored:
+            payloads = [payload for _, payload in read_records(stored, str(file))]
+        with file.open("wb") as changed:
+            for payload in payloads:
+                found = parse_example(payload, lambda name: True)
+                known = {
+                    name: each if isinstance(each, np.ndarray) else [payload[slice(*span)] for span in each]
+                    for name, each in found.items()
+                }
+                write_record(changed, build_example(known | {f"steps/{name}": each for name, each in values.items()}))
+
+
+def tensor(dtype, shape, encoding):
+    return {"tensor": {"shape": {"dimensions": [str(size) for size in shape]}, "dtype": dtype, "encoding": encoding}}
+
+
+@pytest.mark.parametrize(("encoding", "encode"), [("bytes", bytes), ("zlib", zlib.compress)])
+def test_rlds_tensors_that_are_stored_as_bytes_are_read(episodes, tmp_path, encoding, encode):
+    write_rlds(episodes, tmp_path / "arm")
+    joints = np.random.default_rng(0).normal(size=(STEPS, 2, 2)).astype(np.float64)
+    stored = [encode(each.tobytes()) for each in joints]
+    add_to_rlds(tmp_path / "arm", {"joints": tensor("float64", (2, 2), encoding)}, {"joints": stored})
+    frames = load(tmp_path / "arm", Robot("arm", action="joints"))
+    np.testing.assert_array_equal(np.stack([frame["action"] for frame in frames]), [*joints.reshape(STEPS, 4)] * 5)
+    add_to_rlds(tmp_path / "arm", {}, {"joints": [b"damaged"] * STEPS})
+    with pytest.raises(BadEpisodeError, match=rf"'joints' does not hold float64 numbers as {encoding}"):
+        load(tmp_path / "arm", Robot("arm", action="joints"))
+
+
+def test_rlds_class_labels_are_numbers_and_by_their_names_instructions(episodes, tmp_path):
+    folder = write_rlds(episodes, tmp_path / "arm")
+    labels = {"task_id": np.array([0, 1, 1, 1, 0, -1])}
+    add_to_rlds(tmp_path / "arm", {"task_id": {"classLabel": {"numClasses": "2"}}}, labels)
+    frames = load(tmp_path / "arm", Robot("arm", state="task_id"))
+    assert [frame["state"][0] for frame in frames.select(range(STEPS))] == labels["task_id"].tolist()
+    with pytest.raises(ValueError, match="no instruction 'task_id'"):
+        load(tmp_path / "arm", Robot("arm", instruction="task_id"))
+    (folder / "steps-task_id.labels.txt").write_text("push\npull\n")
+    frames = load(tmp_path / "arm", Robot("arm", instruction="task_id"))
+    assert frames["instruction"][:5] == ["push", "pull", "pull", "pull", "push"], "the last has no label"
+
+
+def test_a_depth_image_is_refused_as_camera(episodes, tmp_path, caplog):
+    write_rlds(episodes, tmp_path / "rlds")
+    depth = {"image": {"shape": {"dimensions": ["8", "8", "1"]}, "dtype": "uint16", "encodingFormat": "png"}}
+    add_to_rlds(tmp_path / "rlds", {"depth": depth}, {"depth": [b"png"] * STEPS})
+    write_lerobot(episodes, tmp_path / "lerobot")
+    info = tmp_path / "lerobot/meta/info.json"
+    described = json.loads(info.read_text())
+    video = described["features"]["observation.images.front"]
+    described["features"]["depth"] = video | {"info": {"video.is_depth_map": True}}
+    info.write_text(json.dumps(described))
+    for name, message in (("rlds", "'depth' can't be read: it is an image of uint16"), ("lerobot", "a depth map")):
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=message):
+                load(tmp_path / name, camera="depth", streaming=streaming)
+    with caplog.at_level(logging.WARNING):
+        assert len(load(tmp_path / "rlds")) == 5 * STEPS, "the only other camera is taken"
+    assert "'depth' (it is an image of uint16" in caplog.text
+
+
+def test_rlds_features_that_are_not_read_are_named(episodes, tmp_path, caplog):
+    write_rlds(episodes, tmp_path / "arm")
+    descriptions = {
+        "sound": {"pythonClassName": "tensorflow_datasets.core.features.audio_feature.Audio", "audio": {}},
+        "points": tensor("float32", (-1, 3), "none"),
+    }
+    add_to_rlds(tmp_path / "arm", descriptions, {})
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path / "arm")
+    assert "'sound' (features of the kind Audio are not supported)" in caplog.text
+    with pytest.raises(ValueError, match="'points' can't be read: its size differs from frame to frame"):
+        load(tmp_path / "arm", Robot("arm", action="points"))
+
+
+def test_compressed_tfrecords_are_read(episodes, tmp_path):
+    write_rlds(episodes, tmp_path / "arm")
+    before = list(load(tmp_path / "arm"))
+    file = tfrecord(tmp_path / "arm")
+    data = file.read_bytes()
+    file.write_bytes(gzip.compress(data))
+    for streaming in (False, True):
+        frames = load(tmp_path / "arm", streaming=streaming)
+        assert all(identical(one, other) for one, other in zip(frames, before, strict=True))
+    file.write_bytes(gzip.compress(data)[:-100])
+    with pytest.raises(BadEpisodeError, match="the GZIP file is damaged"):
+        load(tmp_path / "arm")
+
+
+def test_the_configurations_of_a_tfds_folder(episodes, tmp_path):
+    for name in ("wrist", "front"):
+        for version in ("1.0.0", "1.10.0", "1.9.0"):
+            write_rlds(episodes[: 1 + (version == "1.10.0")], tmp_path / "arm" / name, version=version)
+    for path, count in (("wrist", 2), ("wrist/1.9.0", 1)):
+        assert len(load(tmp_path / "arm" / path)) == count * STEPS
+    with pytest.raises(ValueError, match=r"several configurations, give one of '.*arm/front', '.*arm/wrist'"):
+        load(tmp_path / "arm")
+    shutil.rmtree(tmp_path / "arm/wrist")
+    assert len(load(tmp_path / "arm")) == 2 * STEPS
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "parquet", "riegeli"])
+def test_other_files_of_tfds_are_refused_with_the_command_that_converts_them(episodes, tmp_path, file_format):
+    info = write_rlds(episodes, tmp_path / "arm") / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": file_format}))
+    with pytest.raises(ValueError, match=rf"{file_format} files.*tfds convert_format --dataset_dir=.*tfrecord"):
+        load(tmp_path / "arm")
 
 
 def test_rlds_without_an_instruction_names_the_texts_that_there_are(episodes, tmp_path):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from .frames import BadEpisodeError, Episode, ImageReference, check_images, matrix
-from .robots import Robot
+from .robots import Robot, as_tuple
 from .video import check_frame, close_videos
 
 
@@ -100,7 +100,9 @@ class LeRobotSource:
         self.info: dict[str, Any] = info
         self.frequency: float | None = info["fps"]
         self.features: dict[str, Any] = info["features"]
-        self.cameras = [name for name, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+        images = [name for name, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+        self.depth_maps = [name for name in images if _is_depth_map(self.features[name])]
+        self.cameras = [name for name in images if name not in self.depth_maps]
         splits = info.get("splits") or {"train": f"0:{info['total_episodes']}"}
         if split not in splits:
             raise ValueError(f"There is no split {split!r}, there is {', '.join(map(repr, splits))}.")
@@ -128,6 +130,9 @@ class LeRobotSource:
 
     def check(self, robot: Robot) -> None:
         """Raises `ValueError` where the data set, whatever the episode, lacks what the robot reads."""
+        for name in as_tuple(robot.camera):
+            if name in self.depth_maps and not {*as_tuple(robot.camera)} & {*self.cameras}:
+                raise ValueError(f"{name!r} is a depth map: choose a camera with colours, one of {self.cameras}.")
         robot.choose_camera(self.cameras)
         _ = self.tasks  # read now: no episode is usable without
 
@@ -149,7 +154,7 @@ class LeRobotSource:
 
     def _read(self, shard: Shard, robot: Robot) -> Episode:
         camera = robot.choose_camera(self.cameras)
-        numbers = [name for name in self.features if name not in self.cameras]
+        numbers = [name for name in self.features if name not in (*self.cameras, *self.depth_maps)]
         names = robot.wanted_columns(numbers)
         is_video = camera in shard.videos
         stored = [*names, "task_index", "timestamp", *([] if is_video else [camera])]
@@ -217,6 +222,11 @@ class LeRobotSource:
                 Shard(episode, f"{self.root}/{self.info['data_path'].format(**where)}", row["length"], videos)
             )
         return shards
+
+
+def _is_depth_map(feature: dict[str, Any]) -> bool:
+    info = feature.get("info") or {}
+    return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
 
 
 __all__ = ["INFO_FILE", "LeRobotSource"]

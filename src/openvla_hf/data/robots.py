@@ -183,6 +183,8 @@ class Robot:
         Raises:
             ValueError: it has none of the robot's, or several and the robot names none.
         """
+        if not cameras:
+            raise ValueError("There is no camera: the data set has no image of 8-bit colours.")
         if not self.camera and len(cameras) == 1:
             return next(iter(cameras))
         if not self.camera:

@@ -4,9 +4,11 @@ A record is framed as: length (8 bytes, little-endian), masked CRC-32C of the le
 the payload (4). The payload of an episode is a protobuf map from feature names to lists of bytes, floats or integers.
 """
 
+import gzip
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from .frames import BadEpisodeError, import_extra
 
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+GZIP = b"\x1f\x8b"
+"""How such a file begins."""
 CRC_MASK_DELTA = 0xA282EAD8
 
 # Protobuf wire types, in the low three bits of a tag.
@@ -31,12 +35,34 @@ def masked_crc(data: bytes | memoryview) -> int:
     return (((crc >> 15) | (crc << 17)) + CRC_MASK_DELTA) & 0xFFFFFFFF
 
 
+def open_records(file: BinaryIO) -> tuple[BinaryIO, bool]:
+    """The records in an open file, decompressed where it is a GZIP file, and whether it is one."""
+    start = file.read(HEADER.size)
+    file.seek(0)
+    # The first length may begin with the same two bytes: its checksum tells.
+    if not start.startswith(GZIP) or (len(start) == HEADER.size and masked_crc(start[:8]) == HEADER.unpack(start)[1]):
+        return file, False
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)), True
+
+
 def read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
     """Yields each record of an open file as (offset of its payload, payload).
 
     A record with a wrong checksum is yielded as an error and the next one follows; after a damaged length or a cut
     file nothing can be found any more, so the error is the last item.
     """
+    records = _read_records(file, path)
+    while True:
+        try:
+            record = next(records, None)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            record = BadEpisodeError(f"{path}: the GZIP file is damaged ({error}); download it again.")
+        if record is None:
+            return
+        yield record
+
+
+def _read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
     offset, index = 0, 0
     while header := file.read(HEADER.size):
         where = f"{path}, record {index} (byte {offset})"
@@ -172,4 +198,4 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-__all__ = ["Span", "build_example", "masked_crc", "parse_example", "read_records", "write_record"]
+__all__ = ["Span", "build_example", "masked_crc", "open_records", "parse_example", "read_records", "write_record"]
