@@ -1,7 +1,12 @@
 """From frames to a policy, through the command line and the functions behind it."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,12 +14,14 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
+from transformers.integrations import get_available_reporting_integrations
 
 from openvla_hf.cli import main
 from openvla_hf.data import from_episodes
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.finetune import read_split
+from openvla_hf.training.trainer import last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +184,75 @@ def test_what_a_recipe_takes_is_said_before_anything_is_loaded(base, tmp_path, c
     assert 0 < cost["trainable"] < cost["parameters"]
     assert "trainable" in printed.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_a_policy_is_finetuned_in_float32(base, data, tmp_path, capsys):
+    assert run(base, data, tmp_path / "out", "--steps", "1", settings=["batch_size=4", "lora_rank=4"]) == 0
+    told = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert told["arguments"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("lerning_rate=1e-3", "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?"),
+        ("lora_ranks=8", "Unknown setting 'lora_ranks'. Did you mean 'lora_rank'?"),
+        ("output_dir=there", "The output folder is given as `output`"),
+        ("learning_rate=fast", "learning_rate must be a number, got 'fast'."),
+        ("num_train_epochs=-", "num_train_epochs must be a number, got '-'."),
+        ("lora_rank=-1", "lora_rank must be at least 0, got -1."),
+    ],
+)
+def test_a_wrong_setting_is_said_before_any_data_is_read(base, tmp_path, capsys, setting, expected, more):
+    settings = [*SETTINGS, setting]
+    assert run(base, tmp_path / "no such data", tmp_path / "out", *more, settings=settings) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert "no such data" not in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_taken_is_said_before_any_data_is_read(base, tmp_path, capsys):
+    for more in (["--dry-run"], []):
+        assert run(base, tmp_path / "no such data", base, *more) == 2
+        assert "is the base itself" in capsys.readouterr().err
+
+
+def test_a_missing_tracker_is_said_before_any_data_is_read(base, tmp_path, capsys):
+    missing = sorted({"tensorboard", "wandb", "trackio", "swanlab"} - set(get_available_reporting_integrations()))
+    if not missing:
+        pytest.skip("every tracker is installed")
+    assert run(base, tmp_path / "no such data", tmp_path / "out", "--report-to", missing[0]) == 2
+    assert f"The tracker '{missing[0]}' can't be used" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_continue(base, data, tmp_path, capsys, workers):
+    output = tmp_path / "out"
+    common = ["--model", str(base), "--data", str(data), "--output", str(output), "--json", "--workers", workers]
+    quick = ["--save-steps", "3", "--logging-steps", "1", "--keep", "100", "--set", *SETTINGS]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openvla_hf.cli", "finetune", *common, "--steps", "100000", *quick],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and last_checkpoint(output) is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the processes that read data, too
+    printed = process.communicate()
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed[1]
+    assert printed[0] == ""
+    checkpoint = last_checkpoint(output)
+    step = int(checkpoint.rsplit("-", 1)[1])
+    assert f"Stopped after step {step}, saved as {checkpoint}." in printed[1]
+    assert "--resume" in printed[1]
+    assert not (output / "adapter_model.safetensors").exists()
+    assert main(["finetune", *common, "--steps", str(step + 1), "--resume", *quick]) == 0
+    assert last_checkpoint(output) == str(output / f"checkpoint-{step + 1}")
 
 
 def test_a_wrong_recipe_is_one_sentence(base, data, tmp_path, capsys):

@@ -1,6 +1,9 @@
+import re
+
 import pytest
 import torch
 from torch import nn
+from transformers.integrations import get_available_reporting_integrations
 
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -57,6 +60,66 @@ def test_every_field_can_be_overridden_and_a_wrong_name_is_a_sentence():
         recipe("lora", lora_rank=0).prepare(OpenVLAForActionPrediction(tiny_config()))
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"lerning_rate": 1e-3}, "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?"),
+        ({"lora_ranks": 8}, "Unknown setting 'lora_ranks'. Did you mean 'lora_rank'?"),
+        ({"lora_rank": 8}, "lora_rank is a field of the recipe."),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'."),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan."),
+        ({"learning_rate": -1}, "learning_rate must be at least 0, got -1."),
+        ({"num_train_epochs": True}, "num_train_epochs must be a number, got True."),
+        ({"bf16": "yes"}, "bf16 must be true or false, got 'yes'."),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0."),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size must be a whole number, got 2.5."),
+        ({"optim_args": 3}, "optim_args must be a text or null, got 3."),
+        ({"lr_scheduler_type": "cosin"}, "Unknown lr_scheduler_type 'cosin'. Did you mean 'cosine'?"),
+        ({"report_to": "boards"}, "boards is not supported"),
+        ({"adam_beta1": 1.0}, "adam_beta1 must be below 1, got 1.0."),
+    ],
+)
+def test_a_setting_that_can_not_be_is_a_sentence(tmp_path, setting, expected):
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+        recipe("lora").training_arguments(str(tmp_path / "out"), **setting)
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ({"lora_rank": -1}, "lora_rank must be at least 0, got -1."),
+        ({"lora_rank": "eight"}, "lora_rank must be a whole number, got 'eight'."),
+        ({"lora_dropout": 1}, "lora_dropout must be below 1, got 1."),
+        ({"trained": "lm_head"}, "trained must be a list of names such as [\"lm_head\"], got 'lm_head'."),
+        ({"dtype": "bfloat"}, "Unknown dtype 'bfloat'. Did you mean 'bfloat16'?"),
+        ({"augment": "no"}, "augment must be true or false, got 'no'."),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0."),
+    ],
+)
+def test_a_field_of_a_recipe_that_can_not_be_is_a_sentence(field, expected):
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+        recipe("lora", **field)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(tmp_path):
+    missing = sorted({"tensorboard", "wandb", "trackio", "swanlab"} - set(get_available_reporting_integrations()))
+    if not missing:
+        pytest.skip("every tracker is installed")
+    with pytest.raises(ImportError, match=f"The tracker '{missing[0]}' can't be used: .*install"):
+        recipe("lora").training_arguments(str(tmp_path / "out"), report_to=missing[0])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_a_recipe_is_float32_on_the_cpu(tmp_path):
+    chosen = recipe("lora")
+    args = chosen.training_arguments(str(tmp_path / "out"))
+    assert chosen.dtype == "float32"
+    assert args.use_cpu
+    assert not args.bf16
+    assert args.device.type == "cpu"
+    assert recipe("lora", dtype="bfloat16").training_arguments(str(tmp_path / "out")).bf16
+
+
 @pytest.mark.slow
 def test_counts_at_full_size_are_those_of_the_paper():
     single = published("siglip-vit-so400m")
@@ -88,7 +151,8 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing):
     """In bfloat16, like what is estimated; tensors that are views of the same memory count once."""
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer, text_width=256, text_layers=4, vision_width=128, heads=4, image_size=112)
-    chosen = recipe("full", batch_size=4, gradient_checkpointing=checkpointing)
+    fields = {"dtype": "bfloat16", "batch_size": 4}
+    chosen = recipe("full", gradient_checkpointing=checkpointing, **fields)
     model = OpenVLAForActionPrediction(config).to(torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -109,7 +173,7 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing):
     prompt = batch["input_ids"].shape[1] - config.num_image_tokens
     estimate = estimate_cost(config, chosen, prompt_tokens=prompt).activations * 2**30
     if checkpointing:  # its own hooks keep the inputs of blocks, out of sight
-        full = estimate_cost(config, recipe("full", batch_size=4), prompt_tokens=prompt).activations * 2**30
+        full = estimate_cost(config, recipe("full", **fields), prompt_tokens=prompt).activations * 2**30
         assert estimate < full / 2
     else:
         assert 0.6 < estimate / sum(kept.values()) < 1.6

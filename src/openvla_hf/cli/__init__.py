@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         args.run(args)
+    except KeyboardInterrupt as error:
+        print(f"openvla-hf: {str(error) or 'Interrupted.'}", file=sys.stderr)
+        return 130
     except (OSError, TypeError, ValueError) as error:
         print(f"openvla-hf: {error}", file=sys.stderr)
         return 2

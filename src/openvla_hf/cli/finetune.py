@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
 
     from ..data import load as load_frames
-    from ..training.finetune import build_trainer, read_split
+    from ..training.finetune import build_trainer, check_run, read_split
     from ..training.finetune import finetune as run_training
     from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
 
@@ -51,6 +51,18 @@ def run(args: argparse.Namespace) -> None:
     fields = {field.name for field in dataclasses.fields(Recipe)}
     settings = dict(args.set or ())
     chosen = recipe(args.recipe, **{name: value for name, value in settings.items() if name in fields})
+    arguments = {
+        "max_steps": args.steps,
+        "save_steps": args.save_steps,
+        "eval_strategy": "steps" if args.eval_share else "no",
+        "eval_steps": args.save_steps,
+        "logging_steps": args.logging_steps,
+        "save_total_limit": args.keep,
+        "dataloader_num_workers": args.workers,
+        "report_to": args.report_to or "none",
+        "disable_tqdm": args.json,
+    } | {name: value for name, value in settings.items() if name not in fields}
+    check_run(args.model, args.output, chosen, resume=args.resume, **arguments)
     cost = estimate_cost(AutoConfig.from_pretrained(args.model), chosen)
     if is_main:
         Console(stderr=True).print(cost_table(f"{args.recipe} on {args.model}", cost))
@@ -79,18 +91,7 @@ def run(args: argparse.Namespace) -> None:
         chosen,
         eval_data=eval_data,
         run={"datasets": [args.data], "recipe": args.recipe},
-        **{
-            "max_steps": args.steps,
-            "save_steps": args.save_steps,
-            "eval_strategy": "steps" if eval_data is not None else "no",
-            "eval_steps": args.save_steps,
-            "logging_steps": args.logging_steps,
-            "save_total_limit": args.keep,
-            "dataloader_num_workers": args.workers,
-            "report_to": args.report_to or "none",
-            "disable_tqdm": args.json,
-        }
-        | {name: value for name, value in settings.items() if name not in fields},
+        **arguments,
     )
     if args.json:
         trainer.remove_callback(PrinterCallback)

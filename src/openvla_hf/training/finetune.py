@@ -18,9 +18,37 @@ from ..model_card import TRAINING_FILE, write_card
 from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from .collator import ActionCollator
+from .interrupt import SaveOnInterrupt
 from .recipes import Recipe
 from .runs import check_output, run_settings
-from .trainer import ActionTrainer
+from .trainer import ActionTrainer, last_checkpoint
+
+
+def check_run(
+    model_id: str | os.PathLike, output: str | os.PathLike, recipe: Recipe, *, resume: bool = False, **arguments: Any
+) -> TrainingArguments:
+    """Check the settings, the trackers and the folder of a run before anything is loaded.
+
+    Args:
+        model_id: See `build_trainer`, as for the others.
+        output: Folder of the checkpoints.
+        recipe: What is trained, and how.
+        resume: Whether the run in `output` is to be continued.
+        arguments: Of `TrainingArguments`; they win over the recipe's.
+
+    Returns:
+        The arguments of the run.
+
+    Raises:
+        ValueError: A setting has an unknown name or an impossible value, or the run can't be resumed with it.
+        ImportError: A tracker is not installed.
+        FileExistsError: The output folder holds a checkpoint of another run.
+    """
+    if "output_dir" in arguments:
+        raise ValueError("The output folder is given as `output` (`--output`), not as the setting output_dir.")
+    args = recipe.training_arguments(os.fspath(output), **arguments)
+    check_output(output, {"base_model": str(model_id), "arguments": run_settings(recipe, args)}, resume)
+    return args
 
 
 def build_trainer(
@@ -49,7 +77,7 @@ def build_trainer(
         arguments: Of `TrainingArguments`; they win over the recipe's.
 
     Raises:
-        ValueError: The recipe does not fit the model, or the data have no frames.
+        ValueError: The recipe does not fit the model, or the data have no frames, or a setting can't be.
     """
     set_seed(recipe.seed)
     args = recipe.training_arguments(os.fspath(output), **arguments)
@@ -114,6 +142,7 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
         ValueError: There is nothing to resume from, or it was trained with other settings or on other statistics, or
             a loss is not finite.
         FileExistsError: The output folder holds a checkpoint of another run.
+        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint is saved, and the message says how to go on.
     """
     output = trainer.args.output_dir
     run = json.loads(trainer.run_files[TRAINING_FILE])
@@ -125,7 +154,14 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
                 f"The statistics of the data are not those that {checkpoint} was trained with, so its actions would "
                 "change their meaning: resume on the same data, or fine-tune its weights into another folder."
             )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with SaveOnInterrupt() as interrupt:
+        trainer.add_callback(interrupt)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupt.stopped:
+        raise KeyboardInterrupt(
+            f"Stopped after step {trainer.state.global_step}, saved as {last_checkpoint(output)}. Continue with "
+            "--resume (`resume=True`)."
+        )
     figures: dict[str, float] = {}
     for entry in trainer.state.log_history:
         numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
@@ -162,4 +198,4 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
 
 
-__all__ = ["build_trainer", "finetune", "read_split"]
+__all__ = ["build_trainer", "check_run", "finetune", "read_split"]

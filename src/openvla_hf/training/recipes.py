@@ -4,10 +4,8 @@ A recipe is a small dataclass, and every field of it can be overridden: `recipe(
 """
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -19,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..modeling.configuration_openvla import OpenVLAConfig
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..quantization import expected_weight_bytes, quantization
+from .settings import check_name, check_trackers, check_value
 
 
 # Linear layers that are read, by the last part of their name: both towers, the projector, the language model.
@@ -36,10 +35,11 @@ PROJECTOR = ("model.projector",)
 LANGUAGE_MODEL = ("model.language_model", "lm_head")
 LAST_LAYER = ("model.language_model.embed_tokens", "model.language_model.layers[-1]", "lm_head")
 
+DTYPES = ("bfloat16", "float16", "float32")
 ADAMW_STATE_BYTES = 8
-# An estimate: bfloat16, and what lies between the layers (norms, rotary positions, gates). A test holds it against
-# what autograd keeps.
-KEPT_PER_FEATURE = 2.6
+# An estimate, in numbers: what goes in and out, and what lies between the layers (norms, rotary positions, gates). A
+# test compares it with what autograd keeps.
+KEPT_PER_FEATURE = 1.3
 GIB = 2**30
 
 
@@ -51,7 +51,8 @@ class Recipe:
     lora_targets: Layers that get an adapter, by the end of their name.
     trained: Modules whose weights are trained when there are no adapters; `layers[-1]` is the last of a list.
     quantize: Hold the base in 4 bits (NF4), adapters in float32.
-    dtype: Of the weights that stay as they are. Trained ones are float32, and the arithmetic is bfloat16.
+    dtype: Of the weights that stay as they are: bfloat16, float16 or float32. Trained ones are float32. With
+        bfloat16, the arithmetic is bfloat16.
     batch_size: Samples of one step and process.
     max_grad_norm: Gradients are clipped to this norm; 0 for none.
     augment: Random crops and colours, and the centre crop at prediction that belongs to them.
@@ -75,13 +76,31 @@ class Recipe:
     augment: bool = False
     seed: int = 7
 
+    def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(Recipe).items():
+            check_value(name, getattr(self, name), annotation)
+        check_name(self.dtype, DTYPES, "dtype")
+
     @property
     def uses_adapters(self) -> bool:
         """Whether an adapter is trained, and the base is left as it is."""
         return self.lora_rank > 0
 
     def training_arguments(self, output_dir: str, **overrides: Any) -> TrainingArguments:
-        """`TrainingArguments` of the recipe; any of them can be overridden."""
+        """Build `TrainingArguments` of the recipe; any of them can be overridden.
+
+        Raises:
+            ValueError: An override has an unknown name or a value that its field can't have.
+            ImportError: A tracker of `report_to` is not installed.
+        """
+        annotations = get_type_hints(TrainingArguments)
+        names = [one.name for one in dataclasses.fields(TrainingArguments) if one.init and one.name != "output_dir"]
+        of_recipe = get_type_hints(Recipe).keys() - set(names)
+        for name, value in overrides.items():
+            check_name(name, [*names, *of_recipe], "setting")
+            if name in of_recipe:
+                raise ValueError(f"{name} is a field of the recipe. Give it to `recipe`.")
+            check_value(name, value, annotations[name])
         fields = {
             "per_device_train_batch_size": self.batch_size,
             "per_device_eval_batch_size": self.batch_size,
@@ -94,6 +113,7 @@ class Recipe:
             "gradient_checkpointing": self.gradient_checkpointing or None,
             "gradient_checkpointing_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
             "bf16": self.dtype == "bfloat16",
+            "use_cpu": not torch.accelerator.is_available(),
             "seed": self.seed,
             "remove_unused_columns": False,
             # Each process reads for itself: batches whose prompts differ in length could not be dealt out by one.
@@ -101,7 +121,9 @@ class Recipe:
             "report_to": "none",
         }
         fields = {name: value for name, value in fields.items() if value is not None}
-        return TrainingArguments(output_dir=output_dir, **(fields | overrides))
+        args = TrainingArguments(output_dir=output_dir, **(fields | overrides))
+        check_trackers(args.report_to)
+        return args
 
     def model_kwargs(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` for the base."""
@@ -155,23 +177,17 @@ RECIPES["qlora"] = dataclasses.replace(RECIPES["lora"], quantize=True, gradient_
 
 
 def recipe(name: str, **overrides: Any) -> Recipe:
-    """A recipe by name, with fields overridden.
+    """A recipe by name, with fields overridden; without a GPU, its `dtype` is float32 by default.
 
     Raises:
-        ValueError: No recipe or no field of that name; the nearest is named.
+        ValueError: No recipe or no field of that name; the nearest is named. Or a value that its field can't have.
     """
-    _known(name, RECIPES, "recipe")
-    fields = {one.name: one for one in dataclasses.fields(Recipe)}
+    check_name(name, RECIPES, "recipe")
     for override in overrides:
-        _known(override, fields, "field of a recipe")
+        check_name(override, get_type_hints(Recipe), "field of a recipe")
+    if not torch.accelerator.is_available():
+        overrides = {"dtype": "float32"} | overrides
     return dataclasses.replace(RECIPES[name], **overrides)
-
-
-def _known(name: str, known: Mapping[str, Any], what: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown {what} {name!r}.{hint} There are {', '.join(known)}.")
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -251,20 +267,21 @@ def cost_table(title: str, cost: Cost) -> Table:
 
 
 def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
-    """Bytes of a part's forward pass that its backward pass needs, in bfloat16.
+    """Bytes of a part's forward pass that its backward pass needs.
 
     About what goes in and out of its linear layers. With checkpointing, what goes into its blocks, and one of them.
     """
+    size = getattr(torch, recipe.dtype).itemsize
 
     def between_layers(module: nn.Module) -> float:
         linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        return KEPT_PER_FEATURE * rows * sum(layer.in_features + layer.out_features for layer in linear)
+        return size * KEPT_PER_FEATURE * rows * sum(layer.in_features + layer.out_features for layer in linear)
 
     blocks = [module for module in part.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not recipe.gradient_checkpointing or not blocks:
         return between_layers(part)
     width = next(layer.in_features for layer in blocks[0].modules() if isinstance(layer, nn.Linear))
-    return 2.0 * rows * width * len(blocks) + max(between_layers(block) for block in blocks)
+    return float(size * rows * width * len(blocks)) + max(between_layers(block) for block in blocks)
 
 
 __all__ = ["RECIPES", "Cost", "Recipe", "cost_table", "estimate_cost", "find_module", "recipe"]

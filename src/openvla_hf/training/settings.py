@@ -1,0 +1,82 @@
+"""Names and values of settings, checked before anything is loaded."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from enum import Enum
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from transformers.integrations import get_reporting_integration_callbacks
+
+
+PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
+NUMBERS: dict[type, type] = {int: Integral, float: Real}
+SHORT_LIST = 20
+"""As many names as an error lists; of more, it gives the nearest."""
+
+# Smallest value of a field of a recipe or of `TrainingArguments`.
+AT_LEAST = {
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "lora_alpha"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps"), 1),
+    **dict.fromkeys(("lora_rank", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed"), 0),
+    **dict.fromkeys(("data_seed", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
+    **dict.fromkeys(("lora_dropout", "logging_steps", "save_steps", "eval_steps", "eval_delay"), 0),
+}
+BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
+
+
+def check_name(name: str, known: Iterable[str], what: str) -> None:
+    """Raise `ValueError` with the nearest name if `name` is not a known one."""
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    choices = f" There are {', '.join(known)}." if len(known) <= SHORT_LIST else ""
+    raise ValueError(f"Unknown {what} {name!r}.{hint}{choices}")
+
+
+def check_value(name: str, value: Any, annotation: Any) -> None:
+    """Raise `ValueError` if a value does not fit the annotation of its field, or is out of the field's range."""
+    kinds = get_args(annotation) if get_origin(annotation) not in (list, tuple, dict) else (annotation,)
+    kinds = kinds or (annotation,)
+    enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+    if enums and isinstance(value, str):
+        check_name(value, [member.value for member in enums[0]], name)
+        return
+    if get_origin(annotation) is tuple:  # of the recipe: names
+        if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f'{name} must be a list of names such as ["lm_head"], got {value!r}.')
+        return
+    if all(kind in PLAIN for kind in kinds) and not any(_is_a(kind, value) for kind in kinds):
+        raise ValueError(f"{name} must be {' or '.join(PLAIN[kind] for kind in kinds)}, got {value!r}.")
+    if not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+    if value < AT_LEAST.get(name, -math.inf):
+        raise ValueError(f"{name} must be at least {AT_LEAST[name]}, got {value}.")
+    if name in BELOW_ONE and value >= 1:
+        raise ValueError(f"{name} must be below 1, got {value}.")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is of a plain kind: any whole number is a number, but a boolean is neither."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, NUMBERS.get(kind, kind))
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise if a tracker of `report_to` is unknown (`ValueError`) or is not installed (`ImportError`)."""
+    for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(f"The tracker {name!r} can't be used: {error}") from error
+
+
+__all__ = ["check_name", "check_trackers", "check_value"]
