@@ -607,6 +607,33 @@ def test_wrong_names_are_answered_with_the_right_ones(written, tmp_path):
         load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["demos.hdf5", "lab/demos.hdf5", "lab/demos.h5", "lab/demos.zarr"])
+def test_hdf5_and_zarr_are_never_looked_up_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no data set at '{name}'"):
+        load(name)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"data")
+    for data in (name, path, path.parent):
+        with pytest.raises(ValueError, match=r"(HDF5|zarr) data.*from_episodes.*docs/data.md"):
+            load(data)
+
+
+def test_a_path_that_exists_is_never_looked_up_on_the_hub(episodes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab/empty").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="'lab/empty' holds no data set of a known format"):
+        load("lab/empty")
+    (tmp_path / "lab/notes.txt").write_text("data")
+    with pytest.raises(ValueError, match=r"'lab/notes.txt' is a file, of which only parquet is read"):
+        load("lab/notes.txt")
+    rows = [{**frame, "episode_index": 0, "frame_index": step} for step, frame in enumerate(episodes[0])]
+    from_columns(rows).to_parquet("lab/plain.parquet")
+    for streaming in (False, True):
+        assert len(list(load("lab/plain.parquet", streaming=streaming))) == STEPS
+
+
 def test_a_table_that_could_not_be_written_whole_is_not_used(episodes, tmp_path, cache, full_disk):
     write_rlds(episodes, tmp_path / "arm")
     with full_disk(), pytest.raises(OSError, match=r"table\.arrow.*too large.*HF_DATASETS_CACHE"):

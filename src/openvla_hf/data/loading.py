@@ -21,6 +21,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Image, IterableDataset, concatenate_datasets
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError
 from datasets.fingerprint import Hasher
 from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
@@ -49,6 +51,8 @@ INDEX_VERSION = 2
 """Part of the name of a cached table: a change of what is in it makes old ones unused."""
 WRITE_ROWS = 1024
 """Rows that are gathered before they are written: few and large pieces are read faster."""
+FOREIGN = {".hdf5": "HDF5", ".h5": "HDF5"} | dict.fromkeys((".zarr", ".zarr.zip", ".zgroup", "zarr.json"), "zarr")
+"""Names of files and folders that only Python code can read, by their ending."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 logger = logging.getLogger(__name__)
@@ -136,15 +140,18 @@ def read_table(source: Source | Dataset, robot: Robot, name: str, losses: Losses
 def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -> Source | Frames:
     """Recognises the format and reads the meta data.
 
+    A path that exists is never looked up on the Hub, and neither is the name of a file of data.
+
     Raises:
-        FileNotFoundError: there is nothing at `data`.
-        ValueError: there is no such split.
+        FileNotFoundError: there is nothing at `data`, or no data.
+        ValueError: its format is not known, or there is no such split.
     """
     if isinstance(data, (Dataset, IterableDataset)):
         return data
     path = os.fspath(data)
     if "://" not in path and not os.path.exists(path):
-        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        is_file = path.endswith((*FOREIGN, ".parquet"))
+        if path.count("/") != 1 or path.startswith((".", "/", "~")) or is_file:
             raise FileNotFoundError(f"There is no data set at {path!r}: give a folder, a URL or a Hub id (user/name).")
         path = f"hf://datasets/{path}" if streaming else snapshot_download(path, repo_type="dataset")
     fs, root = fsspec.core.url_to_fs(path)
@@ -155,7 +162,26 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
         return RLDSSource(fs, version, split, inline=streaming)
     if fs.exists(f"{root}/state.json"):
         return datasets.load_from_disk(path)
-    return datasets.load_dataset(path.removeprefix("hf://datasets/"), split=split, streaming=streaming)
+    _refuse_foreign(fs, root)
+    if fs.isfile(root):
+        if not root.endswith(".parquet"):
+            raise ValueError(f"{path!r} is a file, of which only parquet is read: give the folder of a data set.")
+        return datasets.load_dataset("parquet", data_files={split: path}, split=split, streaming=streaming)
+    try:
+        return datasets.load_dataset(path.removeprefix("hf://datasets/"), split=split, streaming=streaming)
+    except (EmptyDatasetError, DataFilesNotFoundError) as error:
+        raise FileNotFoundError(f"{path!r} holds no data set of a known format: LeRobot, RLDS or parquet.") from error
+
+
+def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
+    """Raise `ValueError` for formats in which every lab has a layout of its own."""
+    names = [root, *(fs.ls(root, detail=False) if fs.isdir(root) else ())]
+    for ending, kind in FOREIGN.items():
+        if any(name.rstrip("/").endswith(ending) for name in names):
+            raise ValueError(
+                f"{root!r} holds {kind} data, whose layouts differ from lab to lab: read its episodes with "
+                "openvla_hf.data.from_episodes. The page docs/data.md has examples for ALOHA, robomimic and zarr."
+            )
 
 
 def from_episodes(
