@@ -1,4 +1,9 @@
+import base64
+import io
 import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from openvla_hf.processing import OpenVLAImageProcessor
+from openvla_hf.processing import OpenVLAImageProcessor, image_processing_openvla
 
 
 VARIANTS = ["resize-crop-fused", "resize-crop-fused-f32stats", "letterbox-fused", "resize-naive-siglip"]
@@ -117,9 +122,12 @@ def test_all_forms_of_an_image_are_equal(processor, images, tmp_path):
     gray_pixels = processor(gray)["pixel_values"]
     for form in (np.asarray(gray), np.asarray(gray)[..., None], np.asarray(gray)[None]):
         assert torch.equal(processor(form)["pixel_values"], gray_pixels)
-    # A dark image of integers is dark: only floats may mean [0, 1].
-    dark = np.ones((8, 8, 3), np.int64)
-    assert torch.equal(processor(dark)["pixel_values"], processor(dark.astype(np.uint8))["pixel_values"])
+    # A dark image of bytes is dark: only floats may mean [0, 1].
+    dark = np.ones((8, 8, 3), np.uint8)
+    assert torch.equal(processor(dark)["pixel_values"], processor(Image.fromarray(dark))["pixel_values"])
+    black = processor(np.zeros_like(dark))["pixel_values"]
+    for dtype in (np.int64, np.float32):
+        assert torch.equal(processor(np.zeros((8, 8, 3), dtype))["pixel_values"], black)
 
 
 def test_a_batch_equals_its_images(processor, images):
@@ -141,9 +149,9 @@ def test_a_batch_equals_its_images(processor, images):
         ("pick up the red block", ValueError, "'pick up the red block' is not a file"),
         ([], ValueError, "empty list"),
         (np.zeros((1, 1, 4, 4, 3)), ValueError, "shape"),
-        (np.zeros((2, 5, 5)), ValueError, r"shape \(2, 5, 5\) is no image"),
-        (np.zeros((0, 5, 3)), ValueError, "is no image"),
-        (np.zeros(5), ValueError, "is no image"),
+        (np.zeros((2, 5, 5)), ValueError, r"shape \(2, 5, 5\) is not an image"),
+        (np.zeros((0, 5, 3)), ValueError, "is not an image"),
+        (np.zeros(5), ValueError, "is not an image"),
         (np.full((4, 4, 3), -1.0), ValueError, "leave the normalisation"),
         (np.full((4, 4, 3), np.nan), ValueError, "nan"),
     ],
@@ -151,6 +159,234 @@ def test_a_batch_equals_its_images(processor, images):
 def test_what_is_no_image_is_refused_with_the_way_out(processor, bad, error, message):
     with pytest.raises(error, match=message):
         processor(bad)
+
+
+def test_a_float_image_slightly_above_one_is_not_black(processor):
+    rng = np.random.default_rng(0)
+    edges = np.kron(rng.integers(0, 2, (4, 4)), np.ones((16, 16)))
+    channel = Image.fromarray(edges.astype(np.float32)).resize((80, 80), Image.Resampling.BICUBIC)
+    image = np.stack([np.asarray(channel)] * 3, -1)
+    assert image.max() > 1.05
+    assert image.min() < -0.05
+    expected = processor(image.clip(0, 1))["pixel_values"]
+    for form in (image, torch.from_numpy(image).permute(2, 0, 1), image[None]):
+        assert torch.equal(processor(form)["pixel_values"], expected)
+    bright = np.full((8, 8, 3), 1.001)
+    assert processor(bright)["pixel_values"].min() > 0.99
+
+
+def test_one_scale_holds_for_all_images_of_an_array(processor):
+    night = np.zeros((2, 8, 8, 3), np.uint8)
+    night[0, :, :4], night[1, :4] = 200, 1
+    expected = processor(night)["pixel_values"]
+    assert torch.equal(processor(night.astype(np.float32))["pixel_values"], expected)
+    assert torch.equal(processor(night.astype(np.int32).transpose(0, 3, 1, 2))["pixel_values"], expected)
+
+
+def ramp(low, high, dtype=np.float32):
+    return np.linspace(low, high, 8 * 8 * 3).reshape(8, 8, 3).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (ramp(0, 1.2), ValueError, r"could be in \[0, 1\] or in \[0, 255\]: convert them to"),
+        (ramp(0, 9), ValueError, "could be in"),
+        (torch.from_numpy(ramp(0, 1.5)).half(), ValueError, "could be in"),
+        (ramp(-0.2, 1), ValueError, "leave the normalisation to the processor"),
+        (ramp(-1, 255), ValueError, "leave the normalisation to the processor"),
+        (ramp(0, 256, np.uint16), ValueError, "leave the normalisation to the processor"),
+        (np.full((8, 8, 3), np.inf), ValueError, "leave the normalisation to the processor"),
+        (ramp(0, 1.4, np.int64), ValueError, "dtype int64 from 0 to 1 could be in"),
+        (torch.ones(3, 8, 8, dtype=torch.int32), ValueError, "dtype int32 from 1 to 1 could be in"),
+        (ramp(0, 2, bool), TypeError, "cannot be an array of dtype bool"),
+        (torch.ones(3, 8, 8, dtype=torch.bool), TypeError, "cannot be an array of dtype bool"),
+        (ramp(0, 1, np.complex64), TypeError, "cannot be an array of dtype complex64"),
+        (np.full((8, 8, 3), "red"), TypeError, "cannot be an array of dtype <U3"),
+        (np.zeros((0, 8, 8, 3), np.uint8), ValueError, "is not an image"),
+    ],
+)
+def test_pixels_of_uncertain_scale_are_refused(processor, image, error, message):
+    with pytest.raises(error, match=message):
+        processor(image)
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16", "I;16B", "La"])
+def test_pil_modes_without_a_fixed_white_are_refused(processor, mode):
+    with pytest.raises(ValueError, match=f"The image has mode '{mode}', which does not say what is white: scale it"):
+        processor(Image.new(mode, (8, 8)))
+
+
+def test_a_file_of_sixteen_bits_is_refused(processor, tmp_path):
+    Image.fromarray(ramp(0, 60000, np.uint16)[..., 0]).save(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match=r"depth\.png' has mode 'I;16'"):
+        processor(tmp_path / "depth.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_other_pil_modes_are_those_of_the_original(processor, images, mode):
+    image = images[1].convert("L").convert("RGB").convert("L" if mode == "LA" else "RGB").convert(mode)
+    expected = processor(np.asarray(image.convert("RGB")))["pixel_values"]
+    assert torch.equal(processor(image)["pixel_values"], expected)
+
+
+def test_an_empty_pil_image_is_refused(processor):
+    with pytest.raises(ValueError, match=r"The image is empty: its size is 0 x 5 pixels\."):
+        processor(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_image_bomb_is_refused(strategy, images, tmp_path, monkeypatch):
+    processor = OpenVLAImageProcessor(strategy, size=32)
+    images[0].save(tmp_path / "image.png")  # 224 x 224
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 224 * 224)
+    assert processor(tmp_path / "image.png")["pixel_values"].shape == (1, 6, 32, 32)
+    forms = (images[0], str(tmp_path / "image.png"), tmp_path / "image.png")
+    for limit in (40000, 20000):  # PIL warns above the limit, and raises above twice as much
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for form in forms:
+            with pytest.raises(ValueError, match=rf"too large: resize or crop it to at most {limit} pixels"):
+                processor(form)
+
+
+@pytest.mark.parametrize("strategy", ["letterbox", "resize-crop"])
+def test_an_image_that_a_resize_makes_huge_is_refused(strategy):
+    with pytest.raises(ValueError, match="pixels is too large"):
+        OpenVLAImageProcessor(strategy)(np.zeros((1, 60_000, 3), np.uint8))
+
+
+@pytest.mark.parametrize("name", ["image.jpg", "image.png"])
+def test_a_damaged_image_is_said_to_be_damaged(processor, images, tmp_path, name):
+    images[0].save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match=rf"{name}' is damaged, truncated or closed \(.*\): read or download it again"):
+        processor(str(tmp_path / name))
+    with Image.open(tmp_path / name) as image, pytest.raises(OSError, match="The image is damaged"):
+        processor(image)
+    (tmp_path / name).write_text("No image at all.")
+    with pytest.raises(ValueError, match="is a file, but not an image that PIL can read"):
+        processor(tmp_path / name)
+
+
+def test_a_closed_image_is_refused(processor, images, tmp_path):
+    images[0].save(tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as image:
+        pass
+    with pytest.raises(OSError, match="The image is damaged, truncated or closed"):
+        processor(image)
+
+
+class Web:
+    """Answers over HTTP, by path: with `pages`, a redirect, without end, slowly, or never."""
+
+    def __init__(self):
+        self.pages: dict[str, bytes] = {}
+        web, self.stopped = self, threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                match self.path:
+                    case "/never":
+                        web.stopped.wait()
+                        return
+                    case "/moved":
+                        self.send_response(302)
+                        self.send_header("Location", "/image.jpg")
+                        self.end_headers()
+                        return
+                    case "/endless" | "/slow":
+                        self.send_response(200)
+                        self.end_headers()
+                        self.drip(*((2**16, 0) if self.path == "/endless" else (1, 0.02)))
+                        return
+                page = web.pages.get(self.path)
+                self.send_response(404 if page is None else 200)
+                self.end_headers()
+                self.wfile.write(page or b"")
+
+            def drip(self, size, pause):
+                try:
+                    while not web.stopped.wait(pause):
+                        self.wfile.write(bytes(size))
+                except OSError:
+                    pass  # the client has gone
+
+            def log_message(self, format, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def stop(self):
+        self.stopped.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def web(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    server = Web()
+    yield server
+    server.stop()
+
+
+def test_the_exif_orientation_is_not_applied_to_any_form_of_a_photo(processor, images, web, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    path = tmp_path / "photo.jpg"
+    images[1].save(path, exif=exif)
+    web.pages["/image.jpg"] = data = path.read_bytes()
+    stored = np.asarray(Image.open(path))
+    assert stored.shape[:2] == images[1].size[::-1]
+    text = base64.b64encode(data).decode()
+    forms = [
+        Image.open(path), path, str(path), f"{web.url}/image.jpg", f"{web.url}/moved",
+        text, f"data:image/jpeg;base64,{text}",
+    ]  # fmt: skip
+    expected = processor(stored)["pixel_values"]
+    for form in forms:
+        assert torch.equal(processor(form)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("page", ["/never", "/slow"])
+def test_a_url_that_does_not_answer_in_time_is_an_error(processor, web, monkeypatch, page):
+    monkeypatch.setattr(image_processing_openvla, "URL_TIMEOUT", 0.2)
+    with pytest.raises(OSError, match=r"could not be downloaded: no answer within 0\.2 seconds\. Check the address"):
+        processor(web.url + page)
+
+
+def test_a_host_that_accepts_and_says_nothing_is_an_error(processor, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(image_processing_openvla, "URL_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent_host, pytest.raises(OSError, match="no answer within"):
+        processor(f"http://127.0.0.1:{silent_host.getsockname()[1]}/image.jpg")
+
+
+def test_a_download_has_a_largest_size(processor, web, images, monkeypatch):
+    with pytest.raises(OSError, match="could not be downloaded: it has more than 67108864 bytes"):
+        processor(f"{web.url}/endless")
+    data = io.BytesIO()
+    images[0].save(data, "PNG")
+    web.pages["/image.png"] = data.getvalue()
+    monkeypatch.setattr(image_processing_openvla, "MAX_DOWNLOAD", len(data.getvalue()))
+    assert processor(f"{web.url}/image.png")["pixel_values"].shape == (1, 6, 224, 224)
+
+
+def test_a_url_without_an_image_is_an_error(processor, web):
+    web.pages["/page"] = b"<html>"
+    with pytest.raises(ValueError, match=r"/page' does not answer with an image"):
+        processor(f"{web.url}/page")
+    with pytest.raises(OSError, match=r"/none' could not be downloaded: HTTP Error 404: Not Found\. Check"):
+        processor(f"{web.url}/none")
+    with pytest.raises(OSError, match=r"could not be downloaded: .*refused"):
+        processor("http://127.0.0.1:9/image.jpg")  # nobody listens there
+    for malformed in ("http://", "http://[::1", "https://a b", "http://127.0.0.1:port/", "http://\x00"):
+        with pytest.raises(OSError, match="could not be downloaded"):
+            processor(malformed)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,25 @@
 """Camera images to the `pixel_values` of OpenVLA, by PIL and numpy alone."""
 
+import base64
 import inspect
+import io
 import math
 import os
+import struct
+import time
+import zlib
 from collections.abc import Iterator, Sequence
+from http.client import HTTPException
 from typing import Any, Literal, get_args
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_processing_utils import get_size_dict
-from transformers.image_utils import ImageInput, load_image
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
@@ -21,6 +29,23 @@ ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 # The released statistics of DINOv2 are rounded to bfloat16; the model was trained with them as they are.
 DINOV2_MEAN, DINOV2_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+# Modes of PIL whose levels have a fixed meaning. "I", "F" and the 16-bit ones have no fixed white, and PIL clips them.
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+# Bicubic resizing overshoots an edge by up to an eighth of the range. An image that reaches further below 0 is more
+# likely normalised to [-1, 1].
+OVERSHOOT = 1 / 8
+# The lowest maximum of a float image in [0, 255]. Below it are the maxima of normalised and of linear (HDR) images.
+MIN_FLOAT_LEVEL = 16
+# Seconds for an image to arrive from a URL, and the most bytes that it may have.
+URL_TIMEOUT = 30.0
+MAX_DOWNLOAD = 64 * 2**20
+DOWNLOAD_CHUNK = 2**16
+# What PIL's decoders raise for files that are damaged, truncated or closed.
+UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, AssertionError, EOFError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 IMAGE_HELP = (
     "pass a PIL image, an (H, W, 3) or (3, H, W) array or tensor (uint8, or float in [0, 1]), "
@@ -99,12 +124,28 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     def preprocess(self, images: ImageInput, return_tensors: str | TensorType | None = "pt") -> BatchFeature:
         """Turns one image or a batch of any sizes into `pixel_values`.
 
+        The EXIF orientation of a photo is not applied, as in the original: a path, a URL and an open PIL image of the
+        same file give the same pixels.
+
+        Args:
+            images: PIL images, arrays, tensors, paths, URLs or base64 texts; one, or a list of them. Arrays and
+                tensors are (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, or a batch of these, and hold
+
+                - uint8 levels, or other integers of 0 to 255 with a maximum above 1,
+                - floats of 0 to 1; bicubic overshoot of up to 1/8 on either side is clipped,
+                - floats of 0 to 255 with a maximum of at least 16.
+
+                Anything else has no certain brightness and is refused: booleans, integers of 0 and 1, images that
+                are normalised already, and PIL's modes "I", "F" and "I;16".
+            return_tensors: "pt", "np", or `None` for numpy.
+
         Returns:
             `pixel_values` (B, 3 * towers, height, width), float32; numpy with `return_tensors=None`.
 
         Raises:
-            ValueError: an array or a string that holds no image.
+            ValueError: something that holds no image, or one of uncertain brightness or of too many pixels.
             TypeError: something of another type.
+            OSError: a file or a URL that cannot be read: it is damaged, or does not answer in time.
         """
         sized = [np.asarray(self.resize(image)) for image in iterate_images(images)]
         if not sized:
@@ -126,7 +167,9 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 image = self._pad_to_square(image)
             # As torchvision's: the long side is cut to a whole pixel, the crop's offset is rounded.
             short = min(image.size)
-            image = image.resize((image.width * width // short, image.height * height // short), self.resample)
+            scaled = (image.width * width // short, image.height * height // short)
+            _refuse_huge(scaled)
+            image = image.resize(scaled, self.resample)
             left, top = round((image.width - width) / 2), round((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
         if self.center_crop_area is not None:
@@ -139,6 +182,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
         # Both sides get the same border: an odd difference leaves the square one pixel short, as in training.
         side = max(image.size)
+        _refuse_huge((side, side))
         border = ((side - image.width) // 2, (side - image.height) // 2)
         return ImageOps.expand(image, border, tuple(self.letterbox_fill)) if any(border) else image
 
@@ -172,57 +216,142 @@ def read_published_config(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def iterate_images(images: Any) -> Iterator[Image.Image]:
-    """Yields every image of any accepted input as RGB.
+    """Yields every image of any accepted input as RGB, see `OpenVLAImageProcessor.preprocess`.
 
     Raises:
-        ValueError: an array or a string that holds no image.
+        ValueError: an array, a string or a PIL image that holds no image, or one of uncertain brightness.
         TypeError: something of another type.
+        OSError: a file or a URL that cannot be read.
     """
     if isinstance(images, (list, tuple)):
         for image in images:
             yield from iterate_images(image)
     elif isinstance(images, Image.Image):
-        yield images if images.mode == "RGB" else images.convert("RGB")
+        yield _to_rgb(images, "The image")
     elif isinstance(images, (str, os.PathLike)):
-        yield _open(os.fspath(images))
+        yield _open(os.fsdecode(images))
     elif isinstance(images, torch.Tensor):
         images = images.detach().cpu()
-        yield from iterate_images((images.float() if images.is_floating_point() else images).numpy())
-    elif isinstance(images, np.ndarray) and images.ndim == 4:
-        for image in images:
-            yield from iterate_images(image)
+        yield from _from_array((images.float() if images.is_floating_point() else images).numpy())
     elif isinstance(images, np.ndarray):
-        yield _from_array(images)
+        yield from _from_array(images)
     else:
         raise TypeError(f"An image cannot be a {type(images).__name__}; {IMAGE_HELP}.")
 
 
 def _open(source: str) -> Image.Image:
+    """Reads a path, a URL or base64 text as RGB. The EXIF orientation is not applied, as for a PIL image."""
+    name = repr(source if len(source) < 80 else f"{source[:80]}...")
+    file: str | io.BytesIO
+    if source.lower().startswith(("http://", "https://")):
+        file = io.BytesIO(_download(source, name))
+        not_an_image = f"{name} does not answer with an image"
+    elif os.path.isfile(source):
+        file = source
+        not_an_image = f"{name} is a file, but not an image that PIL can read"
+    else:
+        not_an_image = f"{name} is not a file, URL or base64 text of an image"
+        try:
+            file = io.BytesIO(base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source))
+        except ValueError as error:
+            raise ValueError(f"{not_an_image}; {IMAGE_HELP}.") from error
     try:
-        return load_image(source)
-    except (ValueError, OSError) as error:
-        short = source if len(source) < 80 else f"{source[:80]}..."
-        raise ValueError(f"{short!r} is not a file, URL or base64 text of an image; {IMAGE_HELP}.") from error
+        image = Image.open(file)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{not_an_image}; {IMAGE_HELP}.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name} is too large: {_shrink()}.") from error
+    except UNREADABLE as error:
+        raise OSError(f"{name} cannot be read: {error}.") from error
+    with image:
+        return _to_rgb(image, name)
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _download(url: str, name: str) -> bytes:
+    """Content of a URL; the time and the number of bytes that it may take are bounded."""
+    deadline = time.monotonic() + URL_TIMEOUT
+    content = bytearray()
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "openvla-hf"}), timeout=URL_TIMEOUT) as response:
+            while chunk := response.read1(DOWNLOAD_CHUNK):
+                content += chunk
+                if len(content) > MAX_DOWNLOAD:
+                    raise OSError(f"it has more than {MAX_DOWNLOAD} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+    except (OSError, HTTPException, ValueError) as error:
+        cause: Any = error
+        if isinstance(error, HTTPError):
+            error.close()  # it is also the answer
+        elif isinstance(error, URLError):
+            cause = error.reason  # what went wrong before the answer
+        problem = f"no answer within {URL_TIMEOUT:g} seconds" if isinstance(cause, TimeoutError) else cause
+        raise OSError(f"{name} could not be downloaded: {problem}. Check the address and the network.") from error
+    return bytes(content)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decodes a PIL image. Its mode and size are known, and checked, before that."""
+    if image.mode not in IMAGE_MODES:
+        raise ValueError(
+            f"{name} has mode {image.mode!r}, which does not say what is white: scale it to levels of 0 to 255 and "
+            "convert it to mode 'L' or 'RGB'."
+        )
+    if 0 in image.size:
+        raise ValueError(f"{name} is empty: its size is {image.width} x {image.height} pixels.")
+    _refuse_huge(image.size)
+    try:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except UNREADABLE as error:
+        reason = str(error) or "it was closed before it was read"
+        raise OSError(f"{name} is damaged, truncated or closed ({reason}): read or download it again.") from error
+
+
+def _refuse_huge(size: tuple[int, int]) -> None:
+    """Keeps a small file from taking all memory; PIL itself only warns up to twice its limit."""
+    if Image.MAX_IMAGE_PIXELS is not None and math.prod(size) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"An image of {size[0]} x {size[1]} pixels is too large: {_shrink()}.")
+
+
+def _shrink() -> str:
+    return f"resize or crop it to at most {Image.MAX_IMAGE_PIXELS} pixels (PIL.Image.MAX_IMAGE_PIXELS)"
+
+
+def _from_array(array: np.ndarray) -> Iterator[Image.Image]:
     channels = (1, 3, 4)
-    if array.ndim == 3 and array.shape[-1] not in channels and array.shape[0] in channels:
-        array = array.transpose(1, 2, 0)
-    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in channels):
-        raise ValueError(f"An array of shape {array.shape} is no image; {IMAGE_HELP}.")
-    if array.dtype != np.uint8:
-        low, high = array.min(), array.max()
-        if not (low >= 0 and high <= 255):  # NaN fails this too
-            raise ValueError(
-                f"Pixels from {low} to {high} are neither in [0, 1] nor in [0, 255]; {IMAGE_HELP}, "
-                "and leave the normalisation to the processor."
-            )
-        scale = 255 if high <= 1 and np.issubdtype(array.dtype, np.floating) else 1
-        array = np.rint(array * scale).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array.squeeze(-1) if array.shape[2:] == (1,) else array)).convert(
-        "RGB"
-    )
+    batch = array[..., None] if array.ndim == 2 else array
+    batch = batch if batch.ndim == 4 else batch[None]
+    if batch.ndim == 4 and batch.shape[-1] not in channels and batch.shape[1] in channels:
+        batch = batch.transpose(0, 2, 3, 1)
+    if array.size == 0 or batch.ndim != 4 or batch.shape[-1] not in channels:
+        raise ValueError(f"An array of shape {array.shape} is not an image; {IMAGE_HELP}.")
+    for levels in _to_levels(batch):
+        levels = levels.squeeze(-1) if levels.shape[-1] == 1 else levels
+        yield Image.fromarray(np.ascontiguousarray(levels)).convert("RGB")
+
+
+def _to_levels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of any accepted scale to uint8. The scale is that of the whole array, so a batch has one."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind not in "iuf":
+        raise TypeError(f"An image cannot be an array of dtype {pixels.dtype}; {IMAGE_HELP}.")
+    low, high = pixels.min(), pixels.max()
+    is_float = pixels.dtype.kind == "f"
+    if is_float and low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+    if not (low >= 0 and high <= 255):  # NaN fails this too
+        raise ValueError(
+            f"Pixels from {low} to {high} are neither in [0, 1] nor in [0, 255]; {IMAGE_HELP}, "
+            "and leave the normalisation to the processor."
+        )
+    if (is_float and high < MIN_FLOAT_LEVEL) or high == 1:
+        raise ValueError(
+            f"Pixels of dtype {pixels.dtype} from {low} to {high} could be in [0, 1] or in [0, 255]: convert them to "
+            "float in [0, 1] or to uint8."
+        )
+    return np.rint(pixels).astype(np.uint8)
 
 
 OpenVLAImageProcessor.register_for_auto_class()
