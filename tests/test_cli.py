@@ -1,11 +1,16 @@
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from openvla_hf.cli import main
+from openvla_hf.cli import build_parser, main
 from openvla_hf.data import load
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -49,12 +54,172 @@ def test_a_wrong_key_is_one_sentence(policy, capsys):
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_where_one_is_asked_for_is_one_sentence(policy, capsys):
-    assert predict(policy, "--device", "cuda") == 2
-    assert main(["bench", "--random", "tiny", "--device", "cuda"]) == 2
-    sentence = "openvla-hf: PyTorch finds no CUDA device: leave --device out to run on the CPU.\n"
-    assert capsys.readouterr().err == 2 * sentence
+def refusal(capsys, *arguments):
+    """Run a command that must be refused, and return the line that says why."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        status = error.code
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert error.startswith("openvla-hf")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+@pytest.mark.parametrize(
+    "command", ["predict --image https://example.com/a.png --instruction x", "bench --random tiny", "evaluate", "demo"]
+)
+def test_a_device_that_is_not_there_is_refused_in_one_line(command, device, capsys):
+    error = refusal(capsys, *command.split(), "--device", device)
+    kind = device.split(":")[0].upper()
+    assert f"PyTorch finds no {kind} device: leave --device out to run on the CPU." in error
+
+
+@pytest.mark.parametrize("command", ["bench --random tiny", "evaluate", "quantize --report"])
+def test_a_device_of_no_known_kind_is_refused_in_one_line(command, capsys):
+    assert "'foo' is not a device: name cpu, cuda or cuda:1." in refusal(capsys, *command.split(), "--device", "foo")
+
+
+@pytest.mark.parametrize(
+    "command", ["predict --image https://example.com/a.png --instruction x", "bench", "merge a/b c", "quantize a/b c"]
+)
+def test_an_unknown_dtype_is_refused_in_one_line(command, capsys):
+    assert "--dtype: invalid choice: 'garbage'" in refusal(capsys, *command.split(), "--dtype", "garbage")
+
+
+@pytest.mark.parametrize("value", ["-1", "1", "1.5", "nan", "much"])
+def test_a_held_out_share_is_at_least_0_and_below_1(value, capsys):
+    command = ["finetune", "--model", "a/b", "--data", "c/d", "--output", "e", f"--eval-share={value}"]
+    assert "argument --eval-share: " in refusal(capsys, *command)
+
+
+CHECKPOINT_COMMANDS = [
+    "predict --image https://example.com/a.png --instruction x --model {}",
+    "evaluate --model {}",
+    "bench --model {}",
+    "doctor lab/kitchen --model {}",
+    "finetune --data lab/kitchen --output out --model {}",
+    "info {}",
+    "export {} out",
+    "quantize {} out",
+    "merge {} out",
+    "merge a/b out --base {}",
+]
+
+
+@pytest.mark.parametrize("command", CHECKPOINT_COMMANDS)
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_in_one_line(command, capsys):
+    error = refusal(capsys, *command.format("/no/where").split())
+    assert error.endswith(": '/no/where' is neither a folder nor a Hub id (user/name).\n")
+
+
+@pytest.mark.parametrize("command", CHECKPOINT_COMMANDS)
+def test_a_folder_without_a_config_is_not_a_checkpoint(command, capsys, tmp_path):
+    error = refusal(capsys, *command.format(tmp_path).split())
+    assert (
+        f"'{tmp_path}' is not a checkpoint: the folder has neither a config.json nor an adapter_config.json" in error
+    )
+
+
+def test_an_image_that_is_not_there_is_refused_in_one_line(capsys):
+    assert "argument --image: There is no file '/no/frame.png'." in refusal(
+        capsys, "predict", "--image", "/no/frame.png", "--instruction", "x"
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize {} out",
+        "quantize {} out --format 8bit",
+        "quantize --report {}",
+        "finetune --model {} --data lab/kitchen --output out",
+        "finetune --model {} --data lab/kitchen --output out --dry-run",
+        "export {} out",
+    ],
+)
+def test_an_adapter_is_to_be_merged_first(command, capsys, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b", "peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    error = refusal(capsys, *command.format(tmp_path).split())
+    assert error.startswith(f"openvla-hf: {tmp_path} is an adapter: merge it first with `openvla-hf merge {tmp_path}")
+
+
+def test_errors_name_options_by_their_flags(capsys, policy, tmp_path):
+    several = shutil.copytree(policy, tmp_path / "several")
+    config = json.loads((several / "config.json").read_text())
+    config["norm_stats"] = dict.fromkeys(("one", "two"), config["norm_stats"]["tiny"])
+    (several / "config.json").write_text(json.dumps(config))
+    (several / "dataset_statistics.json").write_text(json.dumps(config["norm_stats"]))
+    command = ["predict", "--model", several, "--image", policy / "frame.png", "--instruction", "x"]
+    error = refusal(capsys, *command)
+    assert "pass --unnorm-key, one of 'one', 'two'" in error
+    assert "Unknown --unnorm-key 'three'" in refusal(capsys, *command, "--unnorm-key", "three")
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "told"),
+    [
+        ("push . a/b", "give its Hub id as base_model.", "give its Hub id as --base-model."),
+        ("push . a/b", "There is no /home/base_model/base_model.bin.", "There is no /home/base_model/base_model.bin."),
+        ("merge a/b c", "give it with `base=`. Try `dtype='float32'`.", "give it with --base. Try --dtype float32."),
+        ("doctor a/b", "pass camera=, one of 'a'; the camera is", "pass --camera, one of 'a'; the camera is"),
+        ("doctor a/b", "The model's data set `data_set` has no name.", "The model's data set `data_set` has no name."),
+        ("finetune --model a/b --data c --output d", "load with streaming=True.", "load with --streaming."),
+    ],
+)
+def test_only_the_options_of_the_command_become_flags(command, message, told):
+    assert build_parser().parse_args(command.split()).in_flags(message) == told
+
+
+def test_piped_output_is_not_wrapped(policy, capsys, tmp_path):
+    instruction = "push the red block " * 20
+    assert main(["predict", "--image", str(policy / "frame.png"), "--instruction", instruction.strip()]) == 0
+    assert instruction.strip() in capsys.readouterr().out.splitlines()
+    folder = shutil.copytree(policy, tmp_path / ("a-long-name-" * 10))
+    assert main(["info", str(folder)]) == 0
+    assert str(folder) in capsys.readouterr().out.splitlines()
+
+
+def test_brackets_in_an_instruction_are_printed(policy, capsys):
+    instruction = "[bold]push[/] the [/red] block"
+    assert main(["predict", "--image", str(policy / "frame.png"), "--instruction", instruction]) == 0
+    assert instruction in capsys.readouterr().out
+
+
+def command_line(*arguments, **env):
+    """Start a command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "openvla_hf.cli", *map(str, arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_terminal_without_unicode_gets_escapes(policy):
+    frame = ["--image", policy / "frame.png", "--instruction", "pousse le dé “rouge”"]
+    process = command_line("predict", "--model", policy, *frame, PYTHONIOENCODING="ascii")
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    assert "pousse le d\\xe9 \\u201crouge\\u201d" in output
+    assert output.isascii()
+
+
+def test_ctrl_c_ends_a_command_in_one_line():
+    process = command_line("evaluate", "--episodes", "5000", "--batch-size", "1")
+    assert "done" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == ""
+    assert error.splitlines()[-1] == "openvla-hf: Interrupted."
+    assert "Traceback" not in error
 
 
 def test_demo_writes_pictures_and_evaluate_counts(policy, capsys, tmp_path):

@@ -441,7 +441,7 @@ def test_what_cannot_be_pushed_is_said_in_a_sentence(tiny, owner, tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         push(tmp_path / "absent", "someone/policy")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    with pytest.raises(ValueError, match=r"no OpenVLA checkpoint: its config\.json is for 'llava'"):
+    with pytest.raises(ValueError, match=r"not an OpenVLA checkpoint: its config\.json is for 'llava'"):
         push(tmp_path, "someone/policy")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "openvla"}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

@@ -67,15 +67,17 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         ValueError: It is no OpenVLA checkpoint, or has no weights in safetensors files.
         OSError: It can't be found or read.
     """
-    if not Path(source).is_dir() and constants.is_offline_mode():
-        source = snapshot_download(str(source), revision=revision, local_files_only=True)
-    place = _Folder(Path(source)) if Path(source).is_dir() else _Repository(str(source), revision, token)
+    place = _open(source, revision, token)
     config = place.read_json(CONFIG_NAME) or {}
     adapter = place.read_json(ADAPTER_CONFIG)
     if adapter is None and config.get("model_type") != OpenVLAConfig.model_type:
         raise ValueError(
-            f"{source} is no OpenVLA checkpoint: its {CONFIG_NAME} "
-            + (f"is for {config['model_type']!r}." if "model_type" in config else "is missing or names no model.")
+            f"{source} is not an OpenVLA checkpoint: its {CONFIG_NAME} "
+            + (
+                f"is for {config['model_type']!r}."
+                if "model_type" in config
+                else "is missing or does not name a model."
+            )
         )
     weights = [name for name in place.files if name.endswith(".safetensors")]
     if not weights:
@@ -101,6 +103,24 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         has_code=adapter is None and "configuration_openvla.py" in place.files,
         statistics=statistics,
     )
+
+
+def refuse_adapter(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> None:
+    """Require whole weights, for a step that an adapter alone can't take.
+
+    Raises:
+        ValueError: It is an adapter.
+        OSError: It can't be found or read.
+    """
+    place = _open(source, revision, token)
+    if CONFIG_NAME not in place.files and ADAPTER_CONFIG in place.files:
+        raise ValueError(f"{source} is an adapter: merge it first with `openvla-hf merge {source} NEW_FOLDER`.")
+
+
+def _open(source: str | os.PathLike, revision: str | None, token: str | None) -> "_Folder | _Repository":
+    if not Path(source).is_dir() and constants.is_offline_mode():
+        source = snapshot_download(str(source), revision=revision, local_files_only=True)
+    return _Folder(Path(source)) if Path(source).is_dir() else _Repository(str(source), revision, token)
 
 
 @dataclass
@@ -173,4 +193,4 @@ def _quantization(config: dict[str, Any] | None) -> str | None:
     return f"bitsandbytes 4-bit {config['bnb_4bit_quant_type']}" if config["load_in_4bit"] else "bitsandbytes 8-bit"
 
 
-__all__ = ["CheckpointInfo", "describe"]
+__all__ = ["CheckpointInfo", "describe", "refuse_adapter"]

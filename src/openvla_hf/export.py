@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedM
 from transformers.core_model_loading import revert_weight_conversion
 
 from . import registered  # noqa: F401 - makes the Auto classes know OpenVLA
-from .checkpoint_info import describe
+from .checkpoint_info import describe, refuse_adapter
 from .modeling.checkpoint_loading import STATISTICS_FILE
 from .modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -104,11 +104,8 @@ def export(
     folder = Path(destination)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: export to a new folder.")
+    refuse_adapter(source, revision=revision, token=token)
     found = describe(source, revision=revision, token=token)
-    if found.layout == "adapter":
-        raise ValueError(
-            f"{source} is an adapter: merge it into its base with `openvla-hf merge` and export the result."
-        )
     if found.quantization is not None:
         raise ValueError(
             f"{source} is quantised ({found.quantization}), which the published layout can't hold: export the 16-bit "

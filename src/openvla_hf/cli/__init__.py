@@ -1,15 +1,20 @@
 """The command line: a file a command, each with a docstring, an `EXAMPLE`, `add_arguments(parser)` and `run(args)`."""
 
 import argparse
+import functools
+import io
 import os
+import re
 import sys
-import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from . import bench, demo, doctor, evaluate, export, finetune, info, merge, predict, push, quantize, record
 
 
 COMMANDS = (demo, evaluate, record, predict, bench, info, push, export, finetune, doctor, merge, quantize)
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit statuses; a shell gives the second to what Ctrl-C ends."""
 
 EXAMPLES = """examples:
   openvla-hf demo
@@ -23,9 +28,34 @@ EXAMPLES = """examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line: a list of every option would hide what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message."""
+        self.exit(USER_ERROR, f"{self.prog}: {message}\n")
+
+    def in_flags(self, message: str) -> str:
+        """Name by its flag each option that a message names as a Python argument, such as `eval_share=0.1`."""
+        for action in self._actions:
+            name = action.dest
+            forms = [rf"`{name}(?:=(?P<quoted>[^`]*))?`", rf"(?<![\w/.-]){name}=(?P<bare>[\w'\"-]*)"]
+            if "_" in name:  # no English word
+                forms.append(rf"(?<![\w/.-]){name}(?![\w/-]|\.\w)")
+            if action.option_strings:
+                message = re.sub("|".join(forms), functools.partial(_as_flag, action.option_strings[-1]), message)
+        return message
+
+
+def _as_flag(flag: str, found: re.Match[str]) -> str:
+    groups = found.groupdict()
+    value = (groups["quoted"] or groups["bare"] or "").strip("'\"")
+    return flag if value in ("", "True") else f"{flag} {value}"
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Every command with its options."""
-    parser = argparse.ArgumentParser(
+    """Build the parser of every command with its options."""
+    parser = Parser(
         prog="openvla-hf",
         description="OpenVLA in today's Hugging Face ecosystem.",
         epilog=EXAMPLES,
@@ -40,32 +70,38 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  openvla-hf {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, in_flags=sub.in_flags)
         command.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; an error of the user's is one sentence on standard error and exit status 2."""
+    """Run a command.
+
+    Returns:
+        The exit status: 2 for an error of the user's, which is told in a sentence on standard error, and 130 after
+        Ctrl-C.
+    """
     args = build_parser().parse_args(argv)
-    # What libraries say on import is no news to a person at a terminal.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error does: what a terminal can't show is written as an escape.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.run(args)
     except KeyboardInterrupt as error:
         print(f"openvla-hf: {str(error) or 'Interrupted.'}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (OSError, TypeError, ValueError) as error:
-        print(f"openvla-hf: {error}", file=sys.stderr)
-        return 2
+        message = args.in_flags(str(error))
     except ModuleNotFoundError as error:
         if error.name != "gymnasium":
             raise
-        print("openvla-hf: the tabletop needs Gymnasium: pip install 'openvla-hf[sim]'", file=sys.stderr)
-        return 2
+        message = "The tabletop needs Gymnasium: pip install 'openvla-hf[sim]'"
     except ImportError as error:  # a package of an extra: the message says which
-        print(f"openvla-hf: {error}", file=sys.stderr)
-        return 2
-    return 0
+        message = str(error)
+    else:
+        return 0
+    print(f"openvla-hf: {message}", file=sys.stderr)
+    return USER_ERROR

@@ -3,9 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from rich.console import Console
-
-from .common import default_model, load, positive, print_json, require_device
+from .common import DTYPES, checkpoint, console, default_model, device, load, positive, print_json, print_table
 
 
 EXAMPLE = "bench --random 0.5b --batch-sizes 1 8"
@@ -13,7 +11,7 @@ EXAMPLE = "bench --random 0.5b --batch-sizes 1 8"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured = parser.add_mutually_exclusive_group()
-    measured.add_argument("--model", help="folder or Hub id (default: the tabletop policy)")
+    measured.add_argument("--model", type=checkpoint, help="folder or Hub id (default: the tabletop policy)")
     measured.add_argument("--random", choices=("7b", "0.5b", "tiny"), help="a model of this size with random weights")
     parser.add_argument("--unnorm-key", help="whose number of action dimensions counts, if the model knows several")
     parser.add_argument(
@@ -21,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=positive, default=20, help="of each way (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="time compiled passes too; compiling takes minutes")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+    parser.add_argument("--dtype", default="auto", choices=DTYPES,
                      help="(default: the checkpoint's, or bfloat16 on a GPU)")  # fmt: skip
-    parser.add_argument("--device", help="such as cuda (default: the CPU)")
+    parser.add_argument("--device", type=device, help="such as cuda (default: the CPU)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,14 +29,12 @@ def run(args: argparse.Namespace) -> None:
 
     from ..evaluation.latency import latency_tables, measure_latency, random_model
 
-    console = Console(stderr=True, quiet=args.json)
-    with console.status("loading") as status:
+    with console(stderr=True, quiet=args.json).status("loading") as status:
         if args.random is not None:
-            require_device(args.device)
-            device = torch.device(args.device or "cpu")
-            usual = "bfloat16" if device.type == "cuda" else "float32"
+            place = torch.device(args.device or "cpu")
+            usual = "bfloat16" if place.type == "cuda" else "float32"
             dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
-            model, processor = random_model(args.random, dtype, device)
+            model, processor = random_model(args.random, dtype, place)
         else:
             model, processor = load(args.model or default_model(), args.dtype, args.device)
         result = measure_latency(
@@ -54,4 +50,4 @@ def run(args: argparse.Namespace) -> None:
         print_json(asdict(result))
         return
     for table in latency_tables(result):
-        Console().print(table)
+        print_table(table)

@@ -2,22 +2,40 @@
 
 import argparse
 import json
+import os
 import runpy
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Placements over several devices, by the names that `from_pretrained` gives them.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+UNLIMITED = 10_000
+"""Columns of output that is not read on a terminal."""
+
+
+# Options
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a policy to act with."""
-    parser.add_argument("--model", help="folder or Hub id (default: the tabletop policy that ships with the package)")
+    parser.add_argument(
+        "--model", type=checkpoint, help="folder or Hub id (default: the tabletop policy that ships with the package)"
+    )
     parser.add_argument("--unnorm-key", help="whose statistics give the robot's units, if the model knows several")
+    parser.add_argument("--device", type=device_map, help="such as cuda or auto (default: the CPU)")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how a data set is read."""
+def add_data_arguments(parser: Any) -> None:
+    """Add the options that say how a data set is read, to a parser or to a group of its options."""
     parser.add_argument("--robot", help="name of the adapter that reads it (default: the data set's own, or generic)")
     parser.add_argument("--robots", metavar="FILE", help="Python file of your own that registers robots")
     parser.add_argument("--split", default="train", help="(default: %(default)s)")
@@ -41,10 +59,77 @@ def setting(text: str) -> tuple[str, Any]:
 
 def positive(text: str) -> int:
     """Parse a whole number from 1 on."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """Parse a whole number from 0 on."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
+
+
+def share(text: str) -> float:
+    """Parse a part of a whole: at least 0 and below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return value
+
+
+def checkpoint(text: str) -> str:
+    """Parse the folder or the Hub id of a model or an adapter."""
+    if os.path.isdir(text):
+        if not any(os.path.isfile(os.path.join(text, name)) for name in ("config.json", "adapter_config.json")):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a checkpoint: the folder has neither a config.json nor an adapter_config.json."
+            )
+        return text
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor a Hub id (user/name).") from error
+    return text
+
+
+def device(text: str) -> str:
+    """Parse a device that PyTorch can use here."""
+    import torch
+
+    try:
+        wanted = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device: name cpu, cuda or cuda:1.") from error
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted.type == "cpu":
+        return text
+    if found is None or wanted.type != found.type:
+        raise argparse.ArgumentTypeError(
+            f"PyTorch finds no {wanted.type.upper()} device: leave --device out to run on the CPU."
+        )
+    if wanted.index is not None and wanted.index >= torch.accelerator.device_count():
+        raise argparse.ArgumentTypeError(f"There is no {text}: PyTorch finds {torch.accelerator.device_count()}.")
+    return text
+
+
+def device_map(text: str) -> str:
+    """Parse a device, or a way to place a model over several."""
+    return text if text in DEVICE_MAPS else device(text)
+
+
+def image(text: str) -> str:
+    """Parse the path or the URL of an image."""
+    if not text.startswith(("http://", "https://")) and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"There is no file {text!r}.")
+    return text
+
+
+# Policies and robots
 
 
 def load(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -54,7 +139,6 @@ def load(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple
 
     import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
 
-    require_device(device)
     logging.disable_progress_bar()
     model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device)
     return model, AutoProcessor.from_pretrained(model_id)
@@ -65,14 +149,6 @@ def default_model() -> str:
     from ..evaluation.rollouts import TABLETOP_POLICY
 
     return str(TABLETOP_POLICY)
-
-
-def require_device(device: str | None) -> None:
-    """Raise before anything is loaded if a GPU is asked for and there is none."""
-    import torch
-
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("PyTorch finds no CUDA device: leave --device out to run on the CPU.")
 
 
 def register_robots(file: str | None) -> None:
@@ -86,6 +162,25 @@ def dimension_names(count: int) -> Sequence[str]:
     return ACTION_NAMES if count == len(ACTION_NAMES) else [f"a{i}" for i in range(count)]
 
 
+# Printing
+
+
+def console(stderr: bool = False, quiet: bool = False) -> Console:
+    """Make a console that wraps lines for a terminal only, and takes brackets in texts and paths as they are."""
+    made = Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal:
+        made.width = UNLIMITED
+    return made
+
+
+def print_table(table: Table, stderr: bool = False) -> None:
+    """Print a table; its title may be wider than the table is."""
+    out = console(stderr)
+    if isinstance(table.title, str) and not out.is_terminal:
+        table.title = Text(table.title, style="table.title", no_wrap=True, overflow="ignore")
+    out.print(table)
+
+
 def print_json(result: dict[str, Any]) -> None:
     """Print the result of `--json` on standard output."""
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))

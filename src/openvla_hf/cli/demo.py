@@ -3,9 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
-from .common import default_model, print_json
+from .common import default_model, print_json, print_table
 from .episodes import add_episode_arguments, play
 
 
@@ -32,6 +30,5 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"results": results, "strip": str(strip), "gif": str(gif)})
         return
-    console = Console()
-    console.print(success_table(f"{len(episodes)} unseen episodes", results))
-    console.print(f"Watch {gif}, look at {strip}")
+    print_table(success_table(f"{len(episodes)} unseen episodes", results))
+    print(f"Watch {gif}, look at {strip}")

@@ -2,9 +2,19 @@
 
 import argparse
 
-from rich.console import Console
+from rich.text import Text
 
-from .common import add_data_arguments, dimension_names, load, positive, print_json, register_robots
+from .common import (
+    add_data_arguments,
+    checkpoint,
+    console,
+    dimension_names,
+    load,
+    positive,
+    print_json,
+    print_table,
+    register_robots,
+)
 
 
 EXAMPLE = "doctor lab/kitchen --robot libero --plot actions.png"
@@ -13,7 +23,7 @@ EXAMPLE = "doctor lab/kitchen --robot libero --plot actions.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="folder, URL or Hub id: LeRobot, RLDS, or datasets with images")
     add_data_arguments(parser)
-    parser.add_argument("--model", help="folder or Hub id of a policy to try on the frames")
+    parser.add_argument("--model", type=checkpoint, help="folder or Hub id of a policy to try on the frames")
     parser.add_argument("--unnorm-key", help="whose statistics the policy uses, if it knows several")
     parser.add_argument("--frames", type=positive, default=64, help="that the policy acts on (default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE", help="picture of the action histograms with the 256 bins")
@@ -27,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     register_robots(args.robots)
     model, processor = load(args.model) if args.model else (None, None)
     stats = model.get_action_stats(args.unnorm_key) if model is not None else None
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True),
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console(stderr=True),
                   disable=args.json, transient=True) as progress:  # fmt: skip
         images, acting = (progress.add_task(what, total=None, visible=False) for what in ("images", "predictions"))
         report, frames = examine(
@@ -46,10 +56,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(report.as_dict())
         return
-    console = Console()
     for table in report_tables(report, names):
-        console.print(table)
+        print_table(table)
+    out = console()
     for warning in report.warnings:
-        console.print(f"[yellow]![/] {warning}", highlight=False)
+        out.print(Text.assemble(("!", "yellow"), " ", warning))
     if not report.warnings:
-        console.print("[green]ready[/]: nothing to say against it")
+        out.print(Text.assemble(("Ready", "green"), ": no problems found."))

@@ -3,9 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from .common import add_policy_arguments, load, positive
+from .common import add_policy_arguments, console, load, positive
 
 
 if TYPE_CHECKING:
@@ -26,8 +24,7 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
 
     from ..evaluation.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
 
-    console = Console(stderr=True)
-    model, processor = load(model_id)
+    model, processor = load(model_id, device=args.device)
     policy = load_policy(model, processor, args.unnorm_key)
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
     episodes: list[Episode] = []
@@ -36,7 +33,7 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
         TextColumn("success {task.fields[success]}"),
     )  # fmt: skip
     tasks = args.task or ("put", "push")
-    with Progress(*columns, console=console, disable=args.json) as progress:
+    with Progress(*columns, console=console(stderr=True), disable=args.json) as progress:
         bar = progress.add_task(condition, total=len(seeds), success="-")
         first = set(seeds[:keep])
         for episode in run_episodes(
@@ -45,7 +42,7 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
         ):  # fmt: skip
             episodes.append(episode)
             verdict = "[green]done[/]    " if episode.success else "[red]not done[/]"
-            progress.console.print(f"{verdict} {episode.steps:3d} steps  {episode.instruction}", highlight=False)
+            progress.console.print(f"{verdict} {episode.steps:3d} steps  {episode.instruction}", markup=True)
             done = sum(one.success for one in episodes)
             progress.update(bar, advance=1, success=f"{done}/{len(episodes)} = {done / len(episodes):.0%}")
     return episodes

@@ -2,9 +2,7 @@
 
 import argparse
 
-from rich.console import Console
-
-from .common import default_model, print_json
+from .common import default_model, print_json, print_table
 from .episodes import add_episode_arguments, play
 
 
@@ -24,4 +22,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"model": model_id, "episodes": args.episodes, "results": results})
     else:
-        Console().print(success_table(f"{model_id}: {args.episodes} unseen episodes a condition", results))
+        print_table(success_table(f"{model_id}: {args.episodes} unseen episodes a condition", results))

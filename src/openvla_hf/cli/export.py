@@ -2,16 +2,14 @@
 
 import argparse
 
-from rich.console import Console
-
-from .common import print_json
+from .common import checkpoint, console, print_json
 
 
 EXAMPLE = "export outputs/kitchen-merged outputs/kitchen-published"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder or Hub id of a 16- or 32-bit checkpoint")
+    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id of a 16- or 32-bit checkpoint")
     parser.add_argument("destination", help="empty or new folder")
     parser.add_argument("--max-shard-size", default="7GB", help="of one weights file (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
@@ -20,12 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..export import export as write_published
 
-    console = Console(stderr=True, quiet=args.json)
-    with console.status(f"Writing {args.destination}"):
+    with console(stderr=True, quiet=args.json).status(f"Writing {args.destination}"):
         folder = write_published(
             args.checkpoint, args.destination, max_shard_size=args.max_shard_size, revision=args.revision
         )
     if args.json:
         print_json({"folder": str(folder), "files": sorted(path.name for path in folder.iterdir())})
     else:
-        Console().print(f"Written: {folder}", highlight=False)
+        print(f"Written: {folder}")

@@ -3,16 +3,24 @@
 import argparse
 import dataclasses
 
-from rich.console import Console
-
-from .common import add_data_arguments, positive, print_json, register_robots, setting
+from .common import (
+    add_data_arguments,
+    checkpoint,
+    natural,
+    positive,
+    print_json,
+    print_table,
+    register_robots,
+    setting,
+    share,
+)
 
 
 EXAMPLE = "finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora --output outputs/kitchen"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hub id of the base")
+    parser.add_argument("--model", type=checkpoint, required=True, help="folder or Hub id of the base")
     parser.add_argument("--data", required=True, help="folder or Hub id: LeRobot, RLDS, or datasets with images")
     add_data_arguments(parser)
     parser.add_argument("--name", help="of the statistics in the checkpoint (default: the data set's)")
@@ -22,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=5000, help="(default: %(default)s)")
     parser.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
                      help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
-    parser.add_argument("--eval-share", type=float, default=0.0, help="share of the episodes held out (default: none)")
+    parser.add_argument("--eval-share", type=share, default=0.0, help="share of the episodes held out (default: none)")
     parser.add_argument("--save-steps", type=positive, default=500, help="also of evaluation (default: %(default)s)")
     parser.add_argument("--logging-steps", type=positive, default=10, help="(default: %(default)s)")
     parser.add_argument("--keep", type=positive, default=2, help="checkpoints at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read data (default: %(default)s)")
+    parser.add_argument("--workers", type=natural, default=2, help="processes that read data (default: %(default)s)")
     parser.add_argument("--streaming", action="store_true", help="read the data as they come, and keep nothing")
     parser.add_argument("--shuffle-buffer", type=positive, default=10_000, help="of a stream (default: %(default)s)")
     parser.add_argument("--skip-bad-episodes", action="store_true", help="go on without episodes that can't be read")
@@ -41,11 +49,13 @@ def run(args: argparse.Namespace) -> None:
 
     import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
 
+    from ..checkpoint_info import refuse_adapter
     from ..data import load as load_frames
     from ..training.finetune import build_trainer, check_run, read_split
     from ..training.finetune import finetune as run_training
     from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
 
+    refuse_adapter(args.model)
     register_robots(args.robots)
     is_main = PartialState().is_main_process
     fields = {field.name for field in dataclasses.fields(Recipe)}
@@ -65,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     check_run(args.model, args.output, chosen, resume=args.resume, **arguments)
     cost = estimate_cost(AutoConfig.from_pretrained(args.model), chosen)
     if is_main:
-        Console(stderr=True).print(cost_table(f"{args.recipe} on {args.model}", cost))
+        print_table(cost_table(f"{args.recipe} on {args.model}", cost), stderr=True)
     if args.dry_run:
         if args.json and is_main:
             print_json({"recipe": args.recipe, **dataclasses.asdict(cost)})
@@ -99,4 +109,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json and is_main:
         print_json({"output": args.output, "figures": figures})
     elif is_main:
-        Console().print(f"Fine-tuned: {args.output}", highlight=False)
+        print(f"Fine-tuned: {args.output}")

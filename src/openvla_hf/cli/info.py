@@ -3,17 +3,16 @@
 import argparse
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
-from .common import print_json
+from .common import checkpoint, print_json, print_table
 
 
 EXAMPLE = "info openvla/openvla-7b"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
 
@@ -40,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
     for name, value in rows.items():
         if value:
             table.add_row(name, value)
-    Console().print(table)
+    print_table(table)

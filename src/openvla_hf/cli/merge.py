@@ -2,31 +2,32 @@
 
 import argparse
 
-from rich.console import Console
-
-from .common import print_json
+from .common import DTYPES, checkpoint, console, print_json
 
 
 EXAMPLE = "merge outputs/kitchen outputs/kitchen-merged"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", help="folder or Hub id of an adapter, ours or one published for the original code")
+    parser.add_argument(
+        "adapter", type=checkpoint, help="folder or Hub id of an adapter, ours or one published for the original code"
+    )
     parser.add_argument("output", help="empty or new folder")
-    parser.add_argument("--base", help="folder or Hub id of the 16-bit base (default: what the adapter names)")
-    parser.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the base's)")
+    parser.add_argument(
+        "--base", type=checkpoint, help="folder or Hub id of the 16-bit base (default: what the adapter names)"
+    )
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: the base's)")
     parser.add_argument("--max-shard-size", default="5GB", help="of one weights file (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     from ..training.merge import merge_adapter
 
-    console = Console(stderr=True, quiet=args.json)
-    with console.status(f"Merging {args.adapter}"):
+    with console(stderr=True, quiet=args.json).status(f"Merging {args.adapter}"):
         difference = merge_adapter(
             args.adapter, args.output, base=args.base, dtype=args.dtype, max_shard_size=args.max_shard_size
         )
     if args.json:
         print_json({"output": args.output, "difference": difference})
     else:
-        Console().print(f"Merged: {args.output} (logits within {difference:.2%})", highlight=False)
+        print(f"Merged: {args.output} (logits within {difference:.2%})")

@@ -2,10 +2,9 @@
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
-from .common import add_policy_arguments, default_model, dimension_names, load, print_json
+from .common import DTYPES, add_policy_arguments, default_model, dimension_names, image, load, print_json, print_table
 
 
 EXAMPLE = 'predict --image frame.png --instruction "push the red ball to the left"'
@@ -13,10 +12,9 @@ EXAMPLE = 'predict --image frame.png --instruction "push the red ball to the lef
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser)
-    parser.add_argument("--image", required=True, help="file or URL of the camera's image")
+    parser.add_argument("--image", type=image, required=True, help="file or URL of the camera's image")
     parser.add_argument("--instruction", required=True, help="what the robot is to do")
-    parser.add_argument("--dtype", default="auto", help="such as bfloat16 (default: the checkpoint's)")
-    parser.add_argument("--device", help="such as cuda or auto (default: the CPU)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: the checkpoint's)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,4 +36,4 @@ def run(args: argparse.Namespace) -> None:
         names, action, details.normalized_actions[0], token_ids, chosen, strict=True
     ):
         table.add_row(name, f"{value:+.4f}", f"{normalised:+.3f}", str(token), f"{probability:.1%}")
-    Console().print(table)
+    print_table(table)

@@ -2,8 +2,6 @@
 
 import argparse
 
-from rich.console import Console
-
 from .common import print_json
 
 
@@ -39,4 +37,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url})
     else:
-        Console().print(f"Pushed: {commit.pr_url or commit.commit_url}", highlight=False)
+        print(f"Pushed: {commit.pr_url or commit.commit_url}")

@@ -2,9 +2,7 @@
 
 import argparse
 
-from rich.console import Console
-
-from .common import positive, print_json
+from .common import console, natural, positive, print_json
 
 
 EXAMPLE = "record demos/tabletop_lift --task lift --episodes 500"
@@ -14,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", help="new folder; its name is that of the data set")
     parser.add_argument("--task", nargs="+", required=True, help="put, push, stack or lift")
     parser.add_argument("--episodes", type=positive, default=500, help="(default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="of the episodes (default: %(default)s)")
+    parser.add_argument("--first-seed", type=natural, default=0, help="of the episodes (default: %(default)s)")
     parser.add_argument("--format", choices=("lerobot", "rlds"), default="lerobot", help="(default: %(default)s)")
 
 
@@ -25,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.tabletop import record_demonstrations
 
     seeds = track(
-        range(args.first_seed, args.first_seed + args.episodes), "recording", console=Console(stderr=True),
+        range(args.first_seed, args.first_seed + args.episodes), "recording", console=console(stderr=True),
         disable=args.json,
     )  # fmt: skip
     episodes = record_demonstrations(args.task, seeds)
@@ -33,4 +31,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"folder": str(written)})
     else:
-        Console().print(f"Written: {written}", highlight=False)
+        print(f"Written: {written}")
