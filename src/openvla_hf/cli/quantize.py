@@ -98,7 +98,15 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
         from ..data import load as load_data
 
         register_robots(args.robots)
-        data = load_data(args.data, args.robot, split=args.split, camera=args.camera, streaming=True)
+        data = load_data(
+            args.data,
+            args.robot,
+            split=args.split,
+            camera=args.camera,
+            every=args.every,
+            drop_idle=args.drop_idle,
+            streaming=True,
+        )
         frames = list(islice(data, args.frames))
     source = args.source or default_model()
     towers = (False, True) if args.towers else (False,)
