@@ -116,6 +116,27 @@ def test_the_doctor_judges_the_data_at_the_rate_that_is_asked_for(make_episode, 
     assert report["idle"] == 0.0
 
 
+JOINTS = [f"joint{index}" for index in range(7)]
+
+
+@pytest.mark.parametrize("names", [JOINTS, {"motors": JOINTS}, {name: place for place, name in enumerate(JOINTS)}])
+def test_dimensions_are_called_what_the_data_calls_them(make_episode, tmp_path, capsys, names):
+    episodes = [make_episode(index, steps=30) for index in range(7)]
+    episodes[2][4]["action"][1] = 3.0
+    write_lerobot(episodes, tmp_path / "arm", action_names=JOINTS)
+    info = tmp_path / "arm/meta/info.json"
+    described = json.loads(info.read_text())
+    assert described["features"]["action"]["names"] == JOINTS
+    described["features"]["action"]["names"] = names
+    info.write_text(json.dumps(described))
+    assert main(["doctor", str(tmp_path / "arm")]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in JOINTS)
+    assert "Dimension 1 (joint1) reaches 3" in printed
+    with pytest.raises(ValueError, match="2 names were given for the 7 numbers of the action"):
+        write_lerobot(episodes, tmp_path / "other", action_names=["a", "b"])
+
+
 def test_a_model_is_judged_by_what_it_predicts(tiny, make_episode):
     model, processor = tiny()
     frames = from_episodes([make_episode(0), make_episode(1)], ARM)

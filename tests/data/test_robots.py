@@ -182,6 +182,16 @@ def test_a_missing_feature_of_a_tuple_is_named_and_not_passed_over():
         Robot("arm", state=("state", "joints")).standardize({"action": np.zeros((2, 6)), "state": np.zeros((2, 6))}, 2)
 
 
+def test_names_of_dimensions_follow_what_becomes_of_the_numbers():
+    names = {"a": ["one", "two"], "b": ["three"]}
+    assert Robot("arm", action=("b", "a")).name_dimensions(names, names) == ["three", "one", "two"]
+    assert Robot("arm", action="a", select=(1,)).name_dimensions(names, names) == ["two"]
+    assert Robot("arm", action=("a", "c")).name_dimensions([*names, "c"], names) is None
+    pose = {"action": ["x", "y", "z", "qx", "qy", "qz", "qw", "grip"]}
+    robot = Robot("arm", space="end_effector_pose", rotation="quaternion_xyzw")
+    assert robot.name_dimensions(pose, pose) == ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "grip"]
+
+
 def test_alternatives_are_written_as_such():
     robot = Robot("arm", action=FirstOf("action", "actions"))
     for name in robot.action:

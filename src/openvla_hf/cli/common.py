@@ -157,8 +157,10 @@ def register_robots(file: str | None) -> None:
         runpy.run_path(file)
 
 
-def dimension_names(count: int) -> Sequence[str]:
-    """Name the dimensions of an action: those of an end effector, or numbers."""
+def dimension_names(count: int, known: Sequence[str] | None = None) -> Sequence[str]:
+    """Name the dimensions of an action: as the data do, or those of an end effector, or numbers."""
+    if known is not None and len(known) == count:
+        return known
     return ACTION_NAMES if count == len(ACTION_NAMES) else [f"a{i}" for i in range(count)]
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
                 model, processor, frames, args.unnorm_key, max_frames=args.frames,
                 progress=lambda done, total: progress.update(acting, completed=done, total=total, visible=True),
             )  # fmt: skip
-    names = dimension_names(len(report.q01))
+    names = dimension_names(len(report.q01), report.names)
     if args.plot:
         plot_actions(report, args.plot, names)
     if args.json:

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     details = model.predict_action(**inputs, unnorm_key=args.unnorm_key, return_details=True)
     action, token_ids = details.actions[0], details.token_ids[0]
     chosen = details.probabilities[0].max(-1)
-    names = dimension_names(len(action))
+    names = dimension_names(len(action), model.get_action_stats(args.unnorm_key).get("names"))
     if args.json:
         print_json({"instruction": args.instruction, "names": list(names), "action": action.tolist(),
                           "normalized_action": details.normalized_actions[0].tolist(),

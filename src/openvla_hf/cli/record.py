@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import console, natural, positive, print_json
+from .common import ACTION_NAMES, console, natural, positive, print_json
 
 
 EXAMPLE = "record demos/tabletop_lift --task lift --episodes 500"
@@ -27,7 +27,10 @@ def run(args: argparse.Namespace) -> None:
         disable=args.json,
     )  # fmt: skip
     episodes = record_demonstrations(args.task, seeds)
-    written = (write_rlds if args.format == "rlds" else write_lerobot)(episodes, args.destination)
+    if args.format == "rlds":
+        written = write_rlds(episodes, args.destination)
+    else:
+        written = write_lerobot(episodes, args.destination, action_names=ACTION_NAMES)
     if args.json:
         print_json({"folder": str(written)})
     else:

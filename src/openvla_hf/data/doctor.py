@@ -39,6 +39,7 @@ class Report:
 
     warnings: What should be looked at before training, a sentence each.
     idle: Share of the actions that move nothing.
+    names: Of the action's dimensions; `None` where the data do not name them.
     follows_state: Dimensions whose action is about where the state is, as a target's.
     motionless_start: Share of the frames before the state of their episode changes; `None` where there is no state.
     clipped: Share of the values outside the quantiles that are mapped to [-1, 1] (or outside the model's).
@@ -66,6 +67,7 @@ class Report:
     unused_dimensions: list[int]
     gripper_open: float | None
     frequency: float | None
+    names: list[str] | None
     follows_state: list[int]
     motionless_start: float | None
     histograms: list[list[int]]
@@ -145,6 +147,9 @@ def examine(
     grippers = adapter.gripper_dimensions(actions.shape[1])
     episodes = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     idle = [find_idle(actions[each], None if states is None else states[each], space, grippers) for each in episodes]
+    names = None
+    if not isinstance(source, Dataset):
+        names = adapter.name_dimensions(source.numbers, source.dimension_names)
     report = Report(
         name=name,
         robot=adapter.name,
@@ -164,8 +169,9 @@ def examine(
         q99=own["q99"],
         clipped=np.where(scaled, outside.mean(0), 0.0).tolist(),
         unused_dimensions=np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
-        gripper_open=float((actions[:, -1] > 0.5).mean()) if adapter.gripper else None,
+        gripper_open=float((actions[:, grippers] > 0.5).mean()) if grippers else None,
         frequency=source_frequency or adapter.frequency,
+        names=names if names is not None and len(names) == actions.shape[1] else None,
         follows_state=follows.tolist(),
         motionless_start=None if states is None else _motionless_start(states, episodes),
         histograms=histograms,
@@ -252,14 +258,17 @@ def _warnings(
         warnings.append(f"The action dimensions {report.unused_dimensions} never change; they are trained to be 0.")
     for dimension, share in enumerate(report.clipped):
         if share > CLIPPED_SHARE:
-            warnings.append(f"{share:.0%} of the actions in dimension {dimension} are clipped by the statistics.")
+            label = _label(report, dimension)
+            warnings.append(f"{share:.0%} of the actions in {label} are clipped by the statistics.")
     span = np.array(report.q99) - np.array(report.q01)
     far = np.maximum(np.array(report.highest) - report.q99, np.array(report.q01) - report.lowest) > FAR_OUT * span
     for dimension in np.flatnonzero(far & (span > 0)).tolist():
         value = max((report.lowest[dimension], report.highest[dimension]), key=abs)
-        warnings.append(f"Dimension {dimension} reaches {value:g}, far outside its usual range: a recording error?")
+        reached = f"{_label(report, dimension)} reaches {value:g}, far outside its usual range: a recording error?"
+        warnings.append(reached[0].upper() + reached[1:])
     if robot.gripper:
-        begin_open = float((actions[starts, -1] > 0.5).mean())
+        grippers = robot.gripper_dimensions(actions.shape[1])
+        begin_open = float((actions[starts][:, grippers] > 0.5).mean())
         if begin_open < 0.5:
             warnings.append(f"Only {begin_open:.0%} of the episodes begin with an open gripper: is its sign right?")
         if report.gripper_open in (0.0, 1.0):
@@ -271,6 +280,10 @@ def _warnings(
     if report.frequency is None:
         warnings.append("Nothing says how many actions a second there are; act at the rate of the recording.")
     return warnings
+
+
+def _label(report: Report, dimension: int) -> str:
+    return f"dimension {dimension}" + (f" ({report.names[dimension]})" if report.names else "")
 
 
 def _warn_of_targets(report: Report, robot: Robot) -> list[str]:

@@ -103,6 +103,8 @@ class LeRobotSource:
         images = [name for name, feature in self.features.items() if feature["dtype"] in ("video", "image")]
         self.depth_maps = [name for name in images if _is_depth_map(self.features[name])]
         self.cameras = [name for name in images if name not in self.depth_maps]
+        self.numbers = [name for name in self.features if name not in images]
+        self.dimension_names = {name: named for name in self.numbers if (named := _names(self.features[name]))}
         splits = info.get("splits") or {"train": f"0:{info['total_episodes']}"}
         if split not in splits:
             raise ValueError(f"There is no split {split!r}, there is {', '.join(map(repr, splits))}.")
@@ -154,8 +156,7 @@ class LeRobotSource:
 
     def _read(self, shard: Shard, robot: Robot) -> Episode:
         camera = robot.choose_camera(self.cameras)
-        numbers = [name for name in self.features if name not in (*self.cameras, *self.depth_maps)]
-        names = robot.wanted_columns(numbers)
+        names = robot.wanted_columns(self.numbers)
         is_video = camera in shard.videos
         stored = [*names, "task_index", "timestamp", *([] if is_video else [camera])]
         if self._file is None or self._file.path != shard.path or self._file.columns != stored:
@@ -222,6 +223,20 @@ class LeRobotSource:
                 Shard(episode, f"{self.root}/{self.info['data_path'].format(**where)}", row["length"], videos)
             )
         return shards
+
+
+def _names(feature: dict[str, Any]) -> list[str]:
+    """Of a feature's numbers: a list, or lists by group; none where they do not name each number."""
+    names = feature.get("names") or []
+    if isinstance(names, dict):
+        # By group, as in {"motors": [...]}; or the place of each name.
+        groups = names.values()
+        if all(isinstance(group, int) for group in groups):
+            names = sorted(names, key=names.__getitem__)
+        else:
+            names = [name for group in groups if isinstance(group, list) for name in group]
+    count = int(np.prod(feature.get("shape") or [0]))
+    return list(map(str, names)) if len(names) == count else []
 
 
 def _is_depth_map(feature: dict[str, Any]) -> bool:

@@ -67,6 +67,7 @@ class RLDSSource:
     """
 
     frequency: float | None = None
+    dimension_names: dict[str, list[str]] = {}  # noqa: RUF012 - TFDS has no place for them
 
     def __init__(self, fs: AbstractFileSystem, root: str, split: str = "train", inline: bool = False):
         self.fs, self.root, self.inline = fs, root, inline

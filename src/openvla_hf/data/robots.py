@@ -6,7 +6,7 @@ numbers are in `Robot.space`.
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,8 @@ class FirstOf(tuple[str, ...]):
 
 STATE_NAMES = FirstOf("observation.state", "state")
 INSTRUCTION_NAMES = ("language_instruction", "observation.natural_language_instruction", "instruction", "task")
+END_EFFECTOR_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
+"""Of the movement of an end effector, before the gripper."""
 RANGE_SLACK = 0.05
 """Share of its range by which a gripper's value may lie outside, as sensors do."""
 
@@ -176,6 +178,23 @@ class Robot:
         if not self.takes_difference:
             return self.recorded_space
         return "end_effector_delta" if self.is_end_effector else "joint_deltas"
+
+    def name_dimensions(self, columns: Collection[str], names: Mapping[str, Sequence[str]]) -> list[str] | None:
+        """The names of the standard action's dimensions, or `None` where the data set does not name them.
+
+        Args:
+            columns: The columns of numbers that the data set has.
+            names: Of the numbers in a column, where they are known.
+        """
+        wanted = self.action_columns(columns)
+        if any(column not in names for column in wanted):
+            return None
+        named = [name for column in wanted for name in names[column]]
+        if self.select is not None:
+            named = [named[index] for index in self.select]
+        if self.is_end_effector and (self.takes_difference or self.rotation != "euler"):
+            named = [*END_EFFECTOR_NAMES, *named[POSE_DIMS + ROTATIONS[self.rotation][0] :]]
+        return named
 
     def choose_camera(self, cameras: Collection[str]) -> str:
         """The camera to read, out of those that a data set has.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,15 @@ CODECS = {"h264": ("libx264", "23"), "av1": ("libsvtav1", "30")}
 """Encoder and quality of each."""
 
 
-def write_lerobot(episodes: Episodes, path: str | os.PathLike, *, frequency: float = 5.0, codec: str = "h264") -> Path:
+def write_lerobot(
+    episodes: Episodes,
+    path: str | os.PathLike,
+    *,
+    frequency: float = 5.0,
+    codec: str = "h264",
+    action_names: Sequence[str] | None = None,
+    state_names: Sequence[str] | None = None,
+) -> Path:
     """Writes episodes as a LeRobot 3.0 folder with one data file and one video.
 
     Args:
@@ -34,10 +42,12 @@ def write_lerobot(episodes: Episodes, path: str | os.PathLike, *, frequency: flo
         path: New folder.
         frequency: Frames a second.
         codec: "h264" or "av1".
+        action_names: Names of the action's numbers, such as "dx" or "left_elbow".
+        state_names: Names of the state's numbers.
 
     Raises:
         FileExistsError: the folder has files.
-        ValueError: there are no frames.
+        ValueError: there are no frames, or as many names as there are numbers are not given.
     """
     av = import_extra("av", "data")
     root = _new_folder(path)
@@ -51,6 +61,7 @@ def write_lerobot(episodes: Episodes, path: str | os.PathLike, *, frequency: flo
     tasks: dict[str, int] = {}
     records: list[dict[str, Any]] = []
     numbers: dict[str, list[np.ndarray]] = {}
+    names = {"action": list(action_names or ()), "observation.state": list(state_names or ())}
     stream, writer, total = None, None, 0
     encoder, quality = CODECS[codec]
     with av.open(str(files["video"]), "w") as container:
@@ -65,6 +76,8 @@ def write_lerobot(episodes: Episodes, path: str | os.PathLike, *, frequency: flo
                     stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", KEY_FRAME_DISTANCE
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
                 task = tasks.setdefault(frame["instruction"], len(tasks))
+                if not total and not rows:
+                    _check_names(frame, action=action_names, state=state_names)
                 rows.append(_lerobot_row(frame, index, len(rows), total + len(rows), task, frequency))
             table = pa.Table.from_pylist(rows)
             writer = writer or pq.ParquetWriter(files["data"], table.schema)
@@ -82,7 +95,9 @@ def write_lerobot(episodes: Episodes, path: str | os.PathLike, *, frequency: flo
     writer.close()
     pq.write_table(pa.Table.from_pylist(records), files["episodes"])
     features = {VIDEO_KEY: _lerobot_feature("video", size, ["height", "width", "channel"])}
-    features |= {name: _lerobot_feature("float32", (rows[0].shape[1],)) for name, rows in numbers.items()}
+    features |= {
+        name: _lerobot_feature("float32", (rows[0].shape[1],), names[name] or None) for name, rows in numbers.items()
+    }
     features["timestamp"] = _lerobot_feature("float32", (1,))
     features |= {
         name: _lerobot_feature("int64", (1,)) for name in ("frame_index", "episode_index", "index", "task_index")
@@ -108,6 +123,13 @@ def write_lerobot(episodes: Episodes, path: str | os.PathLike, *, frequency: flo
     (root / "meta/stats.json").write_text(json.dumps(stats, indent=2))
     (root / "meta/info.json").write_text(json.dumps(info, indent=2))
     return root
+
+
+def _check_names(frame: Mapping[str, Any], **names: Sequence[str] | None) -> None:
+    for key, given in names.items():
+        size = np.size(frame[key]) if frame.get(key) is not None else 0
+        if given is not None and len(given) != size:
+            raise ValueError(f"{len(given)} names were given for the {size} numbers of the {key}.")
 
 
 def _lerobot_row(
