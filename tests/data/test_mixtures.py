@@ -42,7 +42,7 @@ def test_streams_mix_without_an_end_and_go_on_from_a_position(make_episode, tmp_
     write_lerobot([make_episode(index) for index in range(4)], tmp_path / "other")
 
     def stream():
-        return load_mixture({"one": 3.0, "other": 1.0}, tmp_path, streaming=True)
+        return load_mixture({"one": 3.0, "other": 1.0}, tmp_path, streaming=True, num_frames={"one": 24})
 
     mixture = stream()
     reading = iter(mixture)
@@ -61,7 +61,7 @@ def test_streams_mix_without_an_end_and_go_on_from_a_position(make_episode, tmp_
 def test_streams_of_any_origin_mix(make_episode, tmp_path):
     made = from_episodes(lambda: [make_episode(7)], name="made", streaming=True)
     write_lerobot([make_episode(index) for index in range(2)], tmp_path / "arm")
-    mixture = mix([(made, 1.0), (load(tmp_path / "arm", streaming=True), 1.0)]).take(12)
+    mixture = mix([(made, 2.0, 6), (load(tmp_path / "arm", streaming=True), 1.0)]).take(12)
     frames = list(mixture)
     assert {frame["dataset"] for frame in frames} == {"made", "arm"}
     truth = {(episode, step): make_episode(episode)[step]["image"] for episode in (0, 1) for step in range(6)}

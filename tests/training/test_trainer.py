@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from safetensors.torch import load_file
 
-from openvla_hf.data import Augmentation
+from openvla_hf.data import Augmentation, load, write_rlds
+from openvla_hf.data import frames as data_frames
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.collator import IGNORED, ActionCollator
@@ -119,6 +120,28 @@ def test_a_resumed_run_saves_as_often_as_it_is_told(tmp_path):
     resumed = build(tmp_path, max_steps=4, save_steps=1)
     resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
     assert saved(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_a_resumed_run_neither_decodes_nor_augments_the_used_frames_of_a_stream(tmp_path, monkeypatch):
+    write_rlds([fake_episode(seed=seed, steps=9) for seed in range(2)], tmp_path / "tiny")
+    decoded, augmented = [], []
+    decode_image = data_frames.decode_image
+    monkeypatch.setattr(data_frames, "decode_image", lambda image: decoded.append(image) or decode_image(image))
+
+    def augment(image):
+        augmented.append(image)
+        return image
+
+    stream = load(tmp_path / "tiny", streaming=True, shuffle_buffer=4)
+    straight = build(tmp_path / "straight", dataset=stream, augment=augment, max_steps=6, save_steps=4)
+    straight.train()
+    shutil.copytree(tmp_path / "straight" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = build(tmp_path / "resumed", dataset=stream, augment=augment, max_steps=6)
+    decoded.clear(), augmented.clear()
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path / "resumed"))
+    assert losses(resumed) == losses(straight)
+    # Two steps of four frames; the loader is a batch ahead.
+    assert len(decoded) == len(augmented) == 12
 
 
 def test_an_adapter_learns_and_its_base_stays(tmp_path):

@@ -6,6 +6,7 @@ from .loading import from_episodes, load
 from .mixtures import MIXTURES, load_mixture, mix
 from .robots import FirstOf, Gripper, Robot, register_robot, registered_robots
 from .statistics import compute_statistics, load_statistics, save_statistics
+from .streams import TrainingStream
 from .writing import write_lerobot, write_rlds
 
 
@@ -16,6 +17,7 @@ __all__ = [
     "FirstOf",
     "Gripper",
     "Robot",
+    "TrainingStream",
     "compute_statistics",
     "from_episodes",
     "load",

@@ -133,8 +133,11 @@ def decode_frames(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _image_of_row(rows: dict[str, list[Any]], index: int) -> np.ndarray:
+    image = rows["image"][index]
+    if not isinstance(image, Mapping):  # made by Python code, which keeps arrays
+        return image
     try:
-        return decode_image(rows["image"][index])
+        return decode_image(image)
     except BadEpisodeError as error:
         where = ", ".join(f"{name} {rows[name][index]}" for name in PLACE if name in rows)
         raise BadEpisodeError(f"{where}: {error}" if where else str(error)) from error

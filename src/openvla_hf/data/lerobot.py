@@ -138,6 +138,13 @@ class LeRobotSource:
         robot.choose_camera(self.cameras)
         _ = self.tasks  # read now: no episode is usable without
 
+    @property
+    def num_frames(self) -> int:
+        """Frames of the split, as the metadata says."""
+        if len(self.episodes) == self.info["total_episodes"]:
+            return self.info["total_frames"]
+        return sum(shard.length for shard in self.shards())
+
     def shards(self) -> list[Shard]:
         """The episodes of the split."""
         rows = self._episodes_v3() if self.version.startswith("3") else self._episodes_v2()

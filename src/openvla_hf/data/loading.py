@@ -28,12 +28,10 @@ from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
 
 from .frames import (
-    DECODED,
     FEATURES,
     BadEpisodeError,
     Episode,
     Losses,
-    decode_frame,
     decode_frames,
     encode_png,
     usable_rows,
@@ -41,6 +39,7 @@ from .frames import (
 from .lerobot import INFO_FILE, LeRobotSource
 from .rlds import RLDSSource, find_version
 from .robots import Robot, find_name, resolve_robot
+from .streams import FrameStream
 
 
 Source = LeRobotSource | RLDSSource
@@ -110,7 +109,7 @@ def load(
         rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments | {"skip": skip_bad_episodes})
     if shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return rows.map(decode_frame, features=DECODED)
+    return FrameStream(rows, name, None if isinstance(source, IterableDataset) else source.num_frames)
 
 
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
@@ -216,7 +215,7 @@ def from_episodes(
         if not callable(episodes):
             raise TypeError("A stream starts over at every epoch: pass a function that gives the episodes.")
         arguments = {"make": episodes, "robot": adapter, "name": name, "skip": skip_bad_episodes}
-        return IterableDataset.from_generator(_generate_made, gen_kwargs=arguments).map(features=DECODED)
+        return FrameStream(IterableDataset.from_generator(_generate_made, gen_kwargs=arguments), name)
     made = _read_made(episodes() if callable(episodes) else episodes, encode_png)
     losses = Losses(skip_bad_episodes)
     return _write_table(usable_rows(made, adapter, name, losses), losses, name, None)

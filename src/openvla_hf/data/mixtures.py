@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, interleave_datasets
+from datasets import Dataset, IterableDataset, interleave_datasets
 
 from .loading import Frames, load
+from .streams import FrameStream, mix_streams
 
 
 MIXTURES: dict[str, dict[str, float]] = {
@@ -53,54 +54,84 @@ MIXTURES: dict[str, dict[str, float]] = {
 """Weights by the folder's name, under the mixture's."""
 
 
-def mix(parts: Sequence[tuple[Frames, float]], seed: int = 0) -> Frames:
-    """Interleaves data sets of one kind, all tables or all streams.
+def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed: int = 0) -> Frames:
+    """Interleave data sets of one kind, all tables or all streams.
+
+    A weight multiplies the number of frames, as in the mixtures of Open X-Embodiment: with all weights 1, every frame
+    is as likely as any other, whichever data set it is from.
 
     Args:
-        parts: Data sets with weights. Of tables, a weight multiplies the size: with all weights 1 every frame is as
-            likely. Streams have no known size: their weights are the shares themselves.
+        parts: Data sets with weights. A stream whose metadata does not say how many frames it has needs their number
+            as a third item.
         seed: Of the draws.
 
     Returns:
         Of tables, a table in which every frame is at least once. Of streams, one without an end.
 
     Raises:
-        ValueError: there are no parts, a weight is not above 0, or tables are mixed with streams.
+        ValueError: There are no parts, a weight is not above 0, tables are mixed with streams, or the number of frames
+            of a stream is not known.
     """
-    frames, weights = [part for part, _ in parts], [weight for _, weight in parts]
-    if not parts or min(weights) <= 0:
+    frames, weights = [part[0] for part in parts], [part[1] for part in parts]
+    if not parts or not min(weights) > 0:
         raise ValueError("A mixture needs at least one data set, each with a weight above 0.")
     tables = [isinstance(part, Dataset) for part in frames]
     if any(tables) != all(tables):
         raise ValueError("A mixture is of tables or of streams: load all with streaming=True, or none.")
+    sizes = [
+        len(part[0]) if isinstance(part[0], Dataset) else _count(number, *part) for number, part in enumerate(parts)
+    ]
+    shares = np.array(weights) * sizes
+    shares = (shares / shares.sum()).tolist()
     if all(tables):
-        shares = np.array(weights) * [len(part) for part in frames]
-        strategy = "all_exhausted"
-    else:
-        shares = np.array(weights)
-        strategy = "first_exhausted"
-        frames = [part.repeat(None) for part in frames]
-    shares = shares / shares.sum()
-    return interleave_datasets(frames, probabilities=shares.tolist(), seed=seed, stopping_strategy=strategy)
+        return interleave_datasets(frames, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    return mix_streams(list(zip(frames, shares, strict=True)), seed)
 
 
-def load_mixture(mixture: str | Mapping[str, float], folder: str | Path, *, seed: int = 0, **options: Any) -> Frames:
-    """Loads the data sets of a mixture from the folders of their names in `folder`, and mixes them.
+def _count(number: int, stream: IterableDataset, weight: float, num_frames: int | None = None) -> int:
+    """Frames of a part that is a stream."""
+    name = f"part {number}"
+    if isinstance(stream, FrameStream):
+        if stream.parts:
+            raise ValueError("A mixture of streams has no end, so it cannot be a part: mix all data sets at once.")
+        name, num_frames = repr(stream.name), num_frames or stream.num_frames
+    if not num_frames:
+        raise ValueError(
+            f"The number of frames of {name} is not known, and its weight multiplies it: give it to `mix` as (stream, "
+            "weight, num_frames), or to `load_mixture` by name. `compute_statistics` counts it as 'num_transitions'."
+        )
+    return num_frames
+
+
+def load_mixture(
+    mixture: str | Mapping[str, float],
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    num_frames: Mapping[str, int] | None = None,
+    **options: Any,
+) -> Frames:
+    """Load the data sets of a mixture from the folders of their names in `folder`, and mix them.
 
     Args:
         mixture: Name of one of `MIXTURES`, or weights by name.
         folder: Folder or URL.
         seed: Of the draws.
+        num_frames: With `streaming`, frames by name where the metadata does not say; see `mix`.
         options: Of `load`.
 
     Raises:
-        ValueError: there is no such mixture.
+        ValueError: There is no such mixture, or the number of frames of a stream is not known.
     """
     if isinstance(mixture, str):
         if mixture not in MIXTURES:
             raise ValueError(f"There is no mixture {mixture!r}, there is {', '.join(map(repr, MIXTURES))}.")
         mixture = MIXTURES[mixture]
-    parts = [(load(f"{folder}/{name}", name=name, seed=seed, **options), weight) for name, weight in mixture.items()]
+    parts: list[Any] = []
+    for name, weight in mixture.items():
+        frames = load(f"{folder}/{name}", name=name, seed=seed, **options)
+        known = (num_frames or {}).get(name)
+        parts.append((frames, weight, known) if known else (frames, weight))
     return mix(parts, seed)
 
 

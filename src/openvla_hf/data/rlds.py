@@ -110,6 +110,18 @@ class RLDSSource:
     def _named(self, kind: str) -> list[str]:
         return [name for name, feature in self.features.items() if feature.kind == kind]
 
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of the split by the `dataset_statistics*.json` beside its files; None where there is no such file."""
+        for path in self.fs.glob(f"{self.root}/dataset_statistics*.json"):
+            statistics = json.loads(self.fs.read_text(path))
+            statistics = statistics.get(self.name, statistics)
+            if frames := statistics.get("num_transitions"):
+                episodes = sum(int(length) for length in self.files_of_split["shardLengths"])
+                # The original's file is of all splits together, so the average length counts.
+                return round(frames * episodes / (statistics.get("num_trajectories") or episodes))
+        return None
+
     def shards(self) -> list[Shard]:
         """The files of the split."""
         lengths = [int(length) for length in self.files_of_split["shardLengths"]]

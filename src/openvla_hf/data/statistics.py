@@ -15,6 +15,7 @@ from datasets.fingerprint import Hasher
 
 from .frames import FEATURES, images_left_out, matrix
 from .loading import cache_folder
+from .streams import FrameStream
 
 
 FILE_NAME = "dataset_statistics.json"
@@ -97,6 +98,11 @@ def _compute(frames: Dataset | IterableDataset) -> dict[str, Any]:
 
 def _read(frames: Dataset | IterableDataset) -> Iterator[tuple[str, pa.Table]]:
     """Pieces of the table of numbers, each of one data set."""
+    if isinstance(frames, FrameStream) and frames.parts:
+        # A mixture has no end: a pass over each of its streams, also where it draws from one twice.
+        for part in {id(part): part for part, _ in frames.parts}.values():
+            yield from _read(part)
+        return
     if isinstance(frames, Dataset):
         if frames._indices is not None:
             # Drawn, as in a mixture: each row that is stored once, and in the order in which it is read fastest.

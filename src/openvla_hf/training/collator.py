@@ -56,10 +56,15 @@ class ActionCollator:
     def __call__(self, frames: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Frames (`image`, `instruction`, `action`) to `input_ids`, `attention_mask`, `labels`, `pixel_values`.
 
+        Empty frames, which stand for those that a resumed run has used, give an empty batch that is counted.
+
         Raises:
             ValueError: An action is not finite or has not as many dimensions as its statistics, or a frame's
                 `dataset` is unknown.
         """
+        if not frames[0]:
+            self.batches += 1
+            return {}
         inputs = self.processor(
             self.views(frames),
             instruction=[frame["instruction"] for frame in frames],

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..data.streams import TrainingStream
 from ..modeling.checkpoint_loading import STATISTICS_FILE
 from .collator import IGNORED, ActionCollator
 
@@ -38,8 +40,8 @@ class ActionTrainer(Trainer):
     - `action_accuracy` (arg max over the vocabulary equals the label) and `action_l1` (mean distance of decoded,
       normalised actions) are logged in training and evaluation, and for each data set where there are several.
       The stop token does not count.
-    - A stream starts over where it ends, so steps are counted and not epochs; of several processes each reads shards
-      of its own, where there are enough.
+    - A stream starts over where it ends, so steps are counted and not epochs. All workers of all processes draw its
+      frames equally often, and a resumed run passes over the frames that it has used without decoding them.
     - Training stops at the first loss or gradient that is not finite, and weights that make the loss so are not saved.
     - A checkpoint is complete: adapter or model, statistics, processor and model card. It is written aside and gets
       its name when nothing is missing, so a run that is killed resumes from one that is whole.
@@ -66,10 +68,6 @@ class ActionTrainer(Trainer):
         run_files: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
-        is_stream = isinstance(train_dataset, datasets.IterableDataset)
-        if is_stream:
-            # Processes come to the end of their shards at different steps, and a resumed run may begin after one.
-            train_dataset = train_dataset.repeat(None)
         args.logging_nan_inf_filter = False  # it would hide the losses that must end the run
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.eval_collator = eval_collator or data_collator
@@ -77,7 +75,7 @@ class ActionTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_SamplesProgress)
-        self.add_callback(_CollatorPosition(data_collator, is_stream))
+        self.add_callback(_RunPosition(data_collator))
         self.add_callback(_Intervals())
         self.model_accepts_loss_kwargs = True  # asks for the number of supervised tokens, which `compute_loss` takes
         self.label_names = ["labels"]
@@ -95,6 +93,32 @@ class ActionTrainer(Trainer):
     def _policy(self) -> nn.Module:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer.get_train_dataloader`; the processes share a stream by frames and not by whole files."""
+        if not isinstance(self.train_dataset, datasets.IterableDataset):
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            TrainingStream(self.train_dataset, args.process_index, args.world_size, self._train_batch_size),
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+        )
+        # Of one process, because the stream is this process's own already.
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer.get_eval_dataloader`, without augmentation."""
@@ -305,18 +329,22 @@ class _Intervals(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
-class _CollatorPosition(TrainerCallback):
-    """Tells the collator which batch of the run an epoch begins with."""
+class _RunPosition(TrainerCallback):
+    """Tells the collator, or the stream, which batch of the run an epoch begins with."""
 
-    def __init__(self, collator: ActionCollator, is_stream: bool):
-        self.collator, self.is_stream = collator, is_stream
+    def __init__(self, collator: ActionCollator):
+        self.collator = collator
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Before the workers of the epoch start, each with a copy of the collator.
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, train_dataloader: DataLoader, **__: Any
+    ) -> None:
+        """Before the workers of the epoch start, each with a copy of the collator and the dataset.
 
-        A table is entered where the run goes on; a stream is one epoch, read from its beginning up to there.
+        A table is entered where the run goes on. A stream is one epoch: its used frames are passed over.
         """
-        first = 0 if self.is_stream else state.global_step * args.gradient_accumulation_steps
+        first, stream = state.global_step * args.gradient_accumulation_steps, train_dataloader.dataset
+        if isinstance(stream, TrainingStream):
+            stream.first_batch, first = first, 0
         self.collator.start(first, args.process_index, args.world_size)
 
 

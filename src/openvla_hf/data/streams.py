@@ -1,0 +1,168 @@
+"""Streams of frames: endless draws that ranks and workers share evenly, by weight where there are several."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+from datasets import IterableDataset
+
+from .frames import DECODED, decode_frame
+
+
+RUN = 16
+"""Consecutive rows that one reader takes where several read the same shard: a video is decoded fastest in order."""
+READ_ROWS = 16
+"""Rows that are taken from `datasets` at once."""
+CHOICES = 1024
+"""Draws of a part that are made at once."""
+
+Row = dict[str, Any]
+
+
+class FrameStream(IterableDataset):
+    """An `IterableDataset` of frames which knows its rows before their images are decoded.
+
+    Operations of `datasets` on it, such as `map`, give a plain `IterableDataset`.
+
+    Args:
+        rows: Rows whose images are references, as in `frames.FEATURES`.
+        name: Name of the data set.
+        num_frames: Frames of one pass, or None where the metadata does not say.
+        parts: Of a mixture, its streams with their shares of the draws; `rows` then has no end.
+        seed: Of the draws of a mixture.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        name: str,
+        num_frames: int | None = None,
+        parts: Sequence[tuple[IterableDataset, float]] = (),
+        seed: int = 0,
+    ):
+        frames = rows.map(decode_frame, features=DECODED)
+        super().__init__(frames._ex_iterable, info=frames.info, split=frames.split)
+        self.rows, self.name, self.num_frames = rows, name, num_frames
+        self.parts, self.seed = tuple(parts), seed
+
+    def repeat(self, num_times: int | None) -> IterableDataset:
+        """As in `datasets`; without an end (None), each pass over a shuffled stream has an order of its own."""
+        return super().repeat(num_times) if num_times is not None else mix_streams([(self, 1.0)])
+
+
+def mix_streams(parts: Sequence[tuple[IterableDataset, float]], seed: int = 0) -> FrameStream:
+    """A stream without an end that draws from each part by its share; its shards are readers of all parts."""
+    readers = min(part.num_shards for part, _ in parts)
+    arguments = {"readers": list(range(readers)), "of": readers, "parts": tuple(parts), "seed": seed}
+    return FrameStream(
+        IterableDataset.from_generator(_read_mixture, gen_kwargs=arguments), "mixture", parts=parts, seed=seed
+    )
+
+
+def _read_mixture(
+    readers: list[int], of: int, parts: Sequence[tuple[IterableDataset, float]], seed: int
+) -> Iterator[Row]:
+    # The draws have no end, so the first reader is the only one that is reached.
+    return draw(parts, readers[0], of, seed)
+
+
+def draw(
+    parts: Sequence[tuple[IterableDataset, float]], reader: int = 0, readers: int = 1, seed: int = 0
+) -> Iterator[Row]:
+    """Draw rows without an end from streams by their shares, as one of several readers.
+
+    Rows of a `FrameStream` are not decoded yet; those of any other stream are taken as they come.
+
+    Args:
+        parts: Streams with their shares of the draws.
+        reader: Number of this reader, from 0.
+        readers: How many read the same streams at the same pace, such as the workers of all ranks.
+        seed: Of the choice among the parts.
+    """
+    sources = [
+        read_endlessly(part.rows if isinstance(part, FrameStream) else part, reader, readers) for part, _ in parts
+    ]
+    shares = np.array([share for _, share in parts])
+    rng = np.random.default_rng([seed, reader])
+    while True:
+        for choice in rng.choice(len(sources), size=CHOICES, p=shares / shares.sum()):
+            yield next(sources[choice])
+
+
+def read_endlessly(rows: IterableDataset, reader: int, readers: int) -> Iterator[Row]:
+    """Read a stream over and over, as one of several readers that share it evenly.
+
+    The shards are dealt into as many groups as there are readers. All readers go through all groups, each beginning
+    with its own: a round of the readers is a pass over the data, and after as many rounds as readers each has drawn
+    every frame once, however the shards differ in size. Each round has another order where the stream is shuffled.
+
+    Raises:
+        ValueError: The stream has no rows.
+    """
+    found = True
+    for turn in itertools.count():
+        if turn % readers == 0:
+            if not found:
+                raise ValueError("The stream has no frames to train on.")
+            found = False
+        for row in _read_group(rows, (reader + turn) % readers, readers, turn):
+            found = True
+            yield row
+
+
+def _read_group(rows: IterableDataset, group: int, groups: int, epoch: int) -> Iterator[Row]:
+    shards = rows.num_shards
+    if shards >= groups:
+        yield from _read(rows.shard(groups, group, contiguous=False), epoch)
+        return
+    # Too few shards to give one to each group: several share a shard and take turns with runs of its rows.
+    sharing = -(-groups // shards)
+    for unit in range(group, shards * sharing, groups):
+        for index, row in enumerate(_read(rows.shard(shards, unit % shards), epoch)):
+            if index // RUN % sharing == unit // shards:
+                yield row
+
+
+def _read(rows: IterableDataset, epoch: int) -> Iterator[Row]:
+    rows.set_epoch(epoch)
+    # `iter(rows)` would share the rows between the workers of a data loader once more.
+    for batch in rows.iter(batch_size=READ_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+class TrainingStream(torch.utils.data.IterableDataset):
+    """The frames that one rank of a training run draws from a stream, without an end, for a `DataLoader`.
+
+    Each worker decodes only what it yields. All workers of all ranks draw every frame equally often.
+
+    Args:
+        stream: Frames.
+        rank: Number of this process, from 0.
+        ranks: How many processes train.
+        batch_size: Frames of a batch of this rank.
+
+    Attributes:
+        first_batch: Batches of this rank that a resumed run has already used. They are passed over without decoding:
+            an empty frame stands for each of theirs.
+    """
+
+    def __init__(self, stream: IterableDataset, rank: int = 0, ranks: int = 1, batch_size: int = 1):
+        self.rank, self.ranks, self.batch_size = rank, ranks, batch_size
+        self.first_batch = 0
+        is_mixture = isinstance(stream, FrameStream) and bool(stream.parts)
+        self.parts = stream.parts if is_mixture else ((stream, 1.0),)
+        self.seed = stream.seed if is_mixture else 0
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = torch.utils.data.get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        rows = draw(self.parts, self.rank * workers + index, self.ranks * workers, self.seed)
+        used = len(range(index, self.first_batch, workers)) * self.batch_size
+        for place, row in enumerate(rows):
+            yield decode_frame(row) if place >= used else {}
+
+
+__all__ = ["FrameStream", "TrainingStream", "draw", "mix_streams", "read_endlessly"]

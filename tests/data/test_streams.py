@@ -1,0 +1,210 @@
+"""Streams in training: who draws what, how often, and what is decoded for it."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from openvla_hf.data import compute_statistics, frames, from_episodes, load, mix, write_lerobot, write_rlds
+from openvla_hf.data.streams import TrainingStream
+
+
+def keys(drawn):
+    return [(frame["episode_index"], frame["frame_index"]) for frame in drawn]
+
+
+def take(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+@pytest.fixture
+def without_images():
+    """Counts of many draws need no images."""
+    with frames.images_left_out():
+        yield
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Every image reference that is decoded in this process."""
+    references = []
+    decode_image = frames.decode_image
+
+    def decode(reference):
+        references.append(reference)
+        return decode_image(reference)
+
+    monkeypatch.setattr(frames, "decode_image", decode)
+    return references
+
+
+@pytest.fixture
+def write(make_episode, tmp_path):
+    """Writes files with an episode of each length."""
+
+    def write(*lengths, name="arm"):
+        episodes = [make_episode(index, steps=steps) for index, steps in enumerate(lengths)]
+        return write_rlds(episodes, tmp_path / name, episodes_per_file=1).parent
+
+    return write
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 8])
+@pytest.mark.parametrize(
+    ("readers", "lengths"),
+    [
+        (1, [5, 5, 5]),
+        (4, [10] * 5),
+        (4, [2, 30, 10, 4, 6]),
+        (4, [2, 30, 10, 4]),
+        (8, [20, 40, 20]),
+        (5, [60]),
+        (12, [20, 20]),
+    ],
+)
+def test_readers_draw_every_frame_equally(write, without_images, readers, lengths, shuffle_buffer):
+    stream = load(write(*lengths), streaming=True, shuffle_buffer=shuffle_buffer)
+    passes, total = 3, sum(lengths)
+    drawn = Counter(
+        key for reader in range(readers) for key in keys(take(TrainingStream(stream, reader, readers), passes * total))
+    )
+    due = passes * readers
+    assert len(drawn) == total
+    if shuffle_buffer and len(lengths) < readers:
+        # Readers that share a shard have drawn it in another order each time: equal on average.
+        assert Counter(episode for episode, _ in drawn.elements()) == {
+            episode: due * length for episode, length in enumerate(lengths)
+        }
+    else:
+        assert set(drawn.values()) == {due}
+
+
+def test_draws_are_even_at_any_time(write, without_images):
+    stream = load(write(*[10] * 5), streaming=True)
+    readers = [iter(TrainingStream(stream, rank, 4)) for rank in range(4)]
+    drawn = Counter()
+    for step in range(1, 160):
+        drawn.update(keys(next(reader) for reader in readers))
+        assert all(abs(drawn[episode, frame] - 4 * step / 50) < 3 for episode in range(5) for frame in range(10))
+
+
+@pytest.mark.parametrize("files", [5, 2])
+def test_workers_of_ranks_draw_every_frame_equally(write, files):
+    stream = load(write(*[20] * files), streaming=True)
+    drawn = Counter()
+    for rank in range(2):
+        loader = DataLoader(TrainingStream(stream, rank, 2, 4), batch_size=4, num_workers=2, collate_fn=keys)
+        # Two batches in turn of each worker are a pass of its own: five frames of batches for each file.
+        for batch in itertools.islice(loader, 2 * 5 * files):
+            drawn.update(batch)
+    assert set(drawn.values()) == {4}
+    assert len(drawn) == 20 * files
+
+
+def test_each_pass_over_a_shuffled_stream_has_an_order_of_its_own(write, without_images):
+    stream = load(write(*[6] * 5), streaming=True, shuffle_buffer=8)
+    for endless in (TrainingStream(stream), stream.repeat(None), mix([(stream, 1.0, 30)])):
+        order = keys(take(endless, 90))
+        passes = [order[start : start + 30] for start in (0, 30, 60)]
+        assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+        assert passes[0] != passes[1] != passes[2] != passes[0]
+    assert len(list(stream.repeat(2))) == 60
+
+
+@pytest.mark.parametrize("readers", [1, 3, 8])
+def test_a_reader_decodes_only_what_it_draws(write, decoded, readers):
+    stream = load(write(40, 40, 40), streaming=True)
+    for rank in range(readers):
+        take(TrainingStream(stream, rank, readers), 10)
+    assert len(decoded) == 10 * readers
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 8])
+def test_used_frames_are_passed_over_without_decoding(write, decoded, shuffle_buffer):
+    stream = load(write(20, 20), streaming=True, shuffle_buffer=shuffle_buffer)
+    straight = take(TrainingStream(stream, batch_size=4), 60)
+    decoded.clear()
+    resumed = TrainingStream(stream, batch_size=4)
+    resumed.first_batch = 13
+    rest = take(resumed, 60)
+    assert rest[: 13 * 4] == [{}] * 13 * 4
+    assert keys(rest[13 * 4 :]) == keys(straight[13 * 4 :])
+    assert len(decoded) == 8
+
+
+def test_a_mixture_goes_on_from_a_position_without_decoding_what_was_drawn(write, decoded):
+    parts = [(load(write(20, name=name), streaming=True), 1.0, 20) for name in ("one", "other")]
+    mixture = mix(parts)
+    reading = iter(mixture)
+    take(reading, 30)
+    position = mixture.state_dict()
+    expected = keys(take(reading, 10))
+    decoded.clear()
+    resumed = mix(parts)
+    resumed.load_state_dict(position)
+    assert keys(take(resumed, 10)) == expected
+    assert len(decoded) <= 11
+
+
+def test_weights_multiply_the_frames_of_streams_as_of_tables(make_episode, without_images, tmp_path):
+    sizes = {"small": 12, "middle": 60, "large": 120}
+    for name, size in sizes.items():
+        write_lerobot([make_episode(0, steps=size // 2), make_episode(1, steps=size // 2)], tmp_path / name)
+    streams = {name: load(tmp_path / name, streaming=True) for name in sizes}
+    assert {name: stream.num_frames for name, stream in streams.items()} == sizes
+    for weights in ({"small": 1, "middle": 1, "large": 1}, {"small": 10, "middle": 1, "large": 0.5}):
+        mixture = TrainingStream(mix([(stream, weights[name]) for name, stream in streams.items()]))
+        drawn = Counter(row["dataset"] for row in take(mixture, 2000))
+        table = mix([(load(tmp_path / name), weights[name]) for name in sizes])
+        counts = Counter(table.with_format(None)["dataset"])
+        total = sum(weights[name] * size for name, size in sizes.items())
+        for name, size in sizes.items():
+            due = weights[name] * size / total
+            assert drawn[name] / 2000 == pytest.approx(due, abs=0.03)
+            assert counts[name] / len(table) == pytest.approx(due, abs=0.12)
+
+
+def test_a_stream_of_unknown_size_in_a_mixture_needs_its_number_of_frames(write, make_episode):
+    made = from_episodes(lambda: [make_episode(0)], name="made", streaming=True)
+    stored = load(write(6, 6), streaming=True)
+    plain = Dataset.from_dict({"a": [1, 2]}).to_iterable_dataset()
+    for stream, name in ((made, "'made'"), (stored, "'arm'"), (plain, "part 1")):
+        with pytest.raises(ValueError, match=rf"number of frames of {name} is not known.*num_frames"):
+            mix([(made, 1.0, 6), (stream, 1.0)])
+    assert len(take(mix([(made, 1.0, 6), (stored, 1.0, 12)]), 20)) == 20
+    with pytest.raises(ValueError, match="mix all data sets at once"):
+        mix([(mix([(made, 1.0, 6)]), 1.0), (stored, 1.0, 12)])
+
+
+def test_statistics_beside_rlds_files_tell_their_number_of_frames(write):
+    folder = write(6, 8, 10)
+    (folder / "1.0.0" / "dataset_statistics_0a1b.json").write_text('{"num_transitions": 48, "num_trajectories": 6}')
+    assert load(folder, streaming=True).num_frames == 24
+
+
+def test_statistics_of_a_mixture_of_streams_take_a_pass_over_each(write, decoded):
+    one, other = (
+        load(write(*lengths, name=name), streaming=True) for name, lengths in (("one", [6]), ("other", [4, 5]))
+    )
+    found = compute_statistics(mix([(one, 1.0, 6), (other, 3.0, 9), (one, 2.0, 6)]))
+    assert found == compute_statistics(one) | compute_statistics(other)
+    assert [each["num_transitions"] for each in found.values()] == [6, 9]
+    assert compute_statistics(one.repeat(None)) == compute_statistics(one)
+    assert decoded == []
+
+
+def test_a_stream_without_frames_is_refused_in_training():
+    with pytest.raises(ValueError, match="no frames"):
+        next(iter(TrainingStream(from_episodes(lambda: [], streaming=True))))
+
+
+def test_a_plain_stream_is_shared_evenly_too():
+    stream = Dataset.from_dict({"episode_index": [0] * 40, "frame_index": list(range(40)), "image": [None] * 40})
+    stream = stream.to_iterable_dataset(num_shards=2)
+    drawn = Counter(key for rank in range(3) for key in keys(take(TrainingStream(stream, rank, 3), 80)))
+    assert len(drawn) == 40
+    assert set(drawn.values()) == {6}
+    np.testing.assert_array_equal(sorted(drawn), [(0, frame) for frame in range(40)])
