@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -128,6 +130,29 @@ def run_python(tmp_path):
         return result
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A stand-in for the Hub."""
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def owner(hub, monkeypatch, tmp_path):
+    """This process takes the stand-in for the Hub, with the owner's token and an empty cache."""
+    for name, value in {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address of its first call
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    return hub
 
 
 @pytest.fixture

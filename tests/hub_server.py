@@ -17,6 +17,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class Repository:
 class HubServer:
     """Serves what is under `root`; `requests` is what was asked, such as `"GET /api/models/a/b"`.
 
+    faults: Pattern of a path (as in `requests`) -> status that it is answered with; 0 breaks the connection off.
     uploads_until_cut: How many large files arrive whole; the connection of each later one is cut half-way. `None` for
         all.
     """
@@ -67,6 +69,7 @@ class HubServer:
         self.root.mkdir(parents=True, exist_ok=True)
         self.requests: list[str] = []
         self.blobs: dict[str, bytes] = {}
+        self.faults: dict[str, int] = {}
         self.uploads_until_cut: int | None = None
         self.repositories: dict[str, Repository] = {}
         self.lock = threading.RLock()
@@ -151,6 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         self.hub.requests.append(f"{self.command} {url.path}")
+        faults = [status for pattern, status in self.hub.faults.items() if fnmatch(url.path, pattern)]
+        if faults:
+            self.close_connection = not faults[0]
+            if faults[0]:
+                self._send(faults[0])
+            return
         try:
             match parts:
                 case ["upload", digest]:

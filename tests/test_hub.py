@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 from peft import LoraConfig, get_peft_model
@@ -59,27 +58,6 @@ for repo, revision in json.loads(earlier):
     actions.append(model.predict_action(**processor(image, instruction="pick up the red block")).tolist())
 print(json.dumps(actions))
 """
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with HubServer(tmp_path / "hub") as server:
-        yield server
-
-
-@pytest.fixture
-def owner(hub, monkeypatch, tmp_path):
-    """This process takes the stand-in for the Hub, with the owner's token and an empty cache."""
-    for name, value in {
-        "ENDPOINT": hub.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", hub.token)
-    return hub
 
 
 def save(folder, pair, **kwargs):

@@ -29,6 +29,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .modeling.checkpoint_files import CheckpointFiles
 from .modeling.checkpoint_loading import read_statistics, refuse_foreign_weights, refuse_oft, unreadable_weights
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -304,7 +305,9 @@ def quantize(
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not empty: name a new folder.")
-    refuse_oft(source, **hub_kwargs)
+    files = CheckpointFiles.locate(source, **hub_kwargs)
+    hub_kwargs = hub_kwargs | files.hub_kwargs
+    refuse_oft(files)
     config = config or AutoConfig.from_pretrained(source, **hub_kwargs)
     refuse_second(source, getattr(config, "quantization_config", None))
     quantizer = AutoHfQuantizer.from_config(quantization(name, towers=towers), pre_quantized=False)
@@ -320,7 +323,7 @@ def quantize(
         folder = Path(staging) / "checkpoint"
         # Config, code and statistics, without weights.
         model.config.quantization_config = quantizer.quantization_config
-        model.norm_stats = model.norm_stats or read_statistics(source, **hub_kwargs)
+        model.norm_stats = read_statistics(files, model.norm_stats)
         model.save_pretrained(folder, state_dict={})
         processor.save_pretrained(folder)
 

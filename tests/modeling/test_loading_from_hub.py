@@ -5,9 +5,13 @@ import shutil
 
 import pytest
 from hub_server import HubServer
+from huggingface_hub import constants
 from PIL import Image
 
-from openvla_hf.testing import fake_episode
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
+from openvla_hf.training.adapters import load_adapter
+from openvla_hf.training.recipes import recipe
 
 
 OFT_FILE = "action_head--150000_checkpoint.pt"
@@ -43,11 +47,11 @@ def fail(*args, **kwargs):
     raise ConnectionError("no list today")
 
 HfApi.model_info = fail
-AutoModel.from_pretrained("someone/good")
-try:
-    AutoModel.from_pretrained("someone/oft")
-except ValueError as error:
-    print(error)
+for repo in ("someone/good", "someone/oft"):
+    try:
+        AutoModel.from_pretrained(repo)
+    except (OSError, ValueError) as error:
+        print(error)
 """
 
 
@@ -76,7 +80,51 @@ def test_a_checkpoint_on_the_hub(tiny, run_python, tmp_path):
         weights = [request for request in hub.requests if "/oft/resolve/" in request and "safetensors" in request]
         assert "/plain/" in weights[0]
 
-        # Where there is no list the model loads as ever, and what was fetched of it is looked at.
+        # Where there is no list, what is in the cache is looked at and loaded, and nothing else.
         assert run_python(LOAD_WITHOUT_THE_LIST, **hub.env).stdout.strip() == refused
-        assert run_python(LOAD_WITHOUT_THE_LIST, **hub.env, HF_HOME=str(tmp_path / "empty")).stdout == ""
+        unknown = run_python(LOAD_WITHOUT_THE_LIST, **hub.env, HF_HOME=str(tmp_path / "empty")).stdout.splitlines()
+        for repo, sentence in zip(("someone/good", "someone/oft"), unknown, strict=True):
+            assert sentence.startswith(f"Cannot read the weights of {repo}: the Hub does not answer")
     assert run_python(LOAD_WITHOUT_THE_LIST, HF_HUB_OFFLINE="1").stdout.strip() == refused
+
+
+@pytest.fixture
+def shared(tiny, owner, monkeypatch):
+    """A policy and an adapter with statistics of its own, on a Hub that is asked again at once when it fails."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    model, processor = tiny()
+    for one in (model, processor):
+        one.save_pretrained(owner.root / "someone/policy")
+    base = OpenVLAForActionPrediction.from_pretrained("someone/policy")
+    adapter = owner.root / "someone/adapter"
+    recipe("lora", dtype="float32", lora_rank=2).prepare(base).save_pretrained(adapter, save_embedding_layers=False)
+    (adapter / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": BRIDGE_LIKE_STATS}}))
+    return owner
+
+
+def from_pretrained(repo):
+    return OpenVLAForActionPrediction.from_pretrained(repo)
+
+
+def onto_a_base(repo):
+    return load_adapter(OpenVLAForActionPrediction.from_pretrained("someone/policy"), repo)
+
+
+@pytest.mark.parametrize("load", [from_pretrained, onto_a_base])
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 0])
+def test_statistics_of_an_adapter_that_cannot_be_read_are_not_those_of_its_base(shared, load, status):
+    shared.faults["/someone/adapter/*/dataset_statistics.json"] = status
+    with pytest.raises(OSError, match=r"Cannot read dataset_statistics\.json of someone/adapter"):
+        load("someone/adapter")
+    shared.faults.clear()
+    assert list(load("someone/adapter").norm_stats) == ["mine"]
+
+
+def test_an_adapter_without_a_network_is_not_called_something_else(shared, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"someone/adapter: the cache does not have it, and the Hub was not asked"):
+        onto_a_base("someone/adapter")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert list(onto_a_base("someone/adapter").norm_stats) == ["mine"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert list(onto_a_base("someone/adapter").norm_stats) == ["mine"]

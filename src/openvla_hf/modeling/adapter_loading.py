@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
+from .checkpoint_files import ADAPTER_CONFIG
 from .weight_mapping import CONVERSIONS
 
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PUBLISHED_PARTS = ("vision_backbone.", "projector.", "language_model.")
@@ -108,4 +108,4 @@ def _checked(layers: dict[str, nn.Module], layer: str, key: str, tensor: Any = N
     return tensor
 
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "translate"]
+__all__ = ["ADAPTER_WEIGHTS", "translate"]

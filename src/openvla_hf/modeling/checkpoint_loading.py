@@ -1,17 +1,18 @@
 """Checkpoints on disk and on the Hub: what `from_pretrained`, `save_pretrained` and `load_adapter` add for OpenVLA."""
 
-import fnmatch
 import json
 import os
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, cached_file, hf_api, logging
+from transformers.utils import CONFIG_NAME
 
-from .adapter_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, translate
+from .adapter_loading import ADAPTER_WEIGHTS, translate
+from .checkpoint_files import ADAPTER_CONFIG, HUB_KWARGS, CheckpointFiles, hub_error, read_json
 from .configuration_openvla import AUTO_MAP, OpenVLAConfig
 from .quantized_loading import missing_package, prepare_quantized, refuse_second, with_defaults
 
@@ -23,66 +24,23 @@ else:  # a mixin: the class that takes it brings the model
 
 STATISTICS_FILE = "dataset_statistics.json"
 # What OpenVLA-OFT keeps beside weights that have the names of OpenVLA's.
-OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*")
-# Arguments that say which files of a repository are meant, and how to get them.
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# Seconds to wait for the Hub's list of a repository's files.
-HUB_TIMEOUT = 10.0
-
-logger = logging.get_logger(__name__)
+OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
 
 
-def find_file(repo: str | os.PathLike | None, name: str, **kwargs: Any) -> str | None:
-    """Path of a file beside the weights, or `None`."""
-    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
-    if repo is None:  # `state_dict=` is given instead
-        return None
-    return cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-
-
-def list_files(repo: str | os.PathLike | None, **kwargs: Any) -> list[str]:
-    """Names of the files beside the config, with one request at most where `repo` is on the Hub."""
-    if repo is None:  # `state_dict=` is given instead
-        return []
-    if not os.path.isdir(repo) and not kwargs.get("local_files_only"):
-        # Unlike a listing of the tree, this does not try again and again while there is no network.
-        try:
-            info = hf_api().model_info(
-                str(repo), revision=kwargs.get("revision"), token=kwargs.get("token"), timeout=HUB_TIMEOUT
-            )
-        except Exception:  # offline, gated, no such repository: loading itself copes or says it best
-            logger.debug("Could not list the files of %s.", repo, exc_info=True)
-        else:
-            folder = PurePosixPath(kwargs.get("subfolder") or "")
-            paths = [PurePosixPath(file.rfilename) for file in info.siblings or []]
-            return [path.name for path in paths if path.parent == folder]
-    config_file = find_file(repo, CONFIG_NAME, **kwargs)
-    return [] if config_file is None else os.listdir(Path(config_file).parent)
-
-
-def refuse_oft(repo: str | os.PathLike | None, **kwargs: Any) -> None:
-    """An OpenVLA-OFT checkpoint would load, and act wrongly: its action head is in a file of its own."""
-    names = list_files(repo, **kwargs)
-    if found := sorted(name for pattern in OFT_FILES for name in fnmatch.filter(names, pattern)):
+def refuse_oft(files: CheckpointFiles) -> None:
+    """`ValueError` for an OpenVLA-OFT checkpoint: it would load, and act wrongly without its other files."""
+    if found := files.match(OFT_FILES):
         raise ValueError(
-            f"{repo} is an OpenVLA-OFT checkpoint (it holds {found[0]!r}), whose action head this class does not "
-            "have: run it with the code of OpenVLA-OFT."
+            f"{files.source} is an OpenVLA-OFT checkpoint (it holds {found[0]!r}), whose action head this class does "
+            "not have: run it with the code of OpenVLA-OFT."
         )
 
 
-def read_statistics(repo: str | os.PathLike | None, **kwargs: Any) -> dict[str, Any] | None:
-    """Statistics that a fine-tuning run left beside the weights, or `None`."""
-    path = find_file(repo, STATISTICS_FILE, **kwargs)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def stored_quantization(repo: str | os.PathLike | None, **kwargs: Any) -> Any:
-    """How the stored weights are quantised, or `None`."""
-    config = kwargs.get("config")
+def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
+    """How the stored weights are quantised, or `None`; `config` is what was given in place of the checkpoint's."""
     if config is not None:
         return getattr(config, "quantization_config", None)
-    path = find_file(repo, CONFIG_NAME, **kwargs)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("quantization_config")
+    return (files.read_json(CONFIG_NAME) or {}).get("quantization_config")
 
 
 def unreadable_weights(repo: Any, error: SafetensorError) -> OSError:
@@ -103,30 +61,57 @@ def refuse_foreign_weights(repo: Any, missing: Iterable[str], unexpected: Iterab
             )
 
 
-def resolve_adapter(repo: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any] | None, Any, dict[str, Any]]:
-    """What `from_pretrained` was given as an adapter (or `None`), its base, and the arguments for the base.
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that `from_pretrained` was given, and the arguments of its repository."""
 
-    The Auto classes name the base and hide the adapter in `adapter_kwargs`.
+    source: str
+    hub_kwargs: dict[str, Any]
+
+
+def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFiles, Adapter | None]:
+    """The checkpoint that `from_pretrained` is to load, and the adapter on it.
+
+    The Auto classes name the base and hide the adapter in `adapter_kwargs`, which is taken out of `kwargs`.
     """
     adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
-    hub_kwargs = {name: adapter_kwargs[name] for name in HUB_KWARGS if adapter_kwargs.get(name) is not None}
     given = adapter_kwargs.get("_adapter_model_path")
+    files = CheckpointFiles.locate(source, **kwargs)
     if given is not None:
-        return {"repo": given, "hub_kwargs": hub_kwargs}, repo, kwargs
-    config_file = find_file(repo, ADAPTER_CONFIG, **kwargs)
-    if config_file is None or find_file(repo, CONFIG_NAME, **kwargs) is not None:
-        return None, repo, kwargs
-    base = json.loads(Path(config_file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    beside = Path(config_file).parent / str(base)
-    base = str(beside) if beside.is_dir() else base
-    if not base or (str(base).startswith((".", "/")) and not os.path.isdir(base)):
-        raise OSError(
-            f"{repo} is an adapter whose base {base!r} is not here: load the base yourself, and then the adapter "
-            "with `openvla_hf.load_adapter(model, adapter)`."
-        )
-    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
+        return files, Adapter(given, {name: adapter_kwargs[name] for name in HUB_KWARGS if name in adapter_kwargs})
+    if ADAPTER_CONFIG not in files.names or files.find(CONFIG_NAME) is not None:
+        return files, None
+    config_file = files.find(ADAPTER_CONFIG)
+    assert config_file is not None  # it was listed
+    base = str(read_json(config_file).get("base_model_name_or_path") or "none")
+    beside = Path(config_file).parent / base
+    adapter = Adapter(source, files.hub_kwargs)
+    # Of the adapter's repository: the base has others.
     of_base = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    return {"repo": repo, "hub_kwargs": hub_kwargs}, base, of_base
+    try:
+        return CheckpointFiles.locate(str(beside) if beside.is_dir() else base, **of_base), adapter
+    except OSError as error:
+        raise OSError(
+            f"Cannot load the base {base!r} that the adapter {source} names: {error} Or load the base yourself, and "
+            "then the adapter with `openvla_hf.load_adapter(model, adapter)`."
+        ) from error
+
+
+def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The statistics that a checkpoint acts with.
+
+    Fine-tuning by the original leaves the base's in the config and the run's in a file: the file comes first, as in
+    the original's evaluation.
+
+    Args:
+        files: Of the checkpoint.
+        norm_stats: Those of its config, or what the caller gave in their place.
+    """
+    in_config = (files.read_json(CONFIG_NAME) or {}).get("norm_stats")
+    if norm_stats and norm_stats != in_config:
+        return norm_stats
+    in_file = files.read_json(STATISTICS_FILE)
+    return norm_stats if in_file is None else in_file
 
 
 class CheckpointMixin(_Base):
@@ -150,19 +135,20 @@ class CheckpointMixin(_Base):
             OSError: A weights file is absent or can't be read.
             ImportError: The package that the quantised weights need is not installed.
         """
-        adapter, pretrained_model_name_or_path, kwargs = resolve_adapter(pretrained_model_name_or_path, kwargs)
-        refuse_oft(pretrained_model_name_or_path, **kwargs)
+        files, adapter = resolve_adapter(pretrained_model_name_or_path, kwargs)
+        source = files.source
+        refuse_oft(files)
+        if not files.is_whole and not any(name.endswith(".safetensors") for name in files.names):
+            raise hub_error(str(source), "the weights", files.failure)
         if kwargs.get("quantization_config") is not None:
-            stored = stored_quantization(pretrained_model_name_or_path, **kwargs)
-            refuse_second(pretrained_model_name_or_path, stored)
+            refuse_second(source, stored_quantization(files, kwargs.get("config")))
             kwargs["quantization_config"] = with_defaults(kwargs["quantization_config"])
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS} | files.hub_kwargs
         kwargs["use_safetensors"] = True
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise unreadable_weights(pretrained_model_name_or_path, error) from error
+            raise unreadable_weights(source, error) from error
         except OSError as error:
             if "no file named" not in str(error):
                 raise
@@ -170,13 +156,12 @@ class CheckpointMixin(_Base):
                 f"{error} Copy the weights beside the config, or download the repository again: it is not complete."
             ) from error
         except ModuleNotFoundError as error:
-            raise missing_package(pretrained_model_name_or_path, error) or error from error
-        refuse_foreign_weights(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"])
-        if not model.norm_stats:
-            model.norm_stats = read_statistics(pretrained_model_name_or_path, **kwargs)
+            raise missing_package(source, error) or error from error
+        refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"])
+        model.norm_stats = read_statistics(files, model.norm_stats)
         prepare_quantized(model)
         if adapter is not None:
-            model.load_adapter(adapter["repo"], **adapter["hub_kwargs"])
+            model.load_adapter(adapter.source, **adapter.hub_kwargs)
         return (model, info) if output_loading_info else model
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
@@ -188,11 +173,13 @@ class CheckpointMixin(_Base):
         """
         if kwargs.get("adapter_state_dict") is not None:
             return super().load_adapter(peft_model_id, adapter_name, **kwargs)
-        hub_kwargs = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
-        config_file = find_file(peft_model_id, ADAPTER_CONFIG, **hub_kwargs)
-        weights_file = find_file(peft_model_id, ADAPTER_WEIGHTS, **hub_kwargs)
+        files = CheckpointFiles.locate(
+            peft_model_id, **{name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
+        )
+        config_file, weights_file = files.find(ADAPTER_CONFIG), files.find(ADAPTER_WEIGHTS)
         if config_file is None or weights_file is None:
-            raise OSError(f"{peft_model_id} holds no adapter: it lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}.")
+            raise OSError(f"{peft_model_id} is not an adapter: it lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}.")
+        statistics = files.read_json(STATISTICS_FILE)
         with tempfile.TemporaryDirectory() as folder:
             whole = translate(self, config_file, weights_file, Path(folder))
             for layer, weight in whole.items():
@@ -204,7 +191,8 @@ class CheckpointMixin(_Base):
                 f"{peft_model_id} does not fit this model: {len(problems)} weights are missing, left over or of "
                 f"another shape, such as {min(problems)!r}."
             )
-        self.norm_stats = read_statistics(peft_model_id, **hub_kwargs) or self.norm_stats
+        if statistics is not None:
+            self.norm_stats = statistics
         return info
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -1,0 +1,243 @@
+"""The files of a checkpoint: in a folder, or in one commit of a repository on the Hub."""
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transformers.utils import (
+    CONFIG_NAME,
+    EntryNotFoundError,
+    hf_api,
+    logging,
+    resolve_revision,
+    try_to_load_from_cache,
+)
+from transformers.utils.hub import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    ResolvedRevision,
+    RevisionNotFoundError,
+    httpx,
+    is_offline_mode,
+)
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+# Arguments that say which files of a repository are meant, and how to get them.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Seconds to wait for the Hub's list of a repository's files.
+HUB_TIMEOUT = 10.0
+# What the client raises: its own errors, those of its HTTP library, and `ValueError` for a name that is not a Hub id.
+HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
+REFUSALS = {
+    401: "the token is missing or invalid (HTTP 401). Log in with `hf auth login`, or pass `token=`",
+    403: "this account has no access (HTTP 403). Ask for access on the repository's page, or change accounts",
+    429: "too many requests were made (HTTP 429). Try again in a few minutes, or log in for a higher limit",
+}
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of a folder, or of one commit of a repository.
+
+    A file counts as absent where the folder lacks it, the Hub says so (HTTP 404), or the cache has a record of either.
+    Whatever else keeps a file from being read is an error, since the next best file would be another robot's.
+
+    Attributes:
+        source: Folder or Hub id; `None` where a `state_dict` takes the place of the files.
+        names: Of the files beside `config.json`; where the Hub was not asked, of those in the cache.
+        hub_kwargs: `token`, `cache_dir`, ..., with which every other loader reads the same state of the repository.
+        is_whole: Whether `names` has all files that there are.
+        failure: Why the Hub did not give its list, where it was asked.
+    """
+
+    source: str | None
+    names: frozenset[str] = frozenset()
+    hub_kwargs: dict[str, Any] = field(default_factory=dict)
+    is_whole: bool = True
+    failure: Exception | None = None
+
+    @classmethod
+    def locate(cls, source: str | os.PathLike | None, **kwargs: Any) -> "CheckpointFiles":
+        """Look at a folder or a repository once, with two requests at most.
+
+        Args:
+            source: Folder or Hub id.
+            kwargs: Of which those in `HUB_KWARGS` are used.
+
+        Raises:
+            OSError: There is no such folder or repository, or neither the Hub nor the cache tells what is in it.
+        """
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
+        if source is None:
+            return cls(None, hub_kwargs=hub_kwargs)
+        source = os.fspath(source)
+        if os.path.isdir(source):
+            folder = Path(source, hub_kwargs.get("subfolder", ""))
+            return cls(source, frozenset(os.listdir(folder)) if folder.is_dir() else frozenset(), hub_kwargs)
+        revision = resolve_revision(
+            source,
+            hub_kwargs.get("revision"),
+            token=hub_kwargs.get("token"),
+            local_files_only=hub_kwargs.get("local_files_only", False),
+            cache_dir=hub_kwargs.get("cache_dir"),
+        )
+        failure: Exception | None = None
+        if not (hub_kwargs.get("local_files_only") or is_offline_mode()):
+            try:
+                info = hf_api().model_info(
+                    source, revision=_commit(revision), token=hub_kwargs.get("token"), timeout=HUB_TIMEOUT
+                )
+            except HUB_ERRORS as error:
+                failure = error
+            else:
+                pinned = revision if isinstance(revision, ResolvedRevision) else info.sha
+                paths = [PurePosixPath(file.rfilename) for file in info.siblings or []]
+                beside = PurePosixPath(hub_kwargs.get("subfolder", ""))
+                names = frozenset(path.name for path in paths if path.parent == beside)
+                return cls(source, names, hub_kwargs | {"revision": pinned})
+        # What is loaded must be what is looked at here: the cache alone, whose commit may not be the Hub's latest.
+        offline = hub_kwargs | {"local_files_only": True} | ({"revision": revision} if revision is not None else {})
+        files = cls(source, hub_kwargs=offline, is_whole=False)
+        cached = [path for name in (CONFIG_NAME, ADAPTER_CONFIG) if isinstance(path := files._cached(name), str)]
+        if not cached or hub_kwargs.get("force_download"):
+            raise hub_error(source, "the files", failure)
+        if failure is not None:
+            logger.warning("%s Using the cache.", hub_error(source, "the list of files", failure))
+        return cls(source, frozenset(os.listdir(Path(cached[0]).parent)), offline, is_whole=False, failure=failure)
+
+    def find(self, name: str) -> str | None:
+        """Path of a file, downloaded if need be, or `None` where there is none.
+
+        Raises:
+            OSError: It is not known whether there is such a file, or it can't be downloaded.
+        """
+        if self.source is None:
+            return None
+        if os.path.isdir(self.source):
+            path = Path(self.source, self.hub_kwargs.get("subfolder", ""), name)
+            return str(path) if path.is_file() else None
+        known = None if self.hub_kwargs.get("force_download") else self._cached(name)
+        if known is not None:
+            return known if isinstance(known, str) else None
+        # Asked for even where the list lacks it: the answer stays in the cache, for a day without network.
+        options = self.hub_kwargs | {"revision": _commit(self.hub_kwargs.get("revision"))}
+        try:
+            return hf_api().hf_hub_download(self.source, name, **options)
+        except LocalEntryNotFoundError as error:  # not in the cache, and the Hub was not asked or gave no answer
+            if self._is_absent_from_cached_list(name):
+                return None
+            raise hub_error(self.source, name, error) from error
+        except EntryNotFoundError:
+            return None
+        except HUB_ERRORS as error:
+            raise hub_error(self.source, name, error) from error
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Content of a JSON file, or `None` where there is none; `ValueError` where it is damaged."""
+        path = self.find(name)
+        return None if path is None else read_json(path)
+
+    def match(self, patterns: Iterable[str]) -> list[str]:
+        """Names that match a pattern, sorted; those of files that are not in the cache are the patterns."""
+        patterns = list(patterns)
+        found = sorted({name for pattern in patterns for name in fnmatch.filter(self.names, pattern)})
+        if found or self.is_whole:
+            return found
+        return [pattern for pattern in patterns if not self._is_cached_as_listed(pattern)]
+
+    def _path(self, name: str) -> str:
+        return str(PurePosixPath(self.hub_kwargs.get("subfolder", ""), name))
+
+    def _cached(self, name: str) -> Any:
+        """Path of a file in the cache, `None`, or another object where the cache knows that there is no such file."""
+        try:
+            return try_to_load_from_cache(
+                str(self.source),
+                self._path(name),
+                cache_dir=self.hub_kwargs.get("cache_dir"),
+                revision=_commit(self.hub_kwargs.get("revision")),
+            )
+        except ValueError:  # not a Hub id
+            return None
+
+    def _snapshot(self, pattern: str) -> Path | None:
+        """Folder of the cached commit, or `None` where it lacks a file that the cached list of its files has."""
+        try:
+            folder = hf_api().snapshot_download(
+                str(self.source),
+                revision=_commit(self.hub_kwargs.get("revision")),
+                cache_dir=self.hub_kwargs.get("cache_dir"),
+                local_files_only=True,
+                allow_patterns=[self._path(pattern)],
+            )
+        except LocalEntryNotFoundError:
+            return None
+        return Path(folder)
+
+    def _is_cached_as_listed(self, pattern: str) -> bool:
+        """Whether the cache has all files of a pattern, as far as it knows them."""
+        return self._snapshot(pattern) is not None
+
+    def _is_absent_from_cached_list(self, name: str) -> bool:
+        """Whether the cache has a list of the commit's files (downloading the whole leaves one) without this file."""
+        snapshot = self._snapshot(name)
+        return snapshot is not None and (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").is_file()
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: The file is cut short, is not JSON or holds something else than an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or was cut short ({error}): copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}: copy or download it again.")
+    return content
+
+
+def hub_error(source: str, what: str, error: Exception | None) -> OSError:
+    """A sentence in place of what the Hub's client raises; `error` is `None` where the Hub was not to be asked."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    start = f"Cannot read {what} of {source}"
+    if error is None or (isinstance(cause, LocalEntryNotFoundError) and not isinstance(cause, HfHubHTTPError)):
+        return OSError(
+            f"{start}: the cache does not have it, and the Hub was not asked since offline mode or `local_files_only` "
+            "is set. Load it once with network, or give a folder that holds all files."
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return OSError(f"{start}: the repository has no such revision. Check `revision=`.")
+    if isinstance(cause, RepositoryNotFoundError):
+        return OSError(
+            f"{source} is not a local folder, and the Hub has no such repository or hides it from this account: check "
+            "the name, or log in with `hf auth login` if the repository is private or gated."
+        )
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        return OSError(f"{start}: {REFUSALS.get(status, f'the Hub failed (HTTP {status}). Try again later')}.")
+    if isinstance(cause, ValueError) and not isinstance(cause, json.JSONDecodeError):
+        return OSError(f"{source} is neither a folder that exists nor a Hub id such as 'openvla/openvla-7b'.")
+    if isinstance(cause, OSError) and cause.errno is not None:  # such as a full disk
+        return OSError(f"{start}: {cause.strerror or cause}.")
+    return OSError(
+        f"{start}: the Hub does not answer ({type(cause).__name__}). Check the network, or set HF_HUB_OFFLINE=1 to "
+        "use what is in the cache."
+    )
+
+
+def _commit(revision: str | None) -> str | None:
+    return revision.resolved if isinstance(revision, ResolvedRevision) else revision
+
+
+__all__ = ["ADAPTER_CONFIG", "HUB_KWARGS", "CheckpointFiles", "hub_error", "read_json"]
