@@ -1,6 +1,5 @@
 """What a checkpoint is, told by its configs and the headers of its weights files."""
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from safetensors import safe_open
+from huggingface_hub.errors import SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
-from .modeling.action_tokenizer import action_dim
-from .modeling.checkpoint_loading import OFT_FILES, STATISTICS_FILE
+from .modeling.action_tokenizer import action_dim, check_statistics
+from .modeling.checkpoint_files import ADAPTER_CONFIG, HUB_ERRORS, hub_error, read_json
+from .modeling.checkpoint_loading import OFT_FILES, STATISTICS_FILE, statistics_in_file, unreadable_weights
 from .modeling.configuration_openvla import OpenVLAConfig
 
 
-ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -38,7 +38,8 @@ class CheckpointInfo:
     size: Bytes of the weights files.
     base_model: What an adapter belongs to.
     has_code: Whether it loads without this package, by `trust_remote_code=True`.
-    statistics: As in `dataset_statistics.json`.
+    statistics: As in `dataset_statistics.json`; empty for an adapter that acts with those of its base.
+    statistics_file: The file that they are from, or `None`.
     """
 
     layout: str
@@ -53,6 +54,7 @@ class CheckpointInfo:
     base_model: str | None
     has_code: bool
     statistics: dict[str, Any] = field(repr=False)
+    statistics_file: str | None
 
 
 def describe(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> CheckpointInfo:
@@ -64,7 +66,8 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         token: For a private repository; the stored one by default.
 
     Raises:
-        ValueError: It is no OpenVLA checkpoint, or has no weights in safetensors files.
+        ValueError: It is not an OpenVLA checkpoint, has no weights in safetensors files, or its configs or statistics
+            are damaged.
         OSError: It can't be found or read.
     """
     place = _open(source, revision, token)
@@ -87,8 +90,11 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         for dtype, count in place.read_header(name):
             counts[dtype] += count
     model = OpenVLAConfig.from_dict(config) if adapter is None else None
-    statistics = (model and model.norm_stats) or place.read_json(STATISTICS_FILE) or {}
+    # As in loading: the file beside the weights comes first.
+    in_file = statistics_in_file(place.read_json(STATISTICS_FILE), source)
+    in_config = check_statistics(model.norm_stats, f"{CONFIG_NAME} of {source}") if model and not in_file else None
     quantization = _quantization(config.get("quantization_config"))
+    statistics = in_file or in_config or {}
     return CheckpointInfo(
         layout=_layout(place.files, config, adapter),
         files=place.files,
@@ -102,6 +108,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         base_model=adapter and adapter["base_model_name_or_path"],
         has_code=adapter is None and "configuration_openvla.py" in place.files,
         statistics=statistics,
+        statistics_file=STATISTICS_FILE if in_file else CONFIG_NAME if in_config else None,
     )
 
 
@@ -119,7 +126,10 @@ def refuse_adapter(source: str | os.PathLike, *, revision: str | None = None, to
 
 def _open(source: str | os.PathLike, revision: str | None, token: str | None) -> "_Folder | _Repository":
     if not Path(source).is_dir() and constants.is_offline_mode():
-        source = snapshot_download(str(source), revision=revision, local_files_only=True)
+        try:
+            source = snapshot_download(str(source), revision=revision, local_files_only=True)
+        except HUB_ERRORS as error:
+            raise hub_error(str(source), "the files", error) from error
     return _Folder(Path(source)) if Path(source).is_dir() else _Repository(str(source), revision, token)
 
 
@@ -133,33 +143,45 @@ class _Folder:
 
     def read_json(self, name: str) -> Any:
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def read_header(self, name: str) -> list[tuple[str, int]]:
         """(dtype, number of values) of every tensor of a weights file."""
-        with safe_open(self.path / name, "pt") as file:
-            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - no dict
-            return [(tensor.get_dtype(), prod(tensor.get_shape())) for tensor in slices]
+        try:
+            with safe_open(self.path / name, "pt") as file:
+                slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - no dict
+                return [(tensor.get_dtype(), prod(tensor.get_shape())) for tensor in slices]
+        except SafetensorError as error:
+            raise unreadable_weights(self.path / name, error) from error
 
 
 class _Repository:
     def __init__(self, repo_id: str, revision: str | None, token: str | None):
         self.api = HfApi(token=token)
-        # Says in words of a user what is wrong when the repository can't be reached.
-        cached_file(repo_id, CONFIG_NAME, revision=revision, token=token, _raise_exceptions_for_missing_entries=False)
-        found = self.api.model_info(repo_id, revision=revision, files_metadata=True)
+        try:
+            found = self.api.model_info(repo_id, revision=revision, files_metadata=True)
+        except HUB_ERRORS as error:
+            raise hub_error(repo_id, "the files", error) from error
         self.files = {one.rfilename: one.size or 0 for one in found.siblings or []}
         self.repo_id, self.commit = repo_id, found.sha
 
     def read_json(self, name: str) -> Any:
         if name not in self.files:
             return None
-        path = hf_hub_download(self.repo_id, name, revision=self.commit, token=self.api.token)
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            path = hf_hub_download(self.repo_id, name, revision=self.commit, token=self.api.token)
+        except HUB_ERRORS as error:
+            raise hub_error(self.repo_id, name, error) from error
+        return read_json(path)
 
     def read_header(self, name: str) -> list[tuple[str, int]]:
         """(dtype, number of values) of every tensor of a weights file."""
-        header = self.api.parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+        try:
+            header = self.api.parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+        except SafetensorsParsingError as error:
+            raise unreadable_weights(f"{self.repo_id}/{name}", error) from error
+        except HUB_ERRORS as error:
+            raise hub_error(self.repo_id, name, error) from error
         return [(tensor.dtype, prod(tensor.shape)) for tensor in header.tensors.values()]
 
 

@@ -3,7 +3,14 @@ import pytest
 import torch
 
 from openvla_hf import ActionTokenizer
-from openvla_hf.modeling.action_tokenizer import action_dim, normalize, resolve_action_stats, unnormalize
+from openvla_hf.modeling.action_tokenizer import (
+    action_dim,
+    check_action_stats,
+    check_statistics,
+    normalize,
+    resolve_action_stats,
+    unnormalize,
+)
 
 
 STATS = {
@@ -98,3 +105,68 @@ SEVERAL = {"bridge_orig": {"action": STATS}, "fractal": {"action": STATS}}
 def test_statistics_that_are_not_found_say_what_to_do(norm_stats, key, message):
     with pytest.raises(ValueError, match=message):
         resolve_action_stats(norm_stats, key)
+
+
+GOOD = {"q01": [-1.0, 0.0], "q99": [1.0, 0.0], "min": [-2, 0], "max": [2, 0], "mask": [True, False]}
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        GOOD,
+        {"q01": [0.0], "q99": [0.0]},
+        {name: np.array(values) for name, values in GOOD.items()},
+        {name: torch.tensor(values) for name, values in GOOD.items()},
+        GOOD | {"mask": [1, 0], "names": ["a", "b"]},
+    ],
+)
+def test_statistics_of_every_usual_form_pass(stats):
+    assert check_action_stats(stats, "stats") is stats
+    assert check_statistics({"kitchen": {"action": stats, "proprio": {"q01": None}, "num_transitions": 3}}, "x")
+    assert check_statistics(None, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q01": [float("nan"), 0.0]}, "'q01' must be a list of finite numbers"),
+        ({"q99": [float("inf"), 0.0]}, "'q99' must be a list of finite numbers"),
+        ({"q01": [None, 0.0]}, "'q01' must be a list of finite numbers"),
+        ({"q01": ["0.1", 0.0]}, "'q01' must be a list of finite numbers"),
+        ({"q01": 0.5}, "'q01' must be a list of finite numbers"),
+        ({"q01": [[0.0], [0.0, 1.0]]}, "'q01' must be a list of finite numbers"),
+        ({"min": [-2, float("nan")]}, "'min' must be a list of finite numbers"),
+        ({"std": None}, "'std' must be a list of finite numbers"),
+        ({"q01": [2.0, 0.0]}, "'q01' is above 'q99' in dimension 0"),
+        ({"max": [2, -1]}, "'min' is above 'max' in dimension 1"),
+        ({"q99": [1.0]}, "'q99' has 1 values and 'q01' has 2"),
+        ({"q99": 1.0}, "'q99' must be a list"),
+        ({"q01": [], "q99": []}, "'q01' has 0 values"),
+        ({"mask": [True]}, "'mask' has 1 values and 'q01' has 2"),
+        ({"mask": ["False", "True"]}, "'mask' must be a list of truth values"),
+        ({"mask": [2, 1]}, "'mask' must be a list of truth values"),
+        ({"mask": None}, "'mask' must be a list of truth values"),
+    ],
+)
+def test_damaged_statistics_are_refused(change, message):
+    with pytest.raises(ValueError, match=rf"^a file, 'action' of 'kitchen': {message}"):
+        check_statistics({"kitchen": {"action": GOOD | change}}, "a file")
+    with pytest.raises(ValueError, match=rf"^`norm_stats`, 'action' of 'kitchen': {message}"):
+        resolve_action_stats({"kitchen": {"action": GOOD | change}}, None)
+
+
+@pytest.mark.parametrize("missing", ["q01", "q99"])
+def test_statistics_without_a_bound_are_refused(missing):
+    stats = {name: values for name, values in GOOD.items() if name != missing}
+    with pytest.raises(ValueError, match=f"^`stats`: '{missing}' is missing, there is 'q"):
+        check_action_stats(stats, "`stats`")
+    with pytest.raises(ValueError, match="'q01' is missing, there is nothing"):
+        check_action_stats({}, "`stats`")
+
+
+@pytest.mark.parametrize("norm_stats", [[], "bridge", {"kitchen": GOOD}, {"kitchen": None}])
+def test_statistics_that_are_something_else_are_refused(norm_stats):
+    with pytest.raises(
+        ValueError, match=r"^a file (must map names of datasets|has no 'action' statistics for 'kitchen')"
+    ):
+        check_statistics(norm_stats, "a file")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from openvla_hf.checkpoint_info import describe
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
 
 
@@ -27,6 +28,22 @@ def test_statistics(tiny, norm_stats, arguments, message):
     images = [frame["image"] for frame in fake_episode(steps=2)]
     with pytest.raises(ValueError, match=message):
         model.predict_action(**processor(images, instruction="open"), **arguments)
+
+
+NAN = BRIDGE_LIKE_STATS | {"q99": [float("nan")] * 7}
+
+
+@pytest.mark.parametrize("stats", [{}, {"q01": [0.0] * 7}, NAN, BRIDGE_LIKE_STATS | {"mask": ["False"] * 7}])
+def test_damaged_statistics_do_not_act(tiny, stats):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    with pytest.raises(ValueError, match="`stats`"):
+        model.predict_action(**inputs, stats=stats)
+    with pytest.raises(ValueError, match="`norm_stats`, 'action' of 'mine'"):
+        model.norm_stats = {"mine": {"action": stats}}
+    model.config.norm_stats = {"mine": {"action": stats}}
+    with pytest.raises(ValueError, match="`norm_stats`, 'action' of 'mine'"):
+        model.predict_action(**inputs)
 
 
 def test_more_images_than_prompts(tiny):
@@ -66,6 +83,26 @@ def test_ids_and_embeddings(tiny):
 def checkpoint(tiny, tmp_path):
     tiny()[0].save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"mine": {"act', "null", "{}", '{"mine": {}}', json.dumps({"mine": {"action": NAN}})],
+)
+def test_a_damaged_file_of_statistics(checkpoint, content):
+    (checkpoint / "dataset_statistics.json").write_text(content)
+    for read in (AutoModel.from_pretrained, describe):
+        with pytest.raises(ValueError, match=r"dataset_statistics\.json"):
+            read(checkpoint)
+
+
+def test_damaged_statistics_in_a_config(checkpoint):
+    (checkpoint / "dataset_statistics.json").unlink()
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"norm_stats": {"mine": {"action": NAN}}}))
+    for read in (AutoModel.from_pretrained, describe):
+        with pytest.raises(ValueError, match="'action' of 'mine': 'q99' must be a list of finite numbers"):
+            read(checkpoint)
 
 
 @pytest.mark.parametrize("file", ["action_head--150000_checkpoint.pt", "proprio_projector--50000_checkpoint.pt"])

@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel
 
-from openvla_hf.testing import fake_episode
+from openvla_hf.checkpoint_info import describe
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
 
 
 def assert_equal_weights(model, other):
@@ -73,3 +74,26 @@ def test_the_statistics_are_a_file_too(tiny, tmp_path):
     assert np.array_equal(again.predict_action(**inputs), model.predict_action(**inputs))
     statistics.unlink()
     assert AutoModel.from_pretrained(tmp_path).norm_stats is None
+
+
+def test_the_file_of_statistics_comes_before_the_config(tiny, tmp_path):
+    """Fine-tuning by the original leaves the base's statistics in the config and the run's in the file."""
+    model, processor = tiny()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert describe(tmp_path).statistics_file == "dataset_statistics.json"
+    run = {"run": {"action": model.norm_stats["tiny"]["action"] | {"q99": [1.0] * 7}}}
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps(run))
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.norm_stats == again.config.norm_stats == run
+    assert describe(tmp_path).statistics == run
+    # What the caller gives comes first.
+    other = {"other": {"action": BRIDGE_LIKE_STATS}}
+    assert AutoModel.from_pretrained(tmp_path, norm_stats=other).norm_stats == other
+    # Both places of what is saved hold the same.
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "dataset_statistics.json").read_text()) == run
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["norm_stats"] == run
+    (tmp_path / "dataset_statistics.json").unlink()
+    assert describe(tmp_path).statistics_file == "config.json"
+    assert AutoModel.from_pretrained(tmp_path).norm_stats == describe(tmp_path).statistics == model.norm_stats

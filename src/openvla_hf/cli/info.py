@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
         "vision towers": "\n".join(found.vision_towers),
         "language model": found.language_model,
         "actions": "\n".join(f"{key}: {dim} dimensions" for key, dim in found.action_dims.items()),
+        "statistics": found.statistics_file,
         "dtype": found.dtype,
         "quantisation": found.quantization,
         "parameters": found.parameters and f"{found.parameters:,}",

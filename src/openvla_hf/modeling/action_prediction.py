@@ -19,7 +19,14 @@ from .action_decoding import (
     insert_image_tokens,
     left_pad,
 )
-from .action_tokenizer import ActionTokenizer, action_dim, resolve_action_stats, unnormalize
+from .action_tokenizer import (
+    ActionTokenizer,
+    action_dim,
+    check_action_stats,
+    check_statistics,
+    resolve_action_stats,
+    unnormalize,
+)
 from .configuration_openvla import OpenVLAConfig
 
 
@@ -65,7 +72,7 @@ class ActionPredictionMixin(_Base):
 
     @norm_stats.setter
     def norm_stats(self, value: dict[str, Any] | None) -> None:
-        self.config.norm_stats = value
+        self.config.norm_stats = check_statistics(value, "`norm_stats`")
 
     def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
         """Action statistics of one data set; `ValueError` when the key does not name one."""
@@ -127,7 +134,9 @@ class ActionPredictionMixin(_Base):
         keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
         if len(keys) != rows:
             raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
-        row_stats = [stats or self.get_action_stats(key) for key in keys]
+        if stats is not None:
+            check_action_stats(stats, "`stats`")
+        row_stats = [self.get_action_stats(key) if stats is None else stats for key in keys]
         dims = [action_dim(one) for one in row_stats]
         # 2. Inputs where and how the model wants them: placeholders, prompt suffix, padding on the left
         # (they are looked at for that, so ids that come from the CPU go to the device afterwards)

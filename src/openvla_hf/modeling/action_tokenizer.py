@@ -1,10 +1,16 @@
 """Actions <-> tokens, and robot units <-> [-1, 1]: the action decoder behind `unnorm_key`."""
 
 import difflib
+import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
+
+
+# Pairs of bounds, the lower one first.
+BOUNDS = ("q01", "q99", "min", "max")
 
 
 class ActionTokenizer:
@@ -49,6 +55,85 @@ class ActionTokenizer:
         return self.bin_centers[index]
 
 
+def check_statistics(norm_stats: Any, where: str) -> dict[str, Any] | None:
+    """Statistics of actions, if they can turn every action into robot units.
+
+    Args:
+        norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`, or `None`.
+        where: Where they come from, for the message.
+
+    Returns:
+        `norm_stats`.
+
+    Raises:
+        ValueError: They are damaged, see `check_action_stats`.
+    """
+    if norm_stats is None:
+        return None
+    if not isinstance(norm_stats, dict):
+        raise ValueError(f"{where} must map names of datasets to statistics, got {norm_stats!r:.80}.")
+    for key, of_dataset in norm_stats.items():
+        if not isinstance(of_dataset, dict) or "action" not in of_dataset:
+            raise ValueError(f"{where} has no 'action' statistics for {key!r}: compute the statistics again.")
+        check_action_stats(of_dataset["action"], f"{where}, 'action' of {key!r}")
+    return norm_stats
+
+
+def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
+    """Statistics of one dataset's actions, if they can turn every action into robot units.
+
+    Args:
+        stats: `q01` and `q99`, a finite number for each dimension, the first no higher than the second; and where they
+            are given, `min` and `max` of the same kind, `mean`, `std`, and `mask`, a truth value for each dimension.
+        where: Where they come from, for the message.
+
+    Returns:
+        `stats`.
+
+    Raises:
+        ValueError: One of them is missing, is not finite, has another length, or does not fit the others.
+    """
+    again = "Correct the statistics, or compute them again."
+    if not isinstance(stats, dict):
+        raise ValueError(f"{where}: action statistics must be a dictionary with 'q01' and 'q99', got {stats!r:.80}.")
+    if missing := [name for name in ("q01", "q99") if name not in stats]:
+        raise ValueError(
+            f"{where}: {missing[0]!r} is missing, there is {', '.join(map(repr, stats)) or 'nothing'}. {again}"
+        )
+    columns = {name: _listed(stats[name]) for name in (*BOUNDS, "mean", "std", "mask") if name in stats}
+    for name, values in columns.items():
+        kind = "truth values" if name == "mask" else "finite numbers"
+        if values is None or not all(_is_truth_value(one) if name == "mask" else _is_finite(one) for one in values):
+            raise ValueError(f"{where}: {name!r} must be a list of {kind}, got {stats[name]!r:.120}. {again}")
+        dims = len(columns["q01"] or ())
+        if not values or len(values) != dims:
+            raise ValueError(
+                f"{where}: {name!r} has {len(values)} values and 'q01' has {dims}, each dimension needs one. {again}"
+            )
+    for low, high in (BOUNDS[:2], BOUNDS[2:]):
+        for index, (lower, upper) in enumerate(zip(columns.get(low) or (), columns.get(high) or (), strict=False)):
+            if lower > upper:
+                raise ValueError(
+                    f"{where}: {low!r} is above {high!r} in dimension {index} ({lower:g} and {upper:g}). {again}"
+                )
+    return stats
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """A flat list, tuple, array or tensor as a list, and anything else as `None`."""
+    if isinstance(values, (np.ndarray, torch.Tensor)):
+        values = values.tolist()
+    return list(values) if isinstance(values, (list, tuple)) else None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_truth_value(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_)) or (isinstance(value, Real) and value in (0, 1))
+
+
 def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:
     """Action statistics of one data set.
 
@@ -57,7 +142,8 @@ def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | No
         unnorm_key: Which of them; may be `None` when there is just one.
 
     Raises:
-        ValueError: No statistics, several and no key, or a key that is not among them (the nearest is named).
+        ValueError: No statistics, several and no key, a key that is not among them (the nearest is named), or damaged
+            statistics.
     """
     if not norm_stats:
         raise ValueError(
@@ -73,7 +159,9 @@ def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | No
         near = difflib.get_close_matches(str(unnorm_key), norm_stats, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown `unnorm_key` {unnorm_key!r}.{hint} This checkpoint has {options}.")
-    return norm_stats[unnorm_key]["action"]
+    chosen = {unnorm_key: norm_stats[unnorm_key]}
+    check_statistics(chosen, "`norm_stats`")  # also of a config that was changed after loading
+    return chosen[unnorm_key]["action"]
 
 
 def action_dim(stats: dict[str, Any]) -> int:
@@ -120,4 +208,12 @@ def unnormalize(actions: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
     return np.where(_mask(stats), 0.5 * (actions + 1.0) * (high - low) + low, actions)
 
 
-__all__ = ["ActionTokenizer", "action_dim", "normalize", "resolve_action_stats", "unnormalize"]
+__all__ = [
+    "ActionTokenizer",
+    "action_dim",
+    "check_action_stats",
+    "check_statistics",
+    "normalize",
+    "resolve_action_stats",
+    "unnormalize",
+]

@@ -240,4 +240,4 @@ def _commit(revision: str | None) -> str | None:
     return revision.resolved if isinstance(revision, ResolvedRevision) else revision
 
 
-__all__ = ["ADAPTER_CONFIG", "HUB_KWARGS", "CheckpointFiles", "hub_error", "read_json"]
+__all__ = ["ADAPTER_CONFIG", "HUB_ERRORS", "HUB_KWARGS", "CheckpointFiles", "hub_error", "read_json"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
+from .action_tokenizer import check_statistics
 from .adapter_loading import ADAPTER_WEIGHTS, translate
 from .checkpoint_files import ADAPTER_CONFIG, HUB_KWARGS, CheckpointFiles, hub_error, read_json
 from .configuration_openvla import AUTO_MAP, OpenVLAConfig
@@ -43,7 +44,7 @@ def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
     return (files.read_json(CONFIG_NAME) or {}).get("quantization_config")
 
 
-def unreadable_weights(repo: Any, error: SafetensorError) -> OSError:
+def unreadable_weights(repo: Any, error: Exception) -> OSError:
     """A sentence in place of `error`."""
     return OSError(
         f"A weights file of {repo} is corrupt or was cut short ({error}): download it again, with "
@@ -106,12 +107,23 @@ def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -
     Args:
         files: Of the checkpoint.
         norm_stats: Those of its config, or what the caller gave in their place.
+
+    Raises:
+        ValueError: They are damaged.
+        OSError: It is not known whether there is a file of statistics, or it can't be read.
     """
     in_config = (files.read_json(CONFIG_NAME) or {}).get("norm_stats")
     if norm_stats and norm_stats != in_config:
         return norm_stats
-    in_file = files.read_json(STATISTICS_FILE)
-    return norm_stats if in_file is None else in_file
+    in_file = statistics_in_file(files.read_json(STATISTICS_FILE), files.source)
+    return check_statistics(norm_stats, f"{CONFIG_NAME} of {files.source}") if in_file is None else in_file
+
+
+def statistics_in_file(content: dict[str, Any] | None, source: Any) -> dict[str, Any] | None:
+    """The content of `dataset_statistics.json`, `None` where there is none; `ValueError` where it is damaged."""
+    if content is not None and not content:
+        raise ValueError(f"{STATISTICS_FILE} of {source} is empty: compute the statistics again, or delete the file.")
+    return check_statistics(content, f"{STATISTICS_FILE} of {source}")
 
 
 class CheckpointMixin(_Base):
@@ -179,7 +191,7 @@ class CheckpointMixin(_Base):
         config_file, weights_file = files.find(ADAPTER_CONFIG), files.find(ADAPTER_WEIGHTS)
         if config_file is None or weights_file is None:
             raise OSError(f"{peft_model_id} is not an adapter: it lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}.")
-        statistics = files.read_json(STATISTICS_FILE)
+        statistics = statistics_in_file(files.read_json(STATISTICS_FILE), peft_model_id)
         with tempfile.TemporaryDirectory() as folder:
             whole = translate(self, config_file, weights_file, Path(folder))
             for layer, weight in whole.items():
@@ -213,5 +225,6 @@ __all__ = [
     "read_statistics",
     "refuse_foreign_weights",
     "refuse_oft",
+    "statistics_in_file",
     "unreadable_weights",
 ]
