@@ -13,15 +13,19 @@ from PIL import Image
 from openvla_hf.cli import build_parser, main
 from openvla_hf.data import load
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+
+
+BOUNDS = ("q01", "q99", "min", "max")
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """A saved policy that knows nothing, and an image."""
+    """A saved policy of the tabletop's arm that knows nothing, and an image."""
     folder = tmp_path_factory.mktemp("policy")
     tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer)
+    still = {bound: [*BRIDGE_LIKE_STATS[bound][:3], 0.0, 0.0, 0.0, *BRIDGE_LIKE_STATS[bound][6:]] for bound in BOUNDS}
+    config = tiny_config(tokenizer, norm_stats={"tiny": {"action": BRIDGE_LIKE_STATS | still}})
     OpenVLAForActionPrediction(config).save_pretrained(folder)
     tiny_processor(tokenizer, config).save_pretrained(folder)
     Image.fromarray(fake_episode(steps=1)[0]["image"]).save(folder / "frame.png")
@@ -231,6 +235,14 @@ def test_demo_writes_pictures_and_evaluate_counts(policy, capsys, tmp_path):
     assert Image.open(result["strip"]).width > 1000
     assert main(["evaluate", *more, "--condition", "swapped"]) == 0
     assert list(json.loads(capsys.readouterr().out)["results"]) == ["swapped"]
+
+
+def test_options_of_the_other_evaluation_are_refused(policy, capsys):
+    model = ["--model", str(policy)]
+    assert main(["evaluate", *model, "--frames", "3"]) == 2
+    assert "--frames is for recorded data: give --data." in capsys.readouterr().err
+    assert main(["evaluate", *model, "--data", "there", "--task", "put"]) == 2
+    assert "--task is for the tabletop: leave out --data." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["lerobot", "rlds"])

@@ -3,18 +3,21 @@
 Three files may lie beside the weights:
 
 - `training.json`, of `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings` and
-  `figures` (name -> value).
+  `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`), and
+  which episodes were held out (`held_out`).
 - `evaluation.json`: what `openvla-hf evaluate --json` prints, `{"results": {condition: {task: {"success",
   "episodes", ...}}}}`; an `environment` names another place than the tabletop.
 - `quantization.json`: a list of rows, `{column: value}`, one for each format that was measured.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import cached_file
 
 from .checkpoint_info import CheckpointInfo
 
@@ -73,6 +76,19 @@ def write_card(
         quantization=quantization,
     )
     return str(card)
+
+
+def read_training(source: str | os.PathLike) -> dict[str, Any]:
+    """Read what the run left beside a policy, in `training.json`; empty where it left nothing.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        OSError: The repository can't be reached.
+    """
+    path = cached_file(str(source), TRAINING_FILE, _raise_exceptions_for_missing_entries=False)
+    return {} if path is None else _read(Path(path), {})
 
 
 def _read(path: Path, default: Any) -> Any:
@@ -152,4 +168,4 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
 
 
-__all__ = ["is_hub_id", "write_card"]
+__all__ = ["is_hub_id", "read_training", "write_card"]

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openvla_hf.data import load_statistics
 from openvla_hf.evaluation.pictures import draw_strip, save_gif
-from openvla_hf.evaluation.rollouts import load_policy, run_episodes, success_by_task
+from openvla_hf.evaluation.rollouts import TABLETOP_POLICY, load_policy, run_episodes, success_by_task
 from openvla_hf.evaluation.tabletop import ACTION_GRID, MAX_STEP, TabletopEnv, record_demonstrations
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_config, tiny_processor, tiny_tokenizer
 
 
 SEEDS = range(1_000_000, 1_000_006)
@@ -61,11 +62,19 @@ def test_an_unknown_condition_names_the_known_ones():
 
 def test_a_model_with_its_processor_is_a_policy():
     tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer)
+    config = tiny_config(tokenizer, norm_stats=load_statistics(TABLETOP_POLICY))
     policy = load_policy(OpenVLAForActionPrediction(config).eval(), tiny_processor(tokenizer, config))
     image, info = TabletopEnv().reset(seed=0)
     assert policy([image], [info["instruction"]]).shape == (1, 7)
     assert policy([image] * 3, [info["instruction"]] * 3).shape == (3, 7)
+
+
+def test_the_tabletop_is_not_the_robot_of_another_policy(tiny):
+    with pytest.raises(ValueError, match="The tabletop is not this policy's robot"):
+        load_policy(*tiny())
+    fourteen = {name: values * 2 for name, values in BRIDGE_LIKE_STATS.items()}
+    with pytest.raises(ValueError, match="The tabletop is not this policy's robot"):
+        load_policy(*tiny(norm_stats={"arms": {"action": fourteen}}))
 
 
 def test_rates_are_by_task_and_over_all():

@@ -18,9 +18,9 @@ from transformers.integrations import get_available_reporting_integrations
 
 from openvla_hf.cli import main
 from openvla_hf.data import from_episodes
+from openvla_hf.data.splits import read_split
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
-from openvla_hf.training.finetune import read_split
 from openvla_hf.training.trainer import last_checkpoint
 
 
@@ -75,6 +75,19 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     assert run(base, data, output, "--steps", "4", "--eval-share", "0.25", "--resume") == 0
     assert json.loads((output / "training.json").read_text())["recipe"] == "lora"
 
+    held_out = json.loads((output / "training.json").read_text())["held_out"]
+    assert held_out["kitchen"]["frames"] == 24
+    assert len(held_out["kitchen"]["episodes"]) == 1
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(output), "--data", str(data), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["split"], told["episodes"], told["frames"]) == ("held out", 1, 6)
+    assert len(told["mean_absolute_error"]) == 7
+    assert main(["evaluate", "--model", str(output), "--data", str(data), "--split", "train", "--frames", "8"]) == 0
+    assert "mean absolute error, dx" in capsys.readouterr().out
+    assert main(["evaluate", "--model", str(base), "--data", str(data)]) == 2
+    assert "does not say which episodes its training held out. Give --split" in capsys.readouterr().err
+
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     assert processor.image_processor.center_crop_area == 0.9
     assert list(model.norm_stats) == ["kitchen"]
@@ -87,6 +100,9 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     assert json.loads(capsys.readouterr().out)["difference"] < 1e-3
     merged = AutoModel.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(merged.predict_action(**inputs), action)
+    assert main(["evaluate", "--model", str(tmp_path / "merged"), "--data", str(data), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["mean_absolute_error"] == pytest.approx(told["mean_absolute_error"])
     assert main(["merge", str(output), str(tmp_path / "merged")]) == 2
     assert "is not empty" in capsys.readouterr().err
 

@@ -34,11 +34,11 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device_map, help="such as cuda or auto (default: the CPU)")
 
 
-def add_data_arguments(parser: Any) -> None:
+def add_data_arguments(parser: Any, split: str | None = "train", split_help: str = "(default: %(default)s)") -> None:
     """Add the options that say how a data set is read, to a parser or to a group of its options."""
     parser.add_argument("--robot", help="name of the adapter that reads it (default: the data set's own, or generic)")
     parser.add_argument("--robots", metavar="FILE", help="Python file of your own that registers robots")
-    parser.add_argument("--split", default="train", help="(default: %(default)s)")
+    parser.add_argument("--split", default=split, help=split_help)
     parser.add_argument("--camera", help="the image to read, if there are several")
     parser.add_argument("--every", type=positive, metavar="N",
                         help="recorded frames that become one, such as 5 for 10 Hz of 50 Hz (default: 1)")  # fmt: skip

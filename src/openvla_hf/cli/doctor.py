@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
-    from ..data.doctor import examine, judge_model, plot_actions, report_tables
+    from ..data.doctor import examine, plot_actions, report_tables
+    from ..evaluation.open_loop import evaluate_open_loop
 
     register_robots(args.robots)
     model, processor = load(args.model) if args.model else (None, None)
@@ -46,10 +47,11 @@ def run(args: argparse.Namespace) -> None:
             progress=lambda done, total: progress.update(images, completed=done, total=total, visible=True),
         )  # fmt: skip
         if model is not None:
-            report.model = judge_model(
+            found = evaluate_open_loop(
                 model, processor, frames, args.unnorm_key, max_frames=args.frames,
                 progress=lambda done, total: progress.update(acting, completed=done, total=total, visible=True),
             )  # fmt: skip
+            report.model = {"frames": found.frames, "token_accuracy": found.token_accuracy, "l1": found.l1}
     names = dimension_names(len(report.q01), report.names)
     if args.plot:
         plot_actions(report, args.plot, names)

@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from ..evaluation.rollouts import Episode
 
 
-def add_episode_arguments(parser: argparse.ArgumentParser, episodes: int) -> None:
+def add_episode_arguments(
+    parser: argparse.ArgumentParser, episodes: int | None, episodes_help: str = "(default: %(default)s)"
+) -> None:
     """Add the options that name the policy and its episodes, of which there are `episodes` by default."""
     add_policy_arguments(parser)
-    parser.add_argument("--episodes", type=positive, default=episodes, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=16, help="episodes at a time (default: %(default)s)")
+    parser.add_argument("--episodes", type=positive, default=episodes, help=episodes_help)
+    parser.add_argument("--batch-size", type=positive, default=16,
+                        help="observations at a time (default: %(default)s)")  # fmt: skip
     parser.add_argument("--task", nargs="+", help="put, push, stack or lift (default: put and push)")
 
 

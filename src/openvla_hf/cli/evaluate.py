@@ -1,25 +1,101 @@
-"""Measure success as told, with the target's name exchanged, and with a black image."""
+"""Measure success on the tabletop, or the distance from recorded actions with --data."""
 
 import argparse
+from typing import Any
 
-from .common import default_model, print_json, print_table
+from .common import (
+    add_data_arguments,
+    console,
+    default_model,
+    dimension_names,
+    load,
+    positive,
+    print_json,
+    print_table,
+    register_robots,
+)
 from .episodes import add_episode_arguments, play
 
 
-EXAMPLE = "evaluate --episodes 50 --condition swapped"
+EXAMPLE = "evaluate --model outputs/kitchen --data lab/kitchen"
+TABLETOP_EPISODES = 200
+READING = ("robot", "split", "camera", "every", "drop_idle")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_episode_arguments(parser, episodes=200)
-    parser.add_argument("--condition", nargs="+", choices=("as told", "swapped", "black"), help="(default: all)")
+    add_episode_arguments(parser, None, f"({TABLETOP_EPISODES} on the tabletop, all of --data by default)")
+    parser.add_argument("--condition", nargs="+", choices=("as told", "swapped", "black"),
+                        help="on the tabletop: as told, with the target's name exchanged, with a black image "
+                        "(default: all)")  # fmt: skip
+    parser.add_argument("--data", help="recorded episodes: folder, URL or Hub id (default: the tabletop)")
+    parser.add_argument("--frames", type=positive, help="of --data, spread over the episodes (default: 1000)")
+    recorded = "(default: as for training, of which the episodes that it held out)"
+    add_data_arguments(parser, split=None, split_help=f"all episodes of this split {recorded}")
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.data is None:
+        _run_on_tabletop(args)
+    else:
+        _run_on_data(args)
+
+
+def _run_on_tabletop(args: argparse.Namespace) -> None:
     from ..evaluation.rollouts import CONDITIONS, success_by_task, success_table
 
+    _refuse(args, "is for recorded data: give --data", "frames", "robots", *READING)
     model_id = args.model or default_model()
+    args.episodes = args.episodes or TABLETOP_EPISODES
     results = {name: success_by_task(play(args, model_id, name)) for name in args.condition or CONDITIONS}
     if args.json:
         print_json({"model": model_id, "episodes": args.episodes, "results": results})
     else:
         print_table(success_table(f"{model_id}: {args.episodes} unseen episodes a condition", results))
+
+
+def _run_on_data(args: argparse.Namespace) -> None:
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from ..data import load as load_frames
+    from ..data.splits import held_out_frames
+    from ..evaluation.open_loop import evaluate_open_loop, open_loop_table
+    from ..model_card import read_training
+
+    _refuse(args, "is for the tabletop: leave out --data", "task", "condition")
+    register_robots(args.robots)
+    model_id = args.model or default_model()
+    training = read_training(model_id)
+    held_out = training.get("held_out", {})
+    if args.split is None and not held_out:
+        raise ValueError(
+            f"{model_id} does not say which episodes its training held out. Give --split (such as --split train) to "
+            "evaluate on all episodes of a split."
+        )
+    # What is not given is read as for training.
+    reading: dict[str, Any] = training.get("reading", {"split": "train"})
+    given = {name: getattr(args, name) for name in READING}
+    reading = reading | {name: value for name, value in given.items() if value is not None}
+    frames = load_frames(args.data, reading.pop("robot", None), **reading)
+    if args.split is None:
+        frames = held_out_frames(frames, held_out)
+    model, processor = load(model_id, device=args.device)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console(stderr=True),
+                  disable=args.json, transient=True) as progress:  # fmt: skip
+        bar = progress.add_task("frames", total=None)
+        report = evaluate_open_loop(
+            model, processor, frames, args.unnorm_key, max_episodes=args.episodes, max_frames=args.frames or 1000,
+            batch_size=args.batch_size, progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    which = args.split or "held out"
+    if args.json:
+        print_json({"model": model_id, "data": args.data, "split": which, **report.as_dict()})
+        return
+    names = dimension_names(len(report.mean_absolute_error))
+    print_table(open_loop_table(f"{model_id} on {report.dataset} ({which})", report, names))
+
+
+def _refuse(args: argparse.Namespace, reason: str, *options: str) -> None:
+    """Raise if an option was given that the other kind of evaluation has."""
+    for option in options:
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} {reason}.")

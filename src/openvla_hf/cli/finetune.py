@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint_info import refuse_adapter
     from ..data import load as load_frames
-    from ..training.finetune import build_trainer, check_run, read_split
+    from ..data.splits import describe_split, read_split
+    from ..training.finetune import build_trainer, check_run
     from ..training.finetune import finetune as run_training
     from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
 
@@ -80,14 +81,10 @@ def run(args: argparse.Namespace) -> None:
         if args.json and is_main:
             print_json({"recipe": args.recipe, **dataclasses.asdict(cost)})
         return
+    reading = {name: getattr(args, name) for name in ("robot", "split", "name", "camera", "every", "drop_idle")}
     frames = load_frames(
         args.data,
-        args.robot,
-        split=args.split,
-        name=args.name,
-        camera=args.camera,
-        every=args.every,
-        drop_idle=args.drop_idle,
+        **reading,
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
         skip_bad_episodes=args.skip_bad_episodes,
@@ -100,7 +97,12 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         chosen,
         eval_data=eval_data,
-        run={"datasets": [args.data], "recipe": args.recipe},
+        run={
+            "datasets": [args.data],
+            "recipe": args.recipe,
+            "reading": reading,
+            "held_out": describe_split(frames, eval_data) if eval_data is not None else {},
+        },
         **arguments,
     )
     if args.json:

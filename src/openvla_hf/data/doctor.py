@@ -299,41 +299,6 @@ def _warn_of_targets(report: Report, robot: Robot) -> list[str]:
     ]
 
 
-def judge_model(
-    model: Any,
-    processor: Any,
-    frames: Dataset,
-    unnorm_key: str | None = None,
-    *,
-    max_frames: int = 64,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float]:
-    """How near a model comes to the recorded actions, by `predict_action`, on frames spread over the data set.
-
-    Returns:
-        `frames`, `token_accuracy` (share of equal action tokens), and `l1` (mean, of normalised actions).
-    """
-    stats = model.get_action_stats(unnorm_key)
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)).tolist()
-    correct, distance = [], []
-    for start in range(0, len(chosen), batch_size):
-        batch = [frames[index] for index in chosen[start : start + batch_size]]
-        inputs = processor([frame["image"] for frame in batch], instruction=[frame["instruction"] for frame in batch])
-        details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
-        truth = normalize(np.stack([frame["action"] for frame in batch]), stats)
-        token_ids = np.asarray(details.token_ids)
-        labels = model.action_tokenizer.encode(truth)
-        correct.append((token_ids == labels).ravel())
-        distance.append(np.abs(model.action_tokenizer.decode(token_ids) - truth).ravel())
-        progress(min(start + batch_size, len(chosen)), len(chosen))
-    return {
-        "frames": len(chosen),
-        "token_accuracy": float(np.concatenate(correct).mean()),
-        "l1": float(np.concatenate(distance).mean()),
-    }
-
-
 def report_tables(report: Report, names: Sequence[str]) -> list[Table]:
     """The figures for a person; `names` are those of the action's dimensions."""
     facts = Table(title=f"{report.name}, read as {report.robot!r}", show_header=False)
@@ -382,4 +347,4 @@ def plot_actions(report: Report, path: str | os.PathLike, names: Sequence[str] |
     return Path(path)
 
 
-__all__ = ["Report", "examine", "judge_model", "plot_actions", "report_tables"]
+__all__ = ["Report", "examine", "plot_actions", "report_tables"]

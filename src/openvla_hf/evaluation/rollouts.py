@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from .tabletop import TabletopEnv
+from .tabletop import MAX_STEP, TabletopEnv
 
 
 TABLETOP_POLICY = Path(__file__).parent / "tabletop_policy"
@@ -56,7 +56,21 @@ class _Running:
 
 
 def load_policy(model: Any, processor: Any, unnorm_key: str | None = None) -> Policy:
-    """A model and its processor as a function from frames and instructions to actions."""
+    """A model and its processor as a function from frames and instructions to actions.
+
+    Raises:
+        ValueError: The statistics of the model's actions are those of another robot.
+    """
+    stats = model.get_action_stats(unnorm_key)
+    # Metres, and no rotation: the gripper points down.
+    limits = np.array([MAX_STEP] * 3 + [0.0] * 3 + [1.0])
+    bounds = np.array([stats["q01"], stats["q99"]])
+    if bounds.shape[1] != len(limits) or (np.abs(bounds) > limits + 1e-6).any():
+        raise ValueError(
+            f"The tabletop is not this policy's robot: the tabletop's hand moves by up to {MAX_STEP} m and does not "
+            "rotate, and the statistics of this policy's actions go beyond. Evaluate the policy on recorded data "
+            "instead (`openvla-hf evaluate --data`)."
+        )
 
     def act(images: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
         inputs = processor(list(images), instruction=list(instructions))

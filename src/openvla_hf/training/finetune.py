@@ -7,13 +7,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, TrainingArguments, set_seed
 
 from ..checkpoint_info import describe
 from ..data import Augmentation, compute_statistics
+from ..data.splits import read_split
 from ..model_card import TRAINING_FILE, write_card
 from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -173,29 +173,6 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
         card = write_card(Path(output), describe(output), output)
         Path(output, "README.md").write_text(card, encoding="utf-8")
     return figures
-
-
-def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) -> tuple[Any, Any]:
-    """Training and evaluation frames: whole episodes are held out, so that no frame has a neighbour on the other side.
-
-    Args:
-        data: Frames with `episode_index`.
-        eval_share: Share of the episodes that is held out; 0 for none.
-        seed: Of the draw.
-
-    Raises:
-        ValueError: A stream can't be split, nor a single episode.
-    """
-    if eval_share <= 0:
-        return data, None
-    if isinstance(data, IterableDataset):
-        raise ValueError("A stream can't be split: give the evaluation data by themselves, or load without streaming.")
-    episodes = np.asarray(data.with_format(None).select_columns(["episode_index"])["episode_index"][:])
-    numbers = np.random.default_rng(seed).permutation(np.unique(episodes))
-    if len(numbers) < 2:
-        raise ValueError("There is one episode, so none can be held out: set `eval_share` to 0.")
-    held_out = np.isin(episodes, numbers[: max(1, round(eval_share * len(numbers)))])
-    return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
 
 
 __all__ = ["build_trainer", "check_run", "finetune", "read_split"]

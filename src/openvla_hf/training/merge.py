@@ -1,6 +1,7 @@
 """An adapter merged into its base: a checkpoint that needs no adapter any more."""
 
 import errno
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoProcessor
 
+from ..model_card import TRAINING_FILE, read_training
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 
 
@@ -90,6 +92,8 @@ def merge_adapter(
         merged = Path(staging, output.name)
         model.save_pretrained(merged, max_shard_size=max_shard_size)
         processor.save_pretrained(merged)
+        if training := read_training(adapter):
+            (merged / TRAINING_FILE).write_text(json.dumps(training, indent=2), encoding="utf-8")
         try:
             merged.replace(output)
         except OSError as error:

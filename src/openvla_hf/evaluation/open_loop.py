@@ -1,0 +1,125 @@
+"""How near a policy comes to recorded actions: it predicts each from the recorded image, and never acts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from rich.table import Table
+
+from ..data.splits import sample_episodes, sample_frames
+from ..modeling.action_tokenizer import normalize
+
+
+@dataclass(frozen=True)
+class OpenLoopReport:
+    """The distance of predicted from recorded actions, over `frames` frames of `episodes` episodes.
+
+    mean_absolute_error: One number for each action dimension, in the robot's units.
+    l1: Mean absolute error of the normalised actions, over all dimensions.
+    token_accuracy: Share of the action tokens that equal those of the recorded action.
+    gripper_agreement: Share of the frames on which the gripper is opened or closed as recorded; None where the data
+        don't say which dimension is the gripper.
+    """
+
+    dataset: str
+    episodes: int
+    frames: int
+    mean_absolute_error: list[float]
+    l1: float
+    token_accuracy: float
+    gripper_agreement: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def evaluate_open_loop(
+    model: Any,
+    processor: Any,
+    frames: Dataset,
+    unnorm_key: str | None = None,
+    *,
+    max_episodes: int | None = None,
+    max_frames: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> OpenLoopReport:
+    """Predict the action of recorded frames, and measure how far it is from the recorded one.
+
+    Args:
+        model: A policy.
+        processor: Its processor.
+        frames: Of one data set, as `openvla_hf.data.load` gives them.
+        unnorm_key: Statistics of the actions; by default those of the data set's name, if the model has them.
+        max_episodes: Evaluate on the frames of so many episodes, drawn by `seed`; on all by default.
+        max_frames: Evaluate on so many frames, spread over the episodes; on all by default.
+        seed: Of the samples.
+        batch_size: Frames a prediction.
+        progress: Called with the number of frames done and their total.
+
+    Raises:
+        ValueError: There are no frames, or their actions have not as many dimensions as the policy's.
+    """
+    if not len(frames):
+        raise ValueError("There are no frames to evaluate on.")
+    if max_episodes is not None:
+        frames = sample_episodes(frames, max_episodes, seed)
+    if max_frames is not None:
+        frames = sample_frames(frames, max_frames, seed)
+    first = frames[0]
+    dataset = str(first["dataset"])
+    if unnorm_key is None and dataset in model.norm_stats:
+        unnorm_key = dataset
+    stats = model.get_action_stats(unnorm_key)
+    dims = len(stats["q01"])
+    if len(first["action"]) != dims:
+        raise ValueError(
+            f"{dataset} has actions of {len(first['action'])} dimensions, but the policy's have {dims}. Give data "
+            "of the policy's robot, or the adapter that reads them as in training."
+        )
+    grippers = np.flatnonzero(~np.asarray(first["action_mask"], dtype=bool))
+    episodes: set[int] = set()
+    errors, distances, equal, agree = [], [], [], []
+    for start in range(0, len(frames), batch_size):
+        batch = [frames[index] for index in range(start, min(start + batch_size, len(frames)))]
+        inputs = processor([frame["image"] for frame in batch], instruction=[frame["instruction"] for frame in batch])
+        details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
+        recorded = np.stack([frame["action"] for frame in batch])
+        predicted, token_ids = np.asarray(details.actions), np.asarray(details.token_ids)
+        expected = normalize(recorded, stats)
+        errors.append(np.abs(predicted - recorded))
+        distances.append(np.abs(model.action_tokenizer.decode(token_ids) - expected))
+        equal.append(token_ids == model.action_tokenizer.encode(expected))
+        agree.append((predicted[:, grippers] > 0.5) == (recorded[:, grippers] > 0.5))
+        episodes.update(frame["episode_index"] for frame in batch)
+        progress(start + len(batch), len(frames))
+    return OpenLoopReport(
+        dataset=dataset,
+        episodes=len(episodes),
+        frames=len(frames),
+        mean_absolute_error=np.concatenate(errors).mean(0).tolist(),
+        l1=float(np.concatenate(distances).mean()),
+        token_accuracy=float(np.concatenate(equal).mean()),
+        gripper_agreement=float(np.concatenate(agree).mean()) if len(grippers) else None,
+    )
+
+
+def open_loop_table(title: str, report: OpenLoopReport, names: Sequence[str]) -> Table:
+    """Show a report; `names` are those of the action's dimensions."""
+    table = Table(title=title, show_header=False)
+    table.add_row("episodes, frames", f"{report.episodes}, {report.frames}", end_section=True)
+    for name, error in zip(names, report.mean_absolute_error, strict=True):
+        table.add_row(f"mean absolute error, {name}", f"{error:.4g}")
+    table.add_section()
+    table.add_row("L1, normalised", f"{report.l1:.4f}")
+    table.add_row("token accuracy", f"{report.token_accuracy:.1%}")
+    if report.gripper_agreement is not None:
+        table.add_row("gripper as recorded", f"{report.gripper_agreement:.1%}")
+    return table
+
+
+__all__ = ["OpenLoopReport", "evaluate_open_loop", "open_loop_table"]

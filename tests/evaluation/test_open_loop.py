@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from openvla_hf.data import Gripper, Robot, from_episodes
+from openvla_hf.data.splits import describe_split, held_out_frames, read_split, sample_episodes, sample_frames
+from openvla_hf.evaluation.open_loop import evaluate_open_loop, open_loop_table
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
+
+
+ARM = Robot("arm", gripper=Gripper(), frequency=5.0)
+
+
+def recorded(episodes=2, steps=6, robot=ARM):
+    return from_episodes([fake_episode(seed=seed, steps=steps) for seed in range(episodes)], robot, name="arm")
+
+
+def predict(model, processor, frame, key="tiny"):
+    return model.predict_action(**processor(frame["image"], instruction=frame["instruction"]), unnorm_key=key)
+
+
+def test_errors_are_in_the_robots_units_for_each_dimension(tiny):
+    model, processor = tiny()
+    frames = recorded()
+    done = []
+    report = evaluate_open_loop(model, processor, frames, batch_size=5, progress=lambda *at: done.append(at))
+    predicted = np.stack([predict(model, processor, frame) for frame in frames])
+    actual = np.stack([frame["action"] for frame in frames])
+    np.testing.assert_allclose(report.mean_absolute_error, np.abs(predicted - actual).mean(0), atol=1e-9)
+    agreement = ((predicted[:, 6] > 0.5) == (actual[:, 6] > 0.5)).mean()
+    assert report.gripper_agreement == pytest.approx(agreement)
+    assert (report.dataset, report.episodes, report.frames) == ("arm", 2, 12)
+    assert done == [(5, 12), (10, 12), (12, 12)]
+    assert open_loop_table("arm", report, list("abcdefg")).row_count == 2 + 7 + 2
+
+
+def test_a_policy_that_does_as_recorded_is_perfect(tiny):
+    model, processor = tiny()
+    rows = [dict(frame) for frame in recorded()]
+    own = [[{**row, "action": predict(model, processor, row)} for row in rows]]
+    # The gripper's token is a number a little beside 0 or 1.
+    perfect = evaluate_open_loop(model, processor, from_episodes(own, Robot("arm"), name="own"))
+    assert perfect.token_accuracy > 0.9
+    assert perfect.l1 < 0.01
+    assert max(perfect.mean_absolute_error) < 1e-6
+    assert perfect.gripper_agreement is None
+    far = evaluate_open_loop(model, processor, recorded())
+    assert far.token_accuracy < perfect.token_accuracy
+    assert far.l1 > perfect.l1
+
+
+def test_the_statistics_of_the_data_are_taken_where_the_policy_knows_several(tiny):
+    stats = {"q01": [0.0] * 7, "q99": [9.0] * 7, "min": [0.0] * 7, "max": [9.0] * 7, "mask": [True] * 7}
+    norm_stats = {"tiny": {"action": BRIDGE_LIKE_STATS}, "arm": {"action": BRIDGE_LIKE_STATS | stats}}
+    model, processor = tiny(norm_stats=norm_stats)
+    frames = recorded(episodes=1, steps=2)
+    by_name = evaluate_open_loop(model, processor, frames)
+    assert by_name == evaluate_open_loop(model, processor, frames, "arm")
+    assert by_name != evaluate_open_loop(model, processor, frames, "tiny")
+
+
+def test_the_data_of_another_robot_are_refused(tiny):
+    model, processor = tiny(norm_stats={"two": {"action": {name: v[:2] for name, v in BRIDGE_LIKE_STATS.items()}}})
+    with pytest.raises(ValueError, match="arm has actions of 7 dimensions, but the policy's have 2"):
+        evaluate_open_loop(model, processor, recorded())
+
+
+def places(frames):
+    return list(zip(frames.with_format(None)["episode_index"], frames.with_format(None)["frame_index"], strict=True))
+
+
+def test_a_sample_is_fixed_by_its_seed_and_spread_over_the_episodes():
+    frames = recorded(episodes=10, steps=7)
+    sample = sample_frames(frames, 20, seed=3)
+    assert len(sample) == len(set(places(sample))) == 20
+    assert {episode for episode, _ in places(sample)} == set(range(10))
+    assert len({index for _, index in places(sample)}) > 3, "always the same moment of an episode"
+    assert places(sample) == places(sample_frames(frames, 20, seed=3))
+    assert places(sample) != places(sample_frames(frames, 20, seed=4))
+    assert places(sample_frames(frames, 1000)) == places(frames)
+    some = places(sample_episodes(frames, 3, seed=1))
+    assert len({episode for episode, _ in some}) == 3
+    assert len(some) == 21
+    assert some == places(sample_episodes(frames, 3, seed=1))
+
+
+def test_the_episodes_held_out_are_found_again_in_the_same_data_alone():
+    frames = recorded(episodes=10, steps=3)
+    _, held_out = read_split(frames, 0.3, seed=5)
+    split = describe_split(frames, held_out)
+    assert split == {"arm": {"episodes": sorted({episode for episode, _ in places(held_out)}), "frames": 30}}
+    assert places(held_out_frames(frames, split)) == places(held_out)
+    with pytest.raises(ValueError, match="arm has 33 frames, but 30 when training held out"):
+        held_out_frames(recorded(episodes=11, steps=3), split)
+    with pytest.raises(ValueError, match="Training held out no episodes of 'arm'"):
+        held_out_frames(frames, {"other": split["arm"]})
