@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from openvla_hf.data import from_episodes
 from openvla_hf.data.splits import read_split
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.finetune import build_trainer
 from openvla_hf.training.trainer import last_checkpoint
 
 
@@ -105,6 +107,48 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     assert again["mean_absolute_error"] == pytest.approx(told["mean_absolute_error"])
     assert main(["merge", str(output), str(tmp_path / "merged")]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_stops_without_an_improvement_and_ends_with_the_best_checkpoint(base, data, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    bound = ["--eval-share", "0.5", "--steps", "60", "--keep", "1", "--keep-best", "action_l1", "--patience", "2"]
+    settings = [*SETTINGS, "learning_rate=0.02"]
+    assert run(base, data, output, *bound, settings=settings) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    state = json.loads((Path(last_checkpoint(output)) / "trainer_state.json").read_text())
+    evaluated = {entry["step"]: entry["eval_action_l1"] for entry in state["log_history"] if "eval_loss" in entry}
+    step = min(evaluated, key=evaluated.get)
+    best = output / f"checkpoint-{step}"
+    assert figures["eval_action_l1"] == evaluated[step]
+    told = json.loads((output / "training.json").read_text())
+    assert told["settings"]["steps"] == f"{step} (of up to 60)"
+    kept, final = (load_file(folder / "adapter_model.safetensors") for folder in (best, output))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in final.items())
+    with_other = [*bound[:-1], "3"]
+    assert run(base, data, output, *with_other, "--resume", settings=settings) == 2
+    assert "was trained with patience=2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_evaluation_while_training_reads_no_more_frames_than_it_is_told(base, data, tmp_path, monkeypatch):
+    read = []
+
+    def spy(*args, eval_data, **kwargs):
+        read.append(len(eval_data))
+        return build_trainer(*args, eval_data=eval_data, **kwargs)
+
+    monkeypatch.setattr("openvla_hf.training.finetune.build_trainer", spy)
+    more = ["--steps", "1", "--eval-share", "0.5", "--eval-frames", "5"]
+    assert run(base, data, tmp_path / "out", *more) == 0
+    assert read == [5]
+    assert len(json.loads((tmp_path / "out" / "training.json").read_text())["held_out"]["kitchen"]["episodes"]) == 2
+
+
+def test_stopping_early_needs_held_out_episodes(base, tmp_path, capsys):
+    for option in (["--patience", "2"], ["--keep-best"], ["--eval-frames", "9"]):
+        assert run(base, tmp_path / "no such data", tmp_path / "out", *option) == 2
+        assert "need held-out episodes: give --eval-share" in capsys.readouterr().err
 
 
 @pytest.mark.slow

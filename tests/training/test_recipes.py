@@ -76,6 +76,7 @@ def test_every_field_can_be_overridden_and_a_wrong_name_is_a_sentence():
         ({"optim_args": 3}, "optim_args must be a text or null, got 3."),
         ({"lr_scheduler_type": "cosin"}, "Unknown lr_scheduler_type 'cosin'. Did you mean 'cosine'?"),
         ({"report_to": "boards"}, "boards is not supported"),
+        ({"metric_for_best_model": "l1"}, "Unknown metric_for_best_model 'l1'. There are loss,"),
         ({"adam_beta1": 1.0}, "adam_beta1 must be below 1, got 1.0."),
     ],
 )
@@ -107,6 +108,12 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(t
         pytest.skip("every tracker is installed")
     with pytest.raises(ImportError, match=f"The tracker '{missing[0]}' can't be used: .*install"):
         recipe("lora").training_arguments(str(tmp_path / "out"), report_to=missing[0])
+
+
+@pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("action_l1/arm", False), ("action_accuracy", True)])
+def test_the_best_checkpoint_is_that_of_the_lowest_error_or_the_highest_accuracy(tmp_path, metric, greater):
+    args = recipe("lora").training_arguments(str(tmp_path / "out"), metric_for_best_model=metric)
+    assert args.greater_is_better is greater
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")

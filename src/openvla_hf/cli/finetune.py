@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
                      help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
     parser.add_argument("--eval-share", type=share, default=0.0, help="share of the episodes held out (default: none)")
+    parser.add_argument("--eval-frames", type=positive, help="held-out frames of each evaluation (default: all)")
+    parser.add_argument("--keep-best", nargs="?", const="loss", choices=("loss", "action_accuracy", "action_l1"),
+                        help="end with the checkpoint that is best on the held-out episodes, and keep it "
+                        "(by the loss, unless another figure is named)")  # fmt: skip
+    parser.add_argument("--patience", type=positive, metavar="N",
+                        help="stop after N evaluations without an improvement; implies --keep-best")  # fmt: skip
     parser.add_argument("--save-steps", type=positive, default=500, help="also of evaluation (default: %(default)s)")
     parser.add_argument("--logging-steps", type=positive, default=10, help="(default: %(default)s)")
     parser.add_argument("--keep", type=positive, default=2, help="checkpoints at a time (default: %(default)s)")
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint_info import refuse_adapter
     from ..data import load as load_frames
-    from ..data.splits import describe_split, read_split
+    from ..data.splits import describe_split, read_split, sample_frames
     from ..training.finetune import build_trainer, check_run
     from ..training.finetune import finetune as run_training
     from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
@@ -62,6 +68,9 @@ def run(args: argparse.Namespace) -> None:
     fields = {field.name for field in dataclasses.fields(Recipe)}
     settings = dict(args.set or ())
     chosen = recipe(args.recipe, **{name: value for name, value in settings.items() if name in fields})
+    if (args.patience or args.keep_best or args.eval_frames) and not args.eval_share:
+        raise ValueError("--patience, --keep-best and --eval-frames need held-out episodes: give --eval-share.")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": args.keep_best or "loss"}
     arguments = {
         "max_steps": args.steps,
         "save_steps": args.save_steps,
@@ -72,8 +81,11 @@ def run(args: argparse.Namespace) -> None:
         "dataloader_num_workers": args.workers,
         "report_to": args.report_to or "none",
         "disable_tqdm": args.json,
+        # The count of evaluations without an improvement goes on where a resumed run left it.
+        "restore_callback_states_from_checkpoint": args.patience is not None,
+        **(best if args.patience or args.keep_best else {}),
     } | {name: value for name, value in settings.items() if name not in fields}
-    check_run(args.model, args.output, chosen, resume=args.resume, **arguments)
+    check_run(args.model, args.output, chosen, resume=args.resume, patience=args.patience, **arguments)
     cost = estimate_cost(AutoConfig.from_pretrained(args.model), chosen)
     if is_main:
         print_table(cost_table(f"{args.recipe} on {args.model}", cost), stderr=True)
@@ -96,13 +108,14 @@ def run(args: argparse.Namespace) -> None:
         train_data,
         args.output,
         chosen,
-        eval_data=eval_data,
+        eval_data=sample_frames(eval_data, args.eval_frames, chosen.seed) if args.eval_frames else eval_data,
         run={
             "datasets": [args.data],
             "recipe": args.recipe,
             "reading": reading,
             "held_out": describe_split(frames, eval_data) if eval_data is not None else {},
         },
+        patience=args.patience,
         **arguments,
     )
     if args.json:

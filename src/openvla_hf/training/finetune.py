@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, TrainingArguments, set_seed
+from transformers import AutoProcessor, EarlyStoppingCallback, TrainingArguments, set_seed
 
 from ..checkpoint_info import describe
 from ..data import Augmentation, compute_statistics
@@ -25,7 +25,13 @@ from .trainer import ActionTrainer, last_checkpoint
 
 
 def check_run(
-    model_id: str | os.PathLike, output: str | os.PathLike, recipe: Recipe, *, resume: bool = False, **arguments: Any
+    model_id: str | os.PathLike,
+    output: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    patience: int | None = None,
+    **arguments: Any,
 ) -> TrainingArguments:
     """Check the settings, the trackers and the folder of a run before anything is loaded.
 
@@ -34,6 +40,7 @@ def check_run(
         output: Folder of the checkpoints.
         recipe: What is trained, and how.
         resume: Whether the run in `output` is to be continued.
+        patience: Evaluations without an improvement after which training stops; by default it does not.
         arguments: Of `TrainingArguments`; they win over the recipe's.
 
     Returns:
@@ -47,7 +54,7 @@ def check_run(
     if "output_dir" in arguments:
         raise ValueError("The output folder is given as `output` (`--output`), not as the setting output_dir.")
     args = recipe.training_arguments(os.fspath(output), **arguments)
-    check_output(output, {"base_model": str(model_id), "arguments": run_settings(recipe, args)}, resume)
+    check_output(output, {"base_model": str(model_id), "arguments": run_settings(recipe, args, patience)}, resume)
     return args
 
 
@@ -61,6 +68,7 @@ def build_trainer(
     norm_stats: dict[str, Any] | None = None,
     run: dict[str, Any] | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    patience: int | None = None,
     **arguments: Any,
 ) -> ActionTrainer:
     """Load the base and put model, data and recipe together.
@@ -74,6 +82,8 @@ def build_trainer(
         norm_stats: Statistics by data set; computed from `train_data` by default.
         run: What the model card is to say of the run, such as `datasets` and `recipe`.
         model_kwargs: More arguments of `from_pretrained` for the base.
+        patience: Evaluations without an improvement after which training stops; by default it does not. It needs
+            `load_best_model_at_end=True`, with which the result has the weights of the best checkpoint.
         arguments: Of `TrainingArguments`; they win over the recipe's.
 
     Raises:
@@ -103,7 +113,7 @@ def build_trainer(
         "base_model": str(model_id),
         "datasets": list(norm_stats),
         "settings": _settings(recipe, args),
-        "arguments": run_settings(recipe, args),
+        "arguments": run_settings(recipe, args, patience),
         **(run or {}),
     }
     return ActionTrainer(
@@ -114,6 +124,7 @@ def build_trainer(
         run_files={TRAINING_FILE: json.dumps(run, indent=2)},
         train_dataset=train_data,
         eval_dataset=eval_data,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
 
 
@@ -163,16 +174,29 @@ def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
             "--resume (`resume=True`)."
         )
     figures: dict[str, float] = {}
+    steps = _steps_of_result(trainer)
     for entry in trainer.state.log_history:
+        if entry["step"] > steps:
+            break
         numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
         # With a gradient scaler, a step that was skipped has an infinite gradient norm, which JSON can't hold.
         figures |= {name: value for name, value in numbers.items() if isfinite(value)}
+    if steps < trainer.state.max_steps:
+        run["settings"]["steps"] = f"{steps} (of up to {trainer.state.max_steps})"
     trainer.run_files[TRAINING_FILE] = json.dumps(run | {"figures": figures}, indent=2)
     trainer.save_model(output)
     if trainer.args.should_save:
         card = write_card(Path(output), describe(output), output)
         Path(output, "README.md").write_text(card, encoding="utf-8")
     return figures
+
+
+def _steps_of_result(trainer: ActionTrainer) -> int:
+    """Steps after which the weights were as they are now: those of the best checkpoint, if it was loaded."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        return int(state.best_global_step)
+    return state.global_step
 
 
 __all__ = ["build_trainer", "check_run", "finetune", "read_split"]

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..modeling.configuration_openvla import OpenVLAConfig
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..quantization import expected_weight_bytes, quantization
-from .settings import check_name, check_trackers, check_value
+from .settings import check_metric, check_name, check_trackers, check_value
 
 
 # Linear layers that are read, by the last part of their name: both towers, the projector, the language model.
@@ -121,6 +121,9 @@ class Recipe:
             "report_to": "none",
         }
         fields = {name: value for name, value in fields.items() if value is not None}
+        if (metric := overrides.get("metric_for_best_model")) is not None:
+            check_metric(metric)
+            fields["greater_is_better"] = "accuracy" in metric
         args = TrainingArguments(output_dir=output_dir, **(fields | overrides))
         check_trackers(args.report_to)
         return args

@@ -16,13 +16,16 @@ from .trainer import last_checkpoint
 
 # Fields that say how the samples of a step are dealt out: a run may go on with others, if their product is the same.
 PER_DEVICE = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-# Of `TrainingArguments`: what shapes learning beside the fields of a recipe.
-OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed")
+# Of `TrainingArguments`: what shapes learning beside a recipe's fields, and by what the best checkpoint is chosen.
+OF_THE_RUN = (
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"),
+    *("metric_for_best_model", "greater_is_better"),
+)
 # Files that only a checkpoint has.
 CHECKPOINT_FILES = ("config.json", ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt")
 
 
-def run_settings(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
+def run_settings(recipe: Recipe, args: TrainingArguments, patience: int | None = None) -> dict[str, Any]:
     """Name -> value, ready for JSON, of every setting that must not change while a run lasts.
 
     The optimizer's state holds some of them, so that a new value would be ignored. A change of the others would leave
@@ -31,7 +34,8 @@ def run_settings(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
     given = args.to_dict()
     of_recipe = {name: given.get(name, value) for name, value in asdict(recipe).items() if name not in PER_DEVICE}
     samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    settings = of_recipe | {name: given[name] for name in OPTIMIZER} | {"samples_per_step": samples}
+    settings = of_recipe | {name: given[name] for name in OF_THE_RUN}
+    settings |= {"samples_per_step": samples, "patience": patience}
     return json.loads(json.dumps(settings))
 
 

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin
 
 from transformers.integrations import get_reporting_integration_callbacks
 
+from ..model_card import FIGURE
+
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
 NUMBERS: dict[type, type] = {int: Integral, float: Real}
@@ -70,6 +72,15 @@ def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, NUMBERS.get(kind, kind))
 
 
+def check_metric(name: str) -> None:
+    """Raise `ValueError` if `metric_for_best_model` is not something that an evaluation gives."""
+    if FIGURE.fullmatch(name) is None:
+        raise ValueError(
+            f"Unknown metric_for_best_model {name!r}. There are loss, action_accuracy and action_l1, "
+            "and with several data sets those of one of them, such as action_l1/bridge_orig."
+        )
+
+
 def check_trackers(names: list[str]) -> None:
     """Raise if a tracker of `report_to` is unknown (`ValueError`) or is not installed (`ImportError`)."""
     for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
@@ -79,4 +90,4 @@ def check_trackers(names: list[str]) -> None:
             raise ImportError(f"The tracker {name!r} can't be used: {error}") from error
 
 
-__all__ = ["check_name", "check_trackers", "check_value"]
+__all__ = ["check_metric", "check_name", "check_trackers", "check_value"]
