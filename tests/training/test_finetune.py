@@ -259,7 +259,7 @@ def test_without_a_gpu_a_policy_is_finetuned_in_float32(base, data, tmp_path, ca
     [
         ("lerning_rate=1e-3", "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?"),
         ("lora_ranks=8", "Unknown setting 'lora_ranks'. Did you mean 'lora_rank'?"),
-        ("output_dir=there", "The output folder is given as `output`"),
+        ("output_dir=there", "The output folder is given as --output, not as the setting output_dir."),
         ("learning_rate=fast", "learning_rate must be a number, got 'fast'."),
         ("num_train_epochs=-", "num_train_epochs must be a number, got '-'."),
         ("lora_rank=-1", "lora_rank must be at least 0, got -1."),

@@ -52,7 +52,7 @@ def check_run(
         FileExistsError: The output folder holds a checkpoint of another run.
     """
     if "output_dir" in arguments:
-        raise ValueError("The output folder is given as `output` (`--output`), not as the setting output_dir.")
+        raise ValueError("The output folder is given as `output`, not as the setting output_dir.")
     args = recipe.training_arguments(os.fspath(output), **arguments)
     check_output(output, {"base_model": str(model_id), "arguments": run_settings(recipe, args, patience)}, resume)
     return args
