@@ -1,12 +1,14 @@
 """Every format gives the frames that were written, as a table and as a stream."""
 
 import gzip
+import io
 import json
 import logging
 import pickle
 import shutil
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -18,6 +20,7 @@ import pytest
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from fsspec.implementations.local import LocalFileSystem
+from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from openvla_hf.data import BadEpisodeError, Gripper, Robot, from_episodes, load, write_lerobot, write_rlds
@@ -376,6 +379,58 @@ def test_episodes_made_by_python_come_back_as_they_were(episodes):
             np.testing.assert_array_equal(frame["action"], truth["action"])
     with pytest.raises(TypeError, match="function"):
         from_episodes(episodes, streaming=True)
+
+
+def test_images_that_python_makes_are_read_one_at_a_time_and_never_clipped(episodes):
+    read = []
+
+    def lazily(frame):
+        read.append(len(read))
+        return frame["image"]
+
+    def lazy():
+        return ([{**frame, "image": partial(lazily, frame)} for frame in each] for each in episodes)
+
+    frames = iter(from_episodes(lazy, streaming=True))
+    np.testing.assert_array_equal(next(frames)["image"], episodes[0][0]["image"])
+    assert len(read) <= 2 < STEPS
+    for made in (from_episodes(lazy), from_episodes(lambda: (iter(each) for each in lazy()))):
+        assert all(identical(one, other) for one, other in zip(made, from_episodes(episodes), strict=True))
+
+    buffer = io.BytesIO()
+    PILImage.fromarray(episodes[0][0]["image"]).save(buffer, format="PNG")
+    for image in (buffer.getvalue(), PILImage.open(buffer)):
+        (frame,) = from_episodes([[{**episodes[0][0], "image": image}]])
+        np.testing.assert_array_equal(frame["image"], episodes[0][0]["image"])
+
+    depth = np.full((64, 96), 3000, np.uint16)
+    for image, message in (
+        (depth, "uint16 values: give colours as uint8"),
+        (PILImage.fromarray(depth), "more than 8 bits"),
+        (np.zeros((64, 96, 3)), "float64 values"),
+        (np.zeros((2, 64, 96, 3), np.uint8), r"shape \(2, 64, 96, 3\): give height, width and 3 colours"),
+    ):
+        bad = [[{**episodes[0][0], "image": image}]]
+        with pytest.raises(BadEpisodeError, match=rf"episode 0, frame 0: .*{message}"):
+            from_episodes(bad)
+        with pytest.raises(BadEpisodeError, match=message):
+            list(from_episodes(lambda bad=bad: bad, streaming=True))
+
+
+def test_a_depth_image_in_a_file_is_never_clipped(episodes, tmp_path):
+    folder = write_rlds(episodes, tmp_path / "arm")
+    buffer = io.BytesIO()
+    PILImage.fromarray(np.full((64, 96), 3000, np.uint16)).save(buffer, format="PNG")
+    image = {"image": {"shape": {"dimensions": ["64", "96", "1"]}, "dtype": "uint8", "encodingFormat": "png"}}
+    add_to_rlds(folder.parent, {"depth": image}, {"depth": [buffer.getvalue()] * STEPS})
+    with pytest.raises(BadEpisodeError, match=r"record 0: frame 0 .*more than 8 bits"):
+        load(tmp_path / "arm", camera="depth")
+    rows = [{**frame, "episode_index": 0, "frame_index": step} for step, frame in enumerate(episodes[0])]
+    rows[2]["image"] = PILImage.open(buffer)
+    frames = load(from_columns(rows))
+    assert frames[1]["image"].shape == (64, 96, 3)
+    with pytest.raises(BadEpisodeError, match=r"frame_index 2: .*more than 8 bits"):
+        frames[2]
 
 
 def test_frames_without_an_instruction_are_left_out(make_episode, tmp_path):

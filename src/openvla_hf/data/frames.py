@@ -132,13 +132,13 @@ def decode_frames(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return decoded
 
 
-def _image_of_row(rows: dict[str, list[Any]], index: int) -> np.ndarray:
+def _image_of_row(rows: dict[str, list[Any]], index: int) -> np.ndarray | None:
     image = rows["image"][index]
-    if not isinstance(image, Mapping):  # made by Python code, which keeps arrays
-        return image
+    if image is None:  # read with its image left out
+        return None
     try:
-        return decode_image(image)
-    except BadEpisodeError as error:
+        return decode_image(image) if isinstance(image, Mapping) else read_image(image)
+    except ValueError as error:
         where = ", ".join(f"{name} {rows[name][index]}" for name in PLACE if name in rows)
         raise BadEpisodeError(f"{where}: {error}" if where else str(error)) from error
 
@@ -184,7 +184,8 @@ def check_images(images: Iterable[bytes | memoryview]) -> None:
             if data[:2] == JPEG:
                 import_extra("simplejpeg", "data").decode_jpeg_header(data)
             else:
-                PILImage.open(io.BytesIO(data)).close()
+                with PILImage.open(io.BytesIO(data)) as image:
+                    _check_depth(image)
         except (OSError, ValueError) as error:
             raise ValueError(f"frame {frame} holds no image that can be decoded ({error}).") from error
 
@@ -201,7 +202,18 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
 
 
 def _decode_other(data: bytes) -> np.ndarray:
-    return np.asarray(PILImage.open(io.BytesIO(data)).convert("RGB"))
+    return _as_rgb(PILImage.open(io.BytesIO(data)))
+
+
+def _as_rgb(image: PILImage.Image) -> np.ndarray:
+    _check_depth(image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _check_depth(image: PILImage.Image) -> None:
+    """Raise `ValueError` for an image that would be clipped to 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(f"its values have more than 8 bits (mode {image.mode}), as those of depth images have")
 
 
 def matrix(column: pa.ChunkedArray, name: str) -> np.ndarray:
@@ -220,11 +232,42 @@ def matrix(column: pa.ChunkedArray, name: str) -> np.ndarray:
     return pc.list_flatten(column).to_numpy().reshape(len(column), -1)
 
 
+def read_image(image: Any) -> np.ndarray:
+    """An image that Python code made, uint8 (H, W, 3).
+
+    Args:
+        image: Array, PIL image, bytes of an encoded image, or a function without arguments that gives one of these.
+
+    Raises:
+        ValueError: it is none of these, or would be clipped to 8 bits.
+    """
+    if callable(image):
+        image = image()
+    if isinstance(image, bytes):
+        return decode_image({"bytes": image, "path": None})
+    if isinstance(image, PILImage.Image):
+        return _as_rgb(image)
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"the image holds {pixels.dtype} values: give colours as uint8, from 0 to 255.")
+    if pixels.ndim == 3 and pixels.shape[-1] == 3:
+        return pixels
+    try:
+        return _as_rgb(PILImage.fromarray(pixels))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the image is of shape {pixels.shape}: give height, width and 3 colours.") from error
+
+
 def encode_png(image: Any) -> ImageReference:
-    """An image (PIL, or an array uint8 (H, W, 3)) as a reference that holds it without loss."""
+    """An image, as `read_image` takes it, as a reference that holds it without loss."""
+    if callable(image):
+        image = image()
+    if isinstance(image, bytes):
+        check_images([image])
+        return {"bytes": image, "path": None}
     buffer = io.BytesIO()
     # Level 1 is as small as the default within a tenth for camera images, in a fraction of the time.
-    PILImage.fromarray(np.asarray(image)).save(buffer, format="PNG", compress_level=1)
+    PILImage.fromarray(read_image(image)).save(buffer, format="PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,7 +44,7 @@ from .streams import FrameStream
 
 Source = LeRobotSource | RLDSSource
 Frames: TypeAlias = Dataset | IterableDataset
-Episodes = Iterable[Sequence[Mapping[str, Any]]]
+Episodes = Iterable[Iterable[Mapping[str, Any]]]
 
 INDEX_VERSION = 2
 """Part of the name of a cached table: a change of what is in it makes old ones unused."""
@@ -109,7 +109,8 @@ def load(
         rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments | {"skip": skip_bad_episodes})
     if shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return FrameStream(rows, name, None if isinstance(source, IterableDataset) else source.num_frames)
+    recorded = None if isinstance(source, IterableDataset) else source.num_frames
+    return FrameStream(rows, name, None if recorded is None else -(-recorded // adapter.every))
 
 
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
@@ -197,7 +198,9 @@ def from_episodes(
 
     Args:
         episodes: An iterable of episodes, or a function that gives one, which can be read again and again. An episode
-            is a sequence of dicts with `image`, `instruction`, `action`, and maybe `state`.
+            is an iterable of dicts with `image`, `instruction`, `action`, and maybe `state`. An image is an array
+            uint8 (H, W, 3), a PIL image, the bytes of an encoded image, or a function without arguments that gives
+            one of these; of a stream, it is called when the frame is read.
         robot: See `load`.
         name: Name that the statistics get.
         every: See `load`.
@@ -224,23 +227,27 @@ def from_episodes(
 def _read_made(episodes: Episodes, encode: Callable[[Any], Any]) -> Iterator[Episode | BadEpisodeError]:
     for index, frames in enumerate(episodes):
         source = f"episode {index}"
+        images, instructions = [], []
+        columns: dict[str, list[Any]] = {}
         try:
-            columns = {
-                key: np.array([frame[key] for frame in frames]) for key in ("action", "state") if key in frames[0]
-            }
-            images = [encode(frame["image"]) for frame in frames]
-            yield Episode(source, index, images, [frame["instruction"] for frame in frames], columns)
-        except IndexError:
-            yield BadEpisodeError(f"{source}: the episode has length 0.")
+            for frame in frames:
+                columns = columns or {key: [] for key in ("action", "state") if key in frame}
+                images.append(encode(frame["image"]))
+                instructions.append(frame["instruction"])
+                for key, values in columns.items():
+                    values.append(frame[key])
+            numbers = {key: np.array(values) for key, values in columns.items()}
         except KeyError as error:
             yield BadEpisodeError(f"{source}: a frame lacks {error}.")
         except ValueError as error:
-            yield BadEpisodeError(f"{source}: {error}")
+            yield BadEpisodeError(f"{source}, frame {len(images)}: {error}")
+        else:
+            yield Episode(source, index, images, instructions, numbers)
 
 
 def _generate_made(make: Callable[[], Episodes], robot: Robot, name: str, skip: bool) -> Iterator[dict[str, Any]]:
-    # Images stay arrays: what is not stored need not be encoded.
-    for columns in usable_rows(_read_made(make(), np.asarray), robot, name, Losses(skip)):
+    # Images stay as they are until they are read: what is not stored need not be encoded.
+    for columns in usable_rows(_read_made(make(), lambda image: image), robot, name, Losses(skip)):
         yield from _as_rows(columns)
 
 
