@@ -1,9 +1,9 @@
 import contextlib
 import functools
-import json
 import logging.handlers
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,81 +13,52 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import constants
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
+from recordings import Recorded, unpack
+from transformers import AutoModel
 
-import openvla_hf  # noqa: F401  registers the Auto classes
 from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
 
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        type=lambda folder: Path(folder).resolve(),
+        help="compare with the full recordings of the original code in DIR, and run the tests that need these; "
+        "see tests/parity/README.md",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect the tests that need the full recordings, unless `--golden` says where they are."""
+    if config.getoption("golden") is None:
+        needing = [item for item in items if "golden" in item.fixturenames]
+        items[:] = [item for item in items if item not in needing]
+        config.hook.pytest_deselected(items=needing)
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    """The recorded outputs of the original code; see tests/parity/README.md."""
-    if not GOLDEN.is_dir():
-        pytest.skip(f"no recorded outputs of the original code at {GOLDEN}")
-    return GOLDEN
-
-
-def read_tower_overrides(folder: Path) -> dict[str, dict[str, int]]:
-    """The tiny towers of a recorded checkpoint, whose published config names only the full-size ones."""
-    dims = json.loads((folder / "tiny_dims.json").read_text())
-
-    def tower(name: str) -> dict[str, int]:
-        width, depth, heads = (dims[name][key] for key in ("embed_dim", "depth", "num_heads"))
-        return {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
-
-    siglip = tower("siglip") | {"intermediate_size": dims["siglip_mlp_hidden"]}
-    if dims["dino"] is None:
-        return {"vision_config": siglip}
-    return {"vision_config": tower("dino"), "fused_vision_config": siglip}
+def golden(pytestconfig) -> Path:
+    """The folder of the full recordings. A test with this fixture runs only with `--golden`."""
+    return pytestconfig.getoption("golden")
 
 
 @pytest.fixture(scope="session")
-def tower_overrides():
-    return read_tower_overrides
-
-
-class Recorded:
-    """A published checkpoint in miniature, and what the original code made of it in float32."""
-
-    def __init__(self, folder: Path):
-        self.checkpoint = folder / "checkpoint"
-        self.overrides = read_tower_overrides(folder)
-        self.cases = json.loads((folder / "cases.json").read_text())
-        self.expected = json.loads((folder / "expected.json").read_text())
-        self.tensors = load_file(folder / "expected.safetensors")
-        self.inputs = load_file(folder / "inputs.safetensors")
-        self.images = [Image.open(folder / path) for path in self.cases["images"]]
-
-    def load(self, loader: Any = AutoModel, **kwargs: Any) -> Any:
-        kwargs = {"dtype": torch.float32} | self.overrides | kwargs
-        return loader.from_pretrained(self.checkpoint, **kwargs)
-
-    @functools.cached_property
-    def model(self) -> Any:
-        """Shared by the tests of a session, which must leave it as it is."""
-        return self.load()
-
-    @functools.cached_property
-    def processor(self) -> Any:
-        return AutoProcessor.from_pretrained(self.checkpoint)
-
-    @functools.cached_property
-    def pixel_values(self) -> torch.Tensor:
-        return self.processor.image_processor(self.images)["pixel_values"]
-
-    def prompt(self, index: int) -> torch.Tensor:
-        """(1, T) ids without placeholders."""
-        return torch.tensor([self.processor.tokenizer(self.cases["prompts"][index])["input_ids"]])
+def recordings(pytestconfig, tmp_path_factory):
+    """Gives the folder of a case: what is kept in tests/parity, or the full recordings with `--golden`."""
+    full = pytestconfig.getoption("golden")
+    if full is not None:
+        yield lambda case: full / case
+        return
+    folder = tmp_path_factory.mktemp("recordings")
+    yield functools.cache(lambda case: unpack(case, folder / case))
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
-def recorded(golden):
-    return functools.cache(lambda case: Recorded(golden / case))
+def recorded(recordings):
+    """Gives a case's recordings, read once in a session."""
+    return functools.cache(lambda case: Recorded(recordings(case)))
 
 
 @pytest.fixture

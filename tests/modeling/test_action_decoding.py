@@ -222,14 +222,14 @@ def test_a_draft_of_another_batch(policy, draft):
         model.predict_action(**inputs, draft_token_ids=draft)
 
 
-@pytest.mark.parametrize("case", ["fused-224", "siglip-224", "sharded"])
+@pytest.mark.parametrize("case", ["fused-224", "siglip-224"])
 def test_the_recorded_tokens_come_whatever_the_draft(recorded, case):
     record = recorded(case)
-    model, expected = record.model, record.expected["fp32"] if case == "sharded" else record.expected
-    for prediction in expected["predictions"]:
+    model = record.model
+    for prediction in record.expected["predictions"]:
         right = np.array([prediction["action_token_ids"]])
         steps = right.shape[1]
-        inputs = record.processor(record.cases["prompts"][prediction["prompt"]], record.images[prediction["image"]])
+        inputs = record.inputs(prediction)
         drafts = drafts_of(right, model.config)
         options = {"unnorm_key": prediction["unnorm_key"], "constrained": False}
         assert predict(model, inputs, draft_token_ids=right, **options).forward_passes == 1

@@ -1,81 +1,270 @@
-"""Makes the recordings beside this file from the golden files: `python make_fixture.py ../../../shared/golden`.
+"""Make the recordings in `kept` from the full ones: `python tests/parity/make_fixture.py DIR`.
 
-Rows of the embedding and the head that no recorded prompt or action uses are left out; see README.md.
+README.md says what is kept.
 """
 
 import json
+import lzma
+import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from recordings import BASE, EMBEDDING, KEPT, Recorded
+from safetensors.torch import load, load_file, save
+from tokenizers import Tokenizer
+from torch.nn.functional import pad
 
 
-HERE = Path(__file__).resolve().parent
-CASE, IMAGE = "fused-224", 1
-TAIL = 31744  # first of the columns of which logits are recorded: the action ids and the padded rows
-EMBEDDING = "language_model.model.embed_tokens.weight"
+STRIDE = 16  # of pixels, patches, positions and rows of gradients
+TAIL = 31744  # first of the columns of which every step's logits are recorded: the action ids and the padded rows
 HEAD = "language_model.lm_head.weight"
-# Images of the image processor's cases that are small: another size, with alpha, grey, with a palette.
-PROCESSOR_IMAGES = {"resize-crop-fused": [4, 5, 6], "letterbox-fused": [4], "resize-naive-siglip": [5]}
-PIXEL_STRIDE = 16
+WITH_LOGITS = (0, 3, 5, 10, 13, 15, 16, 17)  # predictions whose logits and hidden states are kept
+WITH_HIDDEN_TEXT = (7, 9)
+# Small images of the image processor: with alpha, grey, with a palette.
+PROCESSOR_IMAGES = {
+    "resize-crop-fused": [4, 5, 6],
+    "resize-crop-fused-f32stats": [5],
+    "letterbox-fused": [4],
+    "resize-naive-siglip": [5],
+}
+PREDICTION = ("image", "prompt", "unnorm_key", "appended_29871", "n_steps", "action_token_ids")
 
 
-def main(golden: Path) -> None:
-    """Write checkpoint, inputs and expected outputs."""
-    make_model(golden / CASE)
-    make_images(golden / "image-processor")
+def main(golden: Path, target: Path = KEPT) -> None:
+    """Write every case's part into `target`."""
+    adapter = load_file(golden / "lora" / "expected.safetensors")
+    samples = json.loads((golden / "action-tokenizer" / "expected.json").read_text())["training_samples"]
+    for case, builder, adapted in ((BASE, "pure", adapter), ("siglip-224", "vicuna", {})):
+        keep_case(golden / case, target / case, [s for s in samples if s["builder"] == builder], adapted)
+    shutil.copyfile(golden / BASE / "mutations.json", target / BASE / "mutations.json")
+    keep_shards(golden, target / "sharded")
+    keep_adapter(golden / "lora", target / "lora", columns_of(target / BASE))
+    keep_images(golden / "image-processor", target / "image-processor")
+    keep_actions(golden, target)
 
 
-def make_model(source: Path) -> None:
-    """Record the predictions for one image, and the weights that they read."""
-    target = HERE / CASE
-    target.mkdir(exist_ok=True)
-    cases, expected = (json.loads((source / f"{name}.json").read_text()) for name in ("cases", "expected"))
-    tensors = load_file(source / "expected.safetensors")
-    predictions = [
-        {"k": k, "key": p["unnorm_key"], "input_ids": p["generate_input_ids"], "token_ids": p["action_token_ids"]}
-        for k, p in enumerate(expected["predictions"])
-        if p["image"] == IMAGE
-    ]
-    used = sorted({i for p in predictions for i in p["input_ids"] + p["token_ids"]})
+def keep_case(source: Path, target: Path, samples: list[dict[str, Any]], adapted: dict[str, torch.Tensor]) -> None:
+    """Keep a checkpoint and what was recorded of it.
 
+    Args:
+        source: The full recordings.
+        target: The kept ones.
+        samples: Training samples whose prompts are kept.
+        adapted: Recordings with an adapter, whose ids the checkpoint must hold too.
+    """
+    record = Recorded(source)
+    tensors, predictions = record.tensors, record.expected["predictions"]
+    text = {index for prediction in predictions for index in prediction["generate_input_ids"]}
+    text |= set(record.training_batch["input_ids"].flatten().tolist()) | {0, 1, 2}
+    chosen = {index for prediction in predictions for index in prediction["action_token_ids"]}
+    chosen |= {step["argmax_last"] for step in record.expected["forward"]}
+    for name, tensor in (tensors | adapted).items():
+        if name.endswith((".generated_ids", ".action_preds")):
+            chosen |= set(tensor.flatten().tolist())
+    read, columns = sorted(text | chosen), sorted(text | chosen | set(range(TAIL, record.model.lm_head.out_features)))
+
+    checkpoint = target / "checkpoint"
+    checkpoint.mkdir(parents=True, exist_ok=True)
     weights = load_file(source / "checkpoint" / "model.safetensors")
-    for name in expected["train"]["grad_none"]:  # in the file, and never read
-        del weights[name]
-    for name, rows in ((EMBEDDING, used), (HEAD, sorted({*used, *range(TAIL, len(weights[HEAD]))}))):
-        weights[name], weights[f"{name}.ids"] = weights[name][rows].clone(), torch.tensor(rows)
-    save_file(weights, target / "weights.safetensors")
+    clear(weights, record.expected["train"]["grad_none"])
+    weights[EMBEDDING], weights[HEAD] = only(weights[EMBEDDING], read), only(weights[HEAD], columns)
+    write(weights, checkpoint / "model.safetensors")
+    for name in ("config.json", "preprocessor_config.json", "generation_config.json"):
+        shutil.copyfile(source / "checkpoint" / name, checkpoint / name)
+    for name in ("tiny_dims.json", "inputs.safetensors"):
+        shutil.copyfile(source / name, target / name)
 
-    recorded = {name: tensors[name][IMAGE].clone() for name in ("dino_features", "siglip_features")}
-    recorded["projector_output"] = tensors["projector_output"][IMAGE].clone()
-    recorded["pixel_values"] = tensors["pixel_values"][IMAGE, :, ::PIXEL_STRIDE, ::PIXEL_STRIDE].clone()
-    for prediction in predictions:
-        for name in ("step_logits_tail", "actions"):
-            recorded[f"{prediction['k']}.{name}"] = tensors[f"predict.{prediction['k']}.{name}"]
-    save_file(recorded, target / "expected.safetensors")
-    (target / "predictions.json").write_text(json.dumps(predictions) + "\n")
-    for name in ("config.json", "preprocessor_config.json"):
-        shutil.copyfile(source / "checkpoint" / name, target / name)
-    shutil.copyfile(source / "tiny_dims.json", target / "tiny_dims.json")
-    shutil.copyfile(source / cases["images"][IMAGE], target / "image.png")
+    kept = {name: cut(name, tensor, columns) for name, tensor in tensors.items() if is_kept(name)}
+    write(kept | {"train.left_out": left_out(record, columns)}, target / "expected.safetensors")
+    train = record.expected["train"]
+    del train["grad_norms"][HEAD]  # of all rows
+    short = [{field: prediction[field] for field in PREDICTION} for prediction in predictions]
+    write_json({"predictions": short, "train": train}, target / "expected.json")
+
+    cases = record.cases
+    # The same pixels from a file of a fifth of the size.
+    keep_resized(record, 0, target, "images/0_224x224.png")
+    cases["images"][0] = "images/0_224x224.png"
+    for path in cases["images"][1:]:
+        shutil.copyfile(source / path, target / path)
+    write_json(cases, target / "cases.json")
+    tokenizer = Tokenizer.from_file(str(source / "checkpoint" / "tokenizer.json"))
+    prompts = {text: tensors[f"prompt.{index}.input_ids"][0].tolist() for index, text in enumerate(cases["prompts"])}
+    for sample in samples:
+        ids = sample["input_ids"][: -len(sample["action_token_ids"]) - 2]
+        prompts[tokenizer.decode(ids)] = ids
+    write_json(prompts, target / "prompts.json")
 
 
-def make_images(source: Path) -> None:
-    """Record a grid of the pixels that the image processor gives for a few small images."""
-    target = HERE / "image-processor"
-    target.mkdir(exist_ok=True)
-    images = json.loads((source / "cases.json").read_text())["images"]
-    tensors, recorded = load_file(source / "expected.safetensors"), {}
+def keep_shards(golden: Path, target: Path) -> None:
+    """Keep the index, and the recordings in bfloat16: those in float32 are the whole checkpoint's."""
+    sharded = load_file(golden / "sharded" / "expected.safetensors")
+    (target / "checkpoint").mkdir(parents=True, exist_ok=True)
+    index = json.loads((golden / "sharded" / "checkpoint" / "model.safetensors.index.json").read_text())
+    write_json(index, target / "checkpoint" / "model.safetensors.index.json")
+    columns = columns_of(target.parent / BASE)
+    kept = ("bf16.projector_output", *(f"bf16.forward.{k}.logits_last" for k in (0, 5, 10)))
+    write({name: cut(name, sharded[name], columns) for name in kept}, target / "expected.safetensors")
+    expected = json.loads((golden / "sharded" / "expected.json").read_text())["bf16"]["train"]
+    write_json({"bf16": {"train": {"loss": expected["loss"]}}}, target / "expected.json")
+
+
+def keep_adapter(source: Path, target: Path, columns: list[int]) -> None:
+    """Keep the adapter, but for what the original never reads."""
+    (target / "adapter").mkdir(parents=True, exist_ok=True)
+    weights = load_file(source / "adapter" / "adapter_model.safetensors")
+    unread = json.loads((source / "expected.json").read_text())["lora_grad_none"]
+    clear(weights, [name.replace(".default.weight", ".weight") for name in unread])
+    for name, tensor in weights.items():
+        if tensor.shape[0] == 32064:
+            weights[name] = only(tensor, columns)
+    write(weights, target / "adapter" / "adapter_model.safetensors")
+    shutil.copyfile(source / "adapter" / "adapter_config.json", target / "adapter" / "adapter_config.json")
+    shutil.copyfile(source / "cases.json", target / "cases.json")
+    kept = ("generated_ids", ".actions", "logits_last")
+    tensors = load_file(source / "expected.safetensors").items()
+    write(
+        {
+            name: cut(name, tensor, columns)
+            for name, tensor in tensors
+            if name.startswith(("unmerged.", "merged.")) and name.endswith(kept)
+        },
+        target / "expected.safetensors",
+    )
+
+
+def keep_images(source: Path, target: Path) -> None:
+    """Keep a grid of the pixels that the image processor gives for a few small images."""
+    cases, tensors = json.loads((source / "cases.json").read_text()), load_file(source / "expected.safetensors")
+    (target / "images").mkdir(parents=True, exist_ok=True)
+    kept = {}
     for variant, indices in PROCESSOR_IMAGES.items():
-        shutil.copyfile(source / variant / "preprocessor_config.json", target / f"{variant}.json")
+        (target / variant).mkdir(exist_ok=True)
+        name = f"{variant}/preprocessor_config.json"
+        shutil.copyfile(source / name, target / name)
+        cases["variants"][variant]["images"] = indices
         for index in indices:
-            name = Path(images[index]).name
-            shutil.copyfile(source / images[index], target / name)
-            pixels = tensors[f"{variant}.{index}"]
-            recorded[f"{variant}/{name}"] = pixels[:, ::PIXEL_STRIDE, ::PIXEL_STRIDE].clone()
-    save_file(recorded, target / "expected.safetensors")
+            shutil.copyfile(source / cases["images"][index], target / cases["images"][index])
+            kept[f"{variant}.{index}"] = tensors[f"{variant}.{index}"][:, ::STRIDE, ::STRIDE]
+    write(kept, target / "expected.safetensors")
+    write_json(cases, target / "cases.json")
+
+
+def keep_actions(golden: Path, target: Path) -> None:
+    """Keep the recordings of action tokens and of normalisation."""
+    for name, part in (("action-tokenizer", "training_samples"), ("normalisation", "normalisation")):
+        (target / name).mkdir(parents=True, exist_ok=True)
+        recorded = json.loads((golden / name / "expected.json").read_text())[part]
+        pack(json.dumps({part: recorded}).encode(), target / name / "expected.json")
+    tokens = "action-tokenizer/expected.safetensors"
+    write(load_file(golden / tokens), target / tokens)
+
+
+def is_kept(name: str) -> bool:
+    """Whether a tensor of a case is kept."""
+    kind, _, rest = name.partition(".")
+    if kind not in ("predict", "forward"):
+        return True
+    k, _, what = rest.partition(".")
+    if what in ("generated_ids", "normalized_actions", "actions"):
+        return True
+    return what not in ("step_top5_ids", "step_top5_values") and int(k) in WITH_LOGITS + WITH_HIDDEN_TEXT
+
+
+def cut(name: str, tensor: torch.Tensor, columns: list[int]) -> torch.Tensor:
+    """The kept part of a tensor: every 16th pixel, patch, position or row of a gradient; the kept ids' logits."""
+    if name.endswith("pixel_values"):
+        tensor = tensor[..., ::STRIDE, ::STRIDE]
+    elif name.endswith(("_features", "projector_output")):
+        tensor = tensor[:, ::STRIDE]
+    elif name.endswith(("hidden_last", "hidden_text")) or (name.startswith("grad.") and "lm_head" not in name):
+        tensor = tensor[::STRIDE]
+    elif tensor.shape[-1] == 32064:
+        tensor = tensor[..., columns]
+    return tensor.contiguous()
+
+
+def left_out(record: Recorded, columns: list[int]) -> torch.Tensor:
+    """What the head's rows that are not kept add to the loss of the training batch, for each supervised position.
+
+    The loss reads these rows by the logarithm of the sum of their exponentials alone. Its tangent plane at the hidden
+    state of a position gives the loss and its gradients up to terms of the second order in the difference of two
+    float32 computations of this state.
+
+    Returns:
+        (positions, D + 1): slope and offset of one logit which, given to each row that is not kept, sums up to theirs.
+    """
+    batch = record.training_batch
+    pixel_values = record.pixel_values[[sample["image"] for sample in record.cases["train"]]]
+    states: list[torch.Tensor] = []
+    hook = record.model.lm_head.register_forward_hook(lambda head, arguments, logits: states.append(arguments[0]))
+    with torch.no_grad():
+        record.model(batch["input_ids"], pixel_values, batch["attention_mask"])
+    hook.remove()
+    patches = states[0].shape[1] - batch["labels"].shape[1]
+    hidden = states[0][pad(batch["labels"][:, 1:] != -100, (patches, 1))].double()
+    rows = record.model.lm_head.weight.detach().double()
+    rows = rows[~torch.isin(torch.arange(len(rows)), torch.tensor(columns))]
+    logits = hidden @ rows.T
+    slope = logits.softmax(-1) @ rows
+    offset = logits.logsumexp(-1) - math.log(len(rows)) - (slope * hidden).sum(-1)
+    return torch.cat([slope, offset[:, None]], dim=1).float()
+
+
+def keep_resized(record: Recorded, index: int, target: Path, path: str) -> None:
+    """Keep an image as the processor resizes it, before it is normalised."""
+    processor, pixels = record.processor.image_processor, record.tensors["pixel_values"][index]
+    mean, std = (torch.tensor(values)[-1, :, None, None] for values in (processor.image_mean, processor.image_std))
+    levels = ((pixels[-3:] * std + mean) * 255).round().to(torch.uint8)
+    (target / path).parent.mkdir(exist_ok=True)
+    Image.fromarray(levels.permute(1, 2, 0).numpy()).save(target / path, optimize=True)
+    if not torch.equal(processor(target / path)["pixel_values"][0], pixels):
+        raise ValueError(f"{path} does not give the recorded pixels of image {index}.")
+
+
+def columns_of(kept: Path) -> list[int]:
+    """The ids whose rows of the head a kept checkpoint holds."""
+    head = read(kept / "checkpoint" / "model.safetensors")[HEAD]
+    return head.any(dim=1).nonzero().flatten().tolist()
+
+
+def only(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """The tensor with all rows zero but these."""
+    kept = torch.zeros_like(tensor)
+    kept[rows] = tensor[rows]
+    return kept
+
+
+def clear(weights: dict[str, torch.Tensor], names: list[str]) -> None:
+    """Set tensors to zero, which takes no room in a packed file."""
+    for name in names:
+        weights[name] = torch.zeros_like(weights[name])
+
+
+def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a packed safetensors file."""
+    pack(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}), path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content) + "\n")
+
+
+def pack(content: bytes, path: Path) -> None:
+    """Write a file packed, `.xz` added to its name."""
+    # Numbers of two or four bytes: what comes next depends on the place in a number.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 2, "lp": 2, "pb": 2}]
+    path.with_name(f"{path.name}.xz").write_bytes(lzma.compress(content, filters=filters))
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """Read a packed safetensors file."""
+    return load(lzma.decompress(path.with_name(f"{path.name}.xz").read_bytes()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""The original code's recorded outputs, reproduced. Tolerances: README.md beside the recordings."""
+"""The original code's recorded outputs, reproduced: those kept here or, with `--golden DIR`, all of them.
 
+Which are kept and the tolerances: README.md. Recorded tensors may be cut: `record.stride` and `record.columns`.
+"""
+
+import contextlib
 import json
 import re
 
@@ -9,16 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.functional import cross_entropy
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from torch.nn.functional import cross_entropy, pad
+from transformers import AutoModel, AutoModelForImageTextToText
 
 import openvla_hf
 from openvla_hf.modeling.action_tokenizer import ActionTokenizer, normalize, unnormalize
 from openvla_hf.training.collator import ActionCollator
 
 
-CASES = ["fused-224", "siglip-224", "sharded"]
-FEATURES, PROJECTOR, LOGITS, NORMALIZED = 5e-5, 1e-4, 1e-4, 1e-6
+CASES = ["fused-224", "siglip-224"]
+CHECKPOINTS = [*CASES, "sharded"]  # the weights of the first, so that what holds for these holds for the shards
+PIXELS, FEATURES, PROJECTOR, LOGITS, NORMALIZED = 1e-6, 5e-5, 1e-4, 1e-4, 1e-6
 LOSS, GRADIENT_NORM = 1e-5, 1e-4  # relative
 BFLOAT16 = 0.02  # relative, for a whole tensor
 
@@ -65,32 +70,30 @@ def in_published_layout(name, tensors, is_fused):
     return tensors[name][None] if name.endswith("position_embedding.weight") else tensors[name]
 
 
-def select(recorded, case, precision="fp32"):
-    """A recording with the tensors and the JSON of one precision: `sharded` has two."""
-    record = recorded(case)
-    if case != "sharded":
-        return record, record.tensors, record.expected
-    tensors = {k.split(".", 1)[1]: v for k, v in record.tensors.items() if k.startswith(precision)}
-    return record, tensors, record.expected[precision]
-
-
 @pytest.fixture(params=CASES)
 def case(request):
     return request.param
+
+
+@pytest.fixture
+def record(recorded, case):
+    return recorded(case)
 
 
 # openvla_hf.AutoModelForVision2Seq is the second of them.
 LOADERS = [AutoModel, AutoModelForImageTextToText, openvla_hf.OpenVLAForActionPrediction]
 
 
+@pytest.mark.parametrize("case", CHECKPOINTS, indirect=True)
 @pytest.mark.parametrize("trust_remote_code", [None, True])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_class_loads_published_weights_in_silence(recorded, silent, case, loader, trust_remote_code):
-    model, info = recorded(case).load(loader, trust_remote_code=trust_remote_code, output_loading_info=True)
+def test_every_class_loads_published_weights_in_silence(record, silent, loader, trust_remote_code):
+    model, info = record.load(loader, trust_remote_code=trust_remote_code, output_loading_info=True)
     assert type(model) is openvla_hf.OpenVLAForActionPrediction
     assert not any(info.values()), info
-    for name, tensor in recorded(case).model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor)
+    weights = model.state_dict()
+    for name, tensor in record.model.state_dict().items():
+        assert torch.equal(weights[name], tensor)
 
 
 def test_the_name_of_the_original_auto_class_is_kept():
@@ -114,15 +117,15 @@ for trust in (None, True):
 
 def test_nobody_at_the_terminal_is_needed(recorded, run_python):
     record = recorded("fused-224")
-    image = record.checkpoint.parent / record.cases["images"][0]
+    image = record.folder / record.cases["images"][0]
     result = run_python(LOAD_IN_SILENCE, record.checkpoint, json.dumps(record.overrides), image)
     assert result.stdout == "(7,)\n" * 2
     assert result.stderr == ""
 
 
-def test_every_published_weight_lands(recorded, case):
+@pytest.mark.parametrize("case", CHECKPOINTS, indirect=True)
+def test_every_published_weight_lands(record, recorded, case):
     """Each tensor of the files is one of ours bit for bit, or one that the original never reads."""
-    record = recorded(case)
     ours, landed = record.model.state_dict(), 0
     unread = set(recorded("siglip-224" if case == "siglip-224" else "fused-224").expected["train"]["grad_none"])
     for path in record.checkpoint.glob("*.safetensors"):
@@ -136,70 +139,77 @@ def test_every_published_weight_lands(recorded, case):
     assert landed == sum(parameter.numel() for parameter in record.model.parameters()) - class_position
 
 
-def test_pixels(recorded, case):
-    expected = recorded("fused-224" if case == "sharded" else case).tensors["pixel_values"]
-    assert error(recorded(case).pixel_values, expected) <= 1e-6
+def test_shards_hold_the_same_model(recorded):
+    whole, sharded = recorded("fused-224"), recorded("sharded")
+    assert len(list(sharded.checkpoint.glob("*.safetensors"))) == 4
+    weights = sharded.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(weights[name], tensor)
+    assert (sharded.checkpoint / "config.json").read_text() == (whole.checkpoint / "config.json").read_text()
+    assert torch.equal(sharded.pixel_values, whole.pixel_values)
+
+
+def test_pixels(record):
+    pixels = record.pixel_values[..., :: record.stride, :: record.stride]
+    assert error(pixels, record.tensors["pixel_values"]) <= PIXELS
 
 
 @torch.no_grad()
-def test_features_and_projector(recorded, case):
-    record, tensors, _ = select(recorded, case)
-    names = [name for name in ("dino_features", "siglip_features") if name in tensors]
-    pixel_values = record.pixel_values[: len(tensors["projector_output"])]
-    features = record.model.model.vision_backbone(pixel_values)
-    assert error(features, torch.cat([tensors[name] for name in names], dim=-1)) <= FEATURES
-    assert error(record.model.get_image_features(pixel_values), tensors["projector_output"]) <= PROJECTOR
+def test_features_and_projector(record):
+    names = [name for name in ("dino_features", "siglip_features") if name in record.tensors]
+    features = record.model.model.vision_backbone(record.pixel_values)[:, :: record.stride]
+    assert error(features, torch.cat([record.tensors[name] for name in names], dim=-1)) <= FEATURES
+    projected = record.model.get_image_features(record.pixel_values)[:, :: record.stride]
+    assert error(projected, record.tensors["projector_output"]) <= PROJECTOR
 
 
 @torch.no_grad()
-def test_forward(recorded, case):
+def test_forward(record):
     """Hidden states and logits of prompts alone, with an image and without."""
-    record, tensors, _ = select(recorded, case)
-    model, compared = record.model, set()
+    tensors, stride, columns = record.tensors, record.stride, record.columns
+    compared = set()
     for k, prediction in enumerate(record.cases["predictions"][:12]):
-        inputs = record.processor(record.cases["prompts"][prediction["prompt"]], record.images[prediction["image"]])
-        hidden = model.model(**inputs).last_hidden_state[0]
-        logits = model(**inputs).logits[0]
-        actual = {"hidden_last": hidden, "hidden_text": hidden[257:], "logits_last": logits[-1]}
+        recordings = {name for name in tensors if name.startswith(f"forward.{k}.")}
+        if not recordings:
+            continue
+        inputs = record.inputs(prediction)
+        hidden = record.model.model(**inputs).last_hidden_state[0]
+        logits = record.model(**inputs).logits[0, :, columns]
+        actual = {"hidden_last": hidden[::stride], "hidden_text": hidden[257:][::stride], "logits_last": logits[-1]}
         if (at := tensors.get(f"forward.{k}.logits_positions")) is not None:
             actual["logits_at_positions"] = logits[at]
         for name, value in actual.items():
-            if f"forward.{k}.{name}" in tensors:
+            if f"forward.{k}.{name}" in recordings:
                 assert error(value, tensors[f"forward.{k}.{name}"]) <= LOGITS
                 compared.add(name)
-    assert compared == ({"logits_last"} if case == "sharded" else {*actual, "logits_at_positions"})
-    if case != "sharded":
-        logits = model(input_ids=record.prompt(0)).logits[0, -1]
-        assert error(logits, tensors["unimodal.0.logits_last"]) <= LOGITS
+    assert compared == {*actual, "logits_at_positions"}
+    logits = record.model(input_ids=record.prompt(0)).logits[0, -1, columns]
+    assert error(logits, tensors["unimodal.0.logits_last"]) <= LOGITS
 
 
 @pytest.mark.parametrize("placeholders", [True, False])
-def test_every_step_of_every_prediction(recorded, case, placeholders):
-    """Ids and actions are equal, logits close; the fourth prompt already ends in 29871."""
-    record, tensors, expected = select(recorded, case)
-    tokenizer, suffixes = record.model.action_tokenizer, set()
-    for k, prediction in enumerate(expected["predictions"]):
-        key, steps = prediction["unnorm_key"], prediction["n_steps"]
-        inputs = record.processor(
-            record.cases["prompts"][prediction["prompt"]],
-            record.images[prediction["image"]],
-            add_image_tokens=placeholders,
-        )
+def test_every_step_of_every_prediction(record, placeholders):
+    """Ids and actions are equal, logits close; the last prompt already ends in 29871."""
+    tensors, compared, suffixes = record.tensors, 0, set()
+    for k, prediction in enumerate(record.expected["predictions"]):
+        key = prediction["unnorm_key"]
+        inputs = record.inputs(prediction, add_image_tokens=placeholders)
         details = record.model.predict_action(**inputs, unnorm_key=key, constrained=False, return_details=True)
         assert details.token_ids.tolist() == [prediction["action_token_ids"]]
         assert np.array_equal(details.normalized_actions[0], tensors[f"predict.{k}.normalized_actions"])
         assert np.array_equal(details.actions[0], tensors[f"predict.{k}.actions"])
         assert np.array_equal(record.model.decode_actions(details.token_ids[0], key), details.actions[0])
-        tail = tensors[f"predict.{k}.step_logits_tail"]
-        probabilities = tail[:, : tokenizer.n_bins].flip(-1).softmax(-1)
+        suffixes.add(prediction["appended_29871"])
+        if (tail := tensors.get(f"predict.{k}.step_logits_tail")) is None:
+            continue
+        probabilities = tail[:, : record.model.action_tokenizer.n_bins].flip(-1).softmax(-1)
         assert error(torch.from_numpy(details.probabilities[0]), probabilities) <= LOGITS
 
         suffix = torch.tensor([[29871] * prediction["appended_29871"]], dtype=torch.long)
-        suffixes.add(prediction["appended_29871"])
         outputs = record.model.generate(
             torch.cat([inputs["input_ids"], suffix], dim=1),
             pixel_values=inputs["pixel_values"],
-            max_new_tokens=steps,
+            max_new_tokens=prediction["n_steps"],
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -208,35 +218,65 @@ def test_every_step_of_every_prediction(recorded, case, placeholders):
         logits = torch.cat(outputs.logits)
         assert error(logits[:, 31744:], tail) <= LOGITS
         if f"predict.{k}.step_logits_full" in tensors:
-            assert error(logits, tensors[f"predict.{k}.step_logits_full"]) <= LOGITS
+            assert error(logits[:, record.columns], tensors[f"predict.{k}.step_logits_full"]) <= LOGITS
+        compared += 1
+    assert compared > 8
     assert suffixes == {True, False}
 
 
+@contextlib.contextmanager
+def rows_left_out_of_the_head(model, record, supervised):
+    """Within it, the logits of the head's rows that are not kept add to the loss what they add in the full recordings.
+
+    Args:
+        model: The checkpoint, whose head has zeros in these rows.
+        record: Holds the slope and the offset of their logit for each supervised position, or nothing where all rows
+            are there.
+        supervised: (B, T) positions whose logits the loss reads.
+    """
+    plane = record.tensors.get("train.left_out")
+    left_out = torch.ones(model.lm_head.out_features, dtype=torch.bool)
+    left_out[record.columns] = False
+
+    def fill(head, arguments, logits):
+        states = arguments[0][supervised].float()
+        values = (states * plane[:, :-1]).sum(-1, keepdim=True) + plane[:, -1:]
+        logits = logits.clone()
+        logits[supervised] = torch.where(left_out, values.to(logits.dtype), logits[supervised])
+        return logits
+
+    hook = model.lm_head.register_forward_hook(fill) if plane is not None else None
+    yield
+    if hook is not None:
+        hook.remove()
+
+
 def forward_of_training_batch(record, model):
-    batch = {name.removeprefix("train."): tensor for name, tensor in record.inputs.items()}
+    batch = record.training_batch
     pixel_values = record.pixel_values[[sample["image"] for sample in record.cases["train"]]]
-    outputs = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        labels=batch["labels"],
-        pixel_values=pixel_values.to(model.dtype),
-    )
-    return batch["labels"][:, 1:], outputs.logits[:, 256:-1], outputs.loss
+    labels = batch["labels"][:, 1:]
+    with rows_left_out_of_the_head(model, record, pad(labels != -100, (256, 1))):
+        outputs = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+            pixel_values=pixel_values.to(model.dtype),
+        )
+    return labels, outputs.logits[:, 256:-1], outputs.loss
 
 
-def test_training_loss_and_metrics(recorded, case):
-    record, tensors, expected = select(recorded, case)
+def test_training_loss_and_metrics(record):
     with torch.no_grad():
         labels, logits, loss = forward_of_training_batch(record, record.model)
-    predictions, expected = logits.argmax(-1), expected["train"]
+    predictions, expected = logits.argmax(-1), record.expected["train"]
     assert relative_error(loss.item(), expected["loss"]) <= LOSS
     for row, losses in enumerate(expected["per_token_loss"]):
         of_row = labels[row] != -100
         actual = cross_entropy(logits[row][of_row], labels[row][of_row], reduction="none")
         assert error(actual, torch.tensor(losses)) <= LOGITS
-    assert torch.equal(predictions, tensors["train.action_preds"])
-    if "train.0.label_logits" in tensors:
-        assert error(logits[0, labels[0] != -100], tensors["train.0.label_logits"]) <= LOGITS
+    assert torch.equal(predictions, record.tensors["train.action_preds"])
+    label_logits = logits[0, labels[0] != -100][:, record.columns]
+    assert error(label_logits, record.tensors["train.0.label_logits"]) <= LOGITS
     tokenizer, is_action = record.model.action_tokenizer, labels >= record.model.action_tokenizer.first_id
     accuracy = (predictions == labels)[is_action].float().mean().item()
     l1 = np.abs(tokenizer.decode(predictions[is_action]) - tokenizer.decode(labels[is_action])).mean()
@@ -244,9 +284,8 @@ def test_training_loss_and_metrics(recorded, case):
     assert l1 == pytest.approx(expected["action_l1"], abs=1e-7)
 
 
-@pytest.mark.parametrize("case", CASES[:2], indirect=True)
-def test_gradients(recorded, case):
-    record, expected = recorded(case), recorded(case).expected["train"]
+def test_gradients(record, case):
+    expected, stride = record.expected["train"], record.stride
     model, is_fused = record.load(), case == "fused-224"
     forward_of_training_batch(record, model)[2].backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -262,25 +301,24 @@ def test_gradients(recorded, case):
     assert error(ours["lm_head.weight"][rows], at_rows) <= GRADIENT_NORM * at_rows.abs().max()
     assert len(stored) == 2
     for name, gradient in stored.items():
-        actual = in_published_layout(name, ours, is_fused)
+        actual = in_published_layout(name, ours, is_fused)[::stride]
         assert error(actual, gradient) <= GRADIENT_NORM * gradient.abs().max()
 
 
 @torch.no_grad()
 def test_bfloat16_is_as_near_as_bfloat16_is(recorded):
-    record, tensors, expected = select(recorded, "sharded", "bf16")
-    model = record.load(dtype="auto")
+    whole, sharded = recorded("fused-224"), recorded("sharded")
+    model = sharded.load(dtype="auto")
     assert model.dtype == torch.bfloat16
-    projected = model.get_image_features(record.pixel_values[:1]).float()
-    reference = tensors["projector_output"]
+    projected = model.get_image_features(whole.pixel_values[:1]).float()[:, :: whole.stride]
+    reference = sharded.tensors["bf16.projector_output"]
     assert (projected - reference).norm() <= BFLOAT16 * reference.norm()
     for k in (0, 5, 10):
-        prediction = record.cases["predictions"][k]
-        prompt = record.cases["prompts"][prediction["prompt"]]
-        inputs = record.processor(prompt, record.images[prediction["image"]])
-        logits, reference = model(**inputs).logits[0, -1].float(), tensors[f"forward.{k}.logits_last"]
+        logits = model(**whole.inputs(whole.cases["predictions"][k])).logits[0, -1, whole.columns].float()
+        reference = sharded.tensors[f"bf16.forward.{k}.logits_last"]
         assert (logits - reference).norm() <= BFLOAT16 * reference.norm()
-    assert relative_error(forward_of_training_batch(record, model)[2].item(), expected["train"]["loss"]) <= 0.01
+    loss = forward_of_training_batch(whole, model)[2].item()
+    assert relative_error(loss, sharded.expected["bf16"]["train"]["loss"]) <= 0.01
 
 
 def set_rms_norm_eps(model):
@@ -311,10 +349,10 @@ MUTATIONS = {
 @torch.no_grad()
 def test_the_tolerances_catch_mistakes_that_the_ids_do_not_show(recorded, mutation):
     record = recorded("fused-224")
-    effect = json.loads((record.checkpoint.parent / "mutations.json").read_text())[mutation]
-    model, inputs = record.load(), record.processor(record.cases["prompts"][0], record.images[0])
+    effect = json.loads((record.folder / "mutations.json").read_text())[mutation]
+    model, inputs = record.load(), record.inputs(record.cases["predictions"][0])
     MUTATIONS[mutation](model)
-    logits, reference = model(**inputs).logits[0, -1], record.tensors["forward.0.logits_last"]
+    logits, reference = model(**inputs).logits[0, -1, record.columns], record.tensors["forward.0.logits_last"]
     assert effect["argmax_same"]
     assert logits.argmax() == reference.argmax()
     assert error(logits, reference) > LOGITS
@@ -325,8 +363,8 @@ def test_the_tolerances_catch_mistakes_that_the_ids_do_not_show(recorded, mutati
 # Actions
 
 
-def test_action_tokens(golden):
-    expected = load_file(golden / "action-tokenizer" / "expected.safetensors")
+def test_action_tokens(recordings):
+    expected = load_file(recordings("action-tokenizer") / "expected.safetensors")
     tokenizer = ActionTokenizer()
     assert np.array_equal(tokenizer.bins, expected["bins"])
     assert np.array_equal(tokenizer.bin_centers, expected["bin_centers"])
@@ -337,14 +375,13 @@ def test_action_tokens(golden):
         assert np.array_equal(tokenizer.decode(ids), expected[f"decoded_{dtype}"])
 
 
-def test_training_samples(golden):
+def test_training_samples(recorded, recordings):
     """Every row of the collator, its placeholders taken out, is the original's."""
-    samples = json.loads((golden / "action-tokenizer" / "expected.json").read_text())["training_samples"]
+    samples = json.loads((recordings("action-tokenizer") / "expected.json").read_text())["training_samples"]
     as_it_is = {name: [bound] * 7 for name, bound in (("q01", -1), ("q99", 1), ("min", -1), ("max", 1))}
     as_it_is |= {"mean": [0] * 7, "std": [1] * 7, "mask": [False] * 7}
     for case, builder in (("fused-224", "pure"), ("siglip-224", "vicuna")):
-        processor = AutoProcessor.from_pretrained(golden / case / "checkpoint")
-        collate = ActionCollator(processor, ActionTokenizer(), as_it_is, prompt_suffix_token_id=29871)
+        collate = ActionCollator(recorded(case).processor, ActionTokenizer(), as_it_is, prompt_suffix_token_id=29871)
         # The original keeps outer spaces of an instruction.
         kept = [s for s in samples if s["builder"] == builder and s["instruction"] == s["instruction"].strip()]
         assert len(kept) > 20
@@ -359,9 +396,9 @@ def test_training_samples(golden):
                 assert (batch["labels"][row, ~of_text] == -100).all()
 
 
-def test_normalisation(golden):
-    recordings = json.loads((golden / "normalisation" / "expected.json").read_text())["normalisation"]
-    for recording in recordings:
+def test_normalisation(recordings):
+    recorded = json.loads((recordings("normalisation") / "expected.json").read_text())["normalisation"]
+    for recording in recorded:
         for name in ("action", "proprio"):
             statistics = recording["statistics"][name]
             actual = normalize(recording[name], statistics, recording["type"])
@@ -369,10 +406,8 @@ def test_normalisation(golden):
             assert np.allclose(actual, expected, rtol=NORMALIZED, atol=NORMALIZED)
 
 
-@pytest.mark.parametrize("case", CASES[:2], indirect=True)
-def test_normalising_is_the_inverse_of_unnormalising(recorded, case):
+def test_normalising_is_the_inverse_of_unnormalising(record):
     """On the original's own actions, but for the dimensions that never change, which normalise to 0."""
-    record = recorded(case)
     for k, prediction in enumerate(record.cases["predictions"]):
         stats = record.model.get_action_stats(prediction["unnorm_key"])
         action = record.tensors[f"predict.{k}.actions"].numpy()
