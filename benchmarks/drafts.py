@@ -24,7 +24,8 @@ from transformers import LogitsProcessorList
 from openvla_hf.cli.common import default_model, load
 from openvla_hf.evaluation.rollouts import FIRST_UNSEEN_SEED
 from openvla_hf.evaluation.tabletop import TabletopEnv
-from openvla_hf.modeling.action_decoding import ActionIdsOnly, append_prompt_suffix
+from openvla_hf.modeling.action_decoding import ActionIdsOnly
+from openvla_hf.modeling.model_inputs import append_prompt_suffix
 
 
 def generate(model: Any, inputs: Any, steps: int) -> np.ndarray:

@@ -1,4 +1,6 @@
+import copy
 import os
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,74 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, LogitsProcessorList, MistralConfig
 
-from openvla_hf.modeling.action_decoding import (
-    ActionIdsOnly,
-    action_pass,
-    append_prompt_suffix,
-    insert_image_tokens,
-    left_pad,
-)
+from openvla_hf.modeling.action_decoding import ActionIdsOnly, action_pass
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor
-
-
-BOS, EOS, A, B = 1, 2, 10, 11
-
-
-@pytest.fixture(scope="module")
-def config():
-    return tiny_config()
-
-
-def row(*ids):
-    return torch.tensor([ids])
-
-
-def test_an_image_goes_after_bos_and_mask_and_labels_grow_with_it(config):
-    pad, image = config.pad_token_id, [config.image_token_id] * config.num_image_tokens
-    input_ids = torch.cat([row(pad, BOS, A, B), row(BOS, A, B, EOS), row(BOS, A, pad, pad)])
-    mask = input_ids.ne(pad).long()
-    labels = input_ids.masked_fill(mask == 0, -100)
-    grown_ids, grown_mask, grown_labels = insert_image_tokens(config, input_ids, mask, labels)
-    assert grown_ids.tolist() == [[pad, BOS, *image, A, B], [BOS, *image, A, B, EOS], [BOS, *image, A, pad, pad]]
-    assert torch.equal(grown_mask, grown_ids.ne(pad).long())
-    assert torch.equal(grown_labels != -100, grown_mask.bool() & (grown_ids != config.image_token_id))
-    assert insert_image_tokens(config, input_ids[1:2])[0].tolist() == grown_ids[1:2].tolist()
-
-
-def test_an_image_that_is_there_stays(config):
-    image = [config.image_token_id] * config.num_image_tokens
-    assert insert_image_tokens(config, row(BOS, *image, A))[0].tolist() == [[BOS, *image, A]]
-
-
-def test_a_prompt_longer_than_an_image_gets_one(config):
-    prompt = [BOS] + [A] * (2 * config.num_image_tokens)
-    ids, _, _ = insert_image_tokens(config, row(*prompt))
-    assert (ids[0, 1 : 1 + config.num_image_tokens] == config.image_token_id).all()
-    assert ids.shape[1] == len(prompt) + config.num_image_tokens
-
-
-def test_every_row_ends_in_its_last_token(config):
-    pad = config.pad_token_id
-    ids = torch.cat([row(BOS, A, pad, pad), row(pad, BOS, A, pad), row(pad, pad, BOS, A), row(BOS, A, B, EOS)])
-    padded, mask = left_pad(ids, ids.ne(pad).long())
-    assert padded.tolist() == [[pad, pad, BOS, A]] * 3 + [[BOS, A, B, EOS]]
-    assert torch.equal(mask, padded.ne(pad).long())
-
-
-def test_only_rows_without_the_suffix_get_it(config):
-    config = tiny_config()
-    pad, config.prompt_suffix_token_id = config.pad_token_id, B
-    ids = torch.cat([row(BOS, A, A), row(BOS, A, B), row(pad, BOS, A)])
-    grown, mask = append_prompt_suffix(config, ids, ids.ne(pad).long())
-    assert grown.tolist() == [[BOS, A, A, B], [pad, BOS, A, B], [pad, BOS, A, B]]
-    assert torch.equal(mask, grown.ne(pad).long())
-    again = append_prompt_suffix(config, grown, mask)
-    assert torch.equal(again[0], grown)
-    config.prompt_suffix_token_id = None
-    assert torch.equal(append_prompt_suffix(config, ids, mask)[0], ids)
-
-
-# Drafts
 
 
 INSTRUCTIONS = ["pick up the red block", "open", "put the carrot on the very large plate on the left"]
@@ -494,7 +430,45 @@ def test_a_stream_of_several_robots_may_lose_one(policy):
         assert np.array_equal(stream.predict_action(**inputs), model.predict_action(**inputs, unnorm_key="one"))
 
 
+def test_a_stream_takes_the_key_of_a_call(policy):
+    model, processor = policy(norm_stats={"one": {"action": BRIDGE_LIKE_STATS}, "two": {"action": TWO_ARMS}})
+    inputs = processor(images(1), instruction=INSTRUCTIONS[0])
+    for stream in (model.action_stream(), model.action_stream("one")):
+        for key in ("two", "one", "two"):
+            expected = model.predict_action(**inputs, unnorm_key=key)
+            assert np.array_equal(stream.predict_action(**inputs, unnorm_key=key), expected)
+    assert np.array_equal(stream.predict_action(**inputs), model.predict_action(**inputs, unnorm_key="one"))
+    with pytest.raises(ValueError, match="Unknown `unnorm_key` 'three'"):
+        stream.predict_action(**inputs, unnorm_key="three")
+
+
 # Compiled
+
+
+def copies(model):
+    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+
+
+def test_copies_and_pickles_act_and_hold_no_cache(policy):
+    model, processor = policy()
+    inputs = processor(images(1), instruction=INSTRUCTIONS[0])
+    expected = model.predict_action(**inputs)
+    with torch.inference_mode():
+        model.predict_action(**inputs)
+    for other in copies(model):
+        assert other.action_caches == {}
+        assert other.action_pass is action_pass
+        assert np.array_equal(other.predict_action(**inputs), expected)
+    assert len(model.action_caches) == 1
+
+
+def test_a_copy_of_a_compiled_model_compiles_by_itself(policy):
+    model, _ = policy()
+    model.compile_for_actions("max-autotune-no-cudagraphs")
+    for other in copies(model):
+        assert other.action_pass is not model.action_pass
+        assert other.action_pass.compiled is not model.action_pass.compiled
+        assert other.action_pass.mode == "max-autotune-no-cudagraphs"
 
 
 @pytest.mark.slow
@@ -516,6 +490,9 @@ def test_compiled_passes_give_the_same(policy):
             with pytest.raises(ValueError, match="not finite for observation 0: "):
                 model.predict_action(**spoil_pixels(inputs, 0, torch.nan), draft_token_ids=draft)
     assert model.action_pass is not action_pass
+    for other in copies(model):
+        assert np.array_equal(predict(other, inputs).token_ids, plain.token_ids)
+        assert other.action_pass is not action_pass
 
 
 NO_COMPILER = """

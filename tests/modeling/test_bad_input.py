@@ -1,14 +1,16 @@
 """What is wrong with an input or a checkpoint is said in one sentence, with the way out."""
 
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, GenerationConfig
 
 from openvla_hf.checkpoint_info import describe
-from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor
 
 
 SEVERAL = {"bridge_orig": {"action": BRIDGE_LIKE_STATS}, "fractal": {"action": BRIDGE_LIKE_STATS}}
@@ -46,22 +48,192 @@ def test_damaged_statistics_do_not_act(tiny, stats):
         model.predict_action(**inputs)
 
 
+def every_way_in(model):
+    """What takes ids, images and a mask."""
+    return [model, partial(model.generate, max_new_tokens=1), model.predict_action]
+
+
 def test_more_images_than_prompts(tiny):
     model, processor = tiny()
     inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
     pixel_values = inputs.pop("pixel_values").repeat(2, 1, 1, 1)
-    with pytest.raises(ValueError, match="Got 2 images for 1 prompts: give one image with each prompt"):
-        model.predict_action(**inputs, pixel_values=pixel_values)
-    with pytest.raises(ValueError, match=r"must hold 16 image placeholders \(id \d+\) for each image: found 16 for 2"):
-        model(**inputs, pixel_values=pixel_values)
+    for call in every_way_in(model):
+        with pytest.raises(ValueError, match="Got 2 images for 1 prompts: give one image with each prompt"):
+            call(**inputs, pixel_values=pixel_values)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 56, 56), (6, 56, 56)])
+@pytest.mark.parametrize("counts", [[15], [17], [3], [1], [32], [15, 17], [16, 0], [0, 16], [16, 16, 15]])
+def test_placeholders_are_counted_in_each_row(tiny, counts):
+    model, processor = tiny()
+    assert model.config.num_image_tokens == 16
+    inputs = processor([fake_episode(steps=1)[0]["image"]] * len(counts), instruction="open", add_image_tokens=False)
+    rows = [
+        [*row[:1], *[model.config.image_token_id] * count, *row[1:]]
+        for row, count in zip(inputs["input_ids"].tolist(), counts, strict=True)
+    ]
+    inputs |= processor.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    row = next(i for i, count in enumerate(counts) if count != 16)
+    for call in every_way_in(model):
+        with pytest.raises(ValueError, match=rf"must hold 16 image placeholders .* row {row} holds {counts[row]}\."):
+            call(**inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 56, 56), (6, 56, 56), (1, 6, 112, 112), (1, 6, 56, 70), (1, 6, 28, 28)])
 def test_pixels_of_another_model(tiny, shape):
     model, processor = tiny()
     inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
-    with pytest.raises(ValueError, match=r"must be \(batch, 6, height, width\) for 2 vision .* own processor"):
-        model(**inputs | {"pixel_values": torch.zeros(shape)})
+    for call in every_way_in(model):
+        with pytest.raises(
+            ValueError, match=r"(must be .* of shape \(batch, 6, 56, 56\), got .* own pro|Got 6 images)"
+        ):
+            call(**inputs | {"pixel_values": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("tower", ["vision_config", "fused_vision_config"])
+def test_a_single_tower_refuses_a_larger_image(tokenizer, tower):
+    config = tiny_config(tokenizer)
+    config.vision_config, config.fused_vision_config = getattr(config, tower), None
+    model, processor = AutoModel.from_config(config).eval(), tiny_processor(tokenizer, config)
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    model.predict_action(**inputs)
+    larger = torch.nn.functional.pad(inputs["pixel_values"], (0, 56, 0, 56))
+    for call in every_way_in(model):
+        with pytest.raises(ValueError, match=r"of shape \(batch, 3, 56, 56\), got \(1, 3, 112, 112\)"):
+            call(**inputs | {"pixel_values": larger})
+
+
+def test_pixels_that_are_not_normalised(tiny):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    with pytest.raises(ValueError, match=r"must be floating-point numbers .*, got .* of torch.uint8"):
+        model.predict_action(**inputs | {"pixel_values": torch.zeros(1, 6, 56, 56, dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("return_tensors", ["np", None])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_arrays_and_lists_become_tensors(tiny, return_tensors, rows):
+    model, processor = tiny()
+    images = [frame["image"] for frame in fake_episode(steps=rows)]
+    instructions = ["open", "pick up the red block", "push"][:rows]
+    expected = model.predict_action(**processor(images, instruction=instructions))
+    inputs = processor(images, instruction=instructions, return_tensors=return_tensors)
+    assert not any(isinstance(value, torch.Tensor) for value in inputs.values())
+    assert np.array_equal(model.predict_action(**inputs), expected)
+    assert np.array_equal(model.action_stream().predict_action(**inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32])
+def test_a_mask_of_ones_and_zeros_may_have_any_dtype(tiny, dtype):
+    model, processor = tiny()
+    images = [frame["image"] for frame in fake_episode(steps=2)]
+    inputs = processor(images, instruction=["open", "pick up the red block"])
+    expected = model.predict_action(**inputs)
+    other = inputs | {"attention_mask": inputs["attention_mask"].to(dtype), "input_ids": inputs["input_ids"].int()}
+    assert np.array_equal(model.predict_action(**other), expected)
+
+
+def ragged(model, processor):
+    images = [frame["image"] for frame in fake_episode(steps=2)]
+    return processor(images, instruction=["open", "pick up"], padding=False, return_tensors=None)
+
+
+def with_ids(change):
+    def inputs(model, processor):
+        inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+        return inputs | {"input_ids": change(inputs["input_ids"])}
+
+    return inputs
+
+
+def with_id(value):
+    return with_ids(lambda ids: torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], value)], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ragged, "`input_ids` is neither a tensor nor an array of numbers whose rows are equally long"),
+        (with_ids(lambda ids: None), "`input_ids` is neither a tensor nor an array"),
+        (with_ids(lambda ids: "open"), "`input_ids` is neither a tensor nor an array"),
+        (with_ids(lambda ids: ids[0]), r"must be integers of shape \(batch, tokens\), got torch.int64 of shape"),
+        (with_ids(lambda ids: ids.float()), r"must be integers of shape .*, got torch.float32"),
+        (with_ids(lambda ids: ids[:0]), r"must be integers of shape .* of shape \(0, "),
+        (with_ids(lambda ids: []), r"must be integers of shape .* of shape \(0,\)"),
+        (with_id(31999), r"contains 31999, but this model's ids end at \d+: encode the prompt with"),
+        (with_id(-1), "contains -1, but"),
+    ],
+)
+def test_ids_of_another_kind_or_tokenizer(tiny, make, message):
+    model, processor = tiny()
+    with pytest.raises(ValueError, match=message):
+        model.predict_action(**make(model, processor))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mask: mask[:, 1:], r"of shape \(2, \d+\) does not fit `input_ids` of shape \(2, \d+\)"),
+        (lambda mask: torch.cat([mask, mask], dim=1), "does not fit `input_ids`"),
+        (lambda mask: mask[:1], "does not fit `input_ids`"),
+        (lambda mask: mask[:, None], "does not fit `input_ids`"),
+        (lambda mask: (1.0 - mask) * torch.finfo(torch.float32).min, "must be 1 for tokens and 0 for padding"),
+        (lambda mask: mask * 2, "must be 1 for tokens and 0 for padding"),
+        (lambda mask: mask * torch.nan, "must be 1 for tokens and 0 for padding"),
+        (lambda mask: mask * 0, "is 0 everywhere in row 0: mark its tokens with 1"),
+        (lambda mask: mask * torch.tensor([[1], [0]]), "is 0 everywhere in row 1"),
+    ],
+)
+@pytest.mark.parametrize("add_image_tokens", [True, False])
+def test_masks_of_another_kind_or_length(tiny, change, message, add_image_tokens):
+    model, processor = tiny()
+    images = [frame["image"] for frame in fake_episode(steps=2)]
+    inputs = processor(images, instruction=["open", "pick up"], add_image_tokens=add_image_tokens)
+    with pytest.raises(ValueError, match=message):
+        model.predict_action(**inputs | {"attention_mask": change(inputs["attention_mask"])})
+
+
+def test_a_prompt_beyond_the_positions_of_the_language_model(tiny):
+    model, processor = tiny()
+    image, limit = fake_episode(steps=1)[0]["image"], model.config.text_config.max_position_embeddings
+    steps = model.get_action_dim()
+    length = processor(image, instruction="a")["input_ids"].shape[1]
+    fits = limit - steps + 1
+    inputs = processor(image, instruction="a" + "!" * (fits - length))
+    assert inputs["input_ids"].shape[1] == fits
+    assert model.predict_action(**inputs).shape == (steps,)
+    inputs = processor([image] * 2, instruction=["open", "a" + "!" * (fits - length + 1)])
+    for options in ({}, {"do_sample": True}):
+        with pytest.raises(ValueError, match=f"{fits + 1} tokens, image included, .* exceed the {limit} positions"):
+            model.predict_action(**inputs, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_return_sequences": 2, "do_sample": True},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"generation_config": GenerationConfig(num_return_sequences=2, num_beams=2)},
+        {"max_time": 0.0},
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_action_for_each_observation(tiny, options, rows):
+    model, processor = tiny()
+    inputs = processor([frame["image"] for frame in fake_episode(steps=rows)], instruction="open")
+    with pytest.raises(ValueError, match=f"for {rows} observations of 7 action tokens: leave out `num_return_seq"):
+        model.predict_action(**inputs, **options)
+
+
+def test_resizing_that_moves_the_action_ids(tiny):
+    model, _ = tiny()
+    rows, first_id = model.config.text_config.vocab_size, model.action_tokenizer.first_id
+    for arguments in ((rows + 1,), (rows - 1,), (rows, 1000), (None, 1000)):
+        for part in (model, model.model):
+            with pytest.raises(ValueError, match=f"in place of {rows} would move the action ids"):
+                part.resize_token_embeddings(*arguments)
+    for arguments in ((), (rows,), (None, 1)):
+        assert model.resize_token_embeddings(*arguments) is model.get_input_embeddings()
+    assert (len(model.lm_head.weight), model.action_tokenizer.first_id) == (rows, first_id)
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from rich.table import Table
 from transformers import LogitsProcessorList
 from transformers.initialization import no_init_weights
 
-from ..modeling.action_decoding import ActionIdsOnly, action_pass, append_prompt_suffix
+from ..modeling.action_decoding import ActionIdsOnly, action_pass
 from ..modeling.configuration_openvla import OpenVLAConfig
+from ..modeling.model_inputs import append_prompt_suffix
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from ..testing import BRIDGE_LIKE_STATS, tiny_processor, tiny_tokenizer

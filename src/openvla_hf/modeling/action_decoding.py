@@ -14,14 +14,12 @@ from torch import nn
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from .configuration_openvla import OpenVLAConfig
-
 
 if TYPE_CHECKING:
     from .modeling_openvla import OpenVLAForActionPrediction
 
 ActionPass = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""`action_pass`, or that compiled."""
+"""`action_pass` or `CompiledActionPass`."""
 MASKED_ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask (B, 1, queries, keys) to add."""
 PROMPT_BUCKET = 32
@@ -41,56 +39,6 @@ class ActionTokens:
     token_ids: torch.Tensor
     action_logits: torch.Tensor
     forward_passes: int
-
-
-def insert_image_tokens(
-    config: OpenVLAConfig,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Put the image placeholders after BOS in (B, T) ids that have none, and grow mask and labels with them."""
-    patches, length = config.num_image_tokens, input_ids.shape[1]
-    # Ids no longer than an image can't hold one; longer ones are looked at, outside a compiled graph.
-    if length > patches and (torch.compiler.is_compiling() or bool((input_ids == config.image_token_id).any())):
-        return input_ids, attention_mask, labels
-    # BOS is the first token that is attended to: rows may be padded on the left.
-    bos = input_ids.new_zeros(len(input_ids)) if attention_mask is None else attention_mask.long().argmax(dim=1)
-    position = torch.arange(length + patches, device=input_ids.device).expand(len(input_ids), -1)
-    bos = bos.unsqueeze(1)
-    image = (position > bos) & (position <= bos + patches)
-    source = torch.where(position > bos, position - patches, position).clamp(min=0)
-
-    def grow(tensor: torch.Tensor | None, value: int) -> torch.Tensor | None:
-        return None if tensor is None else tensor.gather(1, source).masked_fill(image, value)
-
-    return grow(input_ids, config.image_token_id), grow(attention_mask, 1), grow(labels, -100)
-
-
-def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move padding on the right of (B, T) rows to their left, so that every row ends in its last token."""
-    trailing = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)
-    source = (torch.arange(input_ids.shape[1], device=input_ids.device) - trailing) % input_ids.shape[1]
-    return input_ids.gather(1, source), attention_mask.gather(1, source)
-
-
-def append_prompt_suffix(
-    config: OpenVLAConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """End every left-padded row (B, T) in the id that precedes an action; rows that do already are padded."""
-    suffix = config.prompt_suffix_token_id
-    if suffix is None:
-        return input_ids, attention_mask
-    lacking = input_ids[:, -1] != suffix
-    if not bool(lacking.any()):
-        return input_ids, attention_mask
-
-    def grow(tensor: torch.Tensor, pad: int | None, value: int) -> torch.Tensor:
-        appended = torch.nn.functional.pad(tensor, (0, 1), value=value)
-        padded = torch.nn.functional.pad(tensor, (1, 0), value=pad)
-        return torch.where(lacking.unsqueeze(1), appended, padded)
-
-    return grow(input_ids, config.pad_token_id, suffix), grow(attention_mask, 0, 1)
 
 
 class ActionIdsOnly(LogitsProcessor):
@@ -172,6 +120,12 @@ def _decode_by_generate(
         **generate_kwargs | {"remove_invalid_values": True},
     )
     token_ids = outputs.sequences[:, input_ids.shape[1] :]
+    if token_ids.shape != (len(input_ids), num_tokens):
+        raise ValueError(
+            f"`generate` returned {len(token_ids)} sequences of {token_ids.shape[1]} tokens for {len(input_ids)} "
+            f"observations of {num_tokens} action tokens: leave out `num_return_sequences` and whatever stops early. "
+            "To sample several actions, repeat the observation in the batch."
+        )
     logits = torch.stack(outputs.logits, dim=1)  # (B * beams, A, V)
     of_actions = logits[..., first_id:end_id]
     highest = (of_actions if constrained else logits).amax(-1)
@@ -195,7 +149,7 @@ def action_pass(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the language model over `input_ids` (B, T): all that happens on the device between two tokens.
 
-    This is what `compile_action_pass` compiles: it neither asks the device for a value nor makes a shape of one.
+    This is what `CompiledActionPass` compiles: it neither asks the device for a value nor makes a shape of one.
 
     Args:
         model: The policy.
@@ -239,19 +193,31 @@ def action_pass(
     return token_ids + first_id if constrained else token_ids, highest, of_actions.flip(-1)
 
 
-def compile_action_pass(mode: str) -> ActionPass:
-    """`action_pass`, compiled for each shape that it meets; `mode` is that of `torch.compile`.
+class CompiledActionPass:
+    """`action_pass`, compiled for each shape that it meets.
 
     Where compilation fails, as without a C++ compiler or Triton, the model warns once and goes on without.
+
+    Args:
+        mode: That of `torch.compile`.
     """
-    # Not imported by everyone who predicts: it takes seconds.
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    compiled = torch.compile(action_pass, mode=mode, fullgraph=True, dynamic=False)
-    # Four shapes for each length of prompt and batch size: the first pass and the others, with a draft and without.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
+    def __init__(self, mode: str):
+        # Not imported by everyone who predicts: it takes seconds.
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    def run(
+        self.mode, self.failures = mode, (FailOnRecompileLimitHit, TorchDynamoException)
+        self.compiled = torch.compile(action_pass, mode=mode, fullgraph=True, dynamic=False)
+        # Four shapes for each length of prompt and batch size: the first pass and the others, without a draft and
+        # with one.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
+
+    def __reduce__(self) -> tuple[type["CompiledActionPass"], tuple[str]]:
+        # Compiled code can be neither pickled nor shared: a copy compiles its own.
+        return CompiledActionPass, (self.mode,)
+
+    def __call__(
+        self,
         model: "OpenVLAForActionPrediction",
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
@@ -260,6 +226,7 @@ def compile_action_pass(mode: str) -> ActionPass:
         cache: Cache,
         *args: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `action_pass`."""
         # A window's strides would tell apart what has the same shape.
         mask, position_ids = (one.clone(memory_format=torch.contiguous_format) for one in (mask, position_ids))
         inputs = (model, input_ids, pixel_values, mask, position_ids, cache, *args)
@@ -267,8 +234,8 @@ def compile_action_pass(mode: str) -> ActionPass:
             action_pass(*inputs)
         torch.compiler.cudagraph_mark_step_begin()
         try:
-            outputs = compiled(*inputs)
-        except (FailOnRecompileLimitHit, TorchDynamoException) as error:
+            outputs = self.compiled(*inputs)
+        except self.failures as error:
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"Actions are predicted without compilation, since it failed: {reason}", stacklevel=2)
             model.action_pass = action_pass
@@ -276,8 +243,6 @@ def compile_action_pass(mode: str) -> ActionPass:
         # The graph's next replay writes over what this one gave.
         token_ids, highest, of_actions = outputs
         return token_ids.clone(), highest.clone(), of_actions.clone()
-
-    return run
 
 
 class _Decoding:
@@ -416,10 +381,7 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
 __all__ = [
     "ActionPass",
     "ActionTokens",
+    "CompiledActionPass",
     "action_pass",
-    "append_prompt_suffix",
-    "compile_action_pass",
     "decode_actions",
-    "insert_image_tokens",
-    "left_pad",
 ]

@@ -13,11 +13,8 @@ from transformers import Cache
 from .action_decoding import (
     ActionPass,
     ActionTokens,
-    append_prompt_suffix,
-    compile_action_pass,
+    CompiledActionPass,
     decode_actions,
-    insert_image_tokens,
-    left_pad,
 )
 from .action_tokenizer import (
     ActionTokenizer,
@@ -28,6 +25,16 @@ from .action_tokenizer import (
     unnormalize,
 )
 from .configuration_openvla import OpenVLAConfig
+from .model_inputs import (
+    append_prompt_suffix,
+    as_tensor,
+    check_image_tokens,
+    check_pixel_values,
+    check_prompt_length,
+    insert_image_tokens,
+    left_pad,
+    read_prompts,
+)
 
 
 if TYPE_CHECKING:
@@ -108,9 +115,10 @@ class ActionPredictionMixin(_Base):
         """Predict the action for one observation or a batch.
 
         Args:
-            input_ids: (B, T) prompts, with or without image placeholders, padded on either side.
+            input_ids: (B, T) prompts, with or without image placeholders, padded on either side. Tensors here and
+                below may also be arrays or lists.
             pixel_values: (B, 3 * towers, H, W).
-            attention_mask: (B, T); all ones when left out.
+            attention_mask: (B, T), 1 for tokens and 0 for padding; all ones when left out.
             unnorm_key: Whose statistics turn the action into robot units; a list gives each row its own.
             stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
             constrained: Choose among the action ids only. `False` takes the best of the whole vocabulary and
@@ -124,13 +132,12 @@ class ActionPredictionMixin(_Base):
             float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics.
 
         Raises:
-            ValueError: The statistics can't be resolved, images and prompts differ in number, or the model's output is
-                not finite.
+            ValueError: The statistics can't be resolved, an input is not what this model takes, or the model's output
+                is not finite.
         """
         # 1. Whose action is it
+        input_ids, attention_mask = read_prompts(self.config, input_ids, attention_mask)
         rows = len(input_ids)
-        if len(pixel_values) != rows:
-            raise ValueError(f"Got {len(pixel_values)} images for {rows} prompts: give one image with each prompt.")
         keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
         if len(keys) != rows:
             raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
@@ -139,12 +146,14 @@ class ActionPredictionMixin(_Base):
         row_stats = [self.get_action_stats(key) if stats is None else stats for key in keys]
         dims = [action_dim(one) for one in row_stats]
         # 2. Inputs where and how the model wants them: placeholders, prompt suffix, padding on the left
-        # (they are looked at for that, so ids that come from the CPU go to the device afterwards)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
         input_ids, attention_mask = left_pad(input_ids, attention_mask)
         input_ids, attention_mask = append_prompt_suffix(self.config, input_ids, attention_mask)
         input_ids, attention_mask, _ = insert_image_tokens(self.config, input_ids, attention_mask)
         assert attention_mask is not None  # one went in
+        pixel_values = as_tensor("pixel_values", pixel_values)
+        check_pixel_values(self.config, pixel_values)
+        check_image_tokens(self.config, input_ids, len(pixel_values))
+        check_prompt_length(self.config, attention_mask, max(dims))
         # 3. Ids of the action, one for each dimension
         tokens: ActionTokens = decode_actions(
             self,
@@ -190,13 +199,18 @@ class ActionPredictionMixin(_Base):
         """Compile the passes of `predict_action`, with CUDA graphs on a GPU; the first call of each size compiles.
 
         Prompts are padded to a few lengths, so that all instructions share a few graphs. Where compilation fails, the
-        first call warns and the model goes on without. Without this nothing is compiled.
+        first call warns and the model goes on without. Without this nothing is compiled. A pickle or a copy of the
+        model compiles again, at its own first call.
 
         Args:
             mode: Of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU, its own default elsewhere.
         """
         mode = mode or ("reduce-overhead" if self.device.type == "cuda" else "default")
-        self.action_pass, self.action_caches = compile_action_pass(mode), {}
+        self.action_pass, self.action_caches = CompiledActionPass(mode), {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy takes: everything but the caches, which the next call makes again."""
+        return super().__getstate__() | {"action_caches": {}}
 
 
 class ActionStream:
@@ -232,15 +246,17 @@ class ActionStream:
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        unnorm_key: str | list[str] | None = None,
+        *,
         return_details: bool = False,
     ) -> Any:
-        """As `OpenVLAForActionPrediction.predict_action`."""
+        """As `OpenVLAForActionPrediction.predict_action`; `unnorm_key` is the stream's own unless it is given."""
         draft = self.token_ids if self.token_ids is not None and len(self.token_ids) == len(input_ids) else None
         details = self.model.predict_action(
             input_ids,
             pixel_values,
             attention_mask,
-            self.unnorm_key,
+            self.unnorm_key if unnorm_key is None else unnorm_key,
             draft_token_ids=draft,
             return_details=True,
         )

@@ -24,10 +24,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .action_decoding import ActionPass, action_pass, insert_image_tokens
+from .action_decoding import ActionPass, action_pass
 from .action_prediction import ActionPrediction, ActionPredictionMixin
 from .checkpoint_loading import CheckpointMixin
 from .configuration_openvla import OpenVLAConfig
+from .model_inputs import check_image_tokens, check_pixel_values, insert_image_tokens
 from .weight_mapping import register_conversions
 
 
@@ -102,6 +103,25 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As `PreTrainedModel.resize_token_embeddings`, for the size that the embedding has.
+
+        Raises:
+            ValueError: The size is another. The action ids are counted from the end of the vocabulary, and would move.
+        """
+        rows = self.config.text_config.vocab_size
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != rows:
+            raise ValueError(
+                f"{wanted} token embeddings in place of {rows} would move the action ids, which are counted from the "
+                f"end of the vocabulary: use the {self.config.pad_to_multiple_of} padded rows for new tokens."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
 
 class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
     """The towers side by side, each built up to the block whose output is read."""
@@ -135,12 +155,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3 * towers, H, W) -> (B, P, sum of the towers' widths): patch tokens only, no final norm."""
-        channels = 3 * len(self.towers)
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(
-                f"`pixel_values` must be (batch, {channels}, height, width) for {len(self.towers)} vision tower(s), "
-                f"got {tuple(pixel_values.shape)}: make it with this checkpoint's own processor."
-            )
+        check_pixel_values(self.config, pixel_values)
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1), strict=True):
             if isinstance(tower, tuple(TOWERS.values())):
@@ -229,15 +244,10 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("`pixel_values` need `input_ids`, whose image placeholders say where they go.")
+            # Counted outside a compiled graph only: counting would break it.
+            if not torch.compiler.is_compiling():
+                check_image_tokens(self.config, input_ids, len(pixel_values))
             image_features = self.get_image_features(pixel_values).to(inputs_embeds)
-            placeholders = input_ids == self.config.image_token_id
-            # Looked at outside a compiled graph only: the check would break it.
-            if not torch.compiler.is_compiling() and int(placeholders.sum()) != image_features[..., 0].numel():
-                raise ValueError(
-                    f"`input_ids` must hold {image_features.shape[1]} image placeholders (id "
-                    f"{self.config.image_token_id}) for each image: found {int(placeholders.sum())} for "
-                    f"{image_features.shape[0]} images."
-                )
             inputs_embeds = self._place_image(inputs_embeds, input_ids, image_features)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
