@@ -1,5 +1,7 @@
 import json
+import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -122,14 +124,16 @@ def test_all_call_forms_are_equal(processor, images):
 def test_paths_as_images(processor, images, tmp_path):
     path = str(tmp_path / "image.png")
     images[1].save(path)
-    expected = processor(images[1], "open the drawer")
-    for other in (processor("open the drawer", path), processor(images=path, text="open the drawer")):
+    prompt = processor.build_prompt("open the drawer")
+    expected = processor(images[1], prompt)
+    for other in (processor(prompt, path), processor(images=path, text=prompt)):
         assert torch.equal(other["pixel_values"], expected["pixel_values"])
         assert torch.equal(other["input_ids"], expected["input_ids"])
     assert torch.equal(processor(path, instruction="open")["pixel_values"], expected["pixel_values"])
 
 
 def test_whole_prompts_are_taken_as_they_are(processor, images):
+    processor.prompt_template = "{instruction}"
     upper = processor("Red ", images[0], add_image_tokens=False)["input_ids"][0]
     assert processor.tokenizer.convert_ids_to_tokens(upper) == ["<s>", "Red"]
     processor.lowercase_instruction = False
@@ -152,6 +156,85 @@ def test_batches_are_padded_on_the_left_with_the_placeholders_after_bos(processo
         assert torch.equal(batch["pixel_values"][row], single["pixel_values"][0])
 
 
+BARE = "does not follow this checkpoint's prompt template 'In: .* call processor.images, instruction="
+
+
+@pytest.mark.parametrize(
+    "text", ["pick up the red block", "In: pick up the block\nOut:", PURE_PROMPT[:-4], VICUNA_PROMPT]
+)
+def test_a_bare_instruction_given_as_text_warns_once(processor, images, text):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            inputs = processor(text, images[0])
+        processor([processor.build_prompt("open"), text], images[:2])
+    assert [re.search(BARE, str(one.message)) is not None for one in caught] == [True, True]  # a call each
+    assert {one.filename for one in caught} == {__file__}
+    assert torch.equal(inputs["input_ids"][0, 257:], torch.tensor(processor.tokenizer(text)["input_ids"][1:]))
+
+
+def test_more_after_a_prompt_is_a_prompt_still(processor, images):
+    for more in ("", " ", " red block"):
+        processor(processor.build_prompt("open") + more, images[0])
+
+
+@pytest.mark.parametrize("template", [PURE_PROMPT, VICUNA_PROMPT, "In: {instruction}\nOut:", "Robot, {instruction}"])
+@pytest.mark.parametrize("change", [str, str.upper, "\n{} ".format])
+def test_a_whole_prompt_given_as_instruction_is_refused(processor, images, template, change):
+    processor.prompt_template = template
+    for published in (template, PURE_PROMPT, VICUNA_PROMPT):
+        prompt = change(published.replace("{instruction}", "open the drawer"))
+        with pytest.raises(ValueError, match=r"is a whole prompt already: .* Pass a whole prompt as `text=`"):
+            processor(images[0], instruction=prompt)
+        with pytest.raises(ValueError, match="The instruction is a whole prompt already"):
+            processor(images[:2], instruction=["open", prompt])
+
+
+FULL_STOP = "ends in a full stop, which changes the actions .* set `strip_full_stop=True`"
+
+
+def test_a_final_full_stop_warns_once_or_is_stripped(processor, images):
+    expected = processor(images[0], instruction="open the drawer")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            kept = processor(images[0], instruction="Open the drawer. ")
+    assert [re.search(FULL_STOP, str(one.message)) is not None for one in caught] == [True]
+    assert not torch.equal(kept["input_ids"], expected["input_ids"])
+    processor.strip_full_stop = True
+    for instruction in ("open the drawer.", "Open the drawer . ", "open the drawer"):
+        stripped = processor(images[0], instruction=instruction)
+        assert torch.equal(stripped["input_ids"], expected["input_ids"])
+    assert processor.build_prompt("a 0.5 m drawer!").count(".") == 1
+    with pytest.raises(ValueError, match="instruction is empty"):
+        processor.build_prompt(". .")
+
+
+IMAGE_NAMES = ["<IMAGE> open <image>", "<im<image>age> open", "open <<image>image>", "<im<im<IMAGE>age>age>open"]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("instruction", IMAGE_NAMES)
+def test_no_instruction_makes_a_placeholder(processor, tokenizer, images, instruction, lowercase):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    own = OpenVLAProcessor(processor.image_processor, tokenizer, lowercase_instruction=lowercase, num_image_tokens=4)
+    ids = own(images[0], instruction=instruction)["input_ids"][0]
+    assert (ids == own.image_token_id).tolist() == [False] + [True] * 4 + [False] * (len(ids) - 5)
+    ids = own(images[0], instruction=instruction, add_image_tokens=False)["input_ids"][0]
+    assert not (ids == own.image_token_id).any()
+
+
+def test_a_placeholder_in_a_whole_prompt_is_refused(processor, tokenizer, images):
+    prompt = "<image>" + processor.build_prompt("open")
+    assert (processor(prompt, images[0])["input_ids"] == processor.image_token_id).sum() == 256  # here it is text
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    own = OpenVLAProcessor(processor.image_processor, tokenizer, num_image_tokens=4)
+    with pytest.raises(ValueError, match="contains '<image>', which this tokenizer reads as a placeholder"):
+        own(prompt, images[0])
+    expanded = own("<image>" * 4 + own.build_prompt("open"), images[0], add_image_tokens=False)
+    assert torch.equal(expanded["input_ids"], own(images[0], instruction="open")["input_ids"])
+
+
 def test_one_instruction_serves_a_batch(processor, images):
     batch = processor(images, instruction="open the drawer")
     assert len(batch["input_ids"]) == 3
@@ -164,7 +247,8 @@ def test_padding_and_truncation(processor, images):
     cut = processor(images[0], instruction="open", truncation=True, max_length=260)
     assert cut["input_ids"].shape == (1, 260)
     assert torch.equal(cut["input_ids"], processor(images[0], instruction="open")["input_ids"][:, :260])
-    assert processor("block " * 3000, images[0], truncation=True)["input_ids"].shape == (1, 2048)
+    assert processor(images[0], instruction="block " * 3000, truncation=True)["input_ids"].shape == (1, 2048)
+    processor.prompt_template = "{instruction}"
     ragged = processor(images, ["open", "red block", "up"], padding=False, return_tensors=None)["input_ids"]
     assert [len(row) for row in ragged] == [258, 259, 258]
     arrays = processor(images[0], instruction="open", return_tensors="np")
@@ -184,9 +268,12 @@ def test_padding_and_truncation(processor, images):
         (("image",), {}, ValueError, "An image and a text are needed"),
         (("open",), {}, ValueError, "An image and a text are needed"),
         ((), {"instruction": "open"}, ValueError, "An image and a text are needed"),
-        (("open", "no_file.png"), {}, ValueError, "'no_file.png' is not a file"),
+        ((PURE_PROMPT, "no_file.png"), {}, ValueError, "'no_file.png' is not a file"),
         (("image",), {"instruction": "open", "text": "open"}, ValueError, "not both"),
-        (("open", "image"), {"truncation": True, "max_length": 256}, ValueError, "leaves no room"),
+        (("image",), {"instruction": "open", "truncation": True, "max_length": 256}, ValueError, "leaves no room"),
+        (("", "image"), {}, ValueError, "The text is empty: give a whole prompt, or instruction= to fill"),
+        (("image",), {"text": " \n"}, ValueError, "The text is empty"),
+        ((["image"] * 2,), {"text": [PURE_PROMPT, ""]}, ValueError, "The text is empty"),
     ],
 )
 def test_errors(processor, images, args, kwargs, error, message):
@@ -231,6 +318,7 @@ def test_round_trip(tokenizer, images, tmp_path):
         tokenizer,
         prompt_template="Do {instruction}, {now}!",
         lowercase_instruction=False,
+        strip_full_stop=True,
         image_token_id=30,
         num_image_tokens=64,
     )
@@ -243,11 +331,12 @@ def test_round_trip(tokenizer, images, tmp_path):
         "image_processing_openvla.py",
         "processing_openvla.py",
     }
-    expected = processor(images, instruction=["Red", "open", "up"])
+    expected = processor(images, instruction=["Red", "open", "up."])
     for loader in (AutoProcessor, OpenVLAProcessor):
         again = loader.from_pretrained(tmp_path)
-        for key, value in again(images, instruction=["Red", "open", "up"]).items():
+        for key, value in again(images, instruction=["Red", "open", "up."]).items():
             assert torch.equal(value, expected[key])
+        assert again.strip_full_stop
     assert AutoImageProcessor.from_pretrained(tmp_path).center_crop_area == 0.9
     changed = AutoProcessor.from_pretrained(tmp_path, prompt_template="{instruction}", center_crop_area=0.5)
     assert (changed.prompt_template, changed.image_processor.center_crop_area) == ("{instruction}", 0.5)

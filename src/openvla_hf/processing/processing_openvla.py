@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from transformers.utils import CONFIG_NAME, TensorType, cached_file
 from .image_processing_openvla import OpenVLAImageProcessor
 
 
-PURE_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+QUESTION = "What action should the robot take to"
+PURE_PROMPT = f"In: {QUESTION} {{instruction}}?\nOut:"
 VICUNA_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-    "USER: What action should the robot take to {instruction}? ASSISTANT:"
+    f"USER: {QUESTION} {{instruction}}? ASSISTANT:"
 )
 
 # The first row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
@@ -41,6 +43,9 @@ class OpenVLAProcessor(ProcessorMixin):
         tokenizer: a tokenizer with a pad token. It is set to pad on the left: every row ends in its prompt.
         prompt_template: text with `{instruction}` in it.
         lowercase_instruction: whether `instruction=` is put in lower case, as in OpenVLA's training data.
+        strip_full_stop: whether a final full stop of `instruction=` is left out. It changes the actions of a
+            checkpoint that was trained without. OpenVLA's own training kept the full stops of its data; `finetune`
+            leaves them out.
         image_token: name of the placeholder; it is removed from instructions.
         image_token_id: id of the placeholder. By default the tokenizer's own id of `image_token` if it knows
             it, else 32001, a row of the padded embedding that OpenVLA's tokenizer does not know.
@@ -56,6 +61,7 @@ class OpenVLAProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         prompt_template: str = PURE_PROMPT,
         lowercase_instruction: bool = True,
+        strip_full_stop: bool = False,
         image_token: str = "<image>",
         image_token_id: int | None = None,
         num_image_tokens: int = 256,
@@ -68,6 +74,7 @@ class OpenVLAProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         self.prompt_template = prompt_template
         self.lowercase_instruction = lowercase_instruction
+        self.strip_full_stop = strip_full_stop
         self.image_token = image_token
         known_id: Any = tokenizer.convert_tokens_to_ids(image_token)
         if known_id in (None, tokenizer.unk_token_id):
@@ -93,8 +100,9 @@ class OpenVLAProcessor(ProcessorMixin):
             *args: the images with `instruction=`; else text and images in either order (if both are strings,
                 the text comes first, as in the original).
             images: one image or a batch of them, see `OpenVLAImageProcessor`.
-            text: whole prompts, taken as they are.
-            instruction: what the robot is to do, put into the prompt template. One str serves a whole batch.
+            text: whole prompts, taken as they are. A text without the prompt template's words gives a warning.
+            instruction: what the robot is to do, put into the prompt template. One str serves a whole batch. A final
+                full stop gives a warning unless `strip_full_stop` is set.
             padding: `True` to the longest, `"max_length"`, or `False`.
             truncation: whether the end of a prompt that is longer than `max_length` is cut off.
             max_length: tokens of a row with its placeholders; the tokenizer's limit by default.
@@ -105,13 +113,28 @@ class OpenVLAProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3 * towers, height, width).
 
         Raises:
-            ValueError: an image or a text is missing, or their numbers differ.
+            ValueError: an image or a text is missing or empty, their numbers differ, a whole prompt is given as
+                `instruction`, or a text holds a placeholder for the image beside those that are put in.
             TypeError: too many or wrong arguments.
         """
         images, text = self._sort_arguments(args, images, text, instruction)
+        if instruction is None and not all(map(self._follows_template, as_list(text))):
+            warnings.warn(
+                f"The text does not follow this checkpoint's prompt template {self.prompt_template!r} and is taken as "
+                "it is. To fill the template, call processor(images, instruction=...).",
+                stacklevel=2,
+            )
+        if not (instruction is None or self.strip_full_stop) and any(
+            one.rstrip().endswith(".") for one in as_list(instruction)
+        ):
+            warnings.warn(
+                "The instruction ends in a full stop, which changes the actions of a checkpoint that was trained "
+                "without one. Leave it out, or set `strip_full_stop=True` for this processor.",
+                stacklevel=2,
+            )
         pixel_values = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
         batch_size = len(pixel_values)
-        prompts = [text] * batch_size if isinstance(text, str) else list(text)
+        prompts = as_list(text) * batch_size if isinstance(text, str) else as_list(text)
         if len(prompts) != batch_size:
             raise ValueError(
                 f"{len(prompts)} texts do not go with {batch_size} images: give one image for each text, "
@@ -119,6 +142,11 @@ class OpenVLAProcessor(ProcessorMixin):
             )
         placeholders = [self.image_token_id] * self.num_image_tokens if add_image_tokens else []
         rows = self.tokenizer(prompts, verbose=False)["input_ids"]
+        if placeholders and any(self.image_token_id in row for row in rows):
+            raise ValueError(
+                f"The text contains {self.image_token!r}, which this tokenizer reads as a placeholder of the image. "
+                "Leave it out: the processor puts the image's placeholders in."
+            )
         if truncation:
             room = (max_length or self.tokenizer.model_max_length) - len(placeholders)
             if room < 1:
@@ -138,18 +166,48 @@ class OpenVLAProcessor(ProcessorMixin):
         """Fills the prompt template, for prediction and training alike.
 
         Raises:
-            ValueError: the instruction is empty.
-            TypeError: the instruction is no string.
+            ValueError: the instruction is empty, or a whole prompt already.
+            TypeError: the instruction is not a string.
         """
         if not isinstance(instruction, str):
             raise TypeError(f"An instruction is a str, not {type(instruction).__name__}.")
-        # The name of the placeholder is no word of the instruction: the original takes it out as well.
-        instruction = instruction.replace(self.image_token, "").strip()
-        if not instruction:
-            raise ValueError("The instruction is empty; say what the robot is to do, e.g. 'pick up the red block'.")
+        # Refused instead of a warning: a prompt within a prompt is never what the model was trained on.
+        if self._is_whole_prompt(instruction):
+            raise ValueError(
+                f"The instruction is a whole prompt already: {instruction!r:.200}. Pass a whole prompt as `text=`, or "
+                "only what the robot is to do as `instruction=`."
+            )
         if self.lowercase_instruction:
             instruction = instruction.lower()
+        # The name of the placeholder is not a word of the instruction: the original takes it out as well. Where one is
+        # taken out, its surroundings may form another.
+        while self.image_token in instruction:
+            instruction = instruction.replace(self.image_token, "")
+        instruction = instruction.strip()
+        if self.strip_full_stop:
+            instruction = instruction.rstrip(". ")
+        if not instruction:
+            raise ValueError("The instruction is empty; say what the robot is to do, e.g. 'pick up the red block'.")
         return self.prompt_template.replace("{instruction}", instruction)
+
+    def _template_parts(self) -> tuple[str, str]:
+        """What a prompt says before and after the instruction."""
+        before, _, after = self.prompt_template.partition("{instruction}")
+        return before.strip(), after.strip()
+
+    def _follows_template(self, text: str) -> bool:
+        """Whether a text has the words of the template around an instruction; more may follow."""
+        before, after = self._template_parts()
+        start = text.find(before)
+        return start >= 0 and text.find(after, start + len(before)) >= 0
+
+    def _is_whole_prompt(self, instruction: str) -> bool:
+        """Whether the template, or a published one, seems to be filled already, whatever the case."""
+        before, after = (part.lower() for part in self._template_parts())
+        instruction = instruction.strip().lower()
+        if QUESTION.lower() in instruction:
+            return True
+        return before != "" and instruction.startswith(before) and instruction.endswith(after)
 
     def _sort_arguments(
         self, args: tuple[Any, ...], images: Any, text: Any, instruction: Any
@@ -177,6 +235,10 @@ class OpenVLAProcessor(ProcessorMixin):
         if not is_text(texts):
             raise TypeError(f"A text is a str or a list of them, not {texts!r:.80}.")
         if instruction is None:
+            if not all(each.strip() for each in as_list(texts)):
+                raise ValueError(
+                    "The text is empty: give a whole prompt, or instruction= to fill the prompt template."
+                )
             return images, texts
         is_single = isinstance(texts, str)
         return images, self.build_prompt(texts) if is_single else [self.build_prompt(each) for each in texts]
@@ -237,6 +299,11 @@ def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
 def select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keeps the arguments that say where a file is."""
     return {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+
+
+def as_list(texts: str | Sequence[str]) -> list[str]:
+    """A text or a batch of texts as a batch."""
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def is_text(value: Any) -> bool:

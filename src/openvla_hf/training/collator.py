@@ -67,7 +67,7 @@ class ActionCollator:
             return {}
         inputs = self.processor(
             self.views(frames),
-            instruction=[frame["instruction"] for frame in frames],
+            text=[self.processor.build_prompt(frame["instruction"]) for frame in frames],
             padding=False,
             return_tensors=None,
         )

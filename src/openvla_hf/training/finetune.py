@@ -98,6 +98,7 @@ def build_trainer(
     model = OpenVLAForActionPrediction.from_pretrained(model_id, **recipe.model_kwargs() | (model_kwargs or {}))
     model.norm_stats = norm_stats
     processor = AutoProcessor.from_pretrained(model_id)
+    processor.strip_full_stop = True  # in training and prediction alike
     whole_image, for_prediction = copy.deepcopy(processor), copy.deepcopy(processor)
     whole_image.image_processor.center_crop_area = for_prediction.image_processor.center_crop_area = None
     augmentation = None

@@ -225,6 +225,7 @@ def build(recipe: Recipe) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]
                 nn.init.normal_(layer.weight, std=1.2 * layer.in_features**-0.5)
     processor = tiny_processor(tokenizer, config)
     processor.prompt_template = "In: {instruction}\nOut:"
+    processor.strip_full_stop = True  # no instruction of the tabletop has one
     # The table is bright and even: normalised by its own statistics, what stands on it stands out.
     processor.image_processor.image_mean = [[0.82, 0.81, 0.79]] * 2
     processor.image_processor.image_std = [[0.2, 0.2, 0.2]] * 2
