@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import close_session
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.checkpoint_info import describe
@@ -43,6 +44,7 @@ else:
     import openvla_hf
 
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 image = Image.open(image_file)
@@ -64,6 +66,22 @@ def save(folder, pair, **kwargs):
     for one in pair:
         one.save_pretrained(folder, **kwargs)
     return folder
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """The folder of a tiny policy."""
+    return save(tmp_path / "saved", tiny())
+
+
+def add_text(path, text):
+    """Put a text into a file of a checkpoint, or of its run."""
+    if path.suffix == ".jinja":
+        path.write_text(text)
+        return
+    content = json.loads(path.read_text()) if path.is_file() else {"settings": {}}
+    (content["settings"] if path.name == "training.json" else content)["note"] = text
+    path.write_text(json.dumps(content, indent=2))
 
 
 def card_of(hub, repo, revision="main"):
@@ -397,19 +415,164 @@ def test_a_finished_run_has_a_card(tiny, owner, tmp_path, name):
     assert str(tmp_path) not in str(pushed)
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ({"note": "hf_abcdefghijklmnopqrstuvwxyz"}, "note.json holds an access token"),
-        ({"note": "TMP/run/model"}, "note.json names the local path .*/run/model"),
-    ],
-)
-def test_secrets_are_not_pushed(tiny, owner, tmp_path, content, problem):
-    folder = save(tmp_path / "run", tiny())
-    (folder / "note.json").write_text(json.dumps(content).replace("TMP", str(tmp_path)))
-    with pytest.raises(ValueError, match=problem):
-        push(folder, "someone/policy")
+KEY = "0123456789abcdefghijABCDEFGHIJ012345"
+SECRETS = {
+    f"hf_{KEY}": "an access token of Hugging Face",
+    f"ghp_{KEY}": "an access token of GitHub",
+    f"github_pat_{KEY}": "an access token of GitHub",
+    f"glpat-{KEY}": "an access token of GitLab",
+    f"AKIA{KEY[:6]}ABCDEFGHIJ": "a key of AWS",
+    f"sk-proj-{KEY}": "a key of OpenAI or Anthropic",
+    f"AIza{KEY}": "a key of Google",
+    f"xoxb-{KEY}": "an access token of Slack",
+    f"WANDB_API_KEY={'0123456789' * 4}": "a key of Weights & Biases",
+    "-----BEGIN OPENSSH PRIVATE KEY-----": "a private key",
+}
+PATHS = [
+    "/home/ada/runs/1", "/Users/ada/run", "/mnt/disk/run", "/root/run", "/tmp/run", "/media/ada/stick", "file:///home/ada",
+    "/var/folders/xy/run", "C:\\Users\\Ada\\run", "d:/Users/ada",
+]  # fmt: skip
+
+
+def test_tokens_and_keys_are_not_pushed(saved, owner):
+    for secret, kind in SECRETS.items():
+        add_text(saved / "tokenizer_config.json", secret)
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json holds {kind}: remove it, and revoke it"):
+            push(saved, "someone/policy")
     assert owner.requests == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "chat_template.jinja", "training.json"])
+def test_every_text_is_searched_for_secrets(saved, owner, file):
+    add_text(saved / file, f"hf_{KEY}")
+    told = "README.md" if file == "training.json" else file
+    with pytest.raises(ValueError, match=f"{told} holds an access token"):
+        push(saved, "someone/policy")
+    assert owner.requests == []
+
+
+def test_the_own_token_and_passwords_are_not_pushed(saved, owner, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "unusual token")
+    add_text(saved / "config.json", "an unusual token")
+    with pytest.raises(ValueError, match=r"config\.json holds your access token"):
+        push(saved, "someone/policy")
+    config = json.loads((saved / "config.json").read_text()) | {"note": {"db_password": "correct horse"}}
+    (saved / "config.json").write_text(json.dumps(config))
+    push(saved, "someone/policy", token=owner.token)  # too short to be one
+    config["note"] = {"db_password": "correct-horse-battery"}
+    (saved / "config.json").write_text(json.dumps(config, indent=2))
+    with pytest.raises(ValueError, match=r"config\.json holds a password or key"):
+        push(saved, "someone/policy", token=owner.token)
+
+
+def test_local_paths_of_any_system_are_not_pushed(saved, owner):
+    for path in PATHS:
+        escaped = json.dumps(path).replace("/", "\\u002f").replace("s", "\\u0073")
+        for text in (json.dumps(path), escaped):
+            (saved / "special_tokens_map.json").write_text(f'{{"note": {text}}}')
+            with pytest.raises(ValueError, match=r"special_tokens_map\.json names the local path"):
+                push(saved, "someone/policy")
+    assert owner.requests == []
+
+
+def test_what_only_resembles_a_secret_or_a_path_is_pushed(saved, owner):
+    texts = [
+        "https://example.com/home/ada",
+        "task-sk-ills",
+        "/tmp",
+        "/root",
+        "Q:\\nA:",
+        "0123456789abcdef" * 2 + "01234567",
+    ]
+    for text in texts:
+        add_text(saved / "config.json", text)
+        push(saved, "someone/policy")
+
+
+def test_only_files_of_a_checkpoint_are_pushed(saved, owner):
+    kept = {path.name for path in saved.iterdir()}
+    strange = ["wandb.json", "notes.txt", ".env", "key.pem", "optimizer.safetensors", "model.bin", "config.json.orig"]
+    for name in strange:
+        (saved / name).write_bytes((saved / "model.safetensors").read_bytes() if "safetensors" in name else b"private")
+    push(saved, "someone/policy")
+    assert set(owner.files("someone/policy")) == kept | {"README.md", "requirements.txt"}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "model.safetensors", "training.json"])
+def test_links_out_of_the_folder_are_refused(saved, owner, tmp_path, file):
+    target = tmp_path / "elsewhere"
+    target.write_bytes((saved / file).read_bytes() if (saved / file).exists() else b"{}")
+    (saved / file).unlink(missing_ok=True)
+    (saved / file).symlink_to(target)
+    with pytest.raises(ValueError, match=f"{file} is a link to a file outside of .*: copy the folder with `cp -rL`"):
+        push(saved, "someone/policy")
+    assert owner.requests == []
+    (saved / file).unlink()
+    target.rename(saved / "inside")
+    (saved / file).symlink_to("inside")
+    push(saved, "someone/policy")
+
+
+def test_metadata_in_the_header_of_weights_is_refused(saved, owner):
+    path = saved / "model.safetensors"
+    weights = load_file(path)
+    quantised = {"tensor_names": '["a.weight"]', "a.weight": '{"_type": "Float8Tensor"}', "format": "pt"}
+    for metadata in ({"format": "pt"}, None, quantised):
+        save_file(weights, path, metadata)
+        push(saved, "someone/policy")
+    for key, value in (("author", "ada"), ("b.weight", "{}")):
+        save_file(weights, path, quantised | {key: value})
+        with pytest.raises(
+            ValueError, match=rf"The header of model\.safetensors holds metadata '{key}', which is not"
+        ):
+            push(saved, "someone/policy")
+    save_file(weights, path, quantised | {"a.weight": owner.token})
+    with pytest.raises(ValueError, match=r"model\.safetensors holds an access token"):
+        push(saved, "someone/policy")
+    save_file(weights | {"/home/ada/weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"model\.safetensors names the local path /home/ada/weight"):
+        push(saved, "someone/policy")
+
+
+def test_a_folder_without_code_gets_that_of_the_package(tiny, saved, owner, run_python, tmp_path):
+    for path in saved.glob("*.py"):
+        path.unlink()
+    push(saved, "someone/policy")
+    assert b"openvla-hf" not in owner.files("someone/policy")["requirements.txt"]
+    Image.fromarray(fake_episode(steps=1)[0]["image"]).save(tmp_path / "image.png")
+    model, processor = tiny()
+    expected = model.predict_action(**processor(Image.open(tmp_path / "image.png"), instruction=INSTRUCTION)).tolist()
+    code = json.dumps([usage(owner, "someone/policy")])
+    result = run_python(READER, tmp_path / "image.png", code, "[]", "absent", **owner.env)
+    assert json.loads(result.stdout.splitlines()[-1]) == [expected]
+
+
+def test_the_code_of_a_folder_is_not_pushed(saved, owner):
+    original = (saved / "modeling_openvla.py").read_bytes()
+    (saved / "modeling_openvla.py").write_text("import os")
+    (saved / "train.py").write_text("# private")
+    with (
+        pytest.warns(UserWarning, match=r"^train\.py: not a module of openvla-hf, so not pushed"),
+        pytest.warns(
+            UserWarning, match=r"^modeling_openvla\.py: differs from the installed openvla-hf, whose own code"
+        ),
+    ):
+        push(saved, "someone/policy")
+    pushed = owner.files("someone/policy")
+    assert pushed["modeling_openvla.py"] == original
+    assert "train.py" not in pushed
+    config = json.loads((saved / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "train.Model"
+    (saved / "config.json").write_text(json.dumps(config, indent=2))
+    with pytest.raises(ValueError, match=r"config\.json needs the code in train\.py, which is not a module of"):
+        push(saved, "someone/policy")
+
+
+@pytest.mark.parametrize(("content", "problem"), [(b"\xff\xfe{", "is not UTF-8 text"), (b"{", "is not valid JSON")])
+def test_a_damaged_text_is_not_pushed(saved, owner, content, problem):
+    (saved / "special_tokens_map.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"special_tokens_map\.json {problem} \(.*\): write it again"):
+        push(saved, "someone/policy")
 
 
 def test_what_cannot_be_pushed_is_said_in_a_sentence(tiny, owner, tmp_path):

@@ -2,10 +2,10 @@
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from .checkpoint_info import ADAPTER_CONFIG, CheckpointInfo, describe
-from .model_card import RUN_FILES, is_hub_id, write_card
+from .model_card import is_hub_id, write_card
 from .modeling.configuration_openvla import MINIMUM_TRANSFORMERS
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .processing.processing_openvla import OpenVLAProcessor
+from .shared_files import find_binaries, read_text_in, read_texts, refuse_secrets
 
 
-README, REQUIREMENTS = "README.md", "requirements.txt"
+README, REQUIREMENTS, CONFIGURATION_FILE = "README.md", "requirements.txt", "configuration_openvla.py"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 REFUSALS = {
     401: "it does not know the token; log in again with `hf auth login`, or set HF_TOKEN",
@@ -46,10 +47,12 @@ def push(
 ) -> CommitInfo:
     """Push a policy, or an adapter of one, to the Hub: weights, processor, code, statistics and card in one commit.
 
-    The card is made from the checkpoint and, where a folder has them, from `training.json`, `evaluation.json` (what
-    `openvla-hf evaluate --json` prints) and `quantization.json`; these three stay where they are. Weights files that
-    the repository holds already are replaced. An upload that broke off is resumed by the same call: files that have
-    arrived are not sent again, and nothing can be seen before all have.
+    Files of a folder are chosen by their names (`shared_files`), and the others stay where they are. The code is
+    always this package's own, as `save_pretrained` writes it. The card is made from the checkpoint and, where a
+    folder has them, from `training.json`, `evaluation.json` (what `openvla-hf evaluate --json` prints) and
+    `quantization.json`, which are not pushed. Weights files that the repository holds already are replaced. An
+    upload that broke off is resumed by the same call: files that have arrived are not sent again, and nothing can
+    be seen before all have.
 
     Args:
         checkpoint: A model, or the folder of a saved one or of an adapter.
@@ -66,8 +69,9 @@ def push(
         token: With the right to write; the stored one by default.
 
     Raises:
-        ValueError: A model came without its processor, an adapter's base is a folder, weights are no safetensors, or a
-            file would tell a token or a local path.
+        ValueError: A model came without its processor, an adapter's base is a folder, weights are not in safetensors
+            files, or a file holds a token, a key or a local path, is a link that leads out of the folder, has metadata
+            in the header of its weights, or needs code that is not the package's.
         OSError: There is no token, the Hub refused it, or it could not be reached.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
@@ -98,14 +102,17 @@ def push(
         with _in_a_sentence(repo_id):
             repo_id = f"{api.whoami()['name']}/{repo_id}"
     info = describe(folder)
-    texts = _read_texts(folder, info, base_model)
+    texts = read_texts(folder, info)
+    if info.base_model is not None:
+        texts[ADAPTER_CONFIG] = _with_base(texts[ADAPTER_CONFIG], base_model or info.base_model)
+    info = replace(info, has_code=CONFIGURATION_FILE in texts)
     texts[REQUIREMENTS] = _requirements(info)
     texts[README] = write_card(
         folder, info, repo_id, base_model=base_model, datasets=datasets, license=license, token=token
     )
-    for name, text in texts.items():
-        _refuse_secrets(name, text, folder, token or get_token())
-    binaries = [name for name in info.files if fnmatch(name, "*.safetensors") or name == "tokenizer.model"]
+    binaries = find_binaries(folder, info)
+    for name, text in (texts | {name: read_text_in(folder / name) for name in binaries}).items():
+        refuse_secrets(name, text, folder, token or get_token())
     additions = [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
     additions += [CommitOperationAdd(name, folder / name) for name in binaries]
     added = {operation.path_in_repo for operation in additions}
@@ -146,21 +153,13 @@ def _in_a_sentence(repo_id: str) -> Iterator[None]:
         ) from error
 
 
-def _read_texts(folder: Path, info: CheckpointInfo, base_model: str | None) -> dict[str, str]:
-    """Configs, tokenizer and code, as they are to be pushed."""
-    kept = ("*.json", "*.py", "*.jinja")
-    left = (*RUN_FILES, "trainer_state.json")
-    names = [name for name in info.files if any(fnmatch(name, pattern) for pattern in kept) and name not in left]
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    if info.base_model is not None:
-        base_model = base_model or info.base_model
-        if not is_hub_id(base_model):
-            raise ValueError(
-                f"The adapter's base is the folder {base_model}, which nobody else has: give its Hub id as base_model."
-            )
-        adapter = json.loads(texts[ADAPTER_CONFIG]) | {"base_model_name_or_path": base_model}
-        texts[ADAPTER_CONFIG] = json.dumps(adapter, indent=2) + "\n"
-    return texts
+def _with_base(adapter_config: str, base_model: str) -> str:
+    """The config of an adapter, with the Hub id of its base."""
+    if not is_hub_id(base_model):
+        raise ValueError(
+            f"The adapter's base is the folder {base_model}, which nobody else has: give its Hub id as base_model."
+        )
+    return json.dumps(json.loads(adapter_config) | {"base_model_name_or_path": base_model}, indent=2) + "\n"
 
 
 def _requirements(info: CheckpointInfo) -> str:
@@ -170,15 +169,6 @@ def _requirements(info: CheckpointInfo) -> str:
     needs += [info.quantization.split()[0]] if info.quantization else []
     needs += [] if info.has_code else ["openvla-hf"]
     return "\n".join(needs) + "\n"
-
-
-def _refuse_secrets(name: str, text: str, folder: Path, token: str | None) -> None:
-    """Nothing of whoever pushes goes along: a token, or where things are on this computer."""
-    if re.search(r"\bhf_[A-Za-z0-9]{16,}", text) or (token is not None and token in text):
-        raise ValueError(f"{name} holds an access token: remove it, and revoke it if it was ever shared.")
-    for path in {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent}:
-        if len(path.parts) > 1 and (match := re.search(rf"(?<![\w.]){re.escape(str(path))}(?![\w-])[^\s\"',]*", text)):
-            raise ValueError(f"{name} names the local path {match[0]}: remove it, or give a Hub id in its place.")
 
 
 __all__ = ["push"]
