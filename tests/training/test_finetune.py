@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoProcessor
 from transformers.integrations import get_available_reporting_integrations
 
 from openvla_hf.cli import main
-from openvla_hf.data import from_episodes
-from openvla_hf.data.splits import read_split
+from openvla_hf.data import from_episodes, write_lerobot
+from openvla_hf.data.splits import read_split, split_parts
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.finetune import build_trainer
@@ -345,3 +345,70 @@ def test_a_robot_of_the_users_own_reads_the_data(base, data, tmp_path, capsys):
     statistics = json.loads((tmp_path / "out" / "dataset_statistics.json").read_text())
     assert list(statistics) == ["my_kitchen"]
     assert statistics["my_kitchen"]["action"]["mask"][-1] is False
+
+
+@pytest.mark.slow
+def test_several_data_sets_train_one_policy_by_their_weights(base, data, tmp_path, capsys):
+    write_lerobot([fake_episode(seed=seed, steps=6) for seed in range(4)], tmp_path / "lab")
+    output, both = tmp_path / "out", ["--data", str(data), str(tmp_path / "lab")]
+    robots = ["--robot", "tabletop", "generic", "--name", "kitchen", "lab"]
+    weighted = [*both, "--weights", "1", "2", *robots, "--eval-share", "0.25"]
+    assert run(base, data, output, *weighted, "--steps", "1") == 0
+    statistics = json.loads((output / "dataset_statistics.json").read_text())
+    assert {name: one["action"]["mask"][-1] for name, one in statistics.items()} == {"kitchen": False, "lab": True}
+    training = json.loads((output / "training.json").read_text())
+    assert training["datasets"] == both[1:]
+    assert training["weights"] == [1.0, 2.0]
+    assert {name: len(one["episodes"]) for name, one in training["held_out"].items()} == {"kitchen": 1, "lab": 1}
+    capsys.readouterr()
+    assert run(base, data, output, *weighted, "--steps", "2", "--resume", "--weights", "2", "1") == 2
+    assert "a resumed run can't change it to [2.0, 1.0]" in capsys.readouterr().err
+    # Each is evaluated as it was read for training.
+    for folder, name in ((data, "kitchen"), (tmp_path / "lab", "lab")):
+        command = ["evaluate", "--model", str(output), "--data", str(folder), "--unnorm-key", name, "--json"]
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["dataset"] == name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "1", "2", "3"], "--weights has 3 values for 2 data sets"),
+        (["--robot", "a", "b", "c"], "--robot has 3 values for 2 data sets"),
+        (["--name", "both"], "--name has 1 values for 2 data sets"),
+    ],
+)
+def test_options_of_several_data_sets_are_one_for_each(base, tmp_path, capsys, options, message):
+    assert run(base, "a/b", tmp_path / "out", "--data", "a/b", "c/d", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_data_set_is_not_given_twice(base, tmp_path, capsys):
+    assert run(base, "a/b", tmp_path / "out", "--data", "a/b", "a/b") == 2
+    assert "given twice in --data" in capsys.readouterr().err
+
+
+def test_data_sets_of_one_name_are_not_taken_together():
+    parts = [from_episodes([fake_episode(seed=seed)], name="kitchen") for seed in range(2)]
+    with pytest.raises(ValueError, match="Two data sets are called 'kitchen'"):
+        split_parts(parts, None, 0.0, seed=0)
+
+
+def test_each_of_several_data_sets_holds_out_episodes_of_its_own():
+    parts = [
+        from_episodes([fake_episode(seed=seed, steps=4) for seed in range(count)], name=name)
+        for name, count in (("kitchen", 8), ("lab", 4))
+    ]
+    train, held_out, record = split_parts(parts, [1.0, 1.0], 0.25, seed=0)
+    assert {name: (len(one["episodes"]), one["frames"]) for name, one in record.items()} == {
+        "kitchen": (2, 32),
+        "lab": (1, 16),
+    }
+    assert len(held_out) == 3 * 4
+
+    def episodes(frames):
+        plain = frames.with_format(None).select_columns(["dataset", "episode_index"])
+        return {(row["dataset"], row["episode_index"]) for row in plain}
+
+    assert not episodes(train) & episodes(held_out)
+    assert len(episodes(train)) == 9

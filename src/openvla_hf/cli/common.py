@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import runpy
 from collections.abc import Sequence
@@ -34,12 +35,18 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device_map, help="such as cuda or auto (default: the CPU)")
 
 
-def add_data_arguments(parser: Any, split: str | None = "train", split_help: str = "(default: %(default)s)") -> None:
-    """Add the options that say how a data set is read, to a parser or to a group of its options."""
-    parser.add_argument("--robot", help="name of the adapter that reads it (default: the data set's own, or generic)")
+def add_data_arguments(
+    parser: Any, split: str | None = "train", split_help: str = "(default: %(default)s)", nargs: str | None = None
+) -> None:
+    """Add the options that say how a data set is read, to a parser or to a group of its options.
+
+    With `nargs="+"`, several data sets are read, and the robot and the camera may differ between them.
+    """
+    parser.add_argument("--robot", nargs=nargs,
+                        help="name of the adapter that reads it (default: the data set's own or generic)")  # fmt: skip
     parser.add_argument("--robots", metavar="FILE", help="Python file of your own that registers robots")
     parser.add_argument("--split", default=split, help=split_help)
-    parser.add_argument("--camera", help="the image to read, if there are several")
+    parser.add_argument("--camera", nargs=nargs, help="the image to read, if there are several")
     parser.add_argument("--every", type=positive, metavar="N",
                         help="recorded frames that become one, such as 5 for 10 Hz of 50 Hz (default: 1)")  # fmt: skip
     parser.add_argument("--drop-idle", action="store_true", default=None,
@@ -55,6 +62,14 @@ def setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def weight(text: str) -> float:
+    """Parse a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 def positive(text: str) -> int:

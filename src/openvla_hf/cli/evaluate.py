@@ -1,6 +1,7 @@
 """Measure success on the tabletop, or the distance from recorded actions with --data."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .common import (
@@ -72,7 +73,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
             "evaluate on all episodes of a split."
         )
     # What is not given is read as for training.
-    reading: dict[str, Any] = training.get("reading", {"split": "train"})
+    reading = _reading_of(args.data, training.get("reading", {}))
     given = {name: getattr(args, name) for name in READING}
     reading = reading | {name: value for name, value in given.items() if value is not None}
     frames = load_frames(args.data, reading.pop("robot", None), **reading)
@@ -92,6 +93,16 @@ def _run_on_data(args: argparse.Namespace) -> None:
         return
     names = dimension_names(len(report.mean_absolute_error))
     print_table(open_loop_table(f"{model_id} on {report.dataset} ({which})", report, names))
+
+
+def _reading_of(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How training read a data set: by its path, or by the last part of it where the data were moved."""
+    if len(readings) <= 1:
+        return next(iter(readings.values()), {"split": "train"})
+    moved = [known for known in readings if Path(known).name == Path(data).name]
+    if data not in readings and len(moved) != 1:
+        raise ValueError(f"{data} is not one of the data sets that training read: {', '.join(readings)}.")
+    return readings[data if data in readings else moved[0]]
 
 
 def _refuse(args: argparse.Namespace, reason: str, *options: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
 from .common import (
     add_data_arguments,
@@ -13,6 +14,7 @@ from .common import (
     register_robots,
     setting,
     share,
+    weight,
 )
 
 
@@ -21,9 +23,12 @@ EXAMPLE = "finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=checkpoint, required=True, help="folder or Hub id of the base")
-    parser.add_argument("--data", required=True, help="folder or Hub id: LeRobot, RLDS, or datasets with images")
-    add_data_arguments(parser)
-    parser.add_argument("--name", help="of the statistics in the checkpoint (default: the data set's)")
+    parser.add_argument("--data", nargs="+", required=True,
+                        help="folder or Hub id, or several: LeRobot, RLDS, or datasets with images")  # fmt: skip
+    parser.add_argument("--weights", nargs="+", type=weight,
+                        help="of several --data: each multiplies the number of frames (default: 1 each)")  # fmt: skip
+    add_data_arguments(parser, nargs="+")
+    parser.add_argument("--name", nargs="+", help="of the statistics in the checkpoint (default: the data set's)")
     names = "lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich"
     parser.add_argument("--recipe", default="lora", help=f"{names} (default: %(default)s)")
     parser.add_argument("--output", required=True, help="folder of the checkpoints and the result")
@@ -57,11 +62,12 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint_info import refuse_adapter
     from ..data import load as load_frames
-    from ..data.splits import describe_split, read_split, sample_frames
+    from ..data.splits import sample_frames, split_parts
     from ..training.finetune import build_trainer, check_run
     from ..training.finetune import finetune as run_training
     from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
 
+    reading = read_options(args)
     refuse_adapter(args.model)
     register_robots(args.robots)
     is_main = PartialState().is_main_process
@@ -93,16 +99,18 @@ def run(args: argparse.Namespace) -> None:
         if args.json and is_main:
             print_json({"recipe": args.recipe, **dataclasses.asdict(cost)})
         return
-    reading = {name: getattr(args, name) for name in ("robot", "split", "name", "camera", "every", "drop_idle")}
-    frames = load_frames(
-        args.data,
-        **reading,
-        streaming=args.streaming,
-        shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
-        skip_bad_episodes=args.skip_bad_episodes,
-        seed=chosen.seed,
-    )
-    train_data, eval_data = read_split(frames, args.eval_share, chosen.seed)
+    parts = [
+        load_frames(
+            data,
+            **options,
+            streaming=args.streaming,
+            shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
+            skip_bad_episodes=args.skip_bad_episodes,
+            seed=chosen.seed,
+        )
+        for data, options in reading.items()
+    ]
+    train_data, eval_data, held_out = split_parts(parts, args.weights, args.eval_share, chosen.seed)
     trainer = build_trainer(
         args.model,
         train_data,
@@ -110,10 +118,11 @@ def run(args: argparse.Namespace) -> None:
         chosen,
         eval_data=sample_frames(eval_data, args.eval_frames, chosen.seed) if args.eval_frames else eval_data,
         run={
-            "datasets": [args.data],
+            "datasets": args.data,
+            "weights": args.weights,
             "recipe": args.recipe,
             "reading": reading,
-            "held_out": describe_split(frames, eval_data) if eval_data is not None else {},
+            "held_out": held_out,
         },
         patience=args.patience,
         **arguments,
@@ -125,3 +134,27 @@ def run(args: argparse.Namespace) -> None:
         print_json({"output": args.output, "figures": figures})
     elif is_main:
         print(f"Fine-tuned: {args.output}")
+
+
+def read_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Data set, as it was given -> the options of `load` that read it, each one for all data sets or one for each.
+
+    Raises:
+        ValueError: A data set is given twice, or the numbers of data sets and of options differ.
+    """
+    count = len(args.data)
+    if len(set(args.data)) < count:
+        raise ValueError("A data set is given twice in --data: give it once, with a higher weight in --weights.")
+    given = {"weights": args.weights, "robot": args.robot, "camera": args.camera, "name": args.name}
+    for option, values in given.items():
+        if values is not None and len(values) != count and (len(values) > 1 or option in ("weights", "name")):
+            raise ValueError(f"--{option} has {len(values)} values for {count} data sets: give one for each.")
+    shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle")}
+    robots, cameras, names = (
+        [None] * count if values is None else values * (count // len(values))
+        for values in (args.robot, args.camera, args.name)
+    )
+    return {
+        data: {"robot": robot, "camera": camera, "name": name, **shared}
+        for data, robot, camera, name in zip(args.data, robots, cameras, names, strict=True)
+    }

@@ -527,7 +527,7 @@ def _settle(opening: np.ndarray) -> np.ndarray:
     return settled
 
 
-GENERIC = Robot("generic")
+GENERIC = register_robot(Robot("generic"))
 """Takes the features as they are, and scales every dimension."""
 
 TABLETOP = register_robot(

@@ -1,9 +1,13 @@
 """Which frames train and which evaluate: whole episodes held out, and samples that are spread over a data set."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
+
+from .mixtures import mix
+from .streams import FrameStream
 
 
 def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) -> tuple[Any, Any]:
@@ -27,6 +31,41 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
         raise ValueError("There is one episode, so none can be held out: set `eval_share` to 0.")
     held_out = np.isin(episodes, numbers[: max(1, round(eval_share * len(numbers)))])
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
+
+
+def split_parts(
+    parts: Sequence[Dataset | IterableDataset], weights: Sequence[float] | None, eval_share: float, seed: int
+) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
+    """Split each of several data sets, and mix what trains.
+
+    Args:
+        parts: Frames of each data set.
+        weights: Of each in the mixture that trains (see `mix`); 1 each by default. Evaluation takes each held-out
+            frame once.
+        eval_share: See `read_split`.
+        seed: Of the draws.
+
+    Returns:
+        Training frames, evaluation frames or `None`, and the record of what is held out (see `describe_split`).
+
+    Raises:
+        ValueError: Two data sets have one name, so that their statistics would be taken together; or see `read_split`.
+    """
+    names = [part.name if isinstance(part, FrameStream) else "".join(_column(part, "dataset")[:1]) for part in parts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Two data sets are called {twice[0]!r}: give each a name of its own with `name`.")
+    splits = [read_split(part, eval_share, seed) for part in parts]
+    train = [part for part, _ in splits]
+    weights = weights or [1.0] * len(parts)
+    train_data = train[0] if len(parts) == 1 else mix(list(zip(train, weights, strict=True)), seed)
+    if eval_share <= 0:
+        return train_data, None, {}
+    held_out = [part for _, part in splits]
+    record: dict[str, dict[str, Any]] = {}
+    for part, kept in zip(parts, held_out, strict=True):
+        record |= describe_split(part, kept)
+    return train_data, concatenate_datasets(held_out), record
 
 
 def describe_split(data: Dataset, held_out: Dataset) -> dict[str, dict[str, Any]]:
@@ -95,4 +134,4 @@ def _column(data: Dataset, name: str) -> np.ndarray:
     return np.asarray(data.with_format(None).select_columns([name])[name][:])
 
 
-__all__ = ["describe_split", "held_out_frames", "read_split", "sample_episodes", "sample_frames"]
+__all__ = ["describe_split", "held_out_frames", "read_split", "sample_episodes", "sample_frames", "split_parts"]

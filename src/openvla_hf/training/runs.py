@@ -88,6 +88,8 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     }
     if "base_model" in saved:
         pairs["base_model"] = _place(saved["base_model"]), _place(run["base_model"])
+    if "weights" in saved and "weights" in run:
+        pairs["weights"] = saved["weights"], run["weights"]
     for name, (before, now) in pairs.items():
         if before != now:
             raise ValueError(
