@@ -2,6 +2,8 @@ import datasets
 import numpy as np
 import pytest
 
+from openvla_hf.data import frames, loading
+
 
 STEPS = 6
 
@@ -36,3 +38,18 @@ def make_episode():
 @pytest.fixture
 def episodes():
     return [_make_episode(index) for index in range(5)]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Every image reference that is decoded in this process."""
+    references = []
+    decode_image = frames.decode_image
+
+    def decode(reference):
+        references.append(reference)
+        return decode_image(reference)
+
+    monkeypatch.setattr(frames, "decode_image", decode)
+    monkeypatch.setattr(loading, "decode_image", decode)
+    return references

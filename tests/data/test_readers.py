@@ -2,10 +2,13 @@
 
 import gzip
 import io
+import itertools
 import json
 import logging
 import pickle
 import shutil
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from functools import partial
@@ -23,7 +26,17 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
-from openvla_hf.data import BadEpisodeError, Gripper, Robot, from_episodes, load, write_lerobot, write_rlds
+from openvla_hf.data import (
+    BadEpisodeError,
+    Gripper,
+    Robot,
+    TrainingStream,
+    from_episodes,
+    load,
+    loading,
+    write_lerobot,
+    write_rlds,
+)
 from openvla_hf.data.lerobot import LeRobotSource
 from openvla_hf.data.robots import GENERIC
 from openvla_hf.data.tfrecord import build_example, parse_example, read_records, write_record
@@ -433,6 +446,41 @@ def test_a_depth_image_in_a_file_is_never_clipped(episodes, tmp_path):
         frames[2]
 
 
+def test_episodes_under_a_key_are_encoded_once(episodes, monkeypatch):
+    encoded = []
+    encode_png = loading.encode_png
+    monkeypatch.setattr(loading, "encode_png", lambda image: encoded.append(image) or encode_png(image))
+    tables = [from_episodes(lambda: iter(episodes), cache_key="first") for _ in range(3)]
+    assert len(encoded) == 5 * STEPS
+    assert all(identical(one, other) for one, other in zip(tables[0], tables[2], strict=True))
+    assert len(from_episodes(episodes[:2], cache_key="second")) == 2 * STEPS
+    assert len(from_episodes(episodes, cache_key="first", name="other")) == 5 * STEPS
+    assert len(encoded) == 12 * STEPS
+
+
+MAKE = """
+import sys, time, datasets
+import numpy as np
+datasets.config.HF_DATASETS_CACHE = sys.argv[1]
+from openvla_hf.data import from_episodes
+
+def episodes():
+    for episode in range(4):
+        print("made", flush=True)
+        time.sleep(0.2)
+        yield [{"image": np.zeros((8, 8, 3), np.uint8), "instruction": "push", "action": np.zeros(7)}]
+
+print(len(from_episodes(episodes, cache_key="same")))
+"""
+
+
+def test_processes_that_start_together_make_a_table_once(tmp_path):
+    command = [sys.executable, "-c", MAKE, str(tmp_path / "shared")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate()[0].split() for process in processes]
+    assert sorted(told, key=len) == [["4"], ["made"] * 4 + ["4"]]
+
+
 def test_frames_without_an_instruction_are_left_out(make_episode, tmp_path):
     write_rlds([make_episode(0), make_episode(1, instruction=" ")], tmp_path / "arm")
     assert {frame["episode_index"] for frame in load(tmp_path / "arm")} == {0}
@@ -491,7 +539,7 @@ def test_a_tfrecord_cut_between_two_records(episodes, tmp_path):
     tfrecord(tmp_path / "arm").write_bytes(tfrecord(tmp_path / "short").read_bytes())
     with pytest.raises(BadEpisodeError, match="there are 2 records and should be 5"):
         load(tmp_path / "arm")
-    assert set(load(tmp_path / "arm", skip_bad_episodes=True)["episode_index"]) == {0, 1}
+    assert set(load(tmp_path / "arm", skip_bad_episodes=0.6)["episode_index"]) == {0, 1}
 
 
 def test_a_flipped_bit_in_a_tfrecord(episodes, tmp_path):
@@ -513,7 +561,8 @@ def test_a_damaged_video(episodes, tmp_path, keep):
     video.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(BadEpisodeError, match=rf"file-000.parquet, episode 0: .*{video.name}"):
         load(tmp_path / "arm")
-    assert len(load(tmp_path / "arm", skip_bad_episodes=True)) == 0
+    with pytest.raises(BadEpisodeError, match="2 of 5 episodes are bad, and at most 10% are skipped"):
+        load(tmp_path / "arm", skip_bad_episodes=True)
 
 
 def test_a_video_that_lacks_frames(episodes, tmp_path, caplog):
@@ -525,10 +574,10 @@ def test_a_video_that_lacks_frames(episodes, tmp_path, caplog):
     with pytest.raises(BadEpisodeError, match=rf"episode 2: .*{video.name}: there is no frame at 3.400 s"):
         load(tmp_path / "arm")
     with caplog.at_level(logging.WARNING):
-        frames = load(tmp_path / "arm", skip_bad_episodes=True)
+        frames = load(tmp_path / "arm", skip_bad_episodes=0.6)
     assert "Skipped bad episode 3" in caplog.text
     assert set(frames["episode_index"]) == {0, 1}
-    assert len(list(load(tmp_path / "arm", streaming=True, skip_bad_episodes=True))) == len(frames) == 2 * STEPS
+    assert len(list(load(tmp_path / "arm", streaming=True, skip_bad_episodes=0.6))) == len(frames) == 2 * STEPS
     assert frames[len(frames) - 1]["image"].shape == (64, 96, 3)
     with pytest.raises(BadEpisodeError, match=rf"{video.name}.*no frame at"):
         before[len(before) - 1]
@@ -577,7 +626,9 @@ def test_an_image_that_is_none(episodes, tmp_path):
         assert {frame["episode_index"] for frame in frames} == {0, 2, 3, 4}
 
 
-def test_an_image_that_is_damaged_within_names_its_frame(episodes, tmp_path):
+@pytest.fixture
+def damaged_frame(episodes, tmp_path):
+    """An RLDS folder in which the first image of episode 1 has a good header and cannot be decoded."""
     write_rlds(episodes, tmp_path / "arm")
     file = tfrecord(tmp_path / "arm")
     with file.open("rb") as stored:
@@ -588,10 +639,14 @@ def test_an_image_that_is_damaged_within_names_its_frame(episodes, tmp_path):
     with file.open("wb") as damaged:
         for payload in records:
             write_record(damaged, payload)
-    where = rf"dataset arm, episode_index 1, frame_index 0: .*{file.name}#bytes="
+    return tmp_path / "arm"
+
+
+def test_an_image_that_is_damaged_within_names_its_frame(damaged_frame):
+    where = r"dataset arm, episode_index 1, frame_index 0: .*tfrecord-00000.*#bytes="
     for streaming in (False, True):
         with pytest.raises(BadEpisodeError, match=where):
-            list(load(tmp_path / "arm", streaming=streaming))
+            list(load(damaged_frame, streaming=streaming))
 
 
 def test_grippers_that_settle_need_whole_episodes(episodes):
@@ -693,8 +748,63 @@ def test_a_table_that_could_not_be_written_whole_is_not_used(episodes, tmp_path,
     write_rlds(episodes, tmp_path / "arm")
     with full_disk(), pytest.raises(OSError, match=r"table\.arrow.*too large.*HF_DATASETS_CACHE"):
         load(tmp_path / "arm")
-    assert list(cache.iterdir()) == []
+    assert [path.name for path in cache.iterdir()] == ["locks"]
     assert len(load(tmp_path / "arm")) == 5 * STEPS
+
+
+def test_skipped_episodes_are_those_whose_frames_are_damaged(damaged_frame, caplog):
+    folder = damaged_frame
+    with caplog.at_level(logging.WARNING):
+        table = load(folder, skip_bad_episodes=True)
+    assert {frame["episode_index"] for frame in table} == {0, 2, 3, 4}
+    assert "Skipped bad episode 1: " in caplog.text
+    assert "record 1, frame 0: " in caplog.text
+    # Of a stream, the episode is half read when the frame is met: that frame alone is left out.
+    stream = load(folder, streaming=True, skip_bad_episodes=True)
+    keys = [(frame["episode_index"], frame["frame_index"]) for frame in [*stream, *stream]]
+    assert keys == 2 * [(index, step) for index in range(5) for step in range(STEPS) if (index, step) != (1, 0)]
+    assert stream.losses.skipped == 1
+    trained = itertools.islice(TrainingStream(stream), 2 * 5 * STEPS)
+    assert (1, 0) not in [(frame["episode_index"], frame["frame_index"]) for frame in trained]
+
+
+def test_damaged_images_of_a_plain_data_set_are_skipped(episodes, decoded):
+    rows = [
+        {**frame, "episode_index": i, "frame_index": t} for i, e in enumerate(episodes) for t, frame in enumerate(e)
+    ]
+    plain = from_columns(rows).cast_column("image", Image(decode=False))
+    images = plain["image"][:]
+    images[8] = {"bytes": images[8]["bytes"][:60], "path": None}
+    plain = plain.remove_columns("image").add_column("image", images).cast_column("image", Image())
+    for _ in range(2):
+        table = load(plain, name="plain", skip_bad_episodes=True)
+        assert set(table.with_format(None)["episode_index"]) == {0, 2, 3, 4}
+    assert len(decoded) == len(rows), "images are checked once"
+
+
+@pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_files_are_skipped_up_to_a_limit(episodes, tmp_path, caplog, write, streaming):
+    write(episodes, tmp_path / "arm")
+    file = next((tmp_path / "arm").rglob("*.mp4"), None) or tfrecord(tmp_path / "arm")
+    file.unlink()
+    with pytest.raises(BadEpisodeError, match=file.name):
+        list(load(tmp_path / "arm", streaming=streaming))
+    with pytest.raises(BadEpisodeError, match=r"2 of 5 episodes are bad, and at most 10%.*skip_bad_episodes"):
+        list(load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=True))
+    with caplog.at_level(logging.WARNING):
+        frames = load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=1.0)
+        # An h264 or AV1 file holds all five episodes, a TFRecord file the first two.
+        assert len(list(frames)) == (3 * STEPS if "tfrecord" in file.name else 0)
+    assert f"Skipped bad episode {2 if 'tfrecord' in file.name else 5}: " in caplog.text
+
+
+def test_bad_episodes_of_python_are_skipped_up_to_a_limit(episodes):
+    with pytest.raises(BadEpisodeError, match="2 of 7 episodes are bad"):
+        from_episodes([[], *episodes, []], skip_bad_episodes=True)
+    assert len(from_episodes([[], *episodes, []], skip_bad_episodes=0.3)) == 5 * STEPS
+    with pytest.raises(ValueError, match=r"skip_bad_episodes=2 is not a share"):
+        from_episodes(episodes, skip_bad_episodes=2)
 
 
 # The samples, which other libraries wrote.

@@ -14,6 +14,7 @@ from openvla_hf.data import (
     load,
     load_statistics,
     mix,
+    rlds,
     save_statistics,
     write_rlds,
 )
@@ -109,3 +110,60 @@ def test_frames_without_a_state_have_no_proprio(episodes):
 def test_no_frames_is_an_error():
     with pytest.raises(ValueError, match="no frames"):
         compute_statistics(from_episodes([]))
+
+
+def count_reads(monkeypatch):
+    """Every file that is opened as a stream of TFRecords."""
+    read = []
+    read_records = rlds.read_records
+    monkeypatch.setattr(rlds, "read_records", lambda file, path: read.append(path) or read_records(file, path))
+    return read
+
+
+def test_statistics_of_a_stream_are_kept_until_its_files_change(episodes, tmp_path, monkeypatch):
+    write_rlds(episodes, tmp_path / "arm", episodes_per_file=1)
+    write_rlds(episodes[:3], tmp_path / "other")
+    read = count_reads(monkeypatch)
+
+    def statistics():
+        one = load(tmp_path / "arm", ARM, streaming=True)
+        return compute_statistics(mix([(one, 1.0, 30), (load(tmp_path / "other", streaming=True), 1.0, 18)]))
+
+    first = statistics()
+    assert len(read) == 6
+    assert statistics() == first
+    alone = compute_statistics(load(tmp_path / "arm", ARM, streaming=True, shuffle_buffer=4))
+    assert alone["arm"]["action"]["q99"] == first["arm"]["action"]["q99"]
+    assert len(read) == 11, "those of the stream alone are computed once more"
+    (tmp_path / "other" / "1.0.0").rename(tmp_path / "other" / "0.9.0")
+    write_rlds(episodes, tmp_path / "new")
+    (tmp_path / "new" / "1.0.0").rename(tmp_path / "other" / "1.0.0")
+    assert len(read) == 11
+    assert statistics()["new"]["num_trajectories"] == 5
+
+
+def test_statistics_of_made_episodes_are_kept_under_a_key(episodes):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return episodes
+
+    for key, expected in ((None, 2), ("a", 3), ("b", 4)):
+        for _ in range(2):
+            compute_statistics(from_episodes(make, ARM, name="arm", streaming=True, cache_key=key))
+        assert len(calls) == expected
+
+
+def test_statistics_are_read_from_a_file_or_its_folder(episodes, tmp_path):
+    statistics = compute_statistics(from_episodes(episodes, ARM))
+    path = save_statistics(statistics, tmp_path)
+    assert load_statistics(path) == load_statistics(tmp_path) == statistics
+    for text, problem in (
+        ("{", "not a file of statistics"),
+        ('{"mean": [1]}', "does not hold"),
+        ("{}", "does not hold"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=problem):
+            load_statistics(path)

@@ -28,20 +28,6 @@ def without_images():
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    """Every image reference that is decoded in this process."""
-    references = []
-    decode_image = frames.decode_image
-
-    def decode(reference):
-        references.append(reference)
-        return decode_image(reference)
-
-    monkeypatch.setattr(frames, "decode_image", decode)
-    return references
-
-
-@pytest.fixture
 def write(make_episode, tmp_path):
     """Writes files with an episode of each length."""
 

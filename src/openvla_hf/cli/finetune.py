@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=natural, default=2, help="processes that read data (default: %(default)s)")
     parser.add_argument("--streaming", action="store_true", help="read the data as they come, and keep nothing")
     parser.add_argument("--shuffle-buffer", type=positive, default=10_000, help="of a stream (default: %(default)s)")
-    parser.add_argument("--skip-bad-episodes", action="store_true", help="go on without episodes that can't be read")
+    parser.add_argument("--skip-bad-episodes", type=share, nargs="?", const=True, default=False, metavar="SHARE",
+                     help="go on without episodes that can't be read, up to this share (default: 0.1)")  # fmt: skip
+    parser.add_argument("--statistics", metavar="FILE", help="a ready dataset_statistics.json (default: computed)")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the output")
     parser.add_argument("--report-to", nargs="+", help="trackers of Trainer, such as tensorboard, trackio or wandb")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it takes, and stop")
@@ -125,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
             "held_out": held_out,
         },
         patience=args.patience,
+        norm_stats=args.statistics,
         **arguments,
     )
     if args.json:

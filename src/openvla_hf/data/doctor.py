@@ -110,7 +110,7 @@ def examine(
     Raises:
         ValueError: the data has no usable frame, or another number of action dimensions than `stats`.
     """
-    losses = Losses(skip=True)
+    losses = Losses(limit=1.0)
     source = open_source(data, split, streaming=False)
     name = name_of(source)
     adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)

@@ -9,7 +9,7 @@ Letters in shapes: T frames of an episode, A dimensions of an action, S of a sta
 import importlib
 import io
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,6 +45,10 @@ DECODED = Features({**FEATURES, "image": Image()})
 
 PLACE = ("dataset", "episode_index", "frame_index")
 """Columns that say which frame a row is."""
+BAD_SHARE = 0.1
+"""Largest share of the episodes that `skip_bad_episodes=True` skips."""
+FEW_EPISODES = 100
+"""Assumed of data that do not say how many episodes they have, until all are read."""
 JPEG = b"\xff\xd8"
 """How such a file begins."""
 
@@ -55,7 +59,19 @@ logger = logging.getLogger(__name__)
 
 
 class BadEpisodeError(ValueError):
-    """An episode that can't be read or used; the message names the file and the record."""
+    """An episode that can't be read or used; the message names the file and the record.
+
+    Args:
+        message: What is wrong, and where.
+        episodes: How many are lost for this reason.
+    """
+
+    def __init__(self, message: str, episodes: int = 1):
+        super().__init__(message, episodes)
+        self.episodes = episodes
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass
@@ -288,37 +304,89 @@ def import_extra(module: str, extra: str) -> ModuleType:
 class Losses:
     """What of a data set does not become frames.
 
-    skip: Whether bad episodes are skipped; else the first one raises.
+    limit: Largest share of the episodes that is skipped where they are bad; with 0, the first one raises.
+    total: Number of episodes, or None where the data don't say.
     bad_episodes: Why each skipped one can't be used.
+    read: Number of episodes that were read so far.
+    skipped: Number of the bad ones, with those that a missing file would have held.
     without_instruction: Number of frames that are left out because nothing says what the robot is to do.
     """
 
-    skip: bool = False
+    limit: float = 0.0
+    total: int | None = None
     bad_episodes: list[str] = field(default_factory=list)
+    read: int = 0
+    skipped: int = 0
     without_instruction: int = 0
+    _known: set[Any] = field(default_factory=set, repr=False)
 
-    def note(self, error: BadEpisodeError) -> None:
-        """Raises the error, or notes it where bad episodes are skipped."""
-        if not self.skip:
+    def note(self, error: BadEpisodeError, key: Any = None) -> None:
+        """Note a bad episode to skip it, or raise the error.
+
+        Args:
+            error: What is wrong.
+            key: Which episode it is, where a message does not say it once for all.
+
+        Raises:
+            BadEpisodeError: Bad episodes are not skipped, or there are more than the limit.
+        """
+        if not self.limit:
             raise error
+        key = key or str(error)
+        if key in self._known:  # met again by another pass over a stream
+            return
+        self._known.add(key)
         self.bad_episodes.append(str(error))
-        logger.warning("Skipped bad episode %d: %s", len(self.bad_episodes), error)
+        self.skipped += error.episodes
+        logger.warning("Skipped bad episode %d: %s", self.skipped, error)
+        self.check(self.total if self.total is not None else FEW_EPISODES)
+
+    def check(self, total: int) -> None:
+        """Raise `BadEpisodeError` where more than the limit of `total` episodes is bad; one may always be."""
+        if self.skipped > max(1, self.limit * total):
+            raise BadEpisodeError(
+                f"{self.skipped} of {total} episodes are bad, and at most {self.limit:.0%} are skipped. Repair the "
+                f"data set, or give a larger share as skip_bad_episodes. The last one: {self.bad_episodes[-1]}"
+            )
 
 
 def usable_rows(
-    episodes: Iterable[Episode | BadEpisodeError], robot: "Robot", dataset: str, losses: Losses
+    episodes: Iterable[Episode | BadEpisodeError],
+    robot: "Robot",
+    dataset: str,
+    losses: Losses,
+    check: Callable[[Any], Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The columns of the rows of each episode that can be used; what is lost is noted in `losses`."""
+    """Give the columns of the rows of each episode that can be used; what is lost is noted in `losses`.
+
+    Args:
+        episodes: Episodes in order, or what is wrong with them.
+        robot: Adapter.
+        dataset: Name of the data set.
+        losses: Where losses are noted.
+        check: Called with each image; it raises `BadEpisodeError` where the image is damaged.
+    """
     for episode in episodes:
+        losses.read += 1
         try:
             if isinstance(episode, BadEpisodeError):
                 raise episode
             rows = episode_rows(episode, robot, dataset)
+            if check is not None:
+                _check_each(check, rows, episode.source)
         except BadEpisodeError as error:
             losses.note(error)
         else:
             losses.without_instruction += sum(not text.strip() for text in episode.instructions)
             yield rows
+
+
+def _check_each(check: Callable[[Any], Any], rows: dict[str, Any], source: str) -> None:
+    for image, frame in zip(rows["image"], rows["frame_index"], strict=True):
+        try:
+            check(image)
+        except BadEpisodeError as error:
+            raise BadEpisodeError(f"{source}, frame {frame}: {error}") from error
 
 
 __all__ = ["DECODED", "FEATURES", "BadEpisodeError", "Episode", "decode_frames", "decode_image"]

@@ -145,6 +145,11 @@ class LeRobotSource:
             return self.info["total_frames"]
         return sum(shard.length for shard in self.shards())
 
+    @property
+    def num_episodes(self) -> int:
+        """Episodes of the split."""
+        return len(self.episodes)
+
     def shards(self) -> list[Shard]:
         """The episodes of the split."""
         rows = self._episodes_v3() if self.version.startswith("3") else self._episodes_v2()

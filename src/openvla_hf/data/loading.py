@@ -6,13 +6,14 @@ dimensions of the action statistics scale.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,13 +27,16 @@ from datasets.exceptions import DataFilesNotFoundError
 from datasets.fingerprint import Hasher
 from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import WeakFileLock
 
 from .frames import (
+    BAD_SHARE,
     FEATURES,
     BadEpisodeError,
     Episode,
     Losses,
     decode_frames,
+    decode_image,
     encode_png,
     usable_rows,
 )
@@ -69,7 +73,7 @@ def load(
     streaming: bool = False,
     shuffle_buffer: int = 0,
     seed: int = 0,
-    skip_bad_episodes: bool = False,
+    skip_bad_episodes: bool | float = False,
 ) -> Frames:
     """Loads a data set in any known format: LeRobot 3.x and 2.x, RLDS, or one of `datasets` with an Image column.
 
@@ -89,28 +93,42 @@ def load(
         streaming: Whether to give an `IterableDataset`; its shards are episodes (LeRobot) or files.
         shuffle_buffer: With `streaming`, encoded frames that are held to draw from.
         seed: Of the draws.
-        skip_bad_episodes: Whether to go on without episodes that can't be used; each is logged with its number.
+        skip_bad_episodes: Whether to go on without episodes that can't be used, up to a tenth of all or to the share
+            that is given. Each is logged with its number. A table then takes the time to decode every image once.
 
     Raises:
         FileNotFoundError: there is nothing at `data`.
         ValueError: it has no known format, or lacks a split, a camera or a column.
-        BadEpisodeError: an episode can't be used; the message names the file and the record.
+        BadEpisodeError: an episode can't be used; the message names the file and the record. Or more are bad than may
+            be skipped.
     """
     source = open_source(data, split, streaming)
     name = name or name_of(source, data)
     adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
+    losses = _losses(skip_bad_episodes)
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
-        return read_table(source, adapter, name, Losses(skip_bad_episodes))
+        return read_table(source, adapter, name, losses, check=decode_image if losses.limit else None)
+    num_frames, cache_key = None, None
     if isinstance(source, IterableDataset):
-        rows = _adapt_stream(source, adapter, name, Losses(skip_bad_episodes))
+        rows = _adapt_stream(source, adapter, name, losses)
     else:
         source.check(adapter)
-        arguments = {"shards": source.shards(), "source": source, "robot": adapter, "name": name}
-        rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments | {"skip": skip_bad_episodes})
+        losses.total = source.num_episodes
+        arguments = {"shards": source.shards(), "source": source, "robot": adapter, "name": name, "losses": losses}
+        rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments)
+        if not adapter.drop_idle and source.num_frames is not None:
+            num_frames = -(-source.num_frames // adapter.every)
+        cache_key = functools.partial(_key_of, source, adapter, name, losses.limit)
     if shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    recorded = None if isinstance(source, IterableDataset) else source.num_frames
-    return FrameStream(rows, name, None if recorded is None else -(-recorded // adapter.every))
+    return FrameStream(rows, name, num_frames, losses, cache_key)
+
+
+def _losses(skip_bad_episodes: bool | float) -> Losses:
+    share = BAD_SHARE if skip_bad_episodes is True else float(skip_bad_episodes)
+    if not 0 <= share <= 1:
+        raise ValueError(f"skip_bad_episodes={skip_bad_episodes} is not a share of the episodes: give at most 1.")
+    return Losses(share)
 
 
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
@@ -121,20 +139,38 @@ def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> s
     return source.info.dataset_name or folder.strip(".") or "data"
 
 
-def read_table(source: Source | Dataset, robot: Robot, name: str, losses: Losses) -> Dataset:
-    """A table of all frames, with what was lost noted in `losses`."""
+def read_table(
+    source: Source | Dataset,
+    robot: Robot,
+    name: str,
+    losses: Losses,
+    check: Callable[[Any], Any] | None = None,
+) -> Dataset:
+    """A table of all frames, with what was lost noted in `losses`; `check` is called with each image."""
     if isinstance(source, Dataset):
-        return _adapt_table(source, robot, name, losses)
+        return _adapt_table(source, robot, name, losses, check)
     # At once, and not an episode at a time: no episode could be read.
     source.check(robot)
-    stamps = [(path, info["size"], info.get("mtime")) for path in source.files() for info in [source.fs.info(path)]]
-    key = Hasher.hash([INDEX_VERSION, stamps, source.split, robot, name, losses.skip])
+    losses.total = source.num_episodes
 
     def columns() -> Iterator[dict[str, Any]]:
         for shard in tqdm(source.shards(), desc=f"Reading {name}", unit=" shards"):
-            yield from usable_rows(source.read(shard, robot), robot, name, losses)
+            yield from usable_rows(source.read(shard, robot), robot, name, losses, check)
 
-    return _write_table(columns(), losses, name, key)
+    return _write_table(columns(), losses, name, _key_of(source, robot, name, losses.limit, check is not None))
+
+
+def _key_of(source: Source, robot: Robot, name: str, limit: float, is_checked: bool = False) -> str:
+    """A hash of what makes the frames: the files by their sizes and times, and how they are read."""
+    stamps = []
+    for path in source.files():
+        try:
+            info = source.fs.info(path)
+        except FileNotFoundError:  # told when the file is read
+            info = {}
+        # What file systems know of a file's version: the local one, the Hub, other servers.
+        stamps.append((path, *(info.get(field) for field in ("size", "mtime", "blob_id", "ETag"))))
+    return Hasher.hash([INDEX_VERSION, stamps, source.split, robot, name, limit, is_checked])
 
 
 def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -> Source | Frames:
@@ -189,10 +225,11 @@ def from_episodes(
     robot: Robot | str | None = None,
     *,
     name: str = "episodes",
+    cache_key: str | None = None,
     every: int | None = None,
     drop_idle: bool | None = None,
     streaming: bool = False,
-    skip_bad_episodes: bool = False,
+    skip_bad_episodes: bool | float = False,
 ) -> Frames:
     """Frames of episodes that Python code makes.
 
@@ -203,6 +240,8 @@ def from_episodes(
             one of these; of a stream, it is called when the frame is read.
         robot: See `load`.
         name: Name that the statistics get.
+        cache_key: Name of these very episodes. What was made under it before is used again, by all processes and at
+            every start, and `episodes` is not read: change the key when the episodes change.
         every: See `load`.
         drop_idle: See `load`.
         streaming: Whether to make frames as they are read (`episodes` is then a function); else they are made once
@@ -214,14 +253,21 @@ def from_episodes(
         TypeError: `streaming` without a function.
     """
     adapter = resolve_robot(robot, name, every=every, drop_idle=drop_idle)
+    losses = _losses(skip_bad_episodes)
+    key = None if cache_key is None else Hasher.hash([INDEX_VERSION, cache_key, adapter, name, losses.limit])
     if streaming:
         if not callable(episodes):
             raise TypeError("A stream starts over at every epoch: pass a function that gives the episodes.")
-        arguments = {"make": episodes, "robot": adapter, "name": name, "skip": skip_bad_episodes}
-        return FrameStream(IterableDataset.from_generator(_generate_made, gen_kwargs=arguments), name)
-    made = _read_made(episodes() if callable(episodes) else episodes, encode_png)
-    losses = Losses(skip_bad_episodes)
-    return _write_table(usable_rows(made, adapter, name, losses), losses, name, None)
+        arguments = {"make": episodes, "robot": adapter, "name": name, "losses": losses}
+        rows = IterableDataset.from_generator(_generate_made, gen_kwargs=arguments)
+        return FrameStream(rows, name, losses=losses, cache_key=None if key is None else functools.partial(str, key))
+
+    def columns() -> Iterator[dict[str, Any]]:
+        made = _read_made(episodes() if callable(episodes) else episodes, encode_png)
+        yield from usable_rows(made, adapter, name, losses, decode_image if losses.limit else None)
+        losses.check(losses.read)
+
+    return _write_table(columns(), losses, name, key)
 
 
 def _read_made(episodes: Episodes, encode: Callable[[Any], Any]) -> Iterator[Episode | BadEpisodeError]:
@@ -245,14 +291,13 @@ def _read_made(episodes: Episodes, encode: Callable[[Any], Any]) -> Iterator[Epi
             yield Episode(source, index, images, instructions, numbers)
 
 
-def _generate_made(make: Callable[[], Episodes], robot: Robot, name: str, skip: bool) -> Iterator[dict[str, Any]]:
+def _generate_made(make: Callable[[], Episodes], robot: Robot, name: str, losses: Losses) -> Iterator[dict[str, Any]]:
     # Images stay as they are until they are read: what is not stored need not be encoded.
-    for columns in usable_rows(_read_made(make(), lambda image: image), robot, name, Losses(skip)):
+    for columns in usable_rows(_read_made(make(), lambda image: image), robot, name, losses):
         yield from _as_rows(columns)
 
 
-def _generate(shards: list[Any], source: Source, robot: Robot, name: str, skip: bool) -> Iterator[dict[str, Any]]:
-    losses = Losses(skip)
+def _generate(shards: list[Any], source: Source, robot: Robot, name: str, losses: Losses) -> Iterator[dict[str, Any]]:
     for shard in shards:
         for columns in usable_rows(source.read(shard, robot), robot, name, losses):
             yield from _as_rows(columns)
@@ -270,30 +315,51 @@ def cache_folder() -> Path:
     return folder
 
 
+def _lock(path: Path) -> AbstractContextManager[Any]:
+    """Held by the one process that makes a file of the cache, while the others wait for it."""
+    locks = path.parent / "locks"
+    locks.mkdir(exist_ok=True)
+    return WeakFileLock(locks / f"{path.stem}.lock")
+
+
 def _write_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, key: str | None) -> Dataset:
     """The table of the cache under `key`, which is written from the columns if it is not there.
 
     Without a key, the name of the table is a hash of what is in it.
     """
     folder = cache_folder()
-    path = folder / f"{name}-{key}.arrow"
-    if key is None or not path.exists():
-        # Written beside its place and then moved there: a table that was cut short is never taken for a whole one.
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            table, lost = Path(unfinished, "table.arrow"), Path(unfinished, "lost.json")
-            _write_rows(table, columns)
-            lost.write_text(json.dumps(asdict(losses)))
-            if key is None:
-                with table.open("rb") as file:
-                    path = folder / f"{name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.arrow"
-            os.replace(lost, path.with_suffix(".json"))
-            os.replace(table, path)
+    if key is None:
+        path = _write_whole(columns, losses, folder, name)
     else:
-        before = Losses(**json.loads(path.with_suffix(".json").read_text()))
-        losses.bad_episodes, losses.without_instruction = before.bad_episodes, before.without_instruction
-        if bad := losses.bad_episodes:
-            logger.warning("%d bad episodes of %s are skipped, the first: %s", len(bad), name, bad[0])
+        path = folder / f"{name}-{key}.arrow"
+        with _lock(path):
+            if not path.exists():
+                _write_whole(columns, losses, folder, name, path)
+        before = json.loads(path.with_suffix(".json").read_text())
+        losses.bad_episodes, losses.skipped = before["bad_episodes"], before["skipped"]
+        losses.without_instruction = before["without_instruction"]
+    if losses.skipped:
+        logger.warning(
+            "%d bad episodes of %s are skipped, the first: %s", losses.skipped, name, losses.bad_episodes[0]
+        )
     return Dataset.from_file(str(path)).with_transform(decode_frames)
+
+
+def _write_whole(
+    columns: Iterable[dict[str, Any]], losses: Losses, folder: Path, name: str, path: Path | None = None
+) -> Path:
+    """Write a table aside and then move it to its place: one that was cut short is never taken for a whole one."""
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        table, lost = Path(unfinished, "table.arrow"), Path(unfinished, "lost.json")
+        _write_rows(table, columns)
+        told = {field: getattr(losses, field) for field in ("bad_episodes", "skipped", "without_instruction")}
+        lost.write_text(json.dumps(told))
+        if path is None:
+            with table.open("rb") as file:
+                path = folder / f"{name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.arrow"
+        os.replace(lost, path.with_suffix(".json"))
+        os.replace(table, path)
+    return path
 
 
 def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
@@ -321,9 +387,12 @@ def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
         ) from error
 
 
-def _adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses) -> Dataset:
+def _adapt_table(
+    data: Dataset, robot: Robot, name: str, losses: Losses, check: Callable[[Any], Any] | None
+) -> Dataset:
     """Keeps the images where they are, and makes the other columns anew."""
     camera = robot.choose_camera(_image_columns(data))
+    images = data.select_columns([camera]).cast_column(camera, Image(decode=False))
     columns = robot.wanted_columns(data.column_names)
     instruction = find_name(robot.instruction, data.column_names, "instruction")
     ordering = [column for column in ("episode_index", "frame_index") if column in data.column_names]
@@ -340,19 +409,41 @@ def _adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses) -> Data
             numbers = {column: np.stack(list(table[column][start:end])) for column in columns}
             yield Episode(f"{name}, episode {index}", index, range(start, end), texts, numbers)  # type: ignore[arg-type]
 
+    losses.total = len(starts)
     tables = []
     row_of: list[int] = []
-    for rows in usable_rows(episodes(), robot, name, losses):
+    for rows in usable_rows(episodes(), robot, name, losses, check and _check_rows(images, check)):
         row_of += rows.pop("image")
         tables.append(rows)
     schema = FEATURES.arrow_schema.remove(0)
     numbers = Dataset(pa.concat_tables([schema.empty_table(), *(pa.table(each, schema=schema) for each in tables)]))
-    images = data.select_columns([camera]).cast_column(camera, Image(decode=False))
     if camera != "image":
         images = images.rename_column(camera, "image")
     if len(row_of) < len(data):
         images = images.select(row_of)
     return concatenate_datasets([images, numbers], axis=1).with_transform(decode_frames)
+
+
+def _check_rows(images: Dataset, check: Callable[[Any], Any]) -> Callable[[int], None]:
+    """A check of the image of a row; all images are checked now, once for all processes and starts."""
+    folder = cache_folder()
+    path = folder / f"damaged-{Hasher.hash(images._fingerprint)}.json"
+    with _lock(path):
+        if not path.exists():
+            damaged = {}
+            for row in tqdm(range(len(images)), desc="Decoding", unit=" images"):
+                try:
+                    check(next(iter(images[row].values())))
+                except BadEpisodeError as error:
+                    damaged[row] = str(error)
+            path.write_text(json.dumps(damaged))
+    known = json.loads(path.read_text())
+
+    def check_row(row: int) -> None:
+        if str(row) in known:
+            raise BadEpisodeError(known[str(row)])
+
+    return check_row
 
 
 def _adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses) -> IterableDataset:

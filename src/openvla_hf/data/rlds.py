@@ -117,10 +117,14 @@ class RLDSSource:
             statistics = json.loads(self.fs.read_text(path))
             statistics = statistics.get(self.name, statistics)
             if frames := statistics.get("num_transitions"):
-                episodes = sum(int(length) for length in self.files_of_split["shardLengths"])
                 # The original's file is of all splits together, so the average length counts.
-                return round(frames * episodes / (statistics.get("num_trajectories") or episodes))
+                return round(frames * self.num_episodes / (statistics.get("num_trajectories") or self.num_episodes))
         return None
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes of the split."""
+        return sum(int(length) for length in self.files_of_split["shardLengths"])
 
     def shards(self) -> list[Shard]:
         """The files of the split."""
@@ -147,6 +151,15 @@ class RLDSSource:
 
     def read(self, shard: Shard, robot: Robot) -> Iterator[Episode | BadEpisodeError]:
         """The episodes of a file, and what can't be read of it, in order."""
+        read = 0
+        try:
+            for episode in self._read(shard, robot):
+                read += 1
+                yield episode
+        except OSError as error:
+            yield BadEpisodeError(f"{shard.path}: the file can't be read ({error}).", shard.length - read)
+
+    def _read(self, shard: Shard, robot: Robot) -> Iterator[Episode | BadEpisodeError]:
         camera = robot.choose_camera(self.cameras)
         columns = robot.wanted_columns(self.numbers)
         instruction = find_name(robot.instruction, self.texts, "instruction")
@@ -185,10 +198,11 @@ class RLDSSource:
                     yield BadEpisodeError(f"{source}: {error}")
                 else:
                     yield episode
-        if index + 1 < shard.length and not is_damaged:
-            yield BadEpisodeError(
-                f"{shard.path}: there are {index + 1} records and should be {shard.length}; download it again."
-            )
+        if index + 1 < shard.length:
+            lost = shard.length - index - 1
+            reason = f"there are {index + 1} records and should be {shard.length}; download it again."
+            reason = f"{lost} more records can't be found." if is_damaged else reason
+            yield BadEpisodeError(f"{shard.path}: {reason}", lost)
 
 
 def find_version(fs: AbstractFileSystem, path: str) -> str | None:

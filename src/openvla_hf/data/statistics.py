@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,11 @@ def describe(values: np.ndarray) -> dict[str, list[float]]:
 def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
     """Statistics of every data set that the frames are of, each frame counted once however often it is drawn.
 
-    Those of a table are kept in the cache under its fingerprint.
+    They are kept in the cache, until the files change, of tables and of streams from `load`. Of `from_episodes`, a
+    `cache_key` keeps them.
 
     Args:
-        frames: From `load`, `from_episodes` or `mix`; a stream must end, so those of a mixture of streams are
-            computed of its parts.
+        frames: From `load`, `from_episodes` or `mix`. A mixture of streams takes a pass over each of its streams.
 
     Returns:
         `{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {...}, "num_transitions",
@@ -56,11 +56,11 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
     Raises:
         ValueError: there are no frames, or actions of one data set differ in size.
     """
-    if not isinstance(frames, Dataset):
-        with images_left_out():
-            return _compute(frames)
+    key = _key_of(frames)
+    if key is None:
+        return _compute(frames)
     folder = cache_folder()
-    path = folder / f"statistics-{Hasher.hash([VERSION, frames._fingerprint])}.json"
+    path = folder / f"statistics-{Hasher.hash([VERSION, key])}.json"
     if not path.exists():
         statistics = _compute(frames)
         # Written beside its place: who reads meanwhile never finds half of it.
@@ -69,12 +69,29 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _key_of(frames: Dataset | IterableDataset) -> Any:
+    """What names the frames as they are, or None where nothing does."""
+    if isinstance(frames, Dataset):
+        return frames._fingerprint
+    if not isinstance(frames, FrameStream):
+        return None
+    if frames.parts:
+        keys = [_key_of(part) for part, _ in frames.parts]
+        return None if None in keys else keys
+    return frames.cache_key and frames.cache_key()
+
+
 def _compute(frames: Dataset | IterableDataset) -> dict[str, Any]:
+    with images_left_out():
+        return _describe_all(_read(frames))
+
+
+def _describe_all(pieces: Iterable[tuple[str, pa.Table]]) -> dict[str, Any]:
     actions: dict[str, list[np.ndarray]] = {}
     states: dict[str, list[np.ndarray]] = {}
     masks: dict[str, list[bool]] = {}
     episodes: dict[str, set[int]] = {}
-    for name, batch in _read(frames):
+    for name, batch in pieces:
         actions.setdefault(name, []).append(matrix(batch["action"], f"{name}: action"))
         masks.setdefault(name, batch["action_mask"][0].as_py())
         episodes.setdefault(name, set()).update(pc.unique(batch["episode_index"]).to_pylist())
@@ -125,9 +142,23 @@ def save_statistics(statistics: dict[str, Any], folder: str | os.PathLike) -> Pa
     return path
 
 
-def load_statistics(folder: str | os.PathLike) -> dict[str, Any]:
-    """Reads `dataset_statistics.json` of a folder."""
-    return json.loads((Path(folder) / FILE_NAME).read_text(encoding="utf-8"))
+def load_statistics(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a file of statistics, or `dataset_statistics.json` of a folder.
+
+    Raises:
+        ValueError: The file does not hold action statistics by the name of their data set.
+    """
+    path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    try:
+        statistics = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a file of statistics: {error}.") from error
+    known = isinstance(statistics, dict) and all(
+        isinstance(of_one, dict) and "action" in of_one for of_one in statistics.values()
+    )
+    if not known or not statistics:
+        raise ValueError(f"{path} does not hold action statistics by the name of their data set.")
+    return statistics
 
 
 __all__ = ["compute_statistics", "load_statistics", "save_statistics"]

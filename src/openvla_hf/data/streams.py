@@ -1,14 +1,14 @@
 """Streams of frames: endless draws that ranks and workers share evenly, by weight where there are several."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch.utils.data
 from datasets import IterableDataset
 
-from .frames import DECODED, decode_frame
+from .frames import DECODED, BadEpisodeError, Losses, decode_frame
 
 
 RUN = 16
@@ -30,6 +30,8 @@ class FrameStream(IterableDataset):
         rows: Rows whose images are references, as in `frames.FEATURES`.
         name: Name of the data set.
         num_frames: Frames of one pass, or None where the metadata does not say.
+        losses: Whether damaged images are skipped, and where they are noted.
+        cache_key: Gives a name of what is in the stream, under which its statistics are kept.
         parts: Of a mixture, its streams with their shares of the draws; `rows` then has no end.
         seed: Of the draws of a mixture.
     """
@@ -39,12 +41,17 @@ class FrameStream(IterableDataset):
         rows: IterableDataset,
         name: str,
         num_frames: int | None = None,
+        losses: Losses | None = None,
+        cache_key: Callable[[], str] | None = None,
         parts: Sequence[tuple[IterableDataset, float]] = (),
         seed: int = 0,
     ):
-        frames = rows.map(decode_frame, features=DECODED)
+        self.losses = losses or Losses()
+        frames = rows.map(_decode, fn_kwargs={"losses": self.losses}, features=DECODED)
+        if self.losses.limit:
+            frames = frames.filter(_is_frame)
         super().__init__(frames._ex_iterable, info=frames.info, split=frames.split)
-        self.rows, self.name, self.num_frames = rows, name, num_frames
+        self.rows, self.name, self.num_frames, self.cache_key = rows, name, num_frames, cache_key
         self.parts, self.seed = tuple(parts), seed
 
     def repeat(self, num_times: int | None) -> IterableDataset:
@@ -52,13 +59,28 @@ class FrameStream(IterableDataset):
         return super().repeat(num_times) if num_times is not None else mix_streams([(self, 1.0)])
 
 
+def _decode(row: Row, losses: Losses) -> Row:
+    """A row's frame; one without an instruction where the image is damaged and bad episodes are skipped."""
+    try:
+        return decode_frame(row)
+    except BadEpisodeError as error:
+        losses.note(error, (row.get("dataset"), row.get("episode_index")))
+        return row | {"image": None, "instruction": None}
+
+
+def _is_frame(row: Row) -> bool:
+    return row["instruction"] is not None
+
+
 def mix_streams(parts: Sequence[tuple[IterableDataset, float]], seed: int = 0) -> FrameStream:
     """A stream without an end that draws from each part by its share; its shards are readers of all parts."""
     readers = min(part.num_shards for part, _ in parts)
     arguments = {"readers": list(range(readers)), "of": readers, "parts": tuple(parts), "seed": seed}
-    return FrameStream(
-        IterableDataset.from_generator(_read_mixture, gen_kwargs=arguments), "mixture", parts=parts, seed=seed
-    )
+    rows = IterableDataset.from_generator(_read_mixture, gen_kwargs=arguments)
+    noted = [part.losses for part, _ in parts if isinstance(part, FrameStream)]
+    totals = [losses.total for losses in noted if losses.total is not None]
+    losses = Losses(max((one.limit for one in noted), default=0.0), sum(totals) if len(totals) == len(parts) else None)
+    return FrameStream(rows, "mixture", losses=losses, parts=parts, seed=seed)
 
 
 def _read_mixture(
@@ -155,14 +177,15 @@ class TrainingStream(torch.utils.data.IterableDataset):
         is_mixture = isinstance(stream, FrameStream) and bool(stream.parts)
         self.parts = stream.parts if is_mixture else ((stream, 1.0),)
         self.seed = stream.seed if is_mixture else 0
+        self.losses = stream.losses if isinstance(stream, FrameStream) else Losses()
 
     def __iter__(self) -> Iterator[Row]:
         worker = torch.utils.data.get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         rows = draw(self.parts, self.rank * workers + index, self.ranks * workers, self.seed)
         used = len(range(index, self.first_batch, workers)) * self.batch_size
-        for place, row in enumerate(rows):
-            yield decode_frame(row) if place >= used else {}
+        yield from ({} for _ in itertools.islice(rows, used))
+        yield from (frame for frame in (_decode(row, self.losses) for row in rows) if _is_frame(frame))
 
 
 __all__ = ["FrameStream", "TrainingStream", "draw", "mix_streams", "read_endlessly"]

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, EarlyStoppingCallback, TrainingArguments, set_seed
 
 from ..checkpoint_info import describe
-from ..data import Augmentation, compute_statistics
+from ..data import Augmentation, compute_statistics, load_statistics
 from ..data.splits import read_split
 from ..model_card import TRAINING_FILE, write_card
 from ..modeling.checkpoint_loading import STATISTICS_FILE
@@ -65,7 +65,7 @@ def build_trainer(
     recipe: Recipe,
     *,
     eval_data: Dataset | IterableDataset | dict[str, Any] | None = None,
-    norm_stats: dict[str, Any] | None = None,
+    norm_stats: dict[str, Any] | str | os.PathLike | None = None,
     run: dict[str, Any] | None = None,
     model_kwargs: dict[str, Any] | None = None,
     patience: int | None = None,
@@ -79,7 +79,7 @@ def build_trainer(
         output: Folder of the checkpoints.
         recipe: What is trained, and how.
         eval_data: Frames to evaluate on, or several sets of them by name.
-        norm_stats: Statistics by data set; computed from `train_data` by default.
+        norm_stats: Statistics by data set, or a file or folder that holds them; computed from `train_data` by default.
         run: What the model card is to say of the run, such as `datasets` and `recipe`.
         model_kwargs: More arguments of `from_pretrained` for the base.
         patience: Evaluations without an improvement after which training stops; by default it does not. It needs
@@ -95,6 +95,8 @@ def build_trainer(
         # Once on each machine: the others read what the first has cached.
         with PartialState().local_main_process_first():
             norm_stats = compute_statistics(train_data)
+    elif not isinstance(norm_stats, dict):
+        norm_stats = load_statistics(norm_stats)
     model = OpenVLAForActionPrediction.from_pretrained(model_id, **recipe.model_kwargs() | (model_kwargs or {}))
     model.norm_stats = norm_stats
     processor = AutoProcessor.from_pretrained(model_id)
