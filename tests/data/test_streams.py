@@ -188,8 +188,8 @@ def test_a_stream_without_frames_is_refused_in_training():
 
 
 def test_a_plain_stream_is_shared_evenly_too():
-    stream = Dataset.from_dict({"episode_index": [0] * 40, "frame_index": list(range(40)), "image": [None] * 40})
-    stream = stream.to_iterable_dataset(num_shards=2)
+    columns = {"episode_index": [0] * 40, "frame_index": list(range(40)), "image": [None] * 40}
+    stream = Dataset.from_dict(columns | {"instruction": ["push"] * 40}).to_iterable_dataset(num_shards=2)
     drawn = Counter(key for rank in range(3) for key in keys(take(TrainingStream(stream, rank, 3), 80)))
     assert len(drawn) == 40
     assert set(drawn.values()) == {6}
