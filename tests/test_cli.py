@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from openvla_hf.cli import build_parser, main
-from openvla_hf.data import load
+from openvla_hf.cli.common import print_json
+from openvla_hf.data import load, write_lerobot
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 
@@ -152,6 +153,13 @@ def test_an_adapter_is_to_be_merged_first(command, capsys, tmp_path):
     assert error.startswith(f"openvla-hf: {tmp_path} is an adapter: merge it first with `openvla-hf merge {tmp_path}")
 
 
+@pytest.mark.parametrize("command", ["doctor {0}", "finetune --model {0} --data {0} --output {1}"])
+def test_a_checkpoint_is_not_taken_for_a_data_set(command, policy, capsys, tmp_path):
+    status = main(command.format(policy, tmp_path / "out").split())
+    assert status == 2
+    assert f"'{policy}' is a checkpoint, not a data set" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_errors_name_options_by_their_flags(capsys, policy, tmp_path):
     several = shutil.copytree(policy, tmp_path / "several")
     config = json.loads((several / "config.json").read_text())
@@ -194,6 +202,13 @@ def test_brackets_in_an_instruction_are_printed(policy, capsys):
     assert instruction in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_never_holds_a_number_that_json_does_not_have(value, capsys):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        print_json({"action": [value]})
+    assert capsys.readouterr().out == ""
+
+
 def command_line(*arguments, **env):
     """Start a command in a process of its own."""
     return subprocess.Popen(
@@ -213,6 +228,23 @@ def test_a_terminal_without_unicode_gets_escapes(policy):
     assert process.returncode == 0, error
     assert "pousse le d\\xe9 \\u201crouge\\u201d" in output
     assert output.isascii()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lora", "qlora"])
+def test_fine_tuning_says_nothing_of_what_others_deprecate(recipe, policy, tmp_path):
+    if recipe == "qlora":
+        pytest.importorskip("bitsandbytes")
+    write_lerobot([fake_episode(steps=6)], tmp_path / "kitchen")
+    small = ["--steps", "1", "--workers", "0", "--set", "batch_size=2", "lora_rank=2"]
+    data = ["--data", tmp_path / "kitchen", "--output", tmp_path / "out", "--recipe", recipe]
+    process = command_line("finetune", "--model", policy, *data, *small)
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    assert "deprecated" not in error
+    assert "Warning" not in error
+    assert "incompatible" not in error
+    assert "Failed to load" not in error
 
 
 def test_ctrl_c_ends_a_command_in_one_line():

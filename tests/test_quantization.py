@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from openvla_hf.cli import main
+from openvla_hf.data import write_lerobot
 from openvla_hf.evaluation.fidelity import compare
 from openvla_hf.evaluation.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
 from openvla_hf.modeling.action_decoding import action_pass
@@ -406,6 +407,25 @@ def test_the_command_writes_checkpoints_and_reports(policy, tmp_path, capsys):
     assert (tmp_path / "report" / "fidelity.png").stat().st_size > 1000
     assert main(["quantize", str(policy.folder)]) == 2
     assert "a new folder" in capsys.readouterr().err
+
+
+def test_the_report_reads_data_as_training_does(policy, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_lerobot([fake_episode(steps=6)], tmp_path / "kitchen")
+    robots = tmp_path / "robots.py"
+    robots.write_text(
+        "from openvla_hf.data import Gripper, Robot, register_robot\n"
+        "register_robot(Robot('lab_arm', action_dim=7, gripper=Gripper(open=1.0, closed=0.0)))\n"
+    )
+    more = ["--report", "--format", "8bit", "--frames", "2", "--output", str(tmp_path / "report"), "--json"]
+    more += ["--data", str(tmp_path / "kitchen"), "--robot", "lab_arm"]
+    assert main(["quantize", str(policy.folder), *more]) == 2
+    assert "'lab_arm'" in capsys.readouterr().err
+    more += ["--robots", str(robots)]
+    assert main(["quantize", str(policy.folder), *more, "--camera", "wrist"]) == 2
+    assert "'wrist'" in capsys.readouterr().err
+    assert main(["quantize", str(policy.folder), *more, "--camera", "observation.images.front"]) == 0
+    assert json.loads(capsys.readouterr().out)["observations"] == 2
 
 
 # Bad input

@@ -1,6 +1,8 @@
 import json
+import re
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -145,6 +147,14 @@ def test_another_number_of_dimensions_than_the_model_s_is_told(make_episode):
 def test_the_histograms_are_drawn(make_episode, tmp_path):
     report, _ = examine(from_episodes([make_episode(0)], ARM), ARM)
     assert Image.open(plot_actions(report, tmp_path / "actions.png")).size[0] > 400
+
+
+def test_the_bars_of_a_histogram_stand_on_zero(make_episode, tmp_path):
+    report, _ = examine(from_episodes([make_episode(0)], ARM), ARM)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        svg = plot_actions(report, tmp_path / "actions.svg").read_text()
+    zeros = re.findall(r"<text>\s*<tspan[^>]*>0</tspan>\s*</text>", svg)
+    assert len(zeros) == len(report.q01)
 
 
 def test_the_command_prints_a_table_or_json(make_episode, tmp_path, capsys, tiny):

@@ -3,9 +3,11 @@
 import argparse
 import functools
 import io
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -76,6 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def silence_others() -> None:
+    """Leave out, one by one, the messages of other libraries that call for nothing from the user."""
+    # peft reads an attribute of models under its old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # bitsandbytes has a faster kernel for some CPUs in a package of its own.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_kernels)
+
+
+def _is_not_about_kernels(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -85,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    silence_others()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As standard error does: what a terminal can't show is written as an escape.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -335,10 +335,13 @@ def plot_actions(report: Report, path: str | os.PathLike, names: Sequence[str] |
     figure, axes = pyplot.subplots(
         count, 1, figsize=(8, 1.3 * count), sharex=True, squeeze=False, layout="constrained"
     )
-    edges = np.linspace(-1, 1, N_BINS)
+    # The last bin holds 1 alone.
+    edges = np.append(np.linspace(-1, 1, N_BINS), 1 + 2 / N_BINS)
     for dimension, (axis, counts) in enumerate(zip(axes[:, 0], report.histograms, strict=True)):
-        axis.bar(edges, counts, width=2 / N_BINS, align="edge", log=True)
-        axis.set_ylim(bottom=0.5)  # a bar of one frame is seen
+        axis.stairs(counts, edges, fill=True)
+        # A logarithm above one frame and linear below, so that the bars stand on 0 and one frame is seen.
+        axis.set_yscale("symlog", linthresh=1, linscale=0.5)
+        axis.set_ylim(bottom=0)
         axis.set_ylabel(names[dimension] if names else f"action {dimension}")
     axes[-1, 0].set_xlabel("normalised action; a bar is a token")
     figure.suptitle(f"{report.name}: {report.frames} frames")

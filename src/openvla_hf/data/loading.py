@@ -210,8 +210,10 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
 
 
 def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
-    """Raise `ValueError` for formats in which every lab has a layout of its own."""
+    """Raise `ValueError` for a checkpoint, and for formats in which every lab has a layout of its own."""
     names = [root, *(fs.ls(root, detail=False) if fs.isdir(root) else ())]
+    if any(name.endswith(".safetensors") for name in names) and any(name.endswith("config.json") for name in names):
+        raise ValueError(f"{root!r} is a checkpoint, not a data set: give the data set that it is to be tried on.")
     for ending, kind in FOREIGN.items():
         if any(name.rstrip("/").endswith(ending) for name in names):
             raise ValueError(

@@ -256,30 +256,39 @@ def plot(results: Sequence[Fidelity], path: str | Path, names: Sequence[str]) ->
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ModuleNotFoundError as error:
         raise ImportError("The plot needs matplotlib: run `pip install matplotlib`.") from error
     baseline, *quantized = results
     figure = Figure(figsize=(11, 4), layout="constrained")
     memory, difference = figure.subplots(1, 2, width_ratios=(2, 3))
     for place, result in enumerate(results):
-        megabytes, colour = result.weight_bytes / 1e6, f"C{place}"
-        memory.scatter(megabytes, 100 * result.token_agreement, color=colour, label=result.label)
+        megabytes = result.weight_bytes / 1e6
+        # Rings of different sizes: none covers another, even where the figures are equal.
+        ring = {"s": 45 * (len(results) - place), "facecolors": "none", "edgecolors": f"C{place}", "linewidths": 2}
+        memory.scatter(megabytes, 100 * result.token_agreement, **ring)
         if result.success is not None:
-            memory.scatter(megabytes, 100 * result.success, color=colour, marker="s")
-    memory.set(xlabel="weights (MB)", ylabel="%", xlim=(0, None), ylim=(None, 101))
+            memory.scatter(megabytes, 100 * result.success, marker="s", **ring)
+    memory.margins(x=0.12, y=0.12)
+    memory.set(xlabel="weights (MB)", ylabel="%")
     memory.set_title(
-        f"●  tokens as in {baseline.format}" + ("   ■  episodes solved" if baseline.success is not None else ""),
+        f"○  tokens as in {baseline.format}" + ("   □  episodes solved" if baseline.success is not None else ""),
         fontsize=10,
     )
     for place, result in enumerate(quantized, start=1):
         shift = (place - len(results) / 2) / (2 * len(results))
-        difference.scatter(np.arange(len(names)) + shift, result.l1, color=f"C{place}")
+        difference.scatter(np.arange(len(names)) + shift, result.l1, color=f"C{place}", clip_on=False, zorder=3)
     difference.set_xticks(range(len(names)), names)
     difference.set_title("L1, in the robot's units", fontsize=10)
-    # Metres and radians are far apart. Where nothing differs there is nothing to take a logarithm of.
-    difference.set_yscale("log" if any(any(result.l1) for result in quantized) else "linear")
+    # Metres and radians are far apart: a logarithm, that ends in a linear part so that 0 has a place.
+    if positive := [value for result in quantized for value in result.l1 if value > 0]:
+        difference.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
+    difference.margins(y=0.1)
+    difference.set_ylim(bottom=0)
     difference.grid(axis="y", alpha=0.3)
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
+    handles = [Line2D([], [], color=f"C{place}", marker="o", linestyle="none") for place in range(len(results))]
+    labels = [result.label for result in results]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(results), fontsize=8)
     figure.savefig(path, dpi=120)
 
 

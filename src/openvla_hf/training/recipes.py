@@ -101,6 +101,8 @@ class Recipe:
             if name in of_recipe:
                 raise ValueError(f"{name} is a field of the recipe. Give it to `recipe`.")
             check_value(name, value, annotations[name])
+        # transformers renamed it, and warns of the old name.
+        checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
         fields = {
             "per_device_train_batch_size": self.batch_size,
             "per_device_eval_batch_size": self.batch_size,
@@ -110,8 +112,8 @@ class Recipe:
             "warmup_steps": self.warmup_steps,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
-            "gradient_checkpointing": self.gradient_checkpointing or None,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
+            checkpointing: self.gradient_checkpointing or None,
+            f"{checkpointing}_kwargs": {"use_reentrant": False} if self.gradient_checkpointing else None,
             "bf16": self.dtype == "bfloat16",
             "use_cpu": not torch.accelerator.is_available(),
             "seed": self.seed,

@@ -141,7 +141,7 @@ class ActionTrainer(Trainer):
         inputs = dict(inputs)
         dataset_index = inputs.pop("dataset_index", None)
         positions, targets = supervised_positions(inputs.pop("labels"))
-        outputs = model(**inputs, logits_to_keep=positions)
+        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
         logits = outputs.logits.float()
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
