@@ -114,6 +114,7 @@ def test_the_doctor_judges_the_data_at_the_rate_that_is_asked_for(make_episode, 
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["frequency"] == 10.0
+    assert not any("at 10 Hz" in warning for warning in report["warnings"]), "the recording's rate is compared"
     assert report["frames"] == 4 * 3
     assert report["idle"] == 0.0
 

@@ -182,6 +182,11 @@ def test_a_missing_feature_of_a_tuple_is_named_and_not_passed_over():
         Robot("arm", state=("state", "joints")).standardize({"action": np.zeros((2, 6)), "state": np.zeros((2, 6))}, 2)
 
 
+def test_a_rotation_is_not_taken_for_a_gripper():
+    with pytest.raises(ValueError, match="6 numbers, which are all of the pose"):
+        standardize(Robot("arm", space="end_effector_delta", gripper=Gripper()), np.zeros((2, 6)))
+
+
 def test_names_of_dimensions_follow_what_becomes_of_the_numbers():
     names = {"a": ["one", "two"], "b": ["three"]}
     assert Robot("arm", action=("b", "a")).name_dimensions(names, names) == ["three", "one", "two"]

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..modeling.action_tokenizer import ActionTokenizer, normalize
 from .frames import Losses, import_extra, matrix
 from .loading import Frames, name_of, open_source, read_table
-from .motion import STILL, TARGETS, find_idle
+from .motion import JOINTS, STILL, TARGETS, find_idle
 from .robots import Robot, resolve_robot
 from .statistics import compute_statistics
 
@@ -138,8 +138,6 @@ def examine(
         np.bincount(np.digitize(column, bins) - 1, minlength=N_BINS).tolist() for column in normalize(actions, used).T
     ]
     source_frequency = None if isinstance(source, Dataset) else source.frequency
-    if source_frequency is not None:
-        source_frequency /= adapter.every
     follows = np.empty(0, int) if states is None else _follow_state(actions, states, adapter)
     space = adapter.standard_space
     if space is None and _are_most(follows, actions, adapter):
@@ -147,6 +145,7 @@ def examine(
     grippers = adapter.gripper_dimensions(actions.shape[1])
     episodes = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     idle = [find_idle(actions[each], None if states is None else states[each], space, grippers) for each in episodes]
+    frequency = source_frequency or adapter.frequency
     names = None
     if not isinstance(source, Dataset):
         names = adapter.name_dimensions(source.numbers, source.dimension_names)
@@ -170,7 +169,7 @@ def examine(
         clipped=np.where(scaled, outside.mean(0), 0.0).tolist(),
         unused_dimensions=np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
         gripper_open=float((actions[:, grippers] > 0.5).mean()) if grippers else None,
-        frequency=source_frequency or adapter.frequency,
+        frequency=frequency / adapter.every if frequency else None,
         names=names if names is not None and len(names) == actions.shape[1] else None,
         follows_state=follows.tolist(),
         motionless_start=None if states is None else _motionless_start(states, episodes),
@@ -273,7 +272,7 @@ def _warnings(
             warnings.append(f"Only {begin_open:.0%} of the episodes begin with an open gripper: is its sign right?")
         if report.gripper_open in (0.0, 1.0):
             warnings.append(f"The gripper is always {'open' if report.gripper_open else 'closed'}.")
-    elif actions.shape[1] == len("xyzrpyg"):
+    elif actions.shape[1] == len("xyzrpyg") and robot.standard_space not in JOINTS:
         warnings.append("Nothing says what the gripper's values mean: give a robot whose adapter does, if it has one.")
     if source_frequency and robot.frequency and abs(source_frequency / robot.frequency - 1) > 0.05:
         warnings.append(f"The data is at {source_frequency:g} Hz, the robot {robot.name!r} at {robot.frequency:g} Hz.")

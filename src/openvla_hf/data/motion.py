@@ -14,6 +14,8 @@ DELTAS = ("end_effector_delta", "joint_deltas")
 """Spaces in which an action is a movement."""
 TARGETS = ("end_effector_pose", "joint_positions")
 """Spaces in which an action is where the robot is to be."""
+JOINTS = ("joint_deltas", "joint_positions")
+"""Spaces of joints, whose numbers have one unit."""
 POSE_DIMS = 3
 """Where the rotation begins in an end effector's action or state, after the position."""
 
@@ -75,7 +77,7 @@ def _is_still(movements: np.ndarray, space: str | None) -> np.ndarray:
     if not movements.size:
         return np.ones(len(movements), bool)
     ranges = np.ptp(np.quantile(movements, (0.01, 0.99), axis=0), axis=0)
-    units = {None: 1, "joint_deltas": len(ranges), "joint_positions": len(ranges)}.get(space, POSE_DIMS)
+    units = 1 if space is None else len(ranges) if space in JOINTS else POSE_DIMS
     for start in range(0, len(ranges), units):
         ranges[start : start + units] = ranges[start : start + units].max()
     return (np.abs(movements) <= np.maximum(STILL_FLOOR, STILL * ranges)).all(1)

@@ -91,7 +91,7 @@ class Robot:
         rotation: How the numbers after the position say a rotation, one of `ROTATIONS`; it becomes Euler angles.
         relative: Older form: `relative=False` means `space="end_effector_pose"`.
         gripper: What its values mean. Its dimensions are then not scaled by statistics.
-        frequency: Actions a second.
+        frequency: Recorded actions a second; with `every`, the robot acts as many times less often.
         space: What the numbers of the data set's action are. By default nothing is known, and they are taken as they
             are.
 
@@ -367,6 +367,11 @@ class Robot:
     def _check_size(self, action_dim: int) -> None:
         """Raise `ValueError` where an action of so many numbers is not of one end effector, but the robot's is."""
         pose_end = POSE_DIMS + ROTATIONS[self.rotation][0]
+        if self.is_end_effector and self.gripper is not None and action_dim == pose_end:
+            raise ValueError(
+                f"the action has {action_dim} numbers, which are all of the pose, but the adapter {self.name!r} says "
+                "what a gripper's values mean: leave gripper out."
+            )
         if self.is_end_effector and not pose_end <= action_dim <= pose_end + 1:
             raise ValueError(
                 f"the action has {action_dim} numbers, but {self.recorded_space!r} with rotation={self.rotation!r} "
