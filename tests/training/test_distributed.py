@@ -130,3 +130,12 @@ def test_two_processes_draw_every_frame_of_a_stream_equally(tmp_path, data):
     assert not {*map(tuple, some[:12])} & {*map(tuple, rest[:12])}
     assert len(one) == steps
     assert one == other
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, data):
+    told, folder = launch(tmp_path, data, "out", "lora", "ddp.yaml", SPOIL="1")
+    for index, losses, _ in told:
+        assert len(losses) == 2
+        assert "The loss is nan at step 3" in (tmp_path / f"out-{index}.txt").read_text()
+    assert not folder.exists()
