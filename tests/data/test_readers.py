@@ -32,6 +32,7 @@ from openvla_hf.data import (
     Robot,
     TrainingStream,
     from_episodes,
+    lerobot,
     load,
     loading,
     write_lerobot,
@@ -356,6 +357,55 @@ def test_the_table_does_not_hold_the_images(make_episode, tmp_path, cache):
     write_rlds([make_episode(0, steps=8)] * 40, tmp_path / "arm")
     load(tmp_path / "arm")
     assert sum(path.stat().st_size for path in cache.iterdir()) < 600 * 40 * 8
+
+
+def keep_images_in_parquet(folder, episodes, row_group_size):
+    """Turn a LeRobot folder with a video into one whose images are in the parquet file."""
+    info_file, data_file = folder / "meta/info.json", next((folder / "data").rglob("*.parquet"))
+    info = json.loads(info_file.read_text())
+    camera = next(name for name, feature in info["features"].items() if feature["dtype"] == "video")
+    info["features"][camera]["dtype"] = "image"
+    info_file.write_text(json.dumps(info))
+    images = [loading.encode_png(frame["image"]) for each in episodes for frame in each]
+    table = pq.read_table(data_file)
+    column = pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(table.append_column(camera, column), data_file, row_group_size=row_group_size)
+    shutil.rmtree(folder / "videos")
+    return data_file
+
+
+@pytest.mark.parametrize("row_group_size", [4, STEPS, 1000])
+def test_images_in_parquet_files_stay_where_they_are(episodes, tmp_path, cache, row_group_size):
+    rng = np.random.default_rng(0)
+    for each in episodes:
+        for frame in each:
+            frame["image"] = rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    write_lerobot(episodes, tmp_path / "arm")
+    file = keep_images_in_parquet(tmp_path / "arm", episodes, row_group_size)
+    table, stream = load(tmp_path / "arm"), load(tmp_path / "arm", streaming=True)
+    truth = [frame["image"] for each in episodes for frame in each]
+    assert sum(path.stat().st_size for path in cache.glob("*.arrow")) < file.stat().st_size / 10
+    for index in rng.permutation(len(truth)).tolist():
+        np.testing.assert_array_equal(table[index]["image"], truth[index])
+    assert all(identical(one, other) for one, other in zip(stream, table, strict=True))
+    loader = DataLoader(table, batch_size=None, num_workers=2)
+    assert all(np.array_equal(frame["image"], image) for frame, image in zip(loader, truth, strict=True))
+    file.unlink()
+    load(tmp_path / "arm", skip_bad_episodes=1.0)  # closes the files
+    with pytest.raises(BadEpisodeError, match=rf"episode_index 0, frame_index 0: .*{file.name}#row=0:.*can't be read"):
+        table[0]
+
+
+def test_large_row_groups_of_images_are_told(episodes, tmp_path, monkeypatch, caplog):
+    write_lerobot(episodes, tmp_path / "arm")
+    file = keep_images_in_parquet(tmp_path / "arm", episodes, row_group_size=2 * STEPS)
+    size = len(loading.encode_png(episodes[0][0]["image"])["bytes"])
+    for limit, told in ((2 * STEPS * size // 2, True), (2 * STEPS * size * 2, False)):
+        monkeypatch.setattr(lerobot, "LARGE_GROUP", limit)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load(tmp_path / "arm", skip_bad_episodes=told)  # a table of its own
+        assert (f"{file.name}: the images are in row groups" in caplog.text) == told
 
 
 def test_plain_datasets_with_an_image_column(episodes):

@@ -1,7 +1,8 @@
 """What every reader gives: episodes, and frames as rows of one schema, with images that are decoded when read.
 
-A row's image is bytes, or says where they are: `file#bytes=START-END` for a range of a file, `video.mp4#t=SECONDS`
-for a frame of a video. So a table of all frames is small, whatever the images weigh.
+A row's image is bytes, or says where they are: `file#bytes=START-END` for a range of a file, `video.mp4#t=SECONDS` for
+a frame of a video, `file.parquet#row=N:COLUMN` for a row of a parquet file. So a table of all frames is small,
+whatever the images weigh.
 
 Letters in shapes: T frames of an episode, A dimensions of an action, S of a state, H and W pixels.
 """
@@ -22,6 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, Image, List, Value
 from PIL import Image as PILImage
+
+from .parquet_images import read_row
 
 
 if TYPE_CHECKING:
@@ -171,22 +174,33 @@ def decode_image(reference: ImageReference) -> np.ndarray:
         BadEpisodeError: the bytes are no image, or the file does not hold them.
     """
     data, path = reference["bytes"], reference["path"]
-    if data is None:
-        file, _, fragment = path.rpartition("#")
-        kind, _, value = fragment.partition("=")
-        if file and kind == "t":
-            from .video import read_frame
+    if data is None and "#t=" in path:
+        from .video import read_frame
 
-            return read_frame(file, float(value))
-        if file and kind == "bytes":
-            start, end = map(int, value.split("-"))
-            data = _read_range(file, start, end)
-        else:
-            data = _read_range(path, 0, None)
+        file, _, time = path.rpartition("#t=")
+        return read_frame(file, float(time))
+    try:
+        data = _read_bytes(path) if data is None else data
+    except (OSError, IndexError, pa.ArrowException) as error:
+        raise BadEpisodeError(f"{path}: the image can't be read ({error}).") from error
     try:
         return _decode_jpeg(data) if data[:2] == JPEG else _decode_other(data)
     except (OSError, ValueError) as error:
         raise BadEpisodeError(f"{path or 'an image'}: this is no image that can be decoded ({error}).") from error
+
+
+def _read_bytes(path: str) -> bytes:
+    """The encoded image that a path refers to: a file, or a place in one."""
+    file, _, fragment = path.rpartition("#")
+    kind, _, value = fragment.partition("=")
+    if file and kind == "bytes":
+        start, end = map(int, value.split("-"))
+        return _read_range(file, start, end)
+    if file and kind == "row":
+        row, _, column = value.partition(":")
+        image = read_row(file, int(row), column)
+        return image["bytes"] if image["bytes"] is not None else _read_range(image["path"], 0, None)
+    return _read_range(path, 0, None)
 
 
 def check_images(images: Iterable[bytes | memoryview]) -> None:

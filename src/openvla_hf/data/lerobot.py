@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,16 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from .frames import BadEpisodeError, Episode, ImageReference, check_images, matrix
+from .parquet_images import close_parquet_files
 from .robots import Robot, as_tuple
 from .video import check_frame, close_videos
 
 
 INFO_FILE = "meta/info.json"
+LARGE_GROUP = 64 * 10**6
+"""Bytes of images in a row group above which reading in random order is slow."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,25 @@ class DataFile:
         self.episodes, self.starts = np.unique(episode_of[self.rows], return_index=True)
         self.groups: dict[int, pa.Table] = {}
 
-    def read(self, episode: int) -> pa.Table:
-        """The rows of an episode, in the order in which they are stored; none where it is not in the file."""
+    def find(self, episode: int) -> np.ndarray:
+        """The numbers of an episode's rows, in the order in which they are stored; none if it is not in the file."""
         at = np.searchsorted(self.episodes, [episode, episode + 1])
-        rows = self.rows[slice(*np.append(self.starts, len(self.rows))[at])]
+        return self.rows[slice(*np.append(self.starts, len(self.rows))[at])]
+
+    def largest_group(self, column: str) -> int:
+        """Bytes of a column in the row group that has most."""
+        groups = (self.file.metadata.row_group(group) for group in range(len(self.sizes)))
+        return max(
+            sum(
+                part.total_uncompressed_size
+                for part in map(group.column, range(group.num_columns))
+                if part.path_in_schema.startswith(f"{column}.")
+            )
+            for group in groups
+        )
+
+    def read(self, rows: np.ndarray) -> pa.Table:
+        """Rows by their rising numbers."""
         if not len(rows):
             return self.file.schema_arrow.empty_table().select(self.columns)
         group_of = np.searchsorted(self.ends, rows, side="right")
@@ -85,13 +106,16 @@ class LeRobotSource:
         root: Folder with `meta/info.json`.
         split: Name of the split.
         prefix: What makes the file system's paths URLs, such as "hf://".
+        inline: Whether images in the parquet files come as bytes; else as references into the files, for tables.
 
     Raises:
         ValueError: its version is not known, or there is no such split.
     """
 
-    def __init__(self, fs: AbstractFileSystem, root: str, split: str = "train", prefix: str = ""):
-        self.fs, self.root, self.prefix, self.split = fs, root, prefix, split
+    def __init__(
+        self, fs: AbstractFileSystem, root: str, split: str = "train", prefix: str = "", inline: bool = False
+    ):
+        self.fs, self.root, self.prefix, self.split, self.inline = fs, root, prefix, split, inline
         self.name = root.rstrip("/").rsplit("/", 1)[-1]
         info = json.loads(fs.read_text(f"{root}/{INFO_FILE}"))
         self.version: str = info["codebase_version"].lstrip("v")
@@ -111,7 +135,10 @@ class LeRobotSource:
         start, end = splits[split].split(":")
         self.episodes = range(int(start), int(end))
         self._file: DataFile | None = None
-        close_videos()  # the files may have changed since they were opened
+        self._is_warned = False
+        # The files may have changed since they were opened.
+        close_videos()
+        close_parquet_files()
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process opens files of its own.
@@ -173,7 +200,16 @@ class LeRobotSource:
         stored = [*names, "task_index", "timestamp", *([] if is_video else [camera])]
         if self._file is None or self._file.path != shard.path or self._file.columns != stored:
             self._file = DataFile(self.fs, shard.path, stored)
-        table = self._file.read(shard.episode)
+            if not (is_video or self.inline or self._is_warned) and self._file.largest_group(camera) > LARGE_GROUP:
+                self._is_warned = True
+                logger.warning(
+                    "%s: the images are in row groups of more than %d MB, and a frame that is drawn at random takes a "
+                    "whole row group to read. Write the file with row_group_size=32, or convert the images to videos.",
+                    shard.path,
+                    LARGE_GROUP // 10**6,
+                )
+        rows = self._file.find(shard.episode)
+        table = self._file.read(rows)
         if len(table) != shard.length:
             raise ValueError(f"there are {len(table)} rows, the meta data says {shard.length}.")
         if not shard.length:
@@ -187,6 +223,9 @@ class LeRobotSource:
         else:
             images = table[camera].to_pylist()
             check_images(image["bytes"] for image in images if image["bytes"] is not None)
+            if not self.inline:
+                places = [f"{self.prefix}{shard.path}#row={row}:{camera}" for row in rows.tolist()]
+                images = [{"bytes": None, "path": place} for place in places]
         instructions = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
         columns = {name: matrix(table[name], name) for name in names}
         return Episode(f"{shard.path}, episode {shard.episode}", shard.episode, images, instructions, columns)

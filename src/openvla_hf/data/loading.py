@@ -50,7 +50,7 @@ Source = LeRobotSource | RLDSSource
 Frames: TypeAlias = Dataset | IterableDataset
 Episodes = Iterable[Iterable[Mapping[str, Any]]]
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """Part of the name of a cached table: a change of what is in it makes old ones unused."""
 WRITE_ROWS = 1024
 """Rows that are gathered before they are written: few and large pieces are read faster."""
@@ -193,7 +193,7 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
     fs, root = fsspec.core.url_to_fs(path)
     prefix = f"{path.split('://')[0]}://" if "://" in path else ""
     if fs.exists(f"{root}/{INFO_FILE}"):
-        return LeRobotSource(fs, root, split, prefix)
+        return LeRobotSource(fs, root, split, prefix, inline=streaming)
     if version := find_version(fs, root):
         return RLDSSource(fs, version, split, inline=streaming)
     if fs.exists(f"{root}/state.json"):
