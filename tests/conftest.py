@@ -23,7 +23,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--golden",
         metavar="DIR",
-        type=lambda folder: Path(folder).resolve(),
+        type=os.path.abspath,
         help="compare with the full recordings of the original code in DIR, and run the tests that need these; "
         "see tests/parity/README.md",
     )
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def golden(pytestconfig) -> Path:
     """The folder of the full recordings. A test with this fixture runs only with `--golden`."""
-    return pytestconfig.getoption("golden")
+    return Path(pytestconfig.getoption("golden"))
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def recordings(pytestconfig, tmp_path_factory):
     """Gives the folder of a case: what is kept in tests/parity, or the full recordings with `--golden`."""
     full = pytestconfig.getoption("golden")
     if full is not None:
-        yield lambda case: full / case
+        yield lambda case: Path(full, case)
         return
     folder = tmp_path_factory.mktemp("recordings")
     yield functools.cache(lambda case: unpack(case, folder / case))

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 
 STRIDE = 16  # of pixels, patches, positions and rows of gradients
+VOCABULARY = 32064
 TAIL = 31744  # first of the columns of which every step's logits are recorded: the action ids and the padded rows
 HEAD = "language_model.lm_head.weight"
 WITH_LOGITS = (0, 3, 5, 10, 13, 15, 16, 17)  # predictions whose logits and hidden states are kept
@@ -65,7 +66,7 @@ def keep_case(source: Path, target: Path, samples: list[dict[str, Any]], adapted
     for name, tensor in (tensors | adapted).items():
         if name.endswith((".generated_ids", ".action_preds")):
             chosen |= set(tensor.flatten().tolist())
-    read, columns = sorted(text | chosen), sorted(text | chosen | set(range(TAIL, record.model.lm_head.out_features)))
+    read, columns = sorted(text | chosen), sorted(text | chosen | set(range(TAIL, VOCABULARY)))
 
     checkpoint = target / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def keep_adapter(source: Path, target: Path, columns: list[int]) -> None:
     unread = json.loads((source / "expected.json").read_text())["lora_grad_none"]
     clear(weights, [name.replace(".default.weight", ".weight") for name in unread])
     for name, tensor in weights.items():
-        if tensor.shape[0] == 32064:
+        if tensor.shape[0] == VOCABULARY:
             weights[name] = only(tensor, columns)
     write(weights, target / "adapter" / "adapter_model.safetensors")
     shutil.copyfile(source / "adapter" / "adapter_config.json", target / "adapter" / "adapter_config.json")
@@ -183,7 +184,7 @@ def cut(name: str, tensor: torch.Tensor, columns: list[int]) -> torch.Tensor:
         tensor = tensor[:, ::STRIDE]
     elif name.endswith(("hidden_last", "hidden_text")) or (name.startswith("grad.") and "lm_head" not in name):
         tensor = tensor[::STRIDE]
-    elif tensor.shape[-1] == 32064:
+    elif tensor.shape[-1] == VOCABULARY:
         tensor = tensor[..., columns]
     return tensor.contiguous()
 
