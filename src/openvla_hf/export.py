@@ -22,6 +22,7 @@ from . import registered  # noqa: F401 - makes the Auto classes know OpenVLA
 from .checkpoint_info import describe, refuse_adapter
 from .modeling.checkpoint_loading import STATISTICS_FILE
 from .modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
+from .modeling.folder_writing import written_whole
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .processing.image_processing_openvla import OpenVLAImageProcessor
 from .processing.processing_openvla import PURE_PROMPT, VICUNA_PROMPT, OpenVLAProcessor
@@ -89,7 +90,7 @@ def export(
 
     Args:
         source: Folder or Hub id of a checkpoint with 16- or 32-bit weights, which are written as they are.
-        destination: Folder; it must be empty or not exist. `config.json` is written last.
+        destination: Folder; it must be empty or not exist. Files appear in it when all are written.
         max_shard_size: Of one weights file.
         revision: Branch, tag or commit of a Hub id.
         token: For a private repository; the stored one by default.
@@ -116,24 +117,24 @@ def export(
     model = AutoModel.from_pretrained(source, dtype="auto", **hub)
     config = published_config(model, processor)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(published_state_dict(model), folder, max_shard_size=max_shard_size)
-    processor.tokenizer.save_pretrained(folder)
-    _restore_tokenizer_files(folder, processor.tokenizer)
-    _write_json(folder / "preprocessor_config.json", published_image_processor(processor.image_processor))
-    _write_json(
-        folder / "generation_config.json",
-        {
-            "_from_model_config": True,
-            "bos_token_id": model.config.text_config.bos_token_id,
-            "eos_token_id": model.config.text_config.eos_token_id,
-            "pad_token_id": model.config.pad_token_id,
-            "transformers_version": PUBLISHED_TRANSFORMERS,
-        },
-    )
-    if model.norm_stats:
-        _write_json(folder / STATISTICS_FILE, model.norm_stats)
-    _write_json(folder / "config.json", config)
+    with written_whole(folder) as aside:
+        save_torch_state_dict(published_state_dict(model), aside, max_shard_size=max_shard_size)
+        processor.tokenizer.save_pretrained(aside)
+        _restore_tokenizer_files(aside, processor.tokenizer)
+        _write_json(aside / "preprocessor_config.json", published_image_processor(processor.image_processor))
+        _write_json(
+            aside / "generation_config.json",
+            {
+                "_from_model_config": True,
+                "bos_token_id": model.config.text_config.bos_token_id,
+                "eos_token_id": model.config.text_config.eos_token_id,
+                "pad_token_id": model.config.pad_token_id,
+                "transformers_version": PUBLISHED_TRANSFORMERS,
+            },
+        )
+        if model.norm_stats:
+            _write_json(aside / STATISTICS_FILE, model.norm_stats)
+        _write_json(aside / "config.json", config)
     return folder
 
 

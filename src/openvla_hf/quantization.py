@@ -8,7 +8,6 @@ What the formats cost and where each is fast: docs/quantization.md.
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,6 +31,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .modeling.checkpoint_files import CheckpointFiles
 from .modeling.checkpoint_loading import read_statistics, refuse_foreign_weights, refuse_oft, unreadable_weights
 from .modeling.configuration_openvla import OpenVLAConfig
+from .modeling.folder_writing import written_whole
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
 
@@ -318,9 +318,7 @@ def quantize(
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": "cpu"})
     processor = AutoProcessor.from_pretrained(source, **hub_kwargs)
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as staging:
-        folder = Path(staging) / "checkpoint"
+    with written_whole(destination) as folder:
         # Config, code and statistics, without weights.
         model.config.quantization_config = quantizer.quantization_config
         model.norm_stats = read_statistics(files, model.norm_stats)
@@ -346,7 +344,6 @@ def quantize(
         if len(groups) > 1:
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.replace(folder, destination)
     return destination
 
 

@@ -28,6 +28,7 @@ from transformers.utils.hub import (
 
 
 ADAPTER_CONFIG = "adapter_config.json"
+STATISTICS_FILE = "dataset_statistics.json"
 # Arguments that say which files of a repository are meant, and how to get them.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Seconds to wait for the Hub's list of a repository's files.
@@ -240,4 +241,12 @@ def _commit(revision: str | None) -> str | None:
     return revision.resolved if isinstance(revision, ResolvedRevision) else revision
 
 
-__all__ = ["ADAPTER_CONFIG", "HUB_ERRORS", "HUB_KWARGS", "CheckpointFiles", "hub_error", "read_json"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "HUB_ERRORS",
+    "HUB_KWARGS",
+    "STATISTICS_FILE",
+    "CheckpointFiles",
+    "hub_error",
+    "read_json",
+]

@@ -13,8 +13,9 @@ from transformers.utils import CONFIG_NAME
 
 from .action_tokenizer import check_statistics
 from .adapter_loading import ADAPTER_WEIGHTS, translate
-from .checkpoint_files import ADAPTER_CONFIG, HUB_KWARGS, CheckpointFiles, hub_error, read_json
+from .checkpoint_files import ADAPTER_CONFIG, HUB_KWARGS, STATISTICS_FILE, CheckpointFiles, hub_error, read_json
 from .configuration_openvla import AUTO_MAP, OpenVLAConfig
+from .folder_writing import written_whole
 from .quantized_loading import missing_package, prepare_quantized, refuse_second, with_defaults
 
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 else:  # a mixin: the class that takes it brings the model
     _Base = object
 
-STATISTICS_FILE = "dataset_statistics.json"
 # What OpenVLA-OFT keeps beside weights that have the names of OpenVLA's.
 OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
 
@@ -208,14 +208,26 @@ class CheckpointMixin(_Base):
         return info
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`: our weight names, the code, and the statistics as a file too."""
+        """As `PreTrainedModel.save_pretrained`: our weight names, the code, and the statistics as a file too.
+
+        Files take their places when all are written. An earlier checkpoint in the folder stays until then, and its
+        weights and statistics do not outlast it.
+
+        Raises:
+            OSError: A file can't be written, as on a full disk.
+        """
         self.config.auto_map = dict(AUTO_MAP)
         kwargs.setdefault("save_original_format", False)
-        if self.norm_stats and kwargs.get("is_main_process", True):
-            os.makedirs(save_directory, exist_ok=True)
-            with open(os.path.join(save_directory, STATISTICS_FILE), "w", encoding="utf-8") as file:
-                json.dump(self.norm_stats, file, indent=2)
-        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("distributed_checkpoint") or not kwargs.get("is_main_process", True):
+            # All processes write into one folder, or this one writes nothing.
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with written_whole(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+            if self.norm_stats and any(folder.iterdir()):  # nothing is in it where another process saves
+                (folder / STATISTICS_FILE).write_text(json.dumps(self.norm_stats, indent=2), encoding="utf-8")
 
 
 __all__ = [

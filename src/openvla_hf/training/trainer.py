@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..data.streams import TrainingStream
 from ..modeling.checkpoint_loading import STATISTICS_FILE
+from ..modeling.folder_writing import written_whole
 from .collator import IGNORED, ActionCollator
 
 
@@ -254,17 +255,15 @@ class ActionTrainer(Trainer):
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
-        # First, so that weights without them are seen to be another's.
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        for name, text in self.run_files.items():
-            (Path(output_dir) / name).write_text(text, encoding="utf-8")
         model = self.accelerator.unwrap_model(self.model)
         # The base's embeddings are in the base, also where the head has an adapter.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(output_dir, state_dict=state_dict, **more)
-        self.eval_collator.processor.save_pretrained(output_dir)
         statistics = self.data_collator.norm_stats or self._policy.norm_stats
-        (Path(output_dir) / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2), encoding="utf-8")
+        with written_whole(output_dir) as folder:
+            model.save_pretrained(folder, state_dict=state_dict, **more)
+            self.eval_collator.processor.save_pretrained(folder)
+            for name, text in (self.run_files | {STATISTICS_FILE: json.dumps(statistics, indent=2)}).items():
+                (folder / name).write_text(text, encoding="utf-8")
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -285,7 +284,8 @@ class ActionTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # what the writers of files raise on a full disk
             raise OSError(
-                f"{final} can't be written ({error}): free some space and resume, the checkpoints before it are whole."
+                f"{final} can't be written ({error.__cause__ or error}): free some space and resume, the checkpoints "
+                "before it are whole."
             ) from error
         finally:
             self._is_saving = False

@@ -1,0 +1,92 @@
+"""Folders that are written whole: an interrupted save leaves the old checkpoint, or one that does not load."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
+
+from .checkpoint_files import ADAPTER_CONFIG, STATISTICS_FILE
+
+
+# Begins the names of folders that are being written. The Hub's uploads pass over what begins with "_".
+UNFINISHED = "_unfinished"
+# Without them nothing loads: they go first and come last.
+CONFIGS = (CONFIG_NAME, ADAPTER_CONFIG)
+WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors")
+INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?P<variant>\.[^.]+)?\.json")
+
+
+@contextmanager
+def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a folder to write files into, which take their places in `folder` at the end.
+
+    Whatever stops the writing leaves `folder` as it was. If the process ends while files take their places, the config
+    is missing and `folder` does not load. Earlier weights and statistics that the new files replace are removed.
+
+    Args:
+        folder: New or existing; in the latter other files stay.
+
+    Raises:
+        OSError: A file can't be written, as on a full disk.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give a folder to save in.")
+    parent = folder if folder.exists() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = parent / f"{UNFINISHED}-{uuid4().hex[:8]}"
+    aside.mkdir()
+    try:
+        yield aside
+        names = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+        _make_readable(aside, names)
+        if names and not folder.exists():
+            aside.rename(folder)
+        elif names:
+            _take_places(aside, folder, names)
+    except SafetensorError as error:  # its writer's word for an error of the system
+        raise OSError(f"{folder} can't be written ({error}): free some space, or give another folder.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make_readable(aside: Path, names: list[str]) -> None:
+    """Give weights the permissions of any new file: their writer makes files that only their owner can read."""
+    like = aside / uuid4().hex
+    like.touch()
+    mode = like.stat().st_mode
+    like.unlink()
+    for name in names:
+        if name.endswith(".safetensors"):
+            (aside / name).chmod(mode)
+
+
+def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
+    configs = [name for name in CONFIGS if name in names]
+    for name in configs:
+        (folder / name).unlink(missing_ok=True)
+    stems = {_stem(name) for name in names} - {None}
+    for path in sorted(folder.iterdir()):
+        is_replaced = _stem(path.name) in stems or (stems and path.name == STATISTICS_FILE)
+        if is_replaced and path.name not in names:
+            path.unlink()
+    for name in sorted(names, key=lambda name: (name in configs, _stem(name) is not None)):  # others, weights, configs
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (aside / name).replace(folder / name)
+
+
+def _stem(name: str) -> str | None:
+    """What weights files and an index that belong together have in common: "model", "model.fp16", "adapter_model"."""
+    if match := INDEX.fullmatch(name):
+        return match["stem"] + (match["variant"] or "")
+    match = WEIGHTS.fullmatch(name)
+    return match["stem"] if match else None
+
+
+__all__ = ["UNFINISHED", "written_whole"]
