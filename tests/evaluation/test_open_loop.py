@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from openvla_hf.data import Gripper, Robot, from_episodes
+from openvla_hf.cli import main
+from openvla_hf.data import Gripper, Robot, from_episodes, write_lerobot
 from openvla_hf.data.splits import describe_split, held_out_frames, read_split, sample_episodes, sample_frames
 from openvla_hf.evaluation.open_loop import evaluate_open_loop, open_loop_table
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
@@ -62,6 +63,21 @@ def test_the_data_of_another_robot_are_refused(tiny):
     model, processor = tiny(norm_stats={"two": {"action": {name: v[:2] for name, v in BRIDGE_LIKE_STATS.items()}}})
     with pytest.raises(ValueError, match="arm has actions of 7 dimensions, but the policy's have 2"):
         evaluate_open_loop(model, processor, recorded())
+
+
+def test_the_command_names_dimensions_as_the_data_do(tiny, tmp_path, capsys):
+    model, processor = tiny()
+    model.save_pretrained(tmp_path / "policy")
+    processor.save_pretrained(tmp_path / "policy")
+    joints = [f"joint{index}" for index in range(7)]
+    write_lerobot([fake_episode(seed=seed, steps=3) for seed in range(2)], tmp_path / "arm", action_names=joints)
+    command = ["evaluate", "--model", str(tmp_path / "policy"), "--data", str(tmp_path / "arm"), "--split", "train"]
+    assert main([*command, "--episodes", "1", "--frames", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "policy on arm (train)" in printed
+    assert all(f"mean absolute error, {name}" in printed for name in joints)
+    assert main([*command[:-2]]) == 2
+    assert "does not say which episodes its training held out" in capsys.readouterr().err
 
 
 def places(frames):

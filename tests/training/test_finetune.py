@@ -73,7 +73,7 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     assert run(base, data, output, "--steps", "4") == 2
     assert "resume it, or give another folder" in capsys.readouterr().err
     assert run(base, data, output, "--steps", "4", "--resume") == 2  # without the held-out episodes they differ
-    assert "statistics of the data are not those" in capsys.readouterr().err
+    assert "was trained with other held-out episodes" in capsys.readouterr().err
     assert run(base, data, output, "--steps", "4", "--eval-share", "0.25", "--resume") == 0
     assert json.loads((output / "training.json").read_text())["recipe"] == "lora"
 
@@ -128,6 +128,9 @@ def test_training_stops_without_an_improvement_and_ends_with_the_best_checkpoint
     with_other = [*bound[:-1], "3"]
     assert run(base, data, output, *with_other, "--resume", settings=settings) == 2
     assert "was trained with --patience 2" in capsys.readouterr().err
+    # Two evaluations had brought nothing: one more, and a run that goes on stops again.
+    further = [*SETTINGS, "learning_rate=0.02", "save_steps=2"]
+    assert run(base, data, output, *bound, "--resume", settings=further) == 0
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
     from ..data import load as load_frames
+    from ..data.loading import action_names
     from ..data.splits import held_out_frames
     from ..evaluation.open_loop import evaluate_open_loop, open_loop_table
     from ..model_card import read_training
@@ -76,7 +77,8 @@ def _run_on_data(args: argparse.Namespace) -> None:
     reading = _reading_of(args.data, training.get("reading", {}))
     given = {name: getattr(args, name) for name in READING}
     reading = reading | {name: value for name, value in given.items() if value is not None}
-    frames = load_frames(args.data, reading.pop("robot", None), **reading)
+    robot = reading.pop("robot", None)
+    frames = load_frames(args.data, robot, **reading)
     if args.split is None:
         frames = held_out_frames(frames, held_out)
     model, processor = load(model_id, device=args.device)
@@ -88,10 +90,12 @@ def _run_on_data(args: argparse.Namespace) -> None:
             batch_size=args.batch_size, progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     which = args.split or "held out"
+    reading.pop("skip_bad_episodes", None)
+    names = dimension_names(len(report.mean_absolute_error), action_names(args.data, robot, **reading))
     if args.json:
-        print_json({"model": model_id, "data": args.data, "split": which, **report.as_dict()})
+        told = {"model": model_id, "data": args.data, "split": which, "names": list(names)}
+        print_json(told | report.as_dict())
         return
-    names = dimension_names(len(report.mean_absolute_error))
     print_table(open_loop_table(f"{model_id} on {report.dataset} ({which})", report, names))
 
 

@@ -107,7 +107,6 @@ def run(args: argparse.Namespace) -> None:
             **options,
             streaming=args.streaming,
             shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
-            skip_bad_episodes=args.skip_bad_episodes,
             seed=chosen.seed,
         )
         for data, options in reading.items()
@@ -152,7 +151,7 @@ def read_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for option, values in given.items():
         if values is not None and len(values) != count and (len(values) > 1 or option in ("weights", "name")):
             raise ValueError(f"--{option} has {len(values)} values for {count} data sets: give one for each.")
-    shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle")}
+    shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle", "skip_bad_episodes")}
     robots, cameras, names = (
         [None] * count if values is None else values * (count // len(values))
         for values in (args.robot, args.camera, args.name)

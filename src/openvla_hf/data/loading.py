@@ -131,6 +131,30 @@ def _losses(skip_bad_episodes: bool | float) -> Losses:
     return Losses(share)
 
 
+def action_names(
+    data: str | os.PathLike,
+    robot: Robot | str | None = None,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    **options: Any,
+) -> list[str] | None:
+    """The names of the action's dimensions, by the metadata of a data set; `None` where it does not name them.
+
+    Args:
+        data: See `load`, as for the others.
+        robot: Adapter or its name.
+        split: Which split.
+        name: Name that the statistics get.
+        options: `camera`, `every` and `drop_idle`.
+    """
+    source = open_source(data, split, streaming=False)
+    if isinstance(source, (Dataset, IterableDataset)):
+        return None
+    adapter = resolve_robot(robot, name or name_of(source, data), **options)
+    return adapter.name_dimensions(source.numbers, source.dimension_names)
+
+
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
     """The name that a data set gives itself, or that of the folder that it was opened from."""
     if not isinstance(source, (Dataset, IterableDataset)):
@@ -488,4 +512,4 @@ def _image_columns(data: Frames) -> list[str]:
     return [name for name, feature in data.features.items() if isinstance(feature, Image)]
 
 
-__all__ = ["Frames", "from_episodes", "load"]
+__all__ = ["Frames", "action_names", "from_episodes", "load"]

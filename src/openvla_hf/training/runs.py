@@ -44,7 +44,8 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
 
     Args:
         output: Folder of the run.
-        run: `base_model` and `arguments` (see `run_settings`), as they stand in `training.json`.
+        run: `base_model` and `arguments` (see `run_settings`), as they stand in `training.json`; and where they are
+            known, `weights` (of the data sets) and `held_out` (see `describe_split`).
         resume: Whether the folder's last checkpoint is to be continued.
 
     Returns:
@@ -86,6 +87,13 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         for name, value in run["arguments"].items()
         if name in saved.get("arguments", {})
     }
+    if "held_out" in run and run["held_out"] != saved.get("held_out", {}):
+        raise ValueError(
+            f"{checkpoint} was trained with other held-out episodes. Resume on the same data and with the same share "
+            "of them, or start a new run in another folder."
+        )
+    if "weights" in saved and "weights" in run:
+        pairs["weights"] = saved["weights"], run["weights"]
     if "base_model" in saved:
         pairs["base_model"] = _place(saved["base_model"]), _place(run["base_model"])
     if "weights" in saved and "weights" in run:
