@@ -54,6 +54,19 @@ def test_predict_prints_a_table_for_people(policy, capsys):
     assert "gripper" in table
 
 
+def test_dimensions_are_called_what_the_data_of_the_policy_called_them(policy, capsys, tmp_path):
+    joints = [f"joint{index}" for index in range(7)]
+    shutil.copytree(policy, tmp_path / "named")
+    config = json.loads((policy / "config.json").read_text())
+    config["norm_stats"]["tiny"]["action"]["names"] = joints
+    (tmp_path / "named/config.json").write_text(json.dumps(config))
+    (tmp_path / "named/dataset_statistics.json").write_text(json.dumps(config["norm_stats"]))
+    assert predict(tmp_path / "named") == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in joints)
+    assert "dx" not in table
+
+
 def test_a_wrong_key_is_one_sentence(policy, capsys):
     assert predict(policy, "--unnorm-key", "tinny") == 2
     assert "Did you mean 'tiny'?" in capsys.readouterr().err

@@ -531,6 +531,18 @@ def test_processes_that_start_together_make_a_table_once(tmp_path):
     assert sorted(told, key=len) == [["4"], ["made"] * 4 + ["4"]]
 
 
+def test_actions_are_never_converted_twice(episodes):
+    poses = Robot("poses", space="end_effector_pose", gripper=Gripper())
+    frames = from_episodes(episodes, poses)
+    for robot in (poses, "libero", "bridge_orig"):
+        with pytest.raises(ValueError, match="convert their actions a second time"):
+            load(frames, robot)
+        with pytest.raises(ValueError, match="convert their actions a second time"):
+            load(from_episodes(lambda: episodes, poses, streaming=True), robot)
+    again = load(frames, "tabletop", name="episodes")  # takes movements as they are, to the last digit
+    assert all(identical(one, other) for one, other in zip(again, frames, strict=True))
+
+
 def test_frames_without_an_instruction_are_left_out(make_episode, tmp_path):
     write_rlds([make_episode(0), make_episode(1, instruction=" ")], tmp_path / "arm")
     assert {frame["episode_index"] for frame in load(tmp_path / "arm")} == {0}

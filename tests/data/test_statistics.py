@@ -16,10 +16,12 @@ from openvla_hf.data import (
     mix,
     rlds,
     save_statistics,
+    write_lerobot,
     write_rlds,
 )
 
 
+NAMES = ["x", "y", "z", "roll", "pitch", "yaw", "grip"]
 ARM = Robot("arm", gripper=Gripper())
 
 
@@ -167,3 +169,21 @@ def test_statistics_are_read_from_a_file_or_its_folder(episodes, tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=problem):
             load_statistics(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_dimensions_come_along_with_the_statistics(make_episode, tmp_path, streaming):
+    parts = []
+    for name, names in (("named", NAMES), ("other", NAMES[::-1]), ("nameless", None)):
+        write_lerobot([make_episode(0), make_episode(1)], tmp_path / name, action_names=names)
+        parts.append(load(tmp_path / name, streaming=streaming))
+    mixture = mix([(part, 1.0) for part in parts])
+    for _ in range(2):  # computed, and from the cache
+        statistics = compute_statistics(mixture)
+        assert {name: one["action"].get("names") for name, one in statistics.items()} == {
+            "named": NAMES,
+            "other": NAMES[::-1],
+            "nameless": None,
+        }
+    if not streaming:
+        assert compute_statistics(parts[0].select([0, 1]))["named"]["action"]["names"] == NAMES

@@ -9,6 +9,7 @@ Letters in shapes: T frames of an episode, A dimensions of an action, S of a sta
 
 import importlib
 import io
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 from .parquet_images import read_row
@@ -120,6 +121,25 @@ def episode_rows(episode: Episode, robot: "Robot", dataset: str) -> dict[str, An
         "frame_index": kept.tolist(),
         "dataset": [dataset] * len(kept),
     }
+
+
+NAMES = "Action dimensions of"
+"""Begins a line of the description of frames."""
+
+
+def note_action_names(frames: Dataset | IterableDataset, dataset: str, names: list[str] | None) -> None:
+    """Keep the names of an action's dimensions in the description of a data set's frames, which mixtures gather."""
+    if names:
+        frames.info.description = f"{NAMES} {json.dumps({dataset: names})}"
+
+
+def read_action_names(frames: Dataset | IterableDataset) -> dict[str, list[str]]:
+    """The names of the action's dimensions by data set, as far as they are known."""
+    found: dict[str, list[str]] = {}
+    for line in frames.info.description.splitlines():
+        if line.startswith(NAMES):
+            found |= json.loads(line.removeprefix(NAMES))
+    return found
 
 
 _DECODES_IMAGES = ContextVar("decodes_images", default=True)

@@ -38,6 +38,7 @@ from .frames import (
     decode_frames,
     decode_image,
     encode_png,
+    note_action_names,
     usable_rows,
 )
 from .lerobot import INFO_FILE, LeRobotSource
@@ -107,7 +108,8 @@ def load(
     adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
     losses = _losses(skip_bad_episodes)
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
-        return read_table(source, adapter, name, losses, check=decode_image if losses.limit else None)
+        frames = read_table(source, adapter, name, losses, check=decode_image if losses.limit else None)
+        return _with_names(frames, source, adapter, name)
     num_frames, cache_key = None, None
     if isinstance(source, IterableDataset):
         rows = _adapt_stream(source, adapter, name, losses)
@@ -121,7 +123,14 @@ def load(
         cache_key = functools.partial(_key_of, source, adapter, name, losses.limit)
     if shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return FrameStream(rows, name, num_frames, losses, cache_key)
+    return _with_names(FrameStream(rows, name, num_frames, losses, cache_key), source, adapter, name)
+
+
+def _with_names(frames: Frames, source: Source | Frames, robot: Robot, name: str) -> Frames:
+    """The frames, with the names of the action's dimensions where the data set knows them."""
+    if not isinstance(source, (Dataset, IterableDataset)):
+        note_action_names(frames, name, robot.name_dimensions(source.numbers, source.dimension_names))
+    return frames
 
 
 def _losses(skip_bad_episodes: bool | float) -> Losses:
@@ -413,17 +422,28 @@ def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
         ) from error
 
 
+def _refuse_to_convert_twice(data: Frames, robot: Robot) -> None:
+    """Raise `ValueError` where the data are frames, whose actions are standard already, and the robot changes them."""
+    if robot.converts and {*FEATURES} <= {*(data.column_names or ())}:
+        raise ValueError(
+            f"These frames were loaded before, so {robot.name!r} would convert their actions a second time: give what "
+            "they were loaded from, or leave the robot out."
+        )
+
+
 def _adapt_table(
     data: Dataset, robot: Robot, name: str, losses: Losses, check: Callable[[Any], Any] | None
 ) -> Dataset:
     """Keeps the images where they are, and makes the other columns anew."""
+    _refuse_to_convert_twice(data, robot)
     camera = robot.choose_camera(_image_columns(data))
     images = data.select_columns([camera]).cast_column(camera, Image(decode=False))
     columns = robot.wanted_columns(data.column_names)
     instruction = find_name(robot.instruction, data.column_names, "instruction")
     ordering = [column for column in ("episode_index", "frame_index") if column in data.column_names]
-    table = data.select_columns([*columns, instruction, *ordering]).with_format("numpy")[:]
-    episode_of = np.asarray(table.get("episode_index", np.zeros(len(data), np.int64)))
+    # float32 is the format's own choice for numbers of float64.
+    table = data.select_columns([*columns, instruction, *ordering]).with_format("numpy", dtype=np.float64)[:]
+    episode_of = np.asarray(table.get("episode_index", np.zeros(len(data))), np.int64)
     if robot.needs_whole_episodes and "episode_index" not in ordering:
         raise ValueError(f"The adapter {robot.name!r} needs whole episodes, but there is no column 'episode_index'.")
     starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
@@ -474,6 +494,7 @@ def _check_rows(images: Dataset, check: Callable[[Any], Any]) -> Callable[[int],
 
 def _adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses) -> IterableDataset:
     """Row by row: a bad one is left out by itself where bad episodes are skipped."""
+    _refuse_to_convert_twice(data, robot)
     if robot.needs_whole_episodes:
         raise ValueError(f"The adapter {robot.name!r} needs whole episodes: load this data set without streaming.")
     if data.features is None:

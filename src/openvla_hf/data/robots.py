@@ -242,6 +242,12 @@ class Robot:
         return self.takes_difference
 
     @property
+    def converts(self) -> bool:
+        """Whether standard actions would be changed if they were read once more."""
+        has_own_gripper = self.gripper is not None and (self.gripper.open, self.gripper.closed) != (1.0, 0.0)
+        return self.takes_difference or self.rotation != "euler" or self.select is not None or has_own_gripper
+
+    @property
     def needs_whole_episodes(self) -> bool:
         """Whether a frame's action is made from later frames of its episode too."""
         settles = self.gripper is not None and self.gripper.binarize
@@ -400,6 +406,11 @@ class Robot:
 @dataclass(frozen=True)
 class ReachedPoseRobot(Robot):
     """The movement is what the robot did, from its state to the next; the first step, which is empty, is left out."""
+
+    @property
+    def converts(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def needs_whole_episodes(self) -> bool:

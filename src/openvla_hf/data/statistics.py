@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 
-from .frames import FEATURES, images_left_out, matrix
+from .frames import FEATURES, images_left_out, matrix, read_action_names
 from .loading import cache_folder
 from .streams import FrameStream
 
@@ -50,12 +50,23 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
         frames: From `load`, `from_episodes` or `mix`. A mixture of streams takes a pass over each of its streams.
 
     Returns:
-        `{name: {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {...}, "num_transitions",
-        "num_trajectories"}}`; "proprio" where there is a state.
+        `{name: {"action": {mean, std, max, min, q01, q99, mask, names}, "proprio": {...}, "num_transitions",
+        "num_trajectories"}}`; "names" where the data set names the dimensions, "proprio" where there is a state.
 
     Raises:
         ValueError: there are no frames, or actions of one data set differ in size.
     """
+    statistics = _compute_or_reuse(frames)
+    parts = [part for part, _ in frames.parts] if isinstance(frames, FrameStream) else []
+    for part in (frames, *parts):
+        for name, names in read_action_names(part).items():
+            action = statistics.get(name, {}).get("action", {})
+            if len(action.get("q01", ())) == len(names):
+                action["names"] = names
+    return statistics
+
+
+def _compute_or_reuse(frames: Dataset | IterableDataset) -> dict[str, Any]:
     key = _key_of(frames)
     if key is None:
         return _compute(frames)
