@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from openvla_hf.data import compute_statistics, frames, from_episodes, load, mix, write_lerobot, write_rlds
-from openvla_hf.data.streams import TrainingStream
+from openvla_hf.data.streams import EvaluationStream, TrainingStream
 
 
 def keys(drawn):
@@ -194,3 +194,24 @@ def test_a_plain_stream_is_shared_evenly_too():
     assert len(drawn) == 40
     assert set(drawn.values()) == {6}
     np.testing.assert_array_equal(sorted(drawn), [(0, frame) for frame in range(40)])
+
+
+@pytest.mark.parametrize("readers", [1, 3, 8])
+def test_ranks_evaluate_every_frame_once_and_equally_many(write, decoded, readers):
+    stream = load(write(10, 5), streaming=True)
+    shares = [keys(EvaluationStream(stream, rank, readers)) for rank in range(readers)]
+    assert {len(share) for share in shares} == {-(-15 // readers)}
+    drawn = Counter(itertools.chain.from_iterable(shares))
+    repeated = drawn - Counter(drawn.keys())
+    assert len(drawn) == 15
+    assert set(repeated) <= {(0, 0)}
+    assert len(decoded) == 15 + repeated.total()
+
+
+def test_workers_evaluate_each_stream_of_a_mixture_once(write):
+    one, other = (load(write(6, 6, name=name), streaming=True) for name in ("one", "other"))
+    mixture = EvaluationStream(mix([(one, 1.0, 12), (other, 5.0, 12)]))
+    loader = DataLoader(mixture, batch_size=4, num_workers=2, collate_fn=keys)
+    assert Counter(key for batch in loader for key in batch) == {
+        (episode, frame): 2 for episode in range(2) for frame in range(6)
+    }

@@ -209,6 +209,14 @@ def test_metrics_are_those_of_decoded_predictions(tmp_path):
     assert metrics["eval_action_l1"] == pytest.approx(np.mean(distance), abs=1e-6)
 
 
+def test_metrics_of_a_stream_are_those_of_its_table(tmp_path):
+    trainer = build(tmp_path, "full")
+    dataset = frames(episodes=2, steps=4)
+    expected, found = trainer.evaluate(dataset), trainer.evaluate(dataset.to_iterable_dataset(num_shards=2))
+    for name in ("eval_loss", "eval_action_accuracy", "eval_action_l1"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+
+
 def test_a_checkpoint_is_complete_and_holds_the_adapter_alone(tmp_path):
     trainer = build(tmp_path, max_steps=2)
     trainer.train()

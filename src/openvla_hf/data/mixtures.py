@@ -97,8 +97,8 @@ def _count(number: int, stream: IterableDataset, weight: float, num_frames: int 
         name, num_frames = repr(stream.name), num_frames or stream.num_frames
     if not num_frames:
         raise ValueError(
-            f"The number of frames of {name} is not known, and its weight multiplies it: give it to `mix` as (stream, "
-            "weight, num_frames), or to `load_mixture` by name. `compute_statistics` counts it as 'num_transitions'."
+            f"The number of frames of {name} is not known, and its weight multiplies it. Save its "
+            "dataset_statistics.json beside its files, or give num_frames to `mix` or `load_mixture`."
         )
     return num_frames
 

@@ -19,6 +19,8 @@ CHOICES = 1024
 """Draws of a part that are made at once."""
 
 Row = dict[str, Any]
+Parts = Sequence[tuple[IterableDataset, float]]
+"""Streams with their shares of the draws."""
 
 
 class FrameStream(IterableDataset):
@@ -43,7 +45,7 @@ class FrameStream(IterableDataset):
         num_frames: int | None = None,
         losses: Losses | None = None,
         cache_key: Callable[[], str] | None = None,
-        parts: Sequence[tuple[IterableDataset, float]] = (),
+        parts: Parts = (),
         seed: int = 0,
     ):
         self.losses = losses or Losses()
@@ -72,7 +74,7 @@ def _is_frame(row: Row) -> bool:
     return row["instruction"] is not None
 
 
-def mix_streams(parts: Sequence[tuple[IterableDataset, float]], seed: int = 0) -> FrameStream:
+def mix_streams(parts: Parts, seed: int = 0) -> FrameStream:
     """A stream without an end that draws from each part by its share; its shards are readers of all parts."""
     readers = min(part.num_shards for part, _ in parts)
     arguments = {"readers": list(range(readers)), "of": readers, "parts": tuple(parts), "seed": seed}
@@ -83,16 +85,12 @@ def mix_streams(parts: Sequence[tuple[IterableDataset, float]], seed: int = 0) -
     return FrameStream(rows, "mixture", losses=losses, parts=parts, seed=seed)
 
 
-def _read_mixture(
-    readers: list[int], of: int, parts: Sequence[tuple[IterableDataset, float]], seed: int
-) -> Iterator[Row]:
+def _read_mixture(readers: list[int], of: int, parts: Parts, seed: int) -> Iterator[Row]:
     # The draws have no end, so the first reader is the only one that is reached.
     return draw(parts, readers[0], of, seed)
 
 
-def draw(
-    parts: Sequence[tuple[IterableDataset, float]], reader: int = 0, readers: int = 1, seed: int = 0
-) -> Iterator[Row]:
+def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0) -> Iterator[Row]:
     """Draw rows without an end from streams by their shares, as one of several readers.
 
     Rows of a `FrameStream` are not decoded yet; those of any other stream are taken as they come.
@@ -103,9 +101,7 @@ def draw(
         readers: How many read the same streams at the same pace, such as the workers of all ranks.
         seed: Of the choice among the parts.
     """
-    sources = [
-        read_endlessly(part.rows if isinstance(part, FrameStream) else part, reader, readers) for part, _ in parts
-    ]
+    sources = [read_endlessly(_rows(part), reader, readers) for part, _ in parts]
     shares = np.array([share for _, share in parts])
     rng = np.random.default_rng([seed, reader])
     while True:
@@ -174,18 +170,65 @@ class TrainingStream(torch.utils.data.IterableDataset):
     def __init__(self, stream: IterableDataset, rank: int = 0, ranks: int = 1, batch_size: int = 1):
         self.rank, self.ranks, self.batch_size = rank, ranks, batch_size
         self.first_batch = 0
-        is_mixture = isinstance(stream, FrameStream) and bool(stream.parts)
-        self.parts = stream.parts if is_mixture else ((stream, 1.0),)
-        self.seed = stream.seed if is_mixture else 0
-        self.losses = stream.losses if isinstance(stream, FrameStream) else Losses()
+        self.parts, self.losses = _parts(stream), _losses(stream)
+        self.seed = stream.seed if isinstance(stream, FrameStream) else 0
 
     def __iter__(self) -> Iterator[Row]:
-        worker = torch.utils.data.get_worker_info()
-        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        index, workers = _worker()
         rows = draw(self.parts, self.rank * workers + index, self.ranks * workers, self.seed)
         used = len(range(index, self.first_batch, workers)) * self.batch_size
         yield from ({} for _ in itertools.islice(rows, used))
         yield from (frame for frame in (_decode(row, self.losses) for row in rows) if _is_frame(frame))
 
 
-__all__ = ["FrameStream", "TrainingStream", "draw", "mix_streams", "read_endlessly"]
+class EvaluationStream(torch.utils.data.IterableDataset):
+    """The frames that one rank evaluates of one pass over a stream, for a `DataLoader`.
+
+    Each worker decodes only what it yields. All workers of all ranks yield equally many frames, because the ranks
+    wait for each other after each batch: those that have too few repeat one.
+
+    Args:
+        stream: Frames. Of a mixture, each of its streams is read once.
+        rank: Number of this process, from 0.
+        ranks: How many processes evaluate.
+    """
+
+    def __init__(self, stream: IterableDataset, rank: int = 0, ranks: int = 1):
+        self.rank, self.ranks = rank, ranks
+        self.parts, self.losses = _parts(stream), _losses(stream)
+
+    def __iter__(self) -> Iterator[Row]:
+        index, workers = _worker()
+        reader, readers = self.rank * workers + index, self.ranks * workers
+        rows = itertools.chain.from_iterable(_read(_rows(part), 0) for part, _ in self.parts)
+        first, count, taken = None, 0, 0
+        for count, row in enumerate(rows, start=1):
+            first = first or row
+            if (count - 1) % readers == reader and _is_frame(frame := _decode(row, self.losses)):
+                taken += 1
+                yield frame
+        for _ in range(-(-count // readers) - taken):
+            yield decode_frame(first or {})
+
+
+def _worker() -> tuple[int, int]:
+    """Number of this worker of a data loader, and how many there are."""
+    worker = torch.utils.data.get_worker_info()
+    return (0, 1) if worker is None else (worker.id, worker.num_workers)
+
+
+def _parts(stream: IterableDataset) -> Parts:
+    """The streams of a mixture with their shares, or the stream alone."""
+    return stream.parts if isinstance(stream, FrameStream) and stream.parts else ((stream, 1.0),)
+
+
+def _rows(stream: IterableDataset) -> IterableDataset:
+    """The rows of a stream before decoding, where it knows them."""
+    return stream.rows if isinstance(stream, FrameStream) else stream
+
+
+def _losses(stream: IterableDataset) -> Losses:
+    return stream.losses if isinstance(stream, FrameStream) else Losses()
+
+
+__all__ = ["EvaluationStream", "FrameStream", "TrainingStream", "draw", "mix_streams", "read_endlessly"]

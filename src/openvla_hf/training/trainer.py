@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..data.streams import TrainingStream
+from ..data.streams import EvaluationStream, TrainingStream
 from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.folder_writing import written_whole
 from .collator import IGNORED, ActionCollator
@@ -100,10 +100,31 @@ class ActionTrainer(Trainer):
         if not isinstance(self.train_dataset, datasets.IterableDataset):
             return super().get_train_dataloader()
         args = self.args
+        stream = TrainingStream(self.train_dataset, args.process_index, args.world_size, self._train_batch_size)
+        return self._load_stream(stream, self._train_batch_size, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As `Trainer.get_eval_dataloader`, without augmentation; the processes share a stream by frames."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        if isinstance(data, datasets.IterableDataset):
+            stream = EvaluationStream(data, self.args.process_index, self.args.world_size)
+            return self._load_stream(stream, self.args.eval_batch_size, self.eval_collator)
+        of_training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = of_training
+
+    def _load_stream(
+        self, stream: TrainingStream | EvaluationStream, batch_size: int, collator: ActionCollator
+    ) -> DataLoader:
+        """A loader of what is this process's own already, which accelerate must not share out once more."""
+        args = self.args
         loader = DataLoader(
-            TrainingStream(self.train_dataset, args.process_index, args.world_size, self._train_batch_size),
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
+            stream,
+            batch_size=batch_size,
+            collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -111,7 +132,6 @@ class ActionTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             in_order=args.dataloader_in_order,
         )
-        # Of one process, because the stream is this process's own already.
         return prepare_data_loader(
             loader,
             self.accelerator.device,
@@ -120,14 +140,6 @@ class ActionTrainer(Trainer):
             put_on_device=True,
             dispatch_batches=False,
         )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As `Trainer.get_eval_dataloader`, without augmentation."""
-        of_training, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = of_training
 
     # Loss and metrics
 
