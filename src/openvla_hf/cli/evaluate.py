@@ -91,7 +91,8 @@ def _run_on_data(args: argparse.Namespace) -> None:
         )  # fmt: skip
     which = args.split or "held out"
     reading.pop("skip_bad_episodes", None)
-    names = dimension_names(len(report.mean_absolute_error), action_names(args.data, robot, **reading))
+    known = action_names(args.data, robot, **reading).get(report.dataset)
+    names = dimension_names(len(report.mean_absolute_error), known)
     if args.json:
         told = {"model": model_id, "data": args.data, "split": which, "names": list(names)}
         print_json(told | report.as_dict())

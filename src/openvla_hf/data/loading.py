@@ -146,22 +146,25 @@ def action_names(
     *,
     split: str = "train",
     name: str | None = None,
+    streaming: bool = False,
     **options: Any,
-) -> list[str] | None:
-    """The names of the action's dimensions, by the metadata of a data set; `None` where it does not name them.
+) -> dict[str, list[str]]:
+    """The names of the action's dimensions, by the name that the statistics get; empty where the data have no names.
 
     Args:
         data: See `load`, as for the others.
         robot: Adapter or its name.
         split: Which split.
         name: Name that the statistics get.
+        streaming: Whether to read the metadata where they are, instead of downloading the data.
         options: `camera`, `every` and `drop_idle`.
     """
-    source = open_source(data, split, streaming=False)
+    source = open_source(data, split, streaming)
     if isinstance(source, (Dataset, IterableDataset)):
-        return None
-    adapter = resolve_robot(robot, name or name_of(source, data), **options)
-    return adapter.name_dimensions(source.numbers, source.dimension_names)
+        return {}
+    name = name or name_of(source, data)
+    names = resolve_robot(robot, name, **options).name_dimensions(source.numbers, source.dimension_names)
+    return {} if names is None else {name: names}
 
 
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
