@@ -409,6 +409,16 @@ def test_the_command_writes_checkpoints_and_reports(policy, tmp_path, capsys):
     assert "a new folder" in capsys.readouterr().err
 
 
+def test_formats_are_compared_with_a_quantised_baseline_where_16_bits_do_not_fit(policy, tmp_path, capsys):
+    pytest.importorskip("gymnasium")
+    more = ["--report", "--baseline", "8bit", "--format", "4bit", "--frames", "1", "--output", str(tmp_path), "--json"]
+    assert main(["quantize", str(policy.folder), *more]) == 0
+    first, other = json.loads(capsys.readouterr().out)["results"]
+    assert (first["format"], other["format"]) == ("8bit", "4bit")
+    assert first["token_agreement"] == 1
+    assert first["weight_bytes"] < weight_bytes(policy.model) / 1.5
+
+
 def test_the_report_reads_data_as_training_does(policy, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     write_lerobot([fake_episode(steps=6)], tmp_path / "kitchen")

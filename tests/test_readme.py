@@ -39,8 +39,7 @@ def hub(tiny, tmp_path):
 
 def test_the_python_blocks_run_one_after_the_other(hub, run_python, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, frame, *others = blocks("python")
-    code = "\n".join([frame, first, *others, "print(action.shape, action.dtype, details.probabilities.shape)"])
+    code = "\n".join([*blocks("python"), "print(action.shape, action.dtype, details.probabilities.shape)"])
     result = run_python(code, **hub.env)
     assert result.stdout.splitlines()[-1] == "(7,) float64 (2, 7, 256)"
     assert Image.open(tmp_path / "frame.png").size == (224, 224)
@@ -78,6 +77,11 @@ def test_what_it_names_is_there():
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+    configs = re.findall(r"\$CONFIGS/([\w.]+)", README + (ROOT / "docs/finetuning.md").read_text(encoding="utf-8"))
+    assert len(set(configs)) == 3
+    for name in configs:
+        # In the package, so that it is installed with it.
+        assert (ROOT / "src/openvla_hf/configs" / name).is_file(), name
     tree = re.findall(r"^  ([\w/.]+(?:, [\w/.]+)*)\s{2,}", README[README.index("src/openvla_hf/") :], re.MULTILINE)
     files = [name for names in tree for name in names.split(", ")]
     assert len(files) > 10

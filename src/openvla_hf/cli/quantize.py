@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(report)
     report.add_argument("--frames", type=positive, default=200, help="observations (default: %(default)s)")
     report.add_argument("--episodes", type=natural, default=0, help="on the tabletop, for success (default: none)")
+    report.add_argument(
+        "--baseline",
+        metavar="FORMAT",
+        help="to compare with (default: 16 bits), such as 8bit on a GPU that can't hold them",
+    )
     report.add_argument("--unnorm-key", help="whose statistics give the robot's units, if there are several")
     report.add_argument("--device", type=device, help="such as cuda (default: the first GPU, else the CPU)")
     report.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
@@ -116,7 +121,7 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
         bar = progress.add_task("", total=(len(frames) + args.episodes) * (1 + len(formats) * len(towers)))
         results = compare(
             source, formats, frames, towers=towers, unnorm_key=args.unnorm_key, device=args.device,
-            dtype=getattr(torch, args.dtype), episodes=args.episodes,
+            dtype=getattr(torch, args.dtype), episodes=args.episodes, baseline=args.baseline,
             on_progress=lambda label: progress.update(bar, advance=1, description=label),
         )  # fmt: skip
     output = Path(args.output)

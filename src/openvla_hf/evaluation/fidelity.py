@@ -37,7 +37,7 @@ Observation = Mapping[str, Any]
 class Fidelity:
     """One format beside 16 bits, over the same observations.
 
-    format: Name of the format; the first, "16-bit", is what the others are compared with.
+    format: Name of the format; the first, "16-bit" unless a baseline is named, is what the others are compared with.
     towers: Whether the vision towers and the projector are quantised too.
     observations: How many.
     token_agreement: Share of the action tokens that are the same.
@@ -139,6 +139,7 @@ def compare(
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     episodes: int = 0,
+    baseline: str | None = None,
     on_progress: Callable[[str], None] = lambda label: None,
 ) -> list[Fidelity]:
     """Predict the same observations in 16 bits and in each format.
@@ -152,10 +153,11 @@ def compare(
         device: Such as "cuda"; by default the first GPU, or the CPU where there is none.
         dtype: Of the arithmetic and of what is not quantised; with float32, formats are compared with 32 bits.
         episodes: Of the tabletop, to measure success.
+        baseline: Format to compare the others with instead of 16 bits, for a GPU that can't hold those.
         on_progress: Called with the label of the format after each observation and each episode.
 
     Returns:
-        16 bits first, then one entry for each format and value of `towers`.
+        16 bits (or the baseline) first, then one entry for each format and value of `towers`.
 
     Raises:
         ValueError: No observations, an unknown format, one that this machine can't run, or a quantised checkpoint.
@@ -166,10 +168,13 @@ def compare(
         raise ValueError("There is nothing to compare on: give at least one observation.")
     refuse_second(checkpoint, getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    baseline = f"{8 * dtype.itemsize}-bit"
-    variants = [(baseline, False), *itertools.product(formats, towers)]
+    first = baseline or f"{8 * dtype.itemsize}-bit"
+    variants = [(first, False), *itertools.product(formats, towers)]
     # All of them before the first is loaded: what can't run is said at once.
-    configs = [None, *(quantization(name, towers=each, dtype=dtype) for name, each in variants[1:])]
+    configs = [
+        quantization(baseline, dtype=dtype) if baseline else None,
+        *(quantization(name, towers=each, dtype=dtype) for name, each in variants[1:]),
+    ]
     processor = AutoProcessor.from_pretrained(checkpoint)
     results: list[Fidelity] = []
     expected: _Answers | None = None
