@@ -5,10 +5,20 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
-from openvla_hf.data import compute_statistics, frames, from_episodes, load, mix, write_lerobot, write_rlds
+from openvla_hf.data import (
+    Gripper,
+    Robot,
+    compute_statistics,
+    frames,
+    from_episodes,
+    load,
+    mix,
+    write_lerobot,
+    write_rlds,
+)
 from openvla_hf.data.streams import EvaluationStream, TrainingStream
 
 
@@ -163,6 +173,28 @@ def test_a_stream_of_unknown_size_in_a_mixture_needs_its_number_of_frames(write,
     assert len(take(mix([(made, 1.0, 6), (stored, 1.0, 12)]), 20)) == 20
     with pytest.raises(ValueError, match="mix all data sets at once"):
         mix([(mix([(made, 1.0, 6)]), 1.0), (stored, 1.0, 12)])
+
+
+def test_the_card_of_a_plain_data_set_tells_its_number_of_frames(episodes, tmp_path):
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    rows = [frame for each in episodes for frame in each]
+    columns = {name: [row[name] for row in rows] for name in ("image", "instruction", "action")}
+    features = Features({"image": Image(), "instruction": Value("string"), "action": List(Value("float32"))})
+    table = Dataset.from_dict(columns, features=features)
+    table.to_parquet(folder / "train.parquet")
+    assert load(folder, streaming=True).num_frames is None
+    card = f"---\ndataset_info:\n  splits:\n  - name: train\n    num_examples: {len(table)}\n---\n"
+    (folder / "README.md").write_text(card)
+    assert load(folder, streaming=True).num_frames == 30
+    assert load(table.to_iterable_dataset(), streaming=True).num_frames is None
+
+
+def test_frames_that_are_left_out_or_joined_do_not_count(make_episode, tmp_path):
+    write_lerobot([make_episode(0, steps=9)], tmp_path / "arm")
+    moving = Robot("arm", space="end_effector_delta", gripper=Gripper())
+    assert load(tmp_path / "arm", moving, streaming=True, every=2).num_frames == 5
+    assert load(tmp_path / "arm", moving, streaming=True, drop_idle=True).num_frames is None
 
 
 def test_statistics_beside_rlds_files_tell_their_number_of_frames(write):

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from transformers.integrations import get_available_reporting_integrations
 
 from openvla_hf.cli import main
-from openvla_hf.data import from_episodes, write_lerobot
+from openvla_hf.data import compute_statistics, from_episodes, load, save_statistics, write_lerobot
 from openvla_hf.data.splits import read_split, split_parts
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -371,6 +371,22 @@ def test_several_data_sets_train_one_policy_by_their_weights(base, data, tmp_pat
         command = ["evaluate", "--model", str(output), "--data", str(folder), "--unnorm-key", name, "--json"]
         assert main(command) == 0
         assert json.loads(capsys.readouterr().out)["dataset"] == name
+
+
+def test_streams_of_several_data_sets_train_on_ready_statistics(base, data, tmp_path):
+    folders = [str(tmp_path / name) for name in ("lab", "shop")]
+    for folder, seeds in zip(folders, (range(3), range(3, 5)), strict=True):
+        write_lerobot([fake_episode(seed=seed, steps=6) for seed in seeds], folder)
+    ready = compute_statistics(concatenate_datasets([load(folder) for folder in folders]))
+    for one in ready.values():
+        one["action"]["q99"] = [value + 1 for value in one["action"]["q99"]]
+    ready_file = save_statistics(ready, tmp_path)
+    options = ["--streaming", "--shuffle-buffer", "4", "--weights", "1", "2", "--skip-bad-episodes", "0.5"]
+    options += ["--statistics", str(ready_file), "--data", *folders]
+    assert run(base, data, tmp_path / "out", *options, "--steps", "2") == 0
+    assert run(base, data, tmp_path / "out", *options, "--steps", "3", "--resume") == 0
+    assert json.loads((tmp_path / "out" / "dataset_statistics.json").read_text()) == ready
+    assert json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
 
 
 @pytest.mark.parametrize(

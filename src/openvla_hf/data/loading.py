@@ -110,19 +110,21 @@ def load(
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
         frames = read_table(source, adapter, name, losses, check=decode_image if losses.limit else None)
         return _with_names(frames, source, adapter, name)
-    num_frames, cache_key = None, None
+    cache_key = None
     if isinstance(source, IterableDataset):
         rows = _adapt_stream(source, adapter, name, losses)
+        stored = None if source is data else (source.info.splits or {}).get(split)
+        recorded = stored and stored.num_examples
     else:
         source.check(adapter)
         losses.total = source.num_episodes
         arguments = {"shards": source.shards(), "source": source, "robot": adapter, "name": name, "losses": losses}
         rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments)
-        if not adapter.drop_idle and source.num_frames is not None:
-            num_frames = -(-source.num_frames // adapter.every)
+        recorded = source.num_frames
         cache_key = functools.partial(_key_of, source, adapter, name, losses.limit)
     if shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    num_frames = None if recorded is None or adapter.drop_idle else -(-recorded // adapter.every)
     return _with_names(FrameStream(rows, name, num_frames, losses, cache_key), source, adapter, name)
 
 
