@@ -25,11 +25,16 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, local_torch_dtype
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .modeling.checkpoint_files import CheckpointFiles
-from .modeling.checkpoint_loading import read_statistics, refuse_foreign_weights, refuse_oft, unreadable_weights
+from .modeling.checkpoint_loading import (
+    read_statistics,
+    refuse_foreign_files,
+    refuse_foreign_weights,
+    refuse_oft,
+    unreadable_weights,
+)
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.folder_writing import written_whole
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -189,12 +194,19 @@ def expected_weight_bytes(config: OpenVLAConfig, name: str | None = None, *, tow
     return round(plain - saved)
 
 
-def _weight_files(source: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
-    single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+def _weight_files(files: CheckpointFiles) -> list[str]:
+    single = files.find(SAFE_WEIGHTS_NAME)
     if single is not None:
         return [single]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
-    return get_checkpoint_shard_files(source, index, **hub_kwargs)[0]
+    index = files.read_json(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        raise OSError(
+            f"{files.source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: nothing else is read."
+        )
+    paths = {name: files.find(name) for name in sorted(set(index["weight_map"].values()))}
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise OSError(f"{files.source} lacks {missing[0]}, which its index names: copy or download it again.")
+    return [path for path in paths.values() if path is not None]
 
 
 def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
@@ -308,6 +320,7 @@ def quantize(
     files = CheckpointFiles.locate(source, **hub_kwargs)
     hub_kwargs = hub_kwargs | files.hub_kwargs
     refuse_oft(files)
+    refuse_foreign_files(files)
     config = config or AutoConfig.from_pretrained(source, **hub_kwargs)
     refuse_second(source, getattr(config, "quantization_config", None))
     quantizer = AutoHfQuantizer.from_config(quantization(name, towers=towers), pre_quantized=False)
@@ -325,7 +338,7 @@ def quantize(
         model.save_pretrained(folder, state_dict={})
         processor.save_pretrained(folder)
 
-        groups = _groups(_weight_files(source, **hub_kwargs), shard_bytes)
+        groups = _groups(_weight_files(files), shard_bytes)
         weight_map: dict[str, str] = {}
         total_size = 0
         metadata: dict[str, str] = {"format": "pt"}

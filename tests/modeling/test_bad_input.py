@@ -6,10 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GenerationConfig
 
 from openvla_hf.checkpoint_info import describe
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.quantization import quantize
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor
 
 
@@ -330,3 +333,95 @@ def test_a_missing_shard(tiny, tmp_path):
     (tmp_path / shard).unlink()
     with pytest.raises(OSError, match=shard):
         AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w.bin", "../other.safetensors", "/tmp/w.safetensors", "inner/w.safetensors", "..\\w.safetensors", "", None, 3],
+)
+@pytest.mark.parametrize("where", ["index", "config"])
+def test_weights_are_safetensors_files_in_the_folder(tiny, tmp_path, name, where, monkeypatch):
+    folder = tmp_path / "policy"
+    model, processor = tiny()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    processor.save_pretrained(folder)
+    path = folder / ("model.safetensors.index.json" if where == "index" else "config.json")
+    content = json.loads(path.read_text())
+    if where == "index":
+        content["weight_map"]["lm_head.weight"] = name
+    else:
+        content["transformers_weights"] = name
+    path.write_text(json.dumps(content))
+    opened = []
+    for reader in ("torch.load", "safetensors.safe_open"):
+        monkeypatch.setattr(reader, lambda *args, **kwargs: opened.append(args))
+    for read in (AutoModel.from_pretrained, lambda source: quantize(source, tmp_path / "small", "8bit")):
+        with pytest.raises(ValueError, match=rf"{path.name} of .* names the weights file .*only safetensors files"):
+            read(folder)
+    assert opened == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "b.safetensors"}}'])
+def test_a_damaged_index(tiny, tmp_path, content):
+    tiny()[0].save_pretrained(tmp_path, max_shard_size="100KB")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json (of .*)?(is damaged|must hold)"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_shape(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    for change in ({"lm_head.weight": weights["lm_head.weight"][:-1].contiguous()}, {"lm_head.weight": torch.ones(1)}):
+        save_file(weights | change, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"1 weight has another shape .*lm_head\.weight"):
+            AutoModel.from_pretrained(checkpoint)
+
+
+def test_a_folder_without_a_config(tiny, tmp_path):
+    tiny()[0].save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for read in (OpenVLAForActionPrediction.from_pretrained, describe):
+        with pytest.raises((OSError, ValueError), match=r"is not an OpenVLA checkpoint: its config\.json is missing"):
+            read(tmp_path)
+
+
+def test_a_path_that_is_not_there():
+    for read in (OpenVLAForActionPrediction.from_pretrained, describe):
+        with pytest.raises(OSError, match=r"^/no/where is neither a folder that exists nor a Hub id"):
+            read("/no/where")
+
+
+def test_consent_to_an_adapters_code_is_not_consent_to_that_of_its_base(tiny, tmp_path):
+    model, _ = tiny()
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model.save_pretrained(base)
+    model = AutoModel.from_pretrained(base)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(adapter)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
+    for path in base.glob("*.py"):
+        path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(
+        ValueError, match=r"is for 'another'\. The adapter .* load it yourself with consent to that code"
+    ):
+        OpenVLAForActionPrediction.from_pretrained(adapter, trust_remote_code=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_relative_base_that_is_elsewhere_is_named(tiny, tmp_path, owner):
+    model, _ = tiny()
+    model.save_pretrained(tmp_path / "base")
+    model = AutoModel.from_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    for base, problem in (
+        ("outputs/base", "is not a local folder"),
+        ("../nowhere", "is neither a folder that exists"),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+        with pytest.raises(
+            OSError, match=rf"^Cannot load the base '{base}' that .* names: {base} {problem}.*yourself"
+        ):
+            OpenVLAForActionPrediction.from_pretrained(tmp_path / "adapter")

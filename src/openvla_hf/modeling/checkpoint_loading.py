@@ -1,7 +1,9 @@
 """Checkpoints on disk and on the Hub: what `from_pretrained`, `save_pretrained` and `load_adapter` add for OpenVLA."""
 
+import fnmatch
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .action_tokenizer import check_statistics
 from .adapter_loading import ADAPTER_WEIGHTS, translate
@@ -28,6 +30,10 @@ else:  # a mixin: the class that takes it brings the model
 OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
 
 
+# Weights, or an index of them, in the same folder.
+PLAIN_WEIGHTS = re.compile(r"[^/\\:\0]+\.safetensors(\.index\.json)?")
+
+
 def refuse_oft(files: CheckpointFiles) -> None:
     """`ValueError` for an OpenVLA-OFT checkpoint: it would load, and act wrongly without its other files."""
     if found := files.match(OFT_FILES):
@@ -44,6 +50,31 @@ def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
     return (files.read_json(CONFIG_NAME) or {}).get("quantization_config")
 
 
+def refuse_foreign_files(files: CheckpointFiles) -> None:
+    """`ValueError` where an index or a config names weights that are not safetensors files beside it.
+
+    To be called before any of them is opened: a pickled file could run code, and a path could lead anywhere.
+    """
+    named = {CONFIG_NAME: [(files.read_json(CONFIG_NAME) or {}).get("transformers_weights", SAFE_WEIGHTS_NAME)]}
+    for index in fnmatch.filter(files.names, "*.safetensors.index*.json"):
+        content = files.read_json(index) or {}
+        if not isinstance(content.get("weight_map"), dict) or not isinstance(content.get("metadata"), dict):
+            raise ValueError(f"{index} of {files.source} is damaged: it lacks 'weight_map' or 'metadata'.")
+        named[index] = sorted(content["weight_map"].values(), key=str)
+    for where, names in named.items():
+        for name in names:
+            if not isinstance(name, str) or not PLAIN_WEIGHTS.fullmatch(name):
+                raise ValueError(
+                    f"{where} of {files.source} names the weights file {name!r}, but only safetensors files beside it "
+                    "are read. Save the checkpoint again as safetensors."
+                )
+    if found := fnmatch.filter(files.names, "*.distcp"):
+        raise ValueError(
+            f"{files.source} holds a distributed checkpoint ({found[0]!r}), and only safetensors files are read. Save "
+            "the model with `save_pretrained`."
+        )
+
+
 def unreadable_weights(repo: Any, error: Exception) -> OSError:
     """A sentence in place of `error`."""
     return OSError(
@@ -52,14 +83,23 @@ def unreadable_weights(repo: Any, error: Exception) -> OSError:
     )
 
 
-def refuse_foreign_weights(repo: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """`ValueError` where a checkpoint lacks weights, or has some that have no place here."""
+def refuse_foreign_weights(
+    repo: Any, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]] = ()
+) -> None:
+    """`ValueError` where a checkpoint lacks weights, or has some that have no place or another shape here."""
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if keys := sorted(names):
             raise ValueError(
                 f"{repo} is no OpenVLA checkpoint that this class can load: {len(keys)} {problem} weights, such "
                 f"as {keys[0]!r}. An OpenVLA-OFT checkpoint needs the code of OpenVLA-OFT."
             )
+    if shapes := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in mismatched):
+        name, found, wanted = shapes[0]
+        count = f"{len(shapes)} weights have" if len(shapes) > 1 else "1 weight has"
+        raise ValueError(
+            f"Cannot load {repo} as OpenVLA: {count} another shape than the config says (for example {name!r}: "
+            f"{found} instead of {wanted}). Weights and config are of different models."
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +129,7 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
     adapter = Adapter(source, files.hub_kwargs)
     # Of the adapter's repository: the base has others.
     of_base = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    kwargs.pop("trust_remote_code", None)  # consent to the adapter's repository alone
     try:
         return CheckpointFiles.locate(str(beside) if beside.is_dir() else base, **of_base), adapter
     except OSError as error:
@@ -96,6 +137,28 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
             f"Cannot load the base {base!r} that the adapter {source} names: {error} Or load the base yourself, and "
             "then the adapter with `openvla_hf.load_adapter(model, adapter)`."
         ) from error
+
+
+def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter | None) -> None:
+    """An error where the config to load with (`config`, or the checkpoint's own) is missing or of another model.
+
+    Consent to run code (`trust_remote_code=True`) is for the repository that was named, and not for the base that an
+    adapter's repository names: a base that needs code is refused too.
+    """
+    if config is not None or files.source is None:
+        return
+    content = files.read_json(CONFIG_NAME)
+    if content is None:
+        raise OSError(f"{files.source} is not an OpenVLA checkpoint: its {CONFIG_NAME} is missing.")
+    kind = content.get("model_type")
+    if kind != OpenVLAConfig.model_type:
+        sentence = f"{files.source} is not an OpenVLA checkpoint: its {CONFIG_NAME} is for {kind!r}."
+        if adapter is not None:
+            sentence += (
+                f" The adapter {adapter.source} names it as its base. If it needs code of its own, load it yourself "
+                "with consent to that code, and then the adapter with `openvla_hf.load_adapter(model, adapter)`."
+            )
+        raise ValueError(sentence)
 
 
 def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -149,14 +212,17 @@ class CheckpointMixin(_Base):
         """
         files, adapter = resolve_adapter(pretrained_model_name_or_path, kwargs)
         source = files.source
+        refuse_foreign_config(files, kwargs.get("config"), adapter)
         refuse_oft(files)
+        refuse_foreign_files(files)
         if not files.is_whole and not any(name.endswith(".safetensors") for name in files.names):
             raise hub_error(str(source), "the weights", files.failure)
         if kwargs.get("quantization_config") is not None:
             refuse_second(source, stored_quantization(files, kwargs.get("config")))
             kwargs["quantization_config"] = with_defaults(kwargs["quantization_config"])
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS} | files.hub_kwargs
-        kwargs["use_safetensors"] = True
+        # Weights of another shape are refused below, in a sentence.
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         try:
             model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -169,7 +235,14 @@ class CheckpointMixin(_Base):
             ) from error
         except ModuleNotFoundError as error:
             raise missing_package(source, error) or error from error
-        refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"])
+        except RuntimeError as error:
+            if "conversion of the weights" not in str(error):
+                raise
+            raise ValueError(
+                f"Cannot load {source} as OpenVLA: a weight has another shape than the config says. Weights and "
+                "config are of different models."
+            ) from error
+        refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         model.norm_stats = read_statistics(files, model.norm_stats)
         prepare_quantized(model)
         if adapter is not None:
@@ -235,6 +308,7 @@ __all__ = [
     "STATISTICS_FILE",
     "CheckpointMixin",
     "read_statistics",
+    "refuse_foreign_files",
     "refuse_foreign_weights",
     "refuse_oft",
     "statistics_in_file",
