@@ -224,17 +224,18 @@ def test_every_step_of_every_prediction(record, placeholders):
     assert suffixes == {True, False}
 
 
-@contextlib.contextmanager
-def rows_left_out_of_the_head(model, record, supervised):
-    """Within it, the logits of the head's rows that are not kept add to the loss what they add in the full recordings.
+def complete_head(model, record, supervised):
+    """Let the rows of the head that are not kept count in the loss, until the returned hook is removed.
 
     Args:
         model: The checkpoint, whose head has zeros in these rows.
-        record: Holds the slope and the offset of their logit for each supervised position, or nothing where all rows
-            are there.
+        record: Holds the slope and the offset of their logit for each supervised position; nothing where the
+            recordings are the full ones.
         supervised: (B, T) positions whose logits the loss reads.
     """
     plane = record.tensors.get("train.left_out")
+    if plane is None:
+        return contextlib.nullcontext()
     left_out = torch.ones(model.lm_head.out_features, dtype=torch.bool)
     left_out[record.columns] = False
 
@@ -245,17 +246,14 @@ def rows_left_out_of_the_head(model, record, supervised):
         logits[supervised] = torch.where(left_out, values.to(logits.dtype), logits[supervised])
         return logits
 
-    hook = model.lm_head.register_forward_hook(fill) if plane is not None else None
-    yield
-    if hook is not None:
-        hook.remove()
+    return model.lm_head.register_forward_hook(fill)
 
 
 def forward_of_training_batch(record, model):
     batch = record.training_batch
     pixel_values = record.pixel_values[[sample["image"] for sample in record.cases["train"]]]
     labels = batch["labels"][:, 1:]
-    with rows_left_out_of_the_head(model, record, pad(labels != -100, (256, 1))):
+    with complete_head(model, record, supervised=pad(labels != -100, (256, 1))):
         outputs = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
