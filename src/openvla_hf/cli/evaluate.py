@@ -58,7 +58,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
     from ..data import load as load_frames
-    from ..data.loading import action_names
+    from ..data.frames import read_action_names
     from ..data.splits import held_out_frames
     from ..evaluation.open_loop import evaluate_open_loop, open_loop_table
     from ..model_card import read_training
@@ -90,8 +90,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
             batch_size=args.batch_size, progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     which = args.split or "held out"
-    reading.pop("skip_bad_episodes", None)
-    known = action_names(args.data, robot, **reading).get(report.dataset)
+    known = read_action_names(frames).get(report.dataset)
     names = dimension_names(len(report.mean_absolute_error), known)
     if args.json:
         told = {"model": model_id, "data": args.data, "split": which, "names": list(names)}

@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint_info import refuse_adapter
     from ..data import load as load_frames
-    from ..data.loading import action_names
     from ..data.splits import sample_frames, split_parts
     from ..training.finetune import build_trainer, check_run
     from ..training.finetune import finetune as run_training
@@ -112,10 +111,6 @@ def run(args: argparse.Namespace) -> None:
         )
         for data, options in reading.items()
     ]
-    names: dict[str, list[str]] = {}
-    for data, options in reading.items():
-        named = {name: value for name, value in options.items() if name != "skip_bad_episodes"}
-        names |= action_names(data, **named, streaming=args.streaming)
     train_data, eval_data, held_out = split_parts(parts, args.weights, args.eval_share, chosen.seed)
     trainer = build_trainer(
         args.model,
@@ -132,7 +127,6 @@ def run(args: argparse.Namespace) -> None:
         },
         patience=args.patience,
         norm_stats=args.statistics,
-        action_names=names,
         **arguments,
     )
     if args.json:

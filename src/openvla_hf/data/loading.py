@@ -142,33 +142,6 @@ def _losses(skip_bad_episodes: bool | float) -> Losses:
     return Losses(share)
 
 
-def action_names(
-    data: str | os.PathLike,
-    robot: Robot | str | None = None,
-    *,
-    split: str = "train",
-    name: str | None = None,
-    streaming: bool = False,
-    **options: Any,
-) -> dict[str, list[str]]:
-    """The names of the action's dimensions, by the name that the statistics get; empty where the data have no names.
-
-    Args:
-        data: See `load`, as for the others.
-        robot: Adapter or its name.
-        split: Which split.
-        name: Name that the statistics get.
-        streaming: Whether to read the metadata where they are, instead of downloading the data.
-        options: `camera`, `every` and `drop_idle`.
-    """
-    source = open_source(data, split, streaming)
-    if isinstance(source, (Dataset, IterableDataset)):
-        return {}
-    name = name or name_of(source, data)
-    names = resolve_robot(robot, name, **options).name_dimensions(source.numbers, source.dimension_names)
-    return {} if names is None else {name: names}
-
-
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
     """The name that a data set gives itself, or that of the folder that it was opened from."""
     if not isinstance(source, (Dataset, IterableDataset)):
@@ -538,4 +511,4 @@ def _image_columns(data: Frames) -> list[str]:
     return [name for name, feature in data.features.items() if isinstance(feature, Image)]
 
 
-__all__ = ["Frames", "action_names", "from_episodes", "load"]
+__all__ = ["Frames", "from_episodes", "load"]

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,6 @@ def build_trainer(
     run: dict[str, Any] | None = None,
     model_kwargs: dict[str, Any] | None = None,
     patience: int | None = None,
-    action_names: Mapping[str, Sequence[str]] | None = None,
     **arguments: Any,
 ) -> ActionTrainer:
     """Load the base and put model, data and recipe together.
@@ -86,7 +84,6 @@ def build_trainer(
         model_kwargs: More arguments of `from_pretrained` for the base.
         patience: Evaluations without an improvement after which training stops; by default it does not. It needs
             `load_best_model_at_end=True`, with which the result has the weights of the best checkpoint.
-        action_names: Names of the action's dimensions by dataset, which the statistics keep as `names`.
         arguments: Of `TrainingArguments`; they win over the recipe's.
 
     Raises:
@@ -100,7 +97,6 @@ def build_trainer(
             norm_stats = compute_statistics(train_data)
     elif not isinstance(norm_stats, dict):
         norm_stats = load_statistics(norm_stats)
-    norm_stats = _with_names(norm_stats, action_names or {})
     model = OpenVLAForActionPrediction.from_pretrained(model_id, **recipe.model_kwargs() | (model_kwargs or {}))
     model.norm_stats = norm_stats
     processor = AutoProcessor.from_pretrained(model_id)
@@ -133,16 +129,6 @@ def build_trainer(
         eval_dataset=eval_data,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
-
-
-def _with_names(norm_stats: dict[str, Any], action_names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Statistics that also name the dimensions of the actions, where the names are known."""
-    return {
-        dataset: one | {"action": one["action"] | {"names": list(action_names[dataset])}}
-        if dataset in action_names
-        else one
-        for dataset, one in norm_stats.items()
-    }
 
 
 def _settings(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
