@@ -135,6 +135,30 @@ def test_a_mask_of_ones_and_zeros_may_have_any_dtype(tiny, dtype):
     assert np.array_equal(model.predict_action(**other), expected)
 
 
+@pytest.mark.parametrize("draft", ["draft", [None], [0.5], [[1], [2, 3]], np.zeros(7), {}, np.zeros((1, 2, 7), int)])
+def test_a_draft_that_is_not_ids_is_refused(tiny, draft):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    with pytest.raises(ValueError, match=r"`draft_token_ids` (of shape|is neither a tensor nor an array of numbers)"):
+        model.predict_action(**inputs, draft_token_ids=draft)
+
+
+@pytest.mark.parametrize("key", [{"tiny": 1}, ["tiny"], 3, b"tiny"])
+def test_a_key_that_is_not_a_name_is_unknown(tiny, key):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    with pytest.raises(ValueError, match="Unknown `unnorm_key`"):
+        model.predict_action(**inputs, unnorm_key=[key])
+
+
+@pytest.mark.parametrize("decoding", [{"temprature": 0.5}, {"num_beams": 0}, {"temperature": "hot"}])
+def test_decoding_arguments_that_generate_does_not_take_are_named(tiny, decoding):
+    model, processor = tiny()
+    inputs = processor([fake_episode(steps=1)[0]["image"]] * 2, instruction="open")
+    with pytest.raises(ValueError, match=rf"^`generate` does not take '{next(iter(decoding))}' as given: .*\.$"):
+        model.predict_action(**inputs, do_sample=True, **decoding)
+
+
 def ragged(model, processor):
     images = [frame["image"] for frame in fake_episode(steps=2)]
     return processor(images, instruction=["open", "pick up"], padding=False, return_tensors=None)

@@ -155,6 +155,7 @@ def test_a_batch_equals_its_images(processor, images):
         (b"bytes", TypeError, "cannot be a bytes"),
         ("pick up the red block", ValueError, "'pick up the red block' is not a file"),
         ([], ValueError, "empty list"),
+        ([np.zeros((4, 4, 3), np.uint8), []], ValueError, "empty list"),
         (np.zeros((1, 1, 4, 4, 3)), ValueError, "shape"),
         (np.zeros((2, 5, 5)), ValueError, r"shape \(2, 5, 5\) is not an image"),
         (np.zeros((0, 5, 3)), ValueError, "is not an image"),

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from .model_inputs import INTEGERS, as_tensor
+
 
 if TYPE_CHECKING:
     from .modeling_openvla import OpenVLAForActionPrediction
@@ -106,19 +108,26 @@ def _decode_by_generate(
     end_id = model.config.action_vocab_end
     first_id = end_id - model.config.n_action_bins
     only = LogitsProcessorList([ActionIdsOnly(first_id, end_id)] if constrained else [])
-    outputs = model.generate(
-        input_ids=input_ids,
-        pixel_values=pixel_values,
-        attention_mask=attention_mask,
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=do_sample,
-        logits_processor=only,
-        output_logits=True,
-        return_dict_in_generate=True,
-        # Sampling from logits that are not finite would stop a GPU for good; `output_logits` are those before this.
-        **generate_kwargs | {"remove_invalid_values": True},
-    )
+    try:
+        outputs = model.generate(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=do_sample,
+            logits_processor=only,
+            output_logits=True,
+            return_dict_in_generate=True,
+            # Sampling from logits that are not finite would stop a GPU for good; `output_logits` are from before this.
+            **generate_kwargs | {"remove_invalid_values": True},
+        )
+    except (ArithmeticError, TypeError, ValueError) as error:
+        if not generate_kwargs:
+            raise
+        raise ValueError(
+            f"`generate` does not take {', '.join(map(repr, generate_kwargs))} as given: {str(error).rstrip('.')}."
+        ) from error
     token_ids = outputs.sequences[:, input_ids.shape[1] :]
     if token_ids.shape != (len(input_ids), num_tokens):
         raise ValueError(
@@ -320,15 +329,16 @@ class _Decoding:
         return ActionTokens(_finite_or_none(token_ids, highest), action_logits, self.num_tokens)
 
     def as_draft(self, token_ids: torch.Tensor | np.ndarray | Sequence) -> torch.Tensor:
-        """Any guess as ids (B, A): cut or filled up; what is no id becomes one, and will be found wrong."""
-        draft = torch.as_tensor(token_ids, dtype=torch.long, device=self.input_ids.device)
+        """Any guess as ids (B, A): cut or filled up; what is not an id becomes one, and will be found wrong."""
+        draft = as_tensor("draft_token_ids", token_ids)
         rows = len(self.input_ids)
         draft = draft[None] if draft.ndim == 1 else draft
-        if draft.ndim != 2 or len(draft) not in (1, rows):
+        if draft.ndim != 2 or len(draft) not in (1, rows) or draft.dtype not in INTEGERS:
             raise ValueError(
-                f"`draft_token_ids` of shape {tuple(draft.shape)} for {rows} observations: give one row of ids, "
-                "or one for each observation."
+                f"`draft_token_ids` of shape {tuple(draft.shape)} and {draft.dtype} for {rows} observations: give one "
+                "row of integer ids, or one for each observation."
             )
+        draft = draft.to(self.input_ids)
         draft = draft[:, : self.num_tokens].expand(rows, -1)
         draft = nn.functional.pad(draft, (0, self.num_tokens - draft.shape[1]), value=-1)
         config = self.model.config

@@ -155,7 +155,7 @@ def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | No
         if len(norm_stats) > 1:
             raise ValueError(f"This checkpoint has several action statistics: pass `unnorm_key=`, one of {options}.")
         unnorm_key = next(iter(norm_stats))
-    if unnorm_key not in norm_stats:
+    if not isinstance(unnorm_key, str) or unnorm_key not in norm_stats:
         near = difflib.get_close_matches(str(unnorm_key), norm_stats, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown `unnorm_key` {unnorm_key!r}.{hint} This checkpoint has {options}.")

@@ -148,8 +148,6 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             OSError: a file or a URL that cannot be read: it is damaged, or does not answer in time.
         """
         sized = [np.asarray(self.resize(image)) for image in iterate_images(images)]
-        if not sized:
-            raise ValueError(f"There is no image in an empty list; {IMAGE_HELP}.")
         levels = np.ascontiguousarray(np.stack(sized).transpose(0, 3, 1, 2))  # (B, 3, H, W), uint8
         mean, std = (np.array(stats, np.float32)[..., None, None] for stats in (self.image_mean, self.image_std))
         pixels = np.divide(levels, 255, dtype=np.float32)[:, None] - mean  # (B, towers, 3, H, W)
@@ -224,6 +222,8 @@ def iterate_images(images: Any) -> Iterator[Image.Image]:
         OSError: a file or a URL that cannot be read.
     """
     if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError(f"There is no image in an empty list; {IMAGE_HELP}.")
         for image in images:
             yield from iterate_images(image)
     elif isinstance(images, Image.Image):

@@ -151,7 +151,7 @@ class OpenVLAProcessor(ProcessorMixin):
             room = (max_length or self.tokenizer.model_max_length) - len(placeholders)
             if room < 1:
                 raise ValueError(
-                    f"max_length={max_length} leaves no room for text with {len(placeholders)} image tokens."
+                    f"`max_length={max_length}` leaves no room for text beside {len(placeholders)} image tokens."
                 )
             rows = [row[:room] for row in rows]
         rows = [self._insert(placeholders, row) for row in rows]
