@@ -241,7 +241,7 @@ def iterate_images(images: Any) -> Iterator[Image.Image]:
 
 def _open(source: str) -> Image.Image:
     """Reads a path, a URL or base64 text as RGB. The EXIF orientation is not applied, as for a PIL image."""
-    name = repr(source if len(source) < 80 else f"{source[:80]}...")
+    name = repr(source if len(source) < 80 else f"{source[:40]}...{source[-40:]}")
     file: str | io.BytesIO
     if source.lower().startswith(("http://", "https://")):
         file = io.BytesIO(_download(source, name))
