@@ -25,7 +25,6 @@ from openvla_hf.training.finetune import build_trainer, finetune
 from openvla_hf.training.recipes import recipe
 
 
-FIXTURE = Path(__file__).parent / "parity" / "fused-224"
 INSTRUCTION = "pick up the red block"
 
 # Runs the code of repositories' own model cards, and then earlier revisions.
@@ -611,16 +610,17 @@ def test_a_checkpoint_is_described_alike_here_and_on_the_hub(tiny, owner, tmp_pa
     assert here.action_dims == {"tiny": 7}
 
 
-def test_layouts_are_told_apart(tmp_path):
-    published = describe(FIXTURE)
+def test_layouts_are_told_apart(recordings, tmp_path):
+    checkpoint = recordings("fused-224") / "checkpoint"
+    published = describe(checkpoint)
     assert (published.layout, published.dtype, published.has_code) == ("published", "bfloat16", False)
     assert [tower.split(",")[0] for tower in published.vision_towers] == [
         "dinov2_with_registers",
         "siglip_vision_model",
     ]
     assert published.action_dims["aloha_bimanual"] == 14
-    for name in ("config.json", "weights.safetensors"):
-        shutil.copy(FIXTURE / name, tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, tmp_path)
     (tmp_path / "action_head--100_checkpoint.pt").write_bytes(b"")
     assert describe(tmp_path).layout == "openvla-oft"
 

@@ -13,7 +13,7 @@ import openvla_hf.testing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="gives each call a process of its own by forking")
 
-PUBLISHED = Path(__file__).parent / "parity" / "fused-224"
+PUBLISHED = Path(__file__).parent / "parity" / "kept" / "fused-224" / "checkpoint"
 HEAVY = {"torch", "accelerate", "datasets", "gymnasium", "matplotlib", "pandas", "peft", "scipy", "sklearn", "timm"}
 
 IMPORT = """
