@@ -14,7 +14,7 @@ from openvla_hf.data import write_rlds
 from openvla_hf.testing import fake_episode
 
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "src" / "openvla_hf" / "configs"
 INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red block")
 TRAIN = """
 import json, os, sys
