@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.utils import cached_file
 
 from .checkpoint_info import CheckpointInfo
+from .modeling.checkpoint_files import CheckpointFiles
 
 
 RUN_FILES = TRAINING_FILE, EVALUATION_FILE, QUANTIZATION_FILE = "training.json", "evaluation.json", "quantization.json"
@@ -85,10 +85,10 @@ def read_training(source: str | os.PathLike) -> dict[str, Any]:
         source: Folder or Hub id.
 
     Raises:
+        ValueError: The file is damaged.
         OSError: The repository can't be reached.
     """
-    path = cached_file(str(source), TRAINING_FILE, _raise_exceptions_for_missing_entries=False)
-    return {} if path is None else _read(Path(path), {})
+    return CheckpointFiles.locate(source).read_json(TRAINING_FILE) or {}
 
 
 def _read(path: Path, default: Any) -> Any:

@@ -172,6 +172,20 @@ def test_merging_keeps_the_logits_and_a_fault_writes_nothing(trained, tmp_path, 
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_damaged_processor_of_an_adapter_is_not_replaced_by_the_base_s(trained, tmp_path):
+    folder, _, _ = trained()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.center_crop_area = 0.9
+    processor.save_pretrained(folder)
+    merge_adapter(folder, tmp_path / "cropped")
+    assert AutoProcessor.from_pretrained(tmp_path / "cropped").image_processor.center_crop_area == 0.9
+    config = folder / "processor_config.json"
+    config.write_text(config.read_text()[:-20])
+    with pytest.raises((OSError, ValueError), match=r"processor_config\.json"):
+        merge_adapter(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_merging_leaves_other_folders_alone_and_no_trace_of_itself(trained, tmp_path):
     folder, _, _ = trained()
     (tmp_path / "merged_unfinished").mkdir()

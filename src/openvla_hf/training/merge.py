@@ -11,8 +11,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from ..model_card import TRAINING_FILE, read_training
+from ..modeling.checkpoint_files import CheckpointFiles
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 
 
@@ -51,7 +53,7 @@ def merge_adapter(
 
     Raises:
         ValueError: The base is quantised, or merged and unmerged logits differ.
-        OSError: A file is absent, or `output` holds something already.
+        OSError: A file is absent or damaged, or `output` holds something already.
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
@@ -138,10 +140,9 @@ def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
 
 def _processor(adapter: str | os.PathLike, base: str | os.PathLike) -> Any:
     """The adapter's processor, which knows of its augmentation; the base's where the adapter has none."""
-    try:
-        return AutoProcessor.from_pretrained(adapter)
-    except (OSError, ValueError):
-        return AutoProcessor.from_pretrained(base)
+    files = CheckpointFiles.locate(adapter)
+    has_own = any(files.find(name) is not None for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME))
+    return AutoProcessor.from_pretrained(adapter if has_own else base)
 
 
 __all__ = ["merge_adapter", "merge_layers"]
