@@ -736,6 +736,19 @@ def test_a_bad_row_of_a_plain_stream(episodes, caplog):
     assert "row 8" in caplog.text
 
 
+@pytest.mark.parametrize(("apart", "is_much"), [(15, False), (5, True)])
+def test_bad_rows_of_a_plain_stream_are_skipped_up_to_a_limit(make_episode, apart, is_much):
+    rows = [{**make_episode(0)[0], "episode_index": 0, "frame_index": index} for index in range(300)]
+    for row in rows[::apart]:
+        row["action"] = np.full(7, np.nan, np.float32)
+    stream = load(from_columns(rows).to_iterable_dataset(), streaming=True, skip_bad_episodes=True)
+    if is_much:
+        with pytest.raises(BadEpisodeError, match="11 of 100 episodes are bad"):
+            list(stream)
+    else:
+        assert len(list(stream)) == 280
+
+
 def test_an_episode_of_length_0(episodes):
     with pytest.raises(BadEpisodeError, match="episode 5: the episode has length 0"):
         from_episodes([*episodes, []])

@@ -52,7 +52,7 @@ PLACE = ("dataset", "episode_index", "frame_index")
 BAD_SHARE = 0.1
 """Largest share of the episodes that `skip_bad_episodes=True` skips."""
 FEW_EPISODES = 100
-"""Assumed of data that do not say how many episodes they have, until all are read."""
+"""Assumed of data that do not say how many episodes they have, until more are read."""
 JPEG = b"\xff\xd8"
 """How such a file begins."""
 
@@ -373,7 +373,7 @@ class Losses:
         self.bad_episodes.append(str(error))
         self.skipped += error.episodes
         logger.warning("Skipped bad episode %d: %s", self.skipped, error)
-        self.check(self.total if self.total is not None else FEW_EPISODES)
+        self.check(max(self.read, FEW_EPISODES) if self.total is None else self.total)
 
     def check(self, total: int) -> None:
         """Raise `BadEpisodeError` where more than the limit of `total` episodes is bad; one may always be."""

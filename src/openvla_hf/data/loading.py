@@ -483,6 +483,7 @@ def _adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses
 
     def adapt(row: dict[str, Any], index: int) -> dict[str, Any]:
         numbers = {column: np.asarray(row[column], np.float64)[None] for column in columns}
+        losses.read += 1
         try:
             _, actions, states = robot.standardize(numbers, 1)
         except ValueError as error:
