@@ -254,10 +254,10 @@ class ActionTrainer(Trainer):
         if self._last_batch is None:
             return
         of_training, self._counts = self._counts, torch.zeros_like(self._counts)
-        model = self.model_wrapped.eval()
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(self._last_batch)).detach()
-        model.train()
+        # In training mode: in evaluation mode bitsandbytes repacks the base's 4-bit weights on a CPU and rounds them.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model_wrapped, self._prepare_inputs(self._last_batch)).detach()
         self._counts = of_training
         loss = self.accelerator.reduce(loss, reduction="sum")
         self._require_finite(float(loss), "loss", f"after step {self.state.global_step}")
