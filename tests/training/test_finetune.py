@@ -23,6 +23,7 @@ from openvla_hf.data.splits import read_split, split_parts
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.finetune import build_trainer
+from openvla_hf.training.recipes import recipe
 from openvla_hf.training.trainer import last_checkpoint
 
 
@@ -321,6 +322,19 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_continue(base, data, tmp_path
 def test_a_wrong_recipe_is_one_sentence(base, data, tmp_path, capsys):
     assert run(base, data, tmp_path / "out", "--recipe", "lor") == 2
     assert "Did you mean 'lora'?" in capsys.readouterr().err
+
+
+def test_a_run_trains_and_predicts_without_a_final_full_stop(base, tmp_path):
+    frames = fake_episode(steps=2)
+    data = from_episodes([[frame | {"instruction": "Open the drawer."} for frame in frames]])
+    trainer = build_trainer(base, data, tmp_path, recipe("lora", dtype="float32", lora_rank=4), use_cpu=True)
+    row = trainer.data_collator([frames[0] | {"instruction": "Open the drawer."}])["input_ids"][0]
+    processor = trainer.eval_collator.processor
+    processor.save_pretrained(tmp_path / "processor")
+    for text in ("open the drawer", "Open the drawer."):
+        inputs = AutoProcessor.from_pretrained(tmp_path / "processor")(frames[0]["image"], instruction=text)
+        assert torch.equal(row[: inputs["input_ids"].shape[1]], inputs["input_ids"][0])
+    assert "." not in processor.tokenizer.decode(row)
 
 
 def test_whole_episodes_are_held_out():
