@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image as PILImage
@@ -529,6 +529,21 @@ def test_processes_that_start_together_make_a_table_once(tmp_path):
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate()[0].split() for process in processes]
     assert sorted(told, key=len) == [["4"], ["made"] * 4 + ["4"]]
+
+
+def test_labels_of_plain_datasets_are_instructions_by_their_names(episodes):
+    rows = [
+        {**frame, "episode_index": i, "frame_index": t} for i, e in enumerate(episodes) for t, frame in enumerate(e)
+    ]
+    labels = ["push", "pull"]
+    plain = from_columns(rows).remove_columns("instruction")
+    labelled = plain.add_column("instruction", [row["episode_index"] % 2 for row in rows])
+    with pytest.raises(ValueError, match=r"column 'instruction' holds .*int64.* and no text"):
+        load(labelled)
+    labelled = labelled.cast_column("instruction", ClassLabel(names=labels))
+    for data in (labelled, labelled.to_iterable_dataset()):
+        frames = list(load(data, streaming=not isinstance(data, Dataset)))
+        assert [frame["instruction"] for frame in frames] == [labels[row["episode_index"] % 2] for row in rows]
 
 
 def test_actions_are_never_converted_twice(episodes):

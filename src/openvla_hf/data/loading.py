@@ -21,7 +21,7 @@ import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image, IterableDataset, concatenate_datasets
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError
 from datasets.fingerprint import Hasher
@@ -400,6 +400,17 @@ def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
         ) from error
 
 
+def _text_reader(name: str, feature: Any) -> Callable[[Any], str]:
+    """What makes an instruction of a value of a column: a text as it is, a label by its name."""
+    if isinstance(feature, ClassLabel):
+        return lambda label: feature.int2str(int(label)) if label is not None and label >= 0 else ""
+    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "string_view"):
+        raise ValueError(
+            f"The column {name!r} holds {feature} and no text: name the instruction's column in the robot."
+        )
+    return lambda text: text or ""
+
+
 def _refuse_to_convert_twice(data: Frames, robot: Robot) -> None:
     """Raise `ValueError` where the data are frames, whose actions are standard already, and the robot changes them."""
     if robot.converts and {*FEATURES} <= {*(data.column_names or ())}:
@@ -418,6 +429,7 @@ def _adapt_table(
     images = data.select_columns([camera]).cast_column(camera, Image(decode=False))
     columns = robot.wanted_columns(data.column_names)
     instruction = find_name(robot.instruction, data.column_names, "instruction")
+    read_text = _text_reader(instruction, data.features[instruction])
     ordering = [column for column in ("episode_index", "frame_index") if column in data.column_names]
     # float32 is the format's own choice for numbers of float64.
     table = data.select_columns([*columns, instruction, *ordering]).with_format("numpy", dtype=np.float64)[:]
@@ -429,7 +441,7 @@ def _adapt_table(
     def episodes() -> Iterator[Episode]:
         for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
             index = int(episode_of[start])
-            texts = [str(text or "") for text in table[instruction][start:end]]
+            texts = [read_text(text) for text in table[instruction][start:end]]
             numbers = {column: np.stack(list(table[column][start:end])) for column in columns}
             yield Episode(f"{name}, episode {index}", index, range(start, end), texts, numbers)  # type: ignore[arg-type]
 
@@ -480,6 +492,7 @@ def _adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses
     camera = robot.choose_camera(_image_columns(data))
     columns = robot.wanted_columns(data.column_names)
     instruction = find_name(robot.instruction, data.column_names, "instruction")
+    read_text = _text_reader(instruction, data.features[instruction])
 
     def adapt(row: dict[str, Any], index: int) -> dict[str, Any]:
         numbers = {column: np.asarray(row[column], np.float64)[None] for column in columns}
@@ -491,7 +504,7 @@ def _adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses
             return dict.fromkeys(FEATURES)  # without an instruction, so it is left out
         return {
             "image": row[camera],
-            "instruction": row[instruction],
+            "instruction": read_text(row[instruction]),
             "action": actions[0],
             "action_mask": robot.mask(actions.shape[1]),
             "state": None if states is None else states[0],
