@@ -168,7 +168,7 @@ class LeRobotSource:
     @property
     def num_frames(self) -> int:
         """Frames of the split, as the metadata says."""
-        if len(self.episodes) == self.info["total_episodes"]:
+        if "total_frames" in self.info and len(self.episodes) == self.info.get("total_episodes"):
             return self.info["total_frames"]
         return sum(shard.length for shard in self.shards())
 
