@@ -148,6 +148,20 @@ def test_an_image_that_is_not_there_is_refused_in_one_line(capsys):
     )
 
 
+def test_an_image_that_cannot_be_read_is_refused_in_one_line(policy, capsys, tmp_path, monkeypatch, recwarn):
+    def refused(image):
+        return refusal(capsys, "predict", "--model", str(policy), "--image", str(image), "--instruction", "x")
+
+    data = (policy / "frame.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    assert "cut.png' is damaged, truncated or closed" in refused(tmp_path / "cut.png")
+    assert "could not be downloaded: [Errno" in refused("http://127.0.0.1:9/frame.png")
+    for pixels in (3000, 1000):  # the image has 64 x 64; PIL warns of it, and then raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+        assert f"too large: resize or crop it to at most {pixels} pixels" in refused(policy / "frame.png")
+    assert "DecompressionBombWarning" not in {warning.category.__name__ for warning in recwarn}
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -135,6 +135,16 @@ def test_a_mask_of_ones_and_zeros_may_have_any_dtype(tiny, dtype):
     assert np.array_equal(model.predict_action(**other), expected)
 
 
+@pytest.mark.parametrize("hidden", [slice(1, 17), slice(5, 6)])
+def test_a_mask_that_hides_the_image_is_refused(tiny, hidden):
+    model, processor = tiny()
+    inputs = processor([frame["image"] for frame in fake_episode(steps=2)], instruction="open")
+    inputs["attention_mask"][1, hidden] = 0
+    count = 16 - len(range(*hidden.indices(99)))
+    with pytest.raises(ValueError, match=rf"must hold 16 image placeholders .* row 1 holds {count}\."):
+        model.predict_action(**inputs)
+
+
 @pytest.mark.parametrize("draft", ["draft", [None], [0.5], [[1], [2, 3]], np.zeros(7), {}, np.zeros((1, 2, 7), int)])
 def test_a_draft_that_is_not_ids_is_refused(tiny, draft):
     model, processor = tiny()

@@ -1,7 +1,9 @@
 """Print the action for one image and one instruction."""
 
 import argparse
+import warnings
 
+from PIL import Image
 from rich.table import Table
 
 from .common import DTYPES, add_policy_arguments, default_model, dimension_names, image, load, print_json, print_table
@@ -18,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    # The processor refuses such an image: one message is enough.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     model, processor = load(args.model or default_model(), args.dtype, args.device)
     inputs = processor(args.image, instruction=args.instruction)
     details = model.predict_action(**inputs, unnorm_key=args.unnorm_key, return_details=True)

@@ -152,7 +152,8 @@ class ActionPredictionMixin(_Base):
         assert attention_mask is not None  # one went in
         pixel_values = as_tensor("pixel_values", pixel_values)
         check_pixel_values(self.config, pixel_values)
-        check_image_tokens(self.config, input_ids, len(pixel_values))
+        seen = input_ids.where(attention_mask == 1, -1)  # a placeholder that the mask hides shows no image
+        check_image_tokens(self.config, seen, len(pixel_values))
         check_prompt_length(self.config, attention_mask, max(dims))
         # 3. Ids of the action, one for each dimension
         tokens: ActionTokens = decode_actions(
