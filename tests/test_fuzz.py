@@ -401,8 +401,8 @@ def bad_masks(draw, model, inputs):
     additive = torch.zeros(mask.shape).masked_fill(mask == 0, torch.finfo(torch.float32).min)
     others = [
         torch.zeros_like(mask), mask[:, 1:], mask[:, :-20], torch.cat([mask, mask], 1), mask[0], mask[None],
-        mask[:, None, None], mask * 2, mask - 1, mask.float() + 0.5, mask.float() * np.nan, additive, hiding, "mask", 3,
-        torch.cat([mask[:-1], torch.zeros_like(mask[-1:])]), torch.cat([mask, mask]), {}, [[1], [1, 1]],
+        mask[:, None, None], mask * 2, mask - 1, mask.float() + 0.5, mask.float() * np.nan, additive, hiding, "mask",
+        3, torch.cat([mask[:-1], torch.zeros_like(mask[-1:])]), torch.cat([mask, mask]), {}, [[1], [1, 1]],
     ]  # fmt: skip
     return inputs | {"attention_mask": pick(draw, others)}
 
