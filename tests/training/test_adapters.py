@@ -86,7 +86,7 @@ def test_a_weight_without_a_place_is_an_error(recorded, published, tmp_path):
     def add(weights):
         weights["base_model.model.language_model.model.layers.9.mlp.up_proj.lora_A.weight"] = torch.zeros(8, 128)
 
-    with pytest.raises(ValueError, match=r"finds no place.*layers\.9\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"matches no layer.*layers\.9\.mlp\.up_proj"):
         load_adapter(recorded("fused-224").load(), rewrite(published, tmp_path / "adapter", add))
 
 
@@ -96,6 +96,37 @@ def test_half_an_adapter_is_an_error(recorded, published, tmp_path):
 
     with pytest.raises(ValueError, match="does not fit this model"):
         load_adapter(recorded("fused-224").load(), rewrite(published, tmp_path / "adapter", drop))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "projector.fc1",
+        "language_model.lm_head",
+        "language_model.model.layers.1.mlp.up_proj",
+        "vision_backbone.featurizer.blocks.0.attn.qkv",
+        "vision_backbone.fused_featurizer.patch_embed.proj",
+    ],
+)
+def test_a_published_adapter_without_a_layer_is_an_error(recorded, published, tmp_path, layer):
+    def drop(weights):
+        for side in ("lora_A", "lora_B"):
+            del weights[f"base_model.model.{layer}.{side}.weight"]
+
+    with pytest.raises(ValueError, match=r"does not fit this model: [26] weights of layers .* are missing"):
+        load_adapter(recorded("fused-224").load(), rewrite(published, tmp_path / "adapter", drop))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 128)])
+def test_a_head_of_another_shape_is_an_error(recorded, published, tmp_path, shape):
+    def shrink(weights):
+        weights["base_model.model.language_model.lm_head.base_layer.weight"] = torch.ones(shape)
+
+    model = recorded("fused-224").load()
+    before = model.lm_head.weight.clone()
+    with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight' has the shape \(.*\) instead of"):
+        load_adapter(model, rewrite(published, tmp_path / "adapter", shrink))
+    assert torch.equal(model.lm_head.weight, before)
 
 
 def saved_base(folder, **fields):
@@ -234,3 +265,36 @@ def test_a_base_in_few_bits_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"is quantised.*--base"):
         merge_adapter(folder, tmp_path / "merged", base=tmp_path / "small")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-paper"])
+def test_an_adapter_without_a_layer_is_an_error(trained, name):
+    folder, _, _ = trained(name)
+    weights = load_file(folder / "adapter_model.safetensors")
+    layers = sorted({key.partition(".lora_")[0] for key in weights})
+    for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
+        kept = {key: weight for key, weight in weights.items() if not key.startswith(f"{layer}.lora_")}
+        save_file(kept, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=r"does not fit this model: 2 weights of layers .* are missing"):
+            OpenVLAForActionPrediction.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (4, 3)])
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_adapter_weights_of_another_shape_are_an_error(trained, shape, side):
+    folder, _, _ = trained()
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in sorted(weights) if f"projector.fc1.{side}" in key)
+    save_file(weights | {key: torch.ones(shape)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        OpenVLAForActionPrediction.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "dataset_statistics.json"])
+def test_a_file_of_an_adapter_that_was_cut_short_is_named(trained, name):
+    folder, _, _ = trained()
+    content = (folder / name).read_bytes()
+    for length in (0, 20, len(content) // 2):
+        (folder / name).write_bytes(content[:length])
+        with pytest.raises((OSError, ValueError), match=rf"{name}.* (is corrupt|is damaged) or was cut short"):
+            OpenVLAForActionPrediction.from_pretrained(folder)

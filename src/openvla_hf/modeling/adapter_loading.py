@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
-from .checkpoint_files import ADAPTER_CONFIG
+from .checkpoint_files import ADAPTER_CONFIG, read_json, unreadable_weights
 from .weight_mapping import CONVERSIONS
 
 
@@ -24,6 +25,10 @@ PUBLISHED_PARTS = ("vision_backbone.", "projector.", "language_model.")
 ADAPTED = re.compile(r"^(?P<layer>.+)\.(?P<side>lora_A|lora_B)\.weight$")
 # A whole weight below an adapter: the head's, which older versions of peft store too.
 WHOLE = ".base_layer.weight"
+# peft's word for every linear layer but the head.
+ALL_LINEAR = "all-linear"
+# The original's layers of a tower's block.
+BLOCK_PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 TOWER = re.compile(r"^(vision_backbone\.(?:fused_)?featurizer)\.(.+)$")
 
 
@@ -57,10 +62,14 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
         folder: Gets both files.
 
     Raises:
-        ValueError: A weight finds no layer, or its shape does not fit.
+        ValueError: A weight matches no layer or has another shape, or a layer that the config names lacks its weights.
+        OSError: The weights file is damaged.
     """
-    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    source = load_file(weights_file)
+    config = read_json(config_file)
+    try:
+        source = load_file(weights_file)
+    except SafetensorError as error:
+        raise unreadable_weights(weights_file, error) from error
     published = is_published(list(source))
     for patterns in ("alpha_pattern", "rank_pattern"):
         if published and config.get(patterns):
@@ -75,19 +84,90 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
         if published and any(pattern.search(name) for pattern in unread):
             continue
         if name.endswith(WHOLE):
-            whole[name.removesuffix(WHOLE)] = _checked(layers, name.removesuffix(WHOLE), key, tensor)
+            layer = name.removesuffix(WHOLE)
+            expected = tuple(_layer(layers, layer, key).weight.shape)
+            if tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"{weights_file} does not fit this model: {key!r} has the shape {tuple(tensor.shape)} instead of "
+                    f"{expected}."
+                )
+            whole[layer] = tensor
             continue
         for path, part in _split(name, tensor):
             match = ADAPTED.match(path)
-            _checked(layers, match["layer"] if match else path, key)
+            _layer(layers, match["layer"] if match else path, key)
             if match is None:
-                raise ValueError(f"{weights_file} holds {key!r}, which is no LoRA weight: it can't be loaded.")
+                raise ValueError(f"{weights_file} holds {key!r}, which is not a LoRA weight.")
             adapted[PREFIX + path] = part.to(model.dtype).contiguous()
-    config["target_modules"] = sorted({ADAPTED.match(name.removeprefix(PREFIX))["layer"] for name in adapted})  # type: ignore[index]
+    found = {ADAPTED.match(name.removeprefix(PREFIX))["layer"] for name in adapted}  # type: ignore[index]
+    names = published_layers(model) if published else {name: [name] for name in linear_layers(layers)}
+    wanted = {ours for name, group in names.items() if is_target(name, config) for ours in group} | found
+    sides = [f"{PREFIX}{layer}.{side}.weight" for layer in sorted(wanted) for side in ("lora_A", "lora_B")]
+    if missing := [name for name in sides if name not in adapted]:
+        raise ValueError(
+            f"{weights_file} does not fit this model: {len(missing)} weights of layers that {ADAPTER_CONFIG} names "
+            f"are missing (for example {missing[0]!r}). Copy or download the adapter again."
+        )
+    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
+    for layer in sorted(found):
+        shapes = [tuple(adapted[f"{PREFIX}{layer}.{side}.weight"].shape) for side in ("lora_A", "lora_B")]
+        rank = shapes[0][0] if shapes[0] else 0
+        if rank not in ranks or shapes != _lora_shapes(layers.get(f"{layer}.base_layer", layers[layer]), rank):
+            raise ValueError(
+                f"{weights_file} does not fit this model: the weights of {layer!r} have the shapes {shapes[0]} and "
+                f"{shapes[1]}, which are not those of rank {config.get('r')} for this layer."
+            )
+    config["target_modules"] = sorted(found)
     config["auto_mapping"] = None
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     save_file(adapted, folder / ADAPTER_WEIGHTS)
     return whole
+
+
+def linear_layers(layers: dict[str, nn.Module]) -> list[str]:
+    """Names of the layers that an adapter can be on, of a model that may have adapters already."""
+    return [
+        name.removesuffix(".base_layer")
+        for name, layer in layers.items()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+    ]
+
+
+def published_layers(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the original's layers -> those that they are here."""
+    names = [f"projector.{name}" for name, _ in model.model.projector.named_children() if name.startswith("fc")]
+    for name, tower in model.model.vision_backbone.named_children():
+        blocks = [f"blocks.{index}.{part}" for index in range(tower.config.num_hidden_layers) for part in BLOCK_PARTS]
+        names += [f"vision_backbone.{name}.{part}" for part in ("patch_embed.proj", *blocks)]
+    prefix = "model.language_model."
+    names += [
+        f"language_model.model.{name.removeprefix(prefix)}"
+        for name in linear_layers(dict(model.named_modules()))
+        if name.startswith(prefix)
+    ]
+    empty = torch.empty(3, 0)
+    return {
+        name: [path.removesuffix(".weight") for path, _ in _split(our_name(model, f"{name}.weight"), empty)]
+        for name in [*names, "language_model.lm_head"]
+    }
+
+
+def is_target(name: str, config: dict[str, Any]) -> bool:
+    """Whether an adapter's config puts an adapter on a layer, by the rules of peft."""
+
+    def matches(patterns: Any) -> bool:
+        if patterns == ALL_LINEAR:
+            return not name.endswith("lm_head")
+        if isinstance(patterns, str):
+            return re.fullmatch(patterns, name) is not None
+        return any(name == one or name.endswith(f".{one}") for one in patterns or ())
+
+    chosen = config.get("layers_to_transform")
+    if chosen is not None:
+        index = re.search(r"\.(\d+)\.", name)
+        if index is None or int(index[1]) not in ([chosen] if isinstance(chosen, int) else chosen):
+            return False
+    return matches(config.get("target_modules")) and not matches(config.get("exclude_modules"))
 
 
 def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -98,14 +178,22 @@ def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return [(name.replace(".qkv.", f".{each}_proj."), part) for each, part in zip("qkv", parts, strict=True)]
 
 
-def _checked(layers: dict[str, nn.Module], layer: str, key: str, tensor: Any = None) -> Any:
-    """The tensor, if there is such a layer."""
+def _lora_shapes(layer: nn.Module, rank: int) -> list[tuple[int, ...]]:
+    """Shapes of A and B."""
+    outputs, *inputs = layer.weight.shape
+    if isinstance(layer, nn.Linear):  # whose weight may be packed
+        outputs, inputs = layer.out_features, [layer.in_features]
+    return [(rank, *inputs), (outputs, rank, *[1] * (len(inputs) - 1))]
+
+
+def _layer(layers: dict[str, nn.Module], layer: str, key: str) -> nn.Module:
+    """The layer that a weight of the adapter is for."""
     if layer not in layers:
         raise ValueError(
-            f"The adapter's weight {key!r} finds no place: the model has no layer {layer!r}. It was made for another "
-            "model, or is no OpenVLA adapter."
+            f"Adapter weight {key!r} matches no layer of this model ({layer!r} is not there). The adapter was made "
+            "for another model."
         )
-    return tensor
+    return layers[layer]
 
 
 __all__ = ["ADAPTER_WEIGHTS", "translate"]

@@ -208,6 +208,14 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def unreadable_weights(repo: Any, error: Exception) -> OSError:
+    """A sentence in place of `error`."""
+    return OSError(
+        f"A weights file of {repo} is corrupt or was cut short ({error}): download it again, with "
+        "`force_download=True` if it comes from the Hub."
+    )
+
+
 def hub_error(source: str, what: str, error: Exception | None) -> OSError:
     """A sentence in place of what the Hub's client raises; `error` is `None` where the Hub was not to be asked."""
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
@@ -249,4 +257,5 @@ __all__ = [
     "CheckpointFiles",
     "hub_error",
     "read_json",
+    "unreadable_weights",
 ]

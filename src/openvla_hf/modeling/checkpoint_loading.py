@@ -15,7 +15,15 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .action_tokenizer import check_statistics
 from .adapter_loading import ADAPTER_WEIGHTS, translate
-from .checkpoint_files import ADAPTER_CONFIG, HUB_KWARGS, STATISTICS_FILE, CheckpointFiles, hub_error, read_json
+from .checkpoint_files import (
+    ADAPTER_CONFIG,
+    HUB_KWARGS,
+    STATISTICS_FILE,
+    CheckpointFiles,
+    hub_error,
+    read_json,
+    unreadable_weights,
+)
 from .configuration_openvla import AUTO_MAP, OpenVLAConfig
 from .folder_writing import written_whole
 from .quantized_loading import missing_package, prepare_quantized, refuse_second, with_defaults
@@ -73,14 +81,6 @@ def refuse_foreign_files(files: CheckpointFiles) -> None:
             f"{files.source} holds a distributed checkpoint ({found[0]!r}), and only safetensors files are read. Save "
             "the model with `save_pretrained`."
         )
-
-
-def unreadable_weights(repo: Any, error: Exception) -> OSError:
-    """A sentence in place of `error`."""
-    return OSError(
-        f"A weights file of {repo} is corrupt or was cut short ({error}): download it again, with "
-        "`force_download=True` if it comes from the Hub."
-    )
 
 
 def refuse_foreign_weights(
@@ -253,8 +253,9 @@ class CheckpointMixin(_Base):
         """As transformers' own; takes adapters of the original's layer names too, and the statistics beside them.
 
         Raises:
-            ValueError: A weight finds no place in this model, or an adapted layer lacks one.
-            OSError: There is no adapter, or its weights are not in a safetensors file.
+            ValueError: A weight matches no layer of this model or has another shape, or a layer that the adapter's
+                config names lacks its weights.
+            OSError: There is no adapter, or its weights are not in a safetensors file or can't be read.
         """
         if kwargs.get("adapter_state_dict") is not None:
             return super().load_adapter(peft_model_id, adapter_name, **kwargs)
@@ -274,7 +275,7 @@ class CheckpointMixin(_Base):
         if problems:
             raise ValueError(
                 f"{peft_model_id} does not fit this model: {len(problems)} weights are missing, left over or of "
-                f"another shape, such as {min(problems)!r}."
+                f"another shape (for example {min(problems)!r})."
             )
         if statistics is not None:
             self.norm_stats = statistics
