@@ -273,7 +273,7 @@ def test_idle_frames_are_dropped_but_not_a_gripper_that_moves_slowly():
 
 def test_frames_are_joined_and_dropped_only_where_the_space_is_known():
     for option in ({"every": 5}, {"drop_idle": True}):
-        with pytest.raises(ValueError, match=r"movements or targets: give a robot with space="):
+        with pytest.raises(ValueError, match=r"movements or targets, but the robot 'generic' does not say"):
             resolve_robot(None, "anything", **option)
         with pytest.raises(ValueError, match=r"movements or targets"):
             Robot("arm", **option)

@@ -145,9 +145,10 @@ class Robot:
         if self.every < 1:
             raise ValueError(f"every={self.every} is not a number of frames: give at least 1.")
         if (self.every > 1 or self.drop_idle) and self.recorded_space is None:
+            asked = f"every={self.every}" if self.every > 1 else f"drop_idle={self.drop_idle}"
             raise ValueError(
-                f"every={self.every} and drop_idle={self.drop_idle} need to know whether the actions are movements or "
-                f"targets: give a robot with space=, one of {_listed((*DELTAS, *TARGETS))}."
+                f"{asked} needs to know whether the actions are movements or targets, but the robot {self.name!r} "
+                f"does not say: give a robot whose space is one of {_listed((*DELTAS, *TARGETS))}."
             )
         if self.action_dim is not None and self.select is None:
             self._check_size(self.action_dim)
