@@ -154,7 +154,7 @@ def test_drafts_and_padding_on_the_right(policy):
 def test_a_draft_of_another_batch(policy, draft):
     model, processor = policy()
     inputs = processor(images(3), instruction=INSTRUCTIONS)
-    with pytest.raises(ValueError, match="for 3 observations: give one row of integer ids, or one for each observation"):
+    with pytest.raises(ValueError, match="for 3 observations: give one row of integer ids, or one for each"):
         model.predict_action(**inputs, draft_token_ids=draft)
 
 
