@@ -162,6 +162,21 @@ def test_an_image_that_cannot_be_read_is_refused_in_one_line(policy, capsys, tmp
     assert "DecompressionBombWarning" not in {warning.category.__name__ for warning in recwarn}
 
 
+def test_a_file_that_is_not_an_image_is_refused_in_one_line(capsys):
+    error = refusal(capsys, "predict", "--image", __file__, "--instruction", "x")
+    assert f"argument --image: {__file__!r} is not an image that PIL can read." in error
+
+
+@pytest.mark.parametrize("command", ["doctor a/b", "quantize --report", "finetune --model a/b --data c --output d"])
+def test_a_file_of_robots_that_is_not_there_is_refused_in_one_line(command, capsys):
+    assert "argument --robots: There is no file 'no.py'." in refusal(capsys, *command.split(), "--robots", "no.py")
+
+
+def test_a_policy_is_not_an_adapter_to_merge(policy, capsys, tmp_path):
+    error = refusal(capsys, "merge", policy, tmp_path / "merged")
+    assert "is not an adapter: the folder has no adapter_config.json." in error
+
+
 @pytest.mark.parametrize(
     "command",
     [

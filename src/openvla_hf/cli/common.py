@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def add_data_arguments(
     """
     parser.add_argument("--robot", nargs=nargs,
                         help="name of the adapter that reads it (default: the data set's own or generic)")  # fmt: skip
-    parser.add_argument("--robots", metavar="FILE", help="Python file of your own that registers robots")
+    parser.add_argument("--robots", type=file, metavar="FILE", help="Python file of your own that registers robots")
     parser.add_argument("--split", default=split, help=split_help)
     parser.add_argument("--camera", nargs=nargs, help="the image to read, if there are several")
     parser.add_argument("--every", type=positive, metavar="N",
@@ -137,10 +138,34 @@ def device_map(text: str) -> str:
     return text if text in DEVICE_MAPS else device(text)
 
 
+def adapter(text: str) -> str:
+    """Parse the folder or the Hub id of an adapter."""
+    checkpoint(text)
+    if os.path.isdir(text) and not os.path.isfile(os.path.join(text, "adapter_config.json")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an adapter: the folder has no adapter_config.json.")
+    return text
+
+
+def file(text: str) -> str:
+    """Parse the path of a file that is there."""
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"There is no file {text!r}.")
+    return text
+
+
 def image(text: str) -> str:
     """Parse the path or the URL of an image."""
-    if not text.startswith(("http://", "https://")) and not os.path.isfile(text):
-        raise argparse.ArgumentTypeError(f"There is no file {text!r}.")
+    from PIL import Image, UnidentifiedImageError
+
+    if text.startswith(("http://", "https://")):
+        return text
+    try:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            Image.open(file(text)).close()
+    except UnidentifiedImageError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image that PIL can read.") from error
+    except (OSError, Image.DecompressionBombError):
+        pass  # the processor says what is wrong with an image
     return text
 
 

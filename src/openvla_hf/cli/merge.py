@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import DTYPES, checkpoint, console, print_json
+from .common import DTYPES, adapter, checkpoint, console, print_json
 
 
 EXAMPLE = "merge outputs/kitchen outputs/kitchen-merged"
@@ -10,7 +10,7 @@ EXAMPLE = "merge outputs/kitchen outputs/kitchen-merged"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "adapter", type=checkpoint, help="folder or Hub id of an adapter, ours or one published for the original code"
+        "adapter", type=adapter, help="folder or Hub id of an adapter, ours or one published for the original code"
     )
     parser.add_argument("output", help="empty or new folder")
     parser.add_argument(
