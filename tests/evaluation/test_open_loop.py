@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from openvla_hf.cli import main
-from openvla_hf.data import Gripper, Robot, from_episodes, write_lerobot
+from openvla_hf.data import Gripper, Robot, from_episodes, robots, write_lerobot
 from openvla_hf.data.splits import describe_split, held_out_frames, read_split, sample_episodes, sample_frames
 from openvla_hf.evaluation.open_loop import evaluate_open_loop, open_loop_table
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
@@ -109,3 +109,39 @@ def test_the_episodes_held_out_are_found_again_in_the_same_data_alone():
         held_out_frames(recorded(episodes=11, steps=3), split)
     with pytest.raises(ValueError, match="Training held out no episodes of 'arm'"):
         held_out_frames(frames, {"other": split["arm"]})
+
+
+def write_robots(folder, closed):
+    file = folder / "robots.py"
+    file.write_text(
+        "from openvla_hf.data import Gripper, Robot, register_robot\n"
+        f"register_robot(Robot('arm', gripper=Gripper(open=0, closed={closed}), space='end_effector_delta'))\n"
+    )
+    return ["--robots", str(file)]
+
+
+def test_the_adapter_that_read_the_data_for_training_reads_them_for_the_evaluation_or_nothing_does(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    registered = dict(robots._REGISTRY)
+    monkeypatch.setattr(robots, "_REGISTRY", registered)
+    model, processor = tiny()
+    model.save_pretrained(tmp_path / "policy")
+    processor.save_pretrained(tmp_path / "policy")
+    write_lerobot([fake_episode(seed=seed, steps=3) for seed in range(3)], tmp_path / "arm")
+    data = ["--data", str(tmp_path / "arm")]
+    train = ["finetune", "--model", str(tmp_path / "policy"), *data, "--eval-share", "0.3", "--workers", "0"]
+    small = ["--steps", "1", "--set", "batch_size=2", "lora_rank=2", "dtype=float32"]
+    assert main([*train, "--output", str(tmp_path / "out"), *write_robots(tmp_path, closed=1), *small]) == 0
+    evaluate = ["evaluate", "--model", str(tmp_path / "out"), *data]
+    assert main([*evaluate, "--json"]) == 0
+    del registered["arm"]
+    capsys.readouterr()
+    assert main(evaluate) == 2
+    assert "the robot 'arm', which is not registered. Give the Python file" in capsys.readouterr().err
+    assert main([*evaluate, *write_robots(tmp_path, closed=2)]) == 2
+    printed = capsys.readouterr().err
+    assert "another robot 'arm', which differs in gripper. Give" in printed
+    assert "with --robots." in printed
+    assert main([*evaluate, *write_robots(tmp_path, closed=1), "--json"]) == 0
+    assert main([*evaluate, "--robot", "generic", "--split", "train", "--json"]) == 0

@@ -59,6 +59,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
 
     from ..data import load as load_frames
     from ..data.frames import read_action_names
+    from ..data.robots import require_same_robot
     from ..data.splits import held_out_frames
     from ..evaluation.open_loop import evaluate_open_loop, open_loop_table
     from ..model_card import read_training
@@ -75,10 +76,12 @@ def _run_on_data(args: argparse.Namespace) -> None:
         )
     # What is not given is read as for training.
     reading = _reading_of(args.data, training.get("reading", {}))
+    adapter = reading.pop("adapter", None)
+    if adapter is not None and args.robot in (None, reading["robot"]):
+        require_same_robot(reading["robot"], adapter)
     given = {name: getattr(args, name) for name in READING}
-    reading = reading | {name: value for name, value in given.items() if value is not None}
-    robot = reading.pop("robot", None)
-    frames = load_frames(args.data, robot, **reading)
+    reading |= {name: value for name, value in given.items() if value is not None}
+    frames = load_frames(args.data, **reading)
     if args.split is None:
         frames = held_out_frames(frames, held_out)
     model, processor = load(model_id, device=args.device)
@@ -102,11 +105,11 @@ def _run_on_data(args: argparse.Namespace) -> None:
 def _reading_of(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How training read a data set: by its path, or by the last part of it where the data were moved."""
     if len(readings) <= 1:
-        return next(iter(readings.values()), {"split": "train"})
+        return dict(next(iter(readings.values()), {"split": "train"}))
     moved = [known for known in readings if Path(known).name == Path(data).name]
     if data not in readings and len(moved) != 1:
         raise ValueError(f"{data} is not one of the data sets that training read: {', '.join(readings)}.")
-    return readings[data if data in readings else moved[0]]
+    return dict(readings[data if data in readings else moved[0]])
 
 
 def _refuse(args: argparse.Namespace, reason: str, *options: str) -> None:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint_info import refuse_adapter
     from ..data import load as load_frames
-    from ..data.splits import sample_frames, split_parts
+    from ..data.splits import dataset_name, sample_frames, split_parts
     from ..training.finetune import build_trainer, check_run
     from ..training.finetune import finetune as run_training
     from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
         )
         for data, options in reading.items()
     ]
+    names = [dataset_name(part) for part in parts]
     train_data, eval_data, held_out = split_parts(parts, args.weights, args.eval_share, chosen.seed)
     trainer = build_trainer(
         args.model,
@@ -122,7 +123,9 @@ def run(args: argparse.Namespace) -> None:
             "datasets": args.data,
             "weights": args.weights,
             "recipe": args.recipe,
-            "reading": reading,
+            "reading": {
+                data: record_robot(options, name) for (data, options), name in zip(reading.items(), names, strict=True)
+            },
             "held_out": held_out,
         },
         patience=args.patience,
@@ -160,3 +163,11 @@ def read_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         data: {"robot": robot, "camera": camera, "name": name, **shared}
         for data, robot, camera, name in zip(args.data, robots, cameras, names, strict=True)
     }
+
+
+def record_robot(options: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Name the adapter that read a data set, where the options leave the choice to its name, and describe it."""
+    from ..data.robots import describe_robot, resolve_robot
+
+    robot = resolve_robot(options["robot"], dataset)
+    return options | {"robot": robot.name, "adapter": describe_robot(robot)}

@@ -7,7 +7,7 @@ numbers are in `Robot.space`.
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -474,6 +474,37 @@ def resolve_robot(robot: "Robot | str | None", dataset: str, **options: Any) -> 
         robot = _REGISTRY[find_name(robot, _REGISTRY, "robot")]
     given = {name: value for name, value in options.items() if value is not None}
     return replace(robot, **given) if given else robot
+
+
+def describe_robot(robot: Robot) -> dict[str, str]:
+    """Describe how an adapter reads: its class, and the fields that differ from their defaults, as text.
+
+    A checkpoint keeps the description, to notice later that another adapter has taken the name.
+    """
+    values = {field.name: repr(getattr(robot, field.name)) for field in fields(robot)}
+    defaults = {field.name: repr(field.default) for field in fields(robot)}
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    return {"class": type(robot).__name__, **changed}
+
+
+def require_same_robot(name: str, description: dict[str, str]) -> None:
+    """Check that the adapter of a name reads as it did when `describe_robot` described it.
+
+    Raises:
+        ValueError: No adapter has this name, or the one that has it reads differently.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"Training read the data with the robot {name!r}, which is not registered. Give the Python file that "
+            "registers it with `robots`."
+        )
+    now = describe_robot(_REGISTRY[name])
+    changed = sorted(key for key in description.keys() | now.keys() if description.get(key) != now.get(key))
+    if changed:
+        raise ValueError(
+            f"Training read the data with another robot {name!r}, which differs in {', '.join(changed)}. Give the "
+            "Python file that registers the one of the training with `robots`."
+        )
 
 
 def find_name(wanted: Names, available: Collection[str], kind: str) -> str:

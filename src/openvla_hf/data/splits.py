@@ -51,7 +51,7 @@ def split_parts(
     Raises:
         ValueError: Two data sets have one name, so that their statistics would be taken together; or see `read_split`.
     """
-    names = [part.name if isinstance(part, FrameStream) else "".join(_column(part, "dataset")[:1]) for part in parts]
+    names = [dataset_name(part) for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"Two data sets are called {twice[0]!r}: give each a name of its own with `name`.")
@@ -66,6 +66,11 @@ def split_parts(
     for part, kept in zip(parts, held_out, strict=True):
         record |= describe_split(part, kept)
     return train_data, concatenate_datasets(held_out), record
+
+
+def dataset_name(data: Dataset | IterableDataset) -> str:
+    """Return the name of the data set that frames are of, or an empty text where there are no frames."""
+    return data.name if isinstance(data, FrameStream) else "".join(_column(data, "dataset")[:1])
 
 
 def describe_split(data: Dataset, held_out: Dataset) -> dict[str, dict[str, Any]]:
@@ -134,4 +139,12 @@ def _column(data: Dataset, name: str) -> np.ndarray:
     return np.asarray(data.with_format(None).select_columns([name])[name][:])
 
 
-__all__ = ["describe_split", "held_out_frames", "read_split", "sample_episodes", "sample_frames", "split_parts"]
+__all__ = [
+    "dataset_name",
+    "describe_split",
+    "held_out_frames",
+    "read_split",
+    "sample_episodes",
+    "sample_frames",
+    "split_parts",
+]
