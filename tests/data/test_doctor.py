@@ -5,10 +5,12 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from openvla_hf.cli import main
-from openvla_hf.data import Gripper, Robot, from_episodes, write_lerobot, write_rlds
+from openvla_hf.data import Gripper, Robot, from_episodes, load, write_lerobot, write_rlds
 from openvla_hf.data.doctor import examine, plot_actions
 
 
@@ -138,6 +140,27 @@ def test_dimensions_are_called_what_the_data_calls_them(make_episode, tmp_path, 
     assert "Dimension 1 (joint1) reaches 3" in printed
     with pytest.raises(ValueError, match="2 names were given for the 7 numbers of the action"):
         write_lerobot(episodes, tmp_path / "other", action_names=["a", "b"])
+
+
+def test_a_saved_table_has_the_adapter_that_load_gives_it(tmp_path):
+    rows = {
+        "image": [np.zeros((8, 8, 3), np.uint8)] * 4,
+        "action": [[0.1] * 6 + [-1.0]] * 4,
+        "instruction": ["go"] * 4,
+    }
+    features = Features({"image": ImageFeature(), "action": List(Value("float64")), "instruction": Value("string")})
+    Dataset.from_dict(rows, features).save_to_disk(tmp_path / "libero_spatial")
+    report, frames = examine(tmp_path / "libero_spatial")
+    loaded = load(tmp_path / "libero_spatial")
+    assert (report.robot, report.name) == ("libero_spatial", "libero_spatial")
+    assert frames[0]["action"].tolist() == loaded[0]["action"].tolist() == [0.1] * 6 + [1.0]
+
+
+def test_a_robot_without_a_gripper_is_not_asked_for_one(make_episode):
+    joints = Robot("arm", space="joint_deltas", gripper=Gripper(dimensions=()))
+    report, _ = examine(from_episodes([make_episode(0)], joints, name="arm"), joints)
+    assert report.gripper_open is None
+    assert "gripper" not in " ".join(report.warnings)
 
 
 def test_another_number_of_dimensions_than_the_model_s_is_told(make_episode):

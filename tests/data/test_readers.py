@@ -486,7 +486,7 @@ def test_a_depth_image_in_a_file_is_never_clipped(episodes, tmp_path):
     PILImage.fromarray(np.full((64, 96), 3000, np.uint16)).save(buffer, format="PNG")
     image = {"image": {"shape": {"dimensions": ["64", "96", "1"]}, "dtype": "uint8", "encodingFormat": "png"}}
     add_to_rlds(folder.parent, {"depth": image}, {"depth": [buffer.getvalue()] * STEPS})
-    with pytest.raises(BadEpisodeError, match=r"record 0: frame 0 .*more than 8 bits"):
+    with pytest.raises(BadEpisodeError, match=r"record 0: the image of frame 0 .*more than 8 bits"):
         load(tmp_path / "arm", camera="depth")
     rows = [{**frame, "episode_index": 0, "frame_index": step} for step, frame in enumerate(episodes[0])]
     rows[2]["image"] = PILImage.open(buffer)
@@ -697,7 +697,7 @@ def test_an_image_that_is_none(episodes, tmp_path):
         for payload in records:
             write_record(damaged, payload)
     for streaming in (False, True):
-        with pytest.raises(BadEpisodeError, match=rf"{file.name}, record 1: frame 0 holds no image"):
+        with pytest.raises(BadEpisodeError, match=rf"{file.name}, record 1: the image of frame 0 can't be decoded"):
             list(load(tmp_path / "arm", streaming=streaming))
         frames = load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=True)
         assert {frame["episode_index"] for frame in frames} == {0, 2, 3, 4}

@@ -195,6 +195,13 @@ def test_names_of_dimensions_follow_what_becomes_of_the_numbers():
     pose = {"action": ["x", "y", "z", "qx", "qy", "qz", "qw", "grip"]}
     robot = Robot("arm", space="end_effector_pose", rotation="quaternion_xyzw")
     assert robot.name_dimensions(pose, pose) == ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "grip"]
+    absolute = replace(robot, as_delta=False)
+    assert absolute.name_dimensions(pose, pose) == ["x", "y", "z", "roll", "pitch", "yaw", "grip"]
+
+
+def test_selecting_a_number_beyond_the_named_ones_is_refused():
+    with pytest.raises(ValueError, match=r"select=\(0, 99\) asks for \[99\], but the action has 2 numbers"):
+        Robot("arm", select=(0, 99)).name_dimensions(["action"], {"action": ["one", "two"]})
 
 
 def test_alternatives_are_written_as_such():
@@ -233,7 +240,7 @@ def test_joined_targets_are_the_last_ones_seen_from_the_first_frame():
     np.testing.assert_array_equal(states, state[[0, 5, 10]])
     _, actions, _ = standardize(replace(joints, as_delta=True), target, state)
     np.testing.assert_allclose(actions, target[[4, 9, 11]] - state[[0, 5, 10]])
-    _, actions, _ = standardize(replace(joints, space="joint_deltas"), target, state)
+    _, actions, _ = standardize(replace(joints, space="joint_deltas", gripper=Gripper(dimensions=())), target)
     np.testing.assert_allclose(actions.sum(0), target.sum(0))
 
 
@@ -279,3 +286,14 @@ def test_frames_are_joined_and_dropped_only_where_the_space_is_known():
             Robot("arm", **option)
     with pytest.raises(ValueError, match="every=0 is not a number of frames"):
         Robot("arm", every=0)
+
+
+def test_movements_of_joints_are_joined_and_dropped_only_where_the_grippers_are_known():
+    for option in ({"every": 3}, {"drop_idle": True}):
+        with pytest.raises(ValueError, match=r"'arm' does not say which numbers are grippers.*dimensions=\(\)"):
+            Robot("arm", space="joint_deltas", **option)
+    action = [[0.1, 1.0]] * 3
+    _, actions, _ = standardize(Robot("arm", space="joint_deltas", every=3, gripper=Gripper()), action)
+    np.testing.assert_allclose(actions, [[0.3, 1.0]])
+    no_gripper = Robot("arm", space="joint_deltas", every=3, gripper=Gripper(dimensions=()))
+    np.testing.assert_allclose(standardize(no_gripper, action)[1], [[0.3, 3.0]])

@@ -42,7 +42,7 @@ def test_examples_come_back():
 
 @pytest.mark.parametrize("payload", [b"\xff" * 20, b"\x0a\x7f", b"plain text"])
 def test_what_is_no_example_is_refused(payload):
-    with pytest.raises(ValueError, match=r"no tf\.train\.Example"):
+    with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
         parse_example(payload, lambda name: True)
 
 

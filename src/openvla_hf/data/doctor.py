@@ -112,7 +112,7 @@ def examine(
     """
     losses = Losses(limit=1.0)
     source = open_source(data, split, streaming=False)
-    name = name_of(source)
+    name = name_of(source, data)
     adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
     frames = read_table(source, adapter, name, losses)
     if not len(frames):
@@ -265,14 +265,13 @@ def _warnings(
         value = max((report.lowest[dimension], report.highest[dimension]), key=abs)
         reached = f"{_label(report, dimension)} reaches {value:g}, far outside its usual range: a recording error?"
         warnings.append(reached[0].upper() + reached[1:])
-    if robot.gripper:
-        grippers = robot.gripper_dimensions(actions.shape[1])
+    if grippers := robot.gripper_dimensions(actions.shape[1]):
         begin_open = float((actions[starts][:, grippers] > 0.5).mean())
         if begin_open < 0.5:
             warnings.append(f"Only {begin_open:.0%} of the episodes begin with an open gripper: is its sign right?")
         if report.gripper_open in (0.0, 1.0):
             warnings.append(f"The gripper is always {'open' if report.gripper_open else 'closed'}.")
-    elif actions.shape[1] == len("xyzrpyg") and robot.standard_space not in JOINTS:
+    elif robot.gripper is None and actions.shape[1] == len("xyzrpyg") and robot.standard_space not in JOINTS:
         warnings.append("Nothing says what the gripper's values mean: give a robot whose adapter does, if it has one.")
     if source_frequency and robot.frequency and abs(source_frequency / robot.frequency - 1) > 0.05:
         warnings.append(f"The data is at {source_frequency:g} Hz, the robot {robot.name!r} at {robot.frequency:g} Hz.")

@@ -147,7 +147,7 @@ _DECODES_IMAGES = ContextVar("decodes_images", default=True)
 
 @contextmanager
 def images_left_out() -> Iterator[None]:
-    """Frames that are read meanwhile have None for their image: for who wants the numbers of a stream alone."""
+    """Read frames with `image=None` inside this context, for callers that need only the numbers."""
     token = _DECODES_IMAGES.set(False)
     try:
         yield
@@ -206,7 +206,7 @@ def decode_image(reference: ImageReference) -> np.ndarray:
     try:
         return _decode_jpeg(data) if data[:2] == JPEG else _decode_other(data)
     except (OSError, ValueError) as error:
-        raise BadEpisodeError(f"{path or 'an image'}: this is no image that can be decoded ({error}).") from error
+        raise BadEpisodeError(f"{path or 'an image'}: the image can't be decoded ({error}).") from error
 
 
 def _read_bytes(path: str) -> bytes:
@@ -227,7 +227,7 @@ def check_images(images: Iterable[bytes | memoryview]) -> None:
     """Reads the headers of encoded images, which takes far less time than to decode them.
 
     Raises:
-        ValueError: one is no image; the message names its frame.
+        ValueError: an image can't be decoded; the message names its frame.
     """
     for frame, data in enumerate(images):
         try:
@@ -237,7 +237,7 @@ def check_images(images: Iterable[bytes | memoryview]) -> None:
                 with PILImage.open(io.BytesIO(data)) as image:
                     _check_depth(image)
         except (OSError, ValueError) as error:
-            raise ValueError(f"frame {frame} holds no image that can be decoded ({error}).") from error
+            raise ValueError(f"the image of frame {frame} can't be decoded ({error}).") from error
 
 
 def _read_range(path: str, start: int, end: int | None) -> bytes:

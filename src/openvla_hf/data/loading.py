@@ -142,7 +142,7 @@ def _losses(skip_bad_episodes: bool | float) -> Losses:
     return Losses(share)
 
 
-def name_of(source: Source | Frames, data: str | os.PathLike | Frames = "") -> str:
+def name_of(source: Source | Frames, data: str | os.PathLike | Frames) -> str:
     """The name that a data set gives itself, or that of the folder that it was opened from."""
     if not isinstance(source, (Dataset, IterableDataset)):
         return source.name
@@ -423,7 +423,7 @@ def _refuse_to_convert_twice(data: Frames, robot: Robot) -> None:
 def _adapt_table(
     data: Dataset, robot: Robot, name: str, losses: Losses, check: Callable[[Any], Any] | None
 ) -> Dataset:
-    """Keeps the images where they are, and makes the other columns anew."""
+    """Keep the images where they are, and compute the other columns."""
     _refuse_to_convert_twice(data, robot)
     camera = robot.choose_camera(_image_columns(data))
     images = data.select_columns([camera]).cast_column(camera, Image(decode=False))

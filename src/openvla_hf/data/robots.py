@@ -37,6 +37,8 @@ STATE_NAMES = FirstOf("observation.state", "state")
 INSTRUCTION_NAMES = ("language_instruction", "observation.natural_language_instruction", "instruction", "task")
 END_EFFECTOR_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
 """Of the movement of an end effector, before the gripper."""
+POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
+"""Of the pose of an end effector, before the gripper."""
 RANGE_SLACK = 0.05
 """Share of its range by which a gripper's value may lie outside, as sensors do."""
 
@@ -50,7 +52,7 @@ class Gripper:
         closed: Value of a closed gripper.
         binarize: Whether to replace values between the two by the one that the gripper reaches next (as for Bridge).
         dimensions: Where the grippers are in the action, after `Robot.select`: the last number by default; two arms
-            of six joints have (6, 13).
+            of six joints have (6, 13). A robot without a gripper has ().
     """
 
     open: float = 1.0
@@ -150,6 +152,13 @@ class Robot:
                 f"{asked} needs to know whether the actions are movements or targets, but the robot {self.name!r} "
                 f"does not say: give a robot whose space is one of {_listed((*DELTAS, *TARGETS))}."
             )
+        if (self.every > 1 or self.drop_idle) and self.recorded_space == "joint_deltas" and self.gripper is None:
+            asked = f"every={self.every} adds" if self.every > 1 else f"drop_idle={self.drop_idle} measures"
+            raise ValueError(
+                f"{asked} the movements of joints, but the robot {self.name!r} does not say which numbers are "
+                "grippers, which are not movements. Give gripper=Gripper(dimensions=...), with dimensions=() for a "
+                "robot without a gripper."
+            )
         if self.action_dim is not None and self.select is None:
             self._check_size(self.action_dim)
 
@@ -186,15 +195,20 @@ class Robot:
         Args:
             columns: The columns of numbers that the data set has.
             names: Of the numbers in a column, where they are known.
+
+        Raises:
+            ValueError: the action lacks a number that `select` asks for.
         """
         wanted = self.action_columns(columns)
         if any(column not in names for column in wanted):
             return None
         named = [name for column in wanted for name in names[column]]
         if self.select is not None:
+            self._check_select(len(named))
             named = [named[index] for index in self.select]
         if self.is_end_effector and (self.takes_difference or self.rotation != "euler"):
-            named = [*END_EFFECTOR_NAMES, *named[POSE_DIMS + ROTATIONS[self.rotation][0] :]]
+            pose_names = END_EFFECTOR_NAMES if self.standard_space in DELTAS else POSE_NAMES
+            named = [*pose_names, *named[POSE_DIMS + ROTATIONS[self.rotation][0] :]]
         return named
 
     def choose_camera(self, cameras: Collection[str]) -> str:
@@ -308,7 +322,7 @@ class Robot:
     def _resample(
         self, kept: np.ndarray, actions: np.ndarray, states: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Every so many frames as one, which does what they do."""
+        """Join each `every` consecutive frames into one, whose action has the effect of all of theirs."""
         if self.every == 1:
             return kept, actions, states
         starts = np.arange(0, len(actions), self.every)
@@ -353,9 +367,7 @@ class Robot:
         """
         recorded = action.shape[1]
         if self.select is not None:
-            beyond = [index for index in self.select if not -recorded <= index < recorded]
-            if beyond:
-                raise ValueError(f"select={self.select} asks for {beyond}, the action has {recorded} numbers.")
+            self._check_select(recorded)
             action = action[:, list(self.select)]
         if self.is_end_effector:
             return self._convert_pose(action, state)
@@ -371,10 +383,16 @@ class Robot:
         difference[:, grippers] = action[:, grippers]
         return difference
 
+    def _check_select(self, recorded: int) -> None:
+        """Raise `ValueError` if `select` asks for a number that a recorded action of this size does not have."""
+        beyond = [index for index in self.select or () if not -recorded <= index < recorded]
+        if beyond:
+            raise ValueError(f"select={self.select} asks for {beyond}, but the action has {recorded} numbers.")
+
     def _check_size(self, action_dim: int) -> None:
-        """Raise `ValueError` where an action of so many numbers is not of one end effector, but the robot's is."""
+        """Raise `ValueError` if the robot is one end effector and an action of this size does not fit it."""
         pose_end = POSE_DIMS + ROTATIONS[self.rotation][0]
-        if self.is_end_effector and self.gripper is not None and action_dim == pose_end:
+        if self.is_end_effector and self.gripper and self.gripper.dimensions and action_dim == pose_end:
             raise ValueError(
                 f"the action has {action_dim} numbers, which are all of the pose, but the adapter {self.name!r} says "
                 "what a gripper's values mean: leave gripper out."

@@ -100,7 +100,7 @@ def parse_example(payload: bytes, names: Callable[[str], bool]) -> dict[str, np.
         By name: float32 or int64 arrays (n,), and for bytes the spans of the values in `payload`.
 
     Raises:
-        ValueError: the payload is no `tf.train.Example`.
+        ValueError: the payload is not a `tf.train.Example`.
     """
     found: dict[str, np.ndarray | list[Span]] = {}
     try:
@@ -113,7 +113,7 @@ def parse_example(payload: bytes, names: Callable[[str], bool]) -> dict[str, np.
                 if names(name) and value:
                     found[name] = _read_feature(payload, value[0][1])
     except (IndexError, ValueError) as error:
-        raise ValueError("this is no tf.train.Example") from error
+        raise ValueError("the record is not a tf.train.Example") from error
     return found
 
 
