@@ -897,6 +897,37 @@ def test_bad_episodes_of_python_are_skipped_up_to_a_limit(episodes):
         from_episodes(episodes, skip_bad_episodes=2)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_episode_whose_image_function_fails_to_read_is_bad(episodes, streaming):
+    def read_damaged_chunk():
+        raise OSError("the chunk is damaged")
+
+    episodes[1][2]["image"] = read_damaged_chunk
+    with pytest.raises(BadEpisodeError, match="frame(_index)? 2: the chunk is damaged"):
+        list(from_episodes(lambda: episodes, streaming=streaming))
+    kept = list(from_episodes(lambda: episodes, streaming=streaming, skip_bad_episodes=0.5))
+    # Of a stream, the damaged frame alone is left out.
+    assert len(kept) == (5 * STEPS - 1 if streaming else 4 * STEPS)
+
+
+@pytest.mark.parametrize(
+    ("action", "problem"),
+    [
+        ([0.0] * 6, r"'action' has shape \(6,\) at frame 2, but \(7,\) at frame 0"),
+        (None, "'action' is missing at frame 2"),
+    ],
+)
+def test_an_episode_with_an_action_of_another_size_is_bad(episodes, action, problem):
+    episodes[1][2]["action"] = action
+    rows = [
+        {**frame, "episode_index": i, "frame_index": t} for i, e in enumerate(episodes) for t, frame in enumerate(e)
+    ]
+    for read in (partial(from_episodes, episodes), partial(load, from_columns(rows))):
+        with pytest.raises(BadEpisodeError, match=f"episode 1: {problem}"):
+            read()
+        assert set(read(skip_bad_episodes=0.5)["episode_index"]) == {0, 2, 3, 4}
+
+
 # The samples, which other libraries wrote.
 
 

@@ -177,7 +177,7 @@ def _image_of_row(rows: dict[str, list[Any]], index: int) -> np.ndarray | None:
         return None
     try:
         return decode_image(image) if isinstance(image, Mapping) else read_image(image)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         where = ", ".join(f"{name} {rows[name][index]}" for name in PLACE if name in rows)
         raise BadEpisodeError(f"{where}: {error}" if where else str(error)) from error
 
@@ -280,6 +280,22 @@ def matrix(column: pa.ChunkedArray, name: str) -> np.ndarray:
     if len(sizes) > 1:
         raise ValueError(f"{name!r} has rows of {' and '.join(map(str, sizes))} numbers.")
     return pc.list_flatten(column).to_numpy().reshape(len(column), -1)
+
+
+def stack_rows(rows: Sequence[Any], name: str) -> np.ndarray:
+    """Stack the numbers of an episode's frames, (T, ...).
+
+    Raises:
+        ValueError: Frames differ in shape, or some have no numbers; `name` says of what.
+    """
+    missing = [frame for frame, row in enumerate(rows) if row is None]
+    if 0 < len(missing) < len(rows):
+        raise ValueError(f"{name!r} is missing at frame {missing[0]}.")
+    shapes = [np.shape(row) for row in rows]
+    for frame, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(f"{name!r} has shape {shape} at frame {frame}, but {shapes[0]} at frame 0.")
+    return np.array(rows)
 
 
 def read_image(image: Any) -> np.ndarray:

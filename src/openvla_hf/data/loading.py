@@ -39,6 +39,7 @@ from .frames import (
     decode_image,
     encode_png,
     note_action_names,
+    stack_rows,
     usable_rows,
 )
 from .lerobot import INFO_FILE, LeRobotSource
@@ -295,11 +296,16 @@ def _read_made(episodes: Episodes, encode: Callable[[Any], Any]) -> Iterator[Epi
                 instructions.append(frame["instruction"])
                 for key, values in columns.items():
                     values.append(frame[key])
-            numbers = {key: np.array(values) for key, values in columns.items()}
         except KeyError as error:
             yield BadEpisodeError(f"{source}: a frame lacks {error}.")
-        except ValueError as error:
+            continue
+        except (OSError, ValueError) as error:
             yield BadEpisodeError(f"{source}, frame {len(images)}: {error}")
+            continue
+        try:
+            numbers = {key: stack_rows(values, key) for key, values in columns.items()}
+        except ValueError as error:
+            yield BadEpisodeError(f"{source}: {error}")
         else:
             yield Episode(source, index, images, instructions, numbers)
 
@@ -438,12 +444,17 @@ def _adapt_table(
         raise ValueError(f"The adapter {robot.name!r} needs whole episodes, but there is no column 'episode_index'.")
     starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
 
-    def episodes() -> Iterator[Episode]:
+    def episodes() -> Iterator[Episode | BadEpisodeError]:
         for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
             index = int(episode_of[start])
+            place = f"{name}, episode {index}"
             texts = [read_text(text) for text in table[instruction][start:end]]
-            numbers = {column: np.stack(list(table[column][start:end])) for column in columns}
-            yield Episode(f"{name}, episode {index}", index, range(start, end), texts, numbers)  # type: ignore[arg-type]
+            try:
+                numbers = {column: stack_rows(list(table[column][start:end]), column) for column in columns}
+            except ValueError as error:
+                yield BadEpisodeError(f"{place}: {error}")
+            else:
+                yield Episode(place, index, range(start, end), texts, numbers)  # type: ignore[arg-type]
 
     losses.total = len(starts)
     tables = []
