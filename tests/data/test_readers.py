@@ -903,7 +903,7 @@ def test_an_episode_whose_image_function_fails_to_read_is_bad(episodes, streamin
         raise OSError("the chunk is damaged")
 
     episodes[1][2]["image"] = read_damaged_chunk
-    with pytest.raises(BadEpisodeError, match="frame(_index)? 2: the chunk is damaged"):
+    with pytest.raises(BadEpisodeError, match=r"frame(_index)? 2: the chunk is damaged"):
         list(from_episodes(lambda: episodes, streaming=streaming))
     kept = list(from_episodes(lambda: episodes, streaming=streaming, skip_bad_episodes=0.5))
     # Of a stream, the damaged frame alone is left out.

@@ -19,7 +19,7 @@ from openvla_hf.data import (
     write_lerobot,
     write_rlds,
 )
-from openvla_hf.data.streams import EvaluationStream, TrainingStream
+from openvla_hf.data.streams import EvaluationStream, FrameStream, TrainingStream
 
 
 def keys(drawn):
@@ -102,12 +102,12 @@ def test_workers_of_ranks_draw_every_frame_equally(write, files):
 
 def test_each_pass_over_a_shuffled_stream_has_an_order_of_its_own(write, without_images):
     stream = load(write(*[6] * 5), streaming=True, shuffle_buffer=8)
-    for endless in (TrainingStream(stream), stream.repeat(None), mix([(stream, 1.0, 30)])):
-        order = keys(take(endless, 90))
+    for repeated in (TrainingStream(stream), stream.repeat(None), stream.repeat(3), mix([(stream, 1.0, 30)])):
+        order = keys(take(repeated, 90))
         passes = [order[start : start + 30] for start in (0, 30, 60)]
         assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
         assert passes[0] != passes[1] != passes[2] != passes[0]
-    assert len(list(stream.repeat(2))) == 60
+    assert [len(list(stream.repeat(times))) for times in (0, 1, 2)] == [0, 30, 60]
 
 
 @pytest.mark.parametrize("readers", [1, 3, 8])
@@ -247,3 +247,37 @@ def test_workers_evaluate_each_stream_of_a_mixture_once(write):
     assert Counter(key for batch in loader for key in batch) == {
         (episode, frame): 2 for episode in range(2) for frame in range(6)
     }
+
+
+@pytest.fixture
+def damaged(make_episode):
+    """A stream whose first frame and one in the middle can't be read."""
+
+    def read_damaged_chunk():
+        raise OSError("the chunk is damaged")
+
+    episodes = [make_episode(0), make_episode(1)]
+    episodes[0][0]["image"] = episodes[1][2]["image"] = read_damaged_chunk
+    return from_episodes(lambda: episodes, streaming=True, skip_bad_episodes=1.0)
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_ranks_evaluate_equally_many_frames_where_the_first_is_damaged(damaged, readers):
+    shares = [keys(EvaluationStream(damaged, rank, readers)) for rank in range(readers)]
+    assert {len(share) for share in shares} == {12 // readers}
+    undamaged = {(index, step) for index in range(2) for step in range(6)} - {(0, 0), (1, 2)}
+    assert set(itertools.chain(*shares)) == undamaged
+
+
+def test_evaluation_on_damaged_frames_alone_is_refused(damaged):
+    one = FrameStream(damaged.rows.take(1), "one", losses=damaged.losses)
+    with pytest.raises(ValueError, match="Every frame of the stream is damaged"):
+        list(EvaluationStream(one))
+
+
+def test_training_resumes_exactly_where_damaged_frames_are_skipped(damaged):
+    straight = keys(take(TrainingStream(damaged), 30))
+    for used in range(1, 30):
+        resumed = TrainingStream(damaged)
+        resumed.first_batch = used
+        assert keys(take(resumed, 30)[used:]) == straight[used:]

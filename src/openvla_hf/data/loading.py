@@ -123,10 +123,9 @@ def load(
         rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments)
         recorded = source.num_frames
         cache_key = functools.partial(_key_of, source, adapter, name, losses.limit)
-    if shuffle_buffer:
-        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
     num_frames = None if recorded is None or adapter.drop_idle else -(-recorded // adapter.every)
-    return _with_names(FrameStream(rows, name, num_frames, losses, cache_key), source, adapter, name)
+    frames = FrameStream(rows, name, num_frames, losses, cache_key, shuffle_buffer=shuffle_buffer, seed=seed)
+    return _with_names(frames, source, adapter, name)
 
 
 def _with_names(frames: Frames, source: Source | Frames, robot: Robot, name: str) -> Frames:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch.utils.data
-from datasets import IterableDataset
+from datasets import IterableDataset, concatenate_datasets
 
 from .frames import DECODED, BadEpisodeError, Losses, decode_frame
 
@@ -35,7 +35,8 @@ class FrameStream(IterableDataset):
         losses: Whether damaged images are skipped, and where they are noted.
         cache_key: Gives a name of what is in the stream, under which its statistics are kept.
         parts: Of a mixture, its streams with their shares of the draws; `rows` then has no end.
-        seed: Of the draws of a mixture.
+        shuffle_buffer: Rows held to draw from in a shuffled stream; 0 keeps the order.
+        seed: Of the shuffling, and of the draws of a mixture.
     """
 
     def __init__(
@@ -46,8 +47,12 @@ class FrameStream(IterableDataset):
         losses: Losses | None = None,
         cache_key: Callable[[], str] | None = None,
         parts: Parts = (),
+        shuffle_buffer: int = 0,
         seed: int = 0,
     ):
+        self.unshuffled, self.shuffle_buffer = rows, shuffle_buffer
+        if shuffle_buffer:
+            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self.losses = losses or Losses()
         frames = rows.map(_decode, fn_kwargs={"losses": self.losses}, features=DECODED)
         if self.losses.limit:
@@ -57,8 +62,19 @@ class FrameStream(IterableDataset):
         self.parts, self.seed = tuple(parts), seed
 
     def repeat(self, num_times: int | None) -> IterableDataset:
-        """As in `datasets`; without an end (None), each pass over a shuffled stream has an order of its own."""
-        return super().repeat(num_times) if num_times is not None else mix_streams([(self, 1.0)])
+        """As in `datasets`, but each pass over a shuffled stream has its own order."""
+        if num_times is None:
+            return mix_streams([(self, 1.0)])
+        if not self.shuffle_buffer or num_times < 1:
+            return super().repeat(num_times)
+        seeds = np.random.SeedSequence(self.seed).generate_state(num_times - 1)
+        later = [
+            FrameStream(
+                self.unshuffled, self.name, losses=self.losses, shuffle_buffer=self.shuffle_buffer, seed=int(seed)
+            )
+            for seed in seeds
+        ]
+        return concatenate_datasets([self, *later])
 
 
 def _decode(row: Row, losses: Losses) -> Row:
@@ -178,14 +194,20 @@ class TrainingStream(torch.utils.data.IterableDataset):
         rows = draw(self.parts, self.rank * workers + index, self.ranks * workers, self.seed)
         used = len(range(index, self.first_batch, workers)) * self.batch_size
         yield from ({} for _ in itertools.islice(rows, used))
-        yield from (frame for frame in (_decode(row, self.losses) for row in rows) if _is_frame(frame))
+        waiting = 0
+        for row in rows:
+            waiting += 1
+            if _is_frame(frame := _decode(row, self.losses)):
+                # The next frame stands in for damaged ones: frames stay as many as rows, which a resumed run counts.
+                yield from [frame] * waiting
+                waiting = 0
 
 
 class EvaluationStream(torch.utils.data.IterableDataset):
     """The frames that one rank evaluates of one pass over a stream, for a `DataLoader`.
 
     Each worker decodes only what it yields. All workers of all ranks yield equally many frames, because the ranks
-    wait for each other after each batch: those that have too few repeat one.
+    wait for each other after each batch: those that have too few repeat the first frame that is not damaged.
 
     Args:
         stream: Frames. Of a mixture, each of its streams is read once.
@@ -200,15 +222,20 @@ class EvaluationStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[Row]:
         index, workers = _worker()
         reader, readers = self.rank * workers + index, self.ranks * workers
-        rows = itertools.chain.from_iterable(_read(_rows(part), 0) for part, _ in self.parts)
-        first, count, taken = None, 0, 0
-        for count, row in enumerate(rows, start=1):
-            first = first or row
+        count, taken = 0, 0
+        for count, row in enumerate(self._read_once(), start=1):
             if (count - 1) % readers == reader and _is_frame(frame := _decode(row, self.losses)):
                 taken += 1
                 yield frame
-        for _ in range(-(-count // readers) - taken):
-            yield decode_frame(first or {})
+        if lacking := -(-count // readers) - taken:
+            frames = (_decode(row, self.losses) for row in self._read_once())
+            first = next(filter(_is_frame, frames), None)
+            if first is None:
+                raise ValueError("Every frame of the stream is damaged, so there is nothing to evaluate on.")
+            yield from [first] * lacking
+
+    def _read_once(self) -> Iterator[Row]:
+        return itertools.chain.from_iterable(_read(_rows(part), 0) for part, _ in self.parts)
 
 
 def _worker() -> tuple[int, int]:
