@@ -42,6 +42,7 @@ from openvla_hf.data.lerobot import LeRobotSource
 from openvla_hf.data.robots import GENERIC
 from openvla_hf.data.tfrecord import build_example, parse_example, read_records, write_record
 from openvla_hf.data.video import OPEN_VIDEOS
+from openvla_hf.testing import fake_episode
 
 
 SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -968,3 +969,16 @@ def test_samples_of_tfds_hold_the_frames_of_the_plain_data_set(samples):
             if frame["frame_index"]:
                 np.testing.assert_allclose(frame["action"], truth["action"], atol=1e-6)
             assert np.abs(frame["image"].astype(float) - truth["image"]).mean() < LOSSY
+
+
+@pytest.mark.parametrize("write", [write_lerobot, write_rlds])
+def test_an_interrupted_recording_leaves_nothing(write, tmp_path):
+    def episodes():
+        yield fake_episode(steps=3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(episodes(), tmp_path / "recordings" / "kitchen")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    write([fake_episode(steps=3)], tmp_path / "recordings" / "kitchen")
+    assert len(load(tmp_path / "recordings" / "kitchen")) == len(fake_episode(steps=3))

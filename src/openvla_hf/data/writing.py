@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,8 +51,20 @@ def write_lerobot(
         FileExistsError: the folder has files.
         ValueError: there are no frames, or as many names as there are numbers are not given.
     """
+    with _new_folder(Path(path)) as root:
+        _write_lerobot(episodes, root, frequency, codec, action_names, state_names)
+    return Path(path)
+
+
+def _write_lerobot(
+    episodes: Episodes,
+    root: Path,
+    frequency: float,
+    codec: str,
+    action_names: Sequence[str] | None,
+    state_names: Sequence[str] | None,
+) -> None:
     av = import_extra("av", "data")
-    root = _new_folder(path)
     files = {
         "data": root / "data/chunk-000/file-000.parquet",
         "episodes": root / "meta/episodes/chunk-000/file-000.parquet",
@@ -122,7 +136,6 @@ def write_lerobot(
     stats = {name: describe(np.concatenate(rows)) | {"count": [total]} for name, rows in numbers.items()}
     (root / "meta/stats.json").write_text(json.dumps(stats, indent=2))
     (root / "meta/info.json").write_text(json.dumps(info, indent=2))
-    return root
 
 
 def _check_names(frame: Mapping[str, Any], **names: Sequence[str] | None) -> None:
@@ -191,9 +204,13 @@ def write_rlds(
         FileExistsError: the folder has files.
         ValueError: there are no frames.
     """
+    with _new_folder(Path(path) / version) as root:
+        _write_rlds(episodes, root, Path(path).name, episodes_per_file, quality, version)
+    return Path(path) / version
+
+
+def _write_rlds(episodes: Episodes, root: Path, name: str, episodes_per_file: int, quality: int, version: str) -> None:
     simplejpeg = import_extra("simplejpeg", "data")
-    root = _new_folder(Path(path) / version)
-    name = Path(path).name
     lengths: list[int] = []
     sizes: dict[str, tuple[int, ...]] = {}
     num_bytes = 0
@@ -242,7 +259,6 @@ def write_rlds(
     info = {"name": name, "version": version, "fileFormat": "tfrecord", "splits": [split]}
     (root / "dataset_info.json").write_text(json.dumps(info, indent=2))
     (root / "features.json").write_text(json.dumps(_rlds_features(sizes), indent=2))
-    return root
 
 
 def _rlds_features(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -279,12 +295,17 @@ def _rlds_features(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return features_dict({"steps": {"pythonClassName": f"{package}.dataset_feature.Dataset", "sequence": sequence}})
 
 
-def _new_folder(path: str | os.PathLike) -> Path:
-    root = Path(path)
+@contextmanager
+def _new_folder(root: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `root` when everything is written: half a dataset is never left."""
     if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} has files: choose a new folder.")
-    root.mkdir(parents=True, exist_ok=True)
-    return root
+        raise FileExistsError(f"{root} is not empty: choose a new folder.")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as aside:
+        unfinished = Path(aside, "dataset")
+        unfinished.mkdir()
+        yield unfinished
+        unfinished.replace(root)
 
 
 __all__ = ["write_lerobot", "write_rlds"]
