@@ -873,6 +873,28 @@ def test_damaged_images_of_a_plain_data_set_are_skipped(episodes, decoded):
     assert len(decoded) == len(rows), "images are checked once"
 
 
+def test_images_of_frames_that_were_loaded_before_are_checked(episodes, tmp_path):
+    write_rlds(episodes, tmp_path / "arm")
+    assert len(load(load(tmp_path / "arm"), skip_bad_episodes=True)) == 5 * STEPS
+
+
+def test_a_damaged_image_file_that_is_repaired_is_no_longer_skipped(episodes, tmp_path, decoded):
+    rows = [
+        {**frame, "episode_index": i, "frame_index": t} for i, e in enumerate(episodes) for t, frame in enumerate(e)
+    ]
+    for number, row in enumerate(rows):
+        PILImage.fromarray(row["image"]).save(tmp_path / f"{number}.png")
+        row["image"] = str(tmp_path / f"{number}.png")
+    plain = from_columns(rows)
+    whole = (tmp_path / "8.png").read_bytes()
+    (tmp_path / "8.png").write_bytes(whole[:60])
+    for _ in range(2):
+        assert set(load(plain, skip_bad_episodes=True).with_format(None)["episode_index"]) == {0, 2, 3, 4}
+    assert len(decoded) == len(rows), "images are checked once"
+    (tmp_path / "8.png").write_bytes(whole)
+    assert len(load(plain, skip_bad_episodes=True)) == len(rows)
+
+
 @pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_files_are_skipped_up_to_a_limit(episodes, tmp_path, caplog, write, streaming):

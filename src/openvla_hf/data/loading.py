@@ -21,6 +21,7 @@ import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError
@@ -173,15 +174,17 @@ def read_table(
 
 def _key_of(source: Source, robot: Robot, name: str, limit: float, is_checked: bool = False) -> str:
     """A hash of what makes the frames: the files by their sizes and times, and how they are read."""
-    stamps = []
-    for path in source.files():
-        try:
-            info = source.fs.info(path)
-        except FileNotFoundError:  # told when the file is read
-            info = {}
-        # What file systems know of a file's version: the local one, the Hub, other servers.
-        stamps.append((path, *(info.get(field) for field in ("size", "mtime", "blob_id", "ETag"))))
+    stamps = [_stamp(source.fs, path) for path in source.files()]
     return Hasher.hash([INDEX_VERSION, stamps, source.split, robot, name, limit, is_checked])
+
+
+def _stamp(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Any, ...]:
+    """What a file system knows of a file's version: the local one, the Hub, other servers."""
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:  # reported when the file is read
+        info = {}
+    return path, *(info.get(field) for field in ("size", "mtime", "blob_id", "ETag"))
 
 
 def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -> Source | Frames:
@@ -431,7 +434,7 @@ def _adapt_table(
     """Keep the images where they are, and compute the other columns."""
     _refuse_to_convert_twice(data, robot)
     camera = robot.choose_camera(_image_columns(data))
-    images = data.select_columns([camera]).cast_column(camera, Image(decode=False))
+    images = data.with_format(None).select_columns([camera]).cast_column(camera, Image(decode=False))
     columns = robot.wanted_columns(data.column_names)
     instruction = find_name(robot.instruction, data.column_names, "instruction")
     read_text = _text_reader(instruction, data.features[instruction])
@@ -471,9 +474,10 @@ def _adapt_table(
 
 
 def _check_rows(images: Dataset, check: Callable[[Any], Any]) -> Callable[[int], None]:
-    """A check of the image of a row; all images are checked now, once for all processes and starts."""
+    """A check of the image of a row; all images are checked now, and again only where their files change."""
     folder = cache_folder()
-    path = folder / f"damaged-{Hasher.hash(images._fingerprint)}.json"
+    stamps = [_stamp(*fsspec.core.url_to_fs(file)) for file in _files_of(images)]
+    path = folder / f"damaged-{Hasher.hash([images._fingerprint, stamps])}.json"
     with _lock(path):
         if not path.exists():
             damaged = {}
@@ -490,6 +494,18 @@ def _check_rows(images: Dataset, check: Callable[[Any], Any]) -> Callable[[int],
             raise BadEpisodeError(known[str(row)])
 
     return check_row
+
+
+def _files_of(images: Dataset) -> list[str]:
+    """The files that hold the images of a table, without those that the table holds itself."""
+    files: set[str] = set()
+    for batch in images.with_format("arrow").iter(batch_size=WRITE_ROWS):
+        (references,) = batch.columns
+        is_outside = pc.is_null(pc.struct_field(references, "bytes"))
+        paths = pc.struct_field(references, "path").filter(is_outside).drop_null()
+        # A fragment says where in the file an image is.
+        files.update(path.partition("#")[0] for path in paths.to_pylist())
+    return sorted(files)
 
 
 def _adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses) -> IterableDataset:

@@ -43,8 +43,9 @@ def describe(values: np.ndarray) -> dict[str, list[float]]:
 def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
     """Statistics of every data set that the frames are of, each frame counted once however often it is drawn.
 
-    They are kept in the cache, until the files change, of tables and of streams from `load`. Of `from_episodes`, a
-    `cache_key` keeps them.
+    The statistics of a table are cached, and so are those of a LeRobot or RLDS stream from `load` until its files
+    change. Those of a stream from `from_episodes` are cached if it has a `cache_key`. Any other stream, such as one of
+    parquet files or of a dataset that is already loaded, is read again at each call.
 
     Args:
         frames: From `load`, `from_episodes` or `mix`. A mixture of streams takes a pass over each of its streams.
@@ -74,7 +75,7 @@ def _compute_or_reuse(frames: Dataset | IterableDataset) -> dict[str, Any]:
     path = folder / f"statistics-{Hasher.hash([VERSION, key])}.json"
     if not path.exists():
         statistics = _compute(frames)
-        # Written beside its place: who reads meanwhile never finds half of it.
+        # Written elsewhere and moved into place, so that no process reads an incomplete file.
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             os.replace(save_statistics(statistics, unfinished), path)
     return json.loads(path.read_text(encoding="utf-8"))

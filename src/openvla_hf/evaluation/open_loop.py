@@ -55,8 +55,8 @@ def evaluate_open_loop(
         processor: Its processor.
         frames: Of one data set, as `openvla_hf.data.load` gives them.
         unnorm_key: Statistics of the actions; by default those of the data set's name, if the model has them.
-        max_episodes: Evaluate on the frames of so many episodes, drawn by `seed`; on all by default.
-        max_frames: Evaluate on so many frames, spread over the episodes; on all by default.
+        max_episodes: Largest number of episodes to evaluate on, drawn by `seed`; all by default.
+        max_frames: Largest number of frames to evaluate on, spread over the episodes; all by default.
         seed: Of the samples.
         batch_size: Frames a prediction.
         progress: Called with the number of frames done and their total.

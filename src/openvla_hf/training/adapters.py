@@ -20,7 +20,7 @@ def load_adapter(
         The same model. Where the adapter comes with statistics, they take the place of the base's.
 
     Raises:
-        ValueError: A weight of the adapter finds no place in this model, or lacks its other half.
+        ValueError: A weight matches no layer of this model or has another shape, or a layer lacks its weights.
         OSError: There is no adapter.
     """
     model.load_adapter(os.fspath(adapter), **hub_kwargs)

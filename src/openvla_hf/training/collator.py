@@ -94,7 +94,7 @@ class ActionCollator:
         images = [frame["image"] for frame in frames]
         if self.augment is None:
             return images
-        # Each worker makes every so many-th batch, and of all processes' batches each takes one in turn.
+        # Workers take batches in round-robin order, and so do processes.
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         batch = (self.first_batch + self.batches * workers + index) * self.processes + self.process
