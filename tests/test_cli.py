@@ -223,6 +223,8 @@ def test_errors_name_options_by_their_flags(capsys, policy, tmp_path):
         ("doctor a/b", "pass camera=, one of 'a'; the camera is", "pass --camera, one of 'a'; the camera is"),
         ("doctor a/b", "The model's data set `data_set` has no name.", "The model's data set `data_set` has no name."),
         ("finetune --model a/b --data c --output d", "load with streaming=True.", "load with --streaming."),
+        ("finetune --model a/b --data c --output d", "with weights=[1.0, 2.0], and", "with --weights 1.0 2.0, and"),
+        ("finetune --model a/b --data c --output d", "give eval_share=0.1.", "give --eval-share 0.1."),
     ],
 )
 def test_only_the_options_of_the_command_become_flags(command, message, told):
@@ -317,6 +319,21 @@ def test_options_of_the_other_evaluation_are_refused(policy, capsys):
     assert "--frames is for recorded data: give --data." in capsys.readouterr().err
     assert main(["evaluate", *model, "--data", "there", "--task", "put"]) == 2
     assert "--task is for the tabletop: leave out --data." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (["--report", "--robot", "nope"], "--robot is for recorded data: give --data."),
+        (["--report", "--camera", "nope"], "--camera is for recorded data: give --data."),
+        (["--report", "--drop-idle"], "--drop-idle is for recorded data: give --data."),
+        (["new", "--drop-idle"], "--drop-idle is for a report: give --report."),
+        (["new", "--data", "lab/kitchen"], "--data is for a report: give --report."),
+        (["new", "--report"], "A report writes no checkpoint: leave out 'new', or leave out --report to write it."),
+    ],
+)
+def test_options_that_quantize_would_ignore_are_refused(policy, capsys, option, told):
+    assert told in refusal(capsys, "quantize", policy, *option)
 
 
 @pytest.mark.parametrize("kind", ["lerobot", "rlds"])

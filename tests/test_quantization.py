@@ -421,7 +421,8 @@ def test_formats_are_compared_with_a_quantised_baseline_where_16_bits_do_not_fit
 
 def test_the_report_reads_data_as_training_does(policy, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    write_lerobot([fake_episode(steps=6)], tmp_path / "kitchen")
+    joints = [f"joint{index}" for index in range(7)]
+    write_lerobot([fake_episode(steps=6)], tmp_path / "kitchen", action_names=joints)
     robots = tmp_path / "robots.py"
     robots.write_text(
         "from openvla_hf.data import Gripper, Robot, register_robot\n"
@@ -436,6 +437,10 @@ def test_the_report_reads_data_as_training_does(policy, tmp_path, capsys):
     assert "'wrist'" in capsys.readouterr().err
     assert main(["quantize", str(policy.folder), *more, "--camera", "observation.images.front"]) == 0
     assert json.loads(capsys.readouterr().out)["observations"] == 2
+    more.remove("--json")
+    assert main(["quantize", str(policy.folder), *more, "--camera", "observation.images.front"]) == 0
+    table = capsys.readouterr().out
+    assert all(f"L1 of {name}" in table for name in joints)
 
 
 # Bad input

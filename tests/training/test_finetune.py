@@ -267,6 +267,12 @@ def test_without_a_gpu_a_policy_is_finetuned_in_float32(base, data, tmp_path, ca
         ("learning_rate=fast", "learning_rate must be a number, got 'fast'."),
         ("num_train_epochs=-", "num_train_epochs must be a number, got '-'."),
         ("lora_rank=-1", "lora_rank must be at least 0, got -1."),
+        ("max_steps=0", "max_steps must be at least 1, or -1 to train for num_train_epochs, got 0."),
+        ("num_train_epochs=-2", "num_train_epochs must be above 0, got -2."),
+        ("label_smoothing_factor=0.1", "label_smoothing_factor has no effect"),
+        ("accelerator_config=/no/file.json", "accelerator_config='/no/file.json': [Errno 2] No such file"),
+        ('accelerator_config={"x":1}', "accelerator_config={'x': 1}: "),
+        ("ddp_backend=glo", "Unknown ddp_backend 'glo'. Did you mean 'gloo'?"),
     ],
 )
 def test_a_wrong_setting_is_said_before_any_data_is_read(base, tmp_path, capsys, setting, expected, more):
@@ -276,6 +282,50 @@ def test_a_wrong_setting_is_said_before_any_data_is_read(base, tmp_path, capsys,
     assert expected in printed.err
     assert "no such data" not in printed.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--robot", "tabeltop"], "There is no robot 'tabeltop'. Did you mean 'tabletop'?"),
+        (["--statistics", "nope.json"], "argument --statistics: There is no file 'nope.json'."),
+    ],
+)
+def test_a_robot_or_statistics_that_are_not_there_are_said_before_any_data_is_read(
+    base, tmp_path, capsys, option, expected, more
+):
+    try:
+        status = run(base, tmp_path / "no such data", tmp_path / "out", *more, *option)
+    except SystemExit as error:
+        status = error.code
+    printed = capsys.readouterr().err
+    assert status == 2
+    assert expected in printed
+    assert "no such data" not in printed
+
+
+def test_ready_statistics_without_those_of_the_data_are_refused_by_file_and_name(base, data, tmp_path, capsys):
+    ready = save_statistics({"lab": compute_statistics(load(data))["kitchen"]}, tmp_path)
+    assert run(base, data, tmp_path / "out", "--statistics", str(ready), "--steps", "1") == 2
+    assert f"{ready} has no statistics of 'kitchen'. It has 'lab': name the data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ([1.0, 2.0], None, "was trained with --weights 1.0 2.0, and a resumed run can't leave it out."),
+        (None, ["1", "2"], "was trained without --weights, and a resumed run can't change it to [1.0, 2.0]."),
+    ],
+)
+def test_other_weights_are_refused_on_resume_before_any_data_is_read(base, tmp_path, capsys, before, now, told):
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+    (checkpoint / "training.json").write_text(json.dumps({"weights": before}))
+    weights = [] if now is None else ["--weights", *now]
+    assert run(base, "a/b", tmp_path / "out", "--resume", "--data", "a/b", "c/d", *weights) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_folder_that_is_taken_is_said_before_any_data_is_read(base, tmp_path, capsys):

@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
         """Name by its flag each option that a message names as a Python argument, such as `eval_share=0.1`."""
         for action in self._actions:
             name = action.dest
-            forms = [rf"`{name}(?:=(?P<quoted>[^`]*))?`", rf"(?<![\w/.-]){name}=(?P<bare>[\w'\"-]*)"]
+            value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w-]*(?:\.\w+)*"""
+            forms = [rf"`{name}(?:=(?P<quoted>[^`]*))?`", rf"(?<![\w/.-]){name}=(?P<bare>{value})"]
             if "_" in name:  # no English word
                 forms.append(rf"(?<![\w/.-]){name}(?![\w/-]|\.\w)")
             if action.option_strings:
@@ -52,6 +53,8 @@ class Parser(argparse.ArgumentParser):
 def _as_flag(flag: str, found: re.Match[str]) -> str:
     groups = found.groupdict()
     value = (groups["quoted"] or groups["bare"] or "").strip("'\"")
+    if value.startswith("["):  # of an option with several values
+        value = " ".join(one.strip(" '\"") for one in value[1:-1].split(","))
     return flag if value in ("", "True") else f"{flag} {value}"
 
 

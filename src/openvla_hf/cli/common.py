@@ -20,6 +20,8 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Placements over several devices, by the names that `from_pretrained` gives them.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Options that say how a data set is read.
+READING = ("robot", "split", "camera", "every", "drop_idle")
 UNLIMITED = 10_000
 """Columns of output that is not read on a terminal."""
 
@@ -153,6 +155,13 @@ def file(text: str) -> str:
     return text
 
 
+def file_or_folder(text: str) -> str:
+    """Parse the path of a file or a folder that is there."""
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"There is no file {text!r}.")
+    return text
+
+
 def image(text: str) -> str:
     """Parse the path or the URL of an image."""
     from PIL import Image, UnidentifiedImageError
@@ -191,10 +200,25 @@ def default_model() -> str:
     return str(TABLETOP_POLICY)
 
 
-def register_robots(file: str | None) -> None:
-    """Run a Python file of the user's, which registers robots."""
-    if file is not None:
-        runpy.run_path(file)
+def register_robots(args: argparse.Namespace) -> None:
+    """Run the Python file of --robots, which registers robots, and check that the names in --robot are known.
+
+    Raises:
+        ValueError: No robot has a name that was given.
+    """
+    from ..data.robots import find_name, registered_robots
+
+    if args.robots is not None:
+        runpy.run_path(args.robots)
+    for name in [args.robot] if isinstance(args.robot, str) else args.robot or ():
+        find_name(name, registered_robots(), "robot")
+
+
+def refuse_options(args: argparse.Namespace, reason: str, *options: str) -> None:
+    """Raise `ValueError` if one of the options was given, which have no effect here."""
+    for option in options:
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} {reason}.")
 
 
 def dimension_names(count: int, known: Sequence[str] | None = None) -> Sequence[str]:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from ..data.doctor import examine, plot_actions, report_tables
     from ..evaluation.open_loop import evaluate_open_loop
 
-    register_robots(args.robots)
+    register_robots(args)
     model, processor = load(args.model) if args.model else (None, None)
     stats = model.get_action_stats(args.unnorm_key) if model is not None else None
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console(stderr=True),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import (
+    READING,
     add_data_arguments,
     console,
     default_model,
@@ -13,6 +14,7 @@ from .common import (
     positive,
     print_json,
     print_table,
+    refuse_options,
     register_robots,
 )
 from .episodes import add_episode_arguments, play
@@ -20,7 +22,6 @@ from .episodes import add_episode_arguments, play
 
 EXAMPLE = "evaluate --model outputs/kitchen --data lab/kitchen"
 TABLETOP_EPISODES = 200
-READING = ("robot", "split", "camera", "every", "drop_idle")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 def _run_on_tabletop(args: argparse.Namespace) -> None:
     from ..evaluation.rollouts import CONDITIONS, success_by_task, success_table
 
-    _refuse(args, "is for recorded data: give --data", "frames", "robots", *READING)
+    refuse_options(args, "is for recorded data: give --data", "frames", "robots", *READING)
     model_id = args.model or default_model()
     args.episodes = args.episodes or TABLETOP_EPISODES
     results = {name: success_by_task(play(args, model_id, name)) for name in args.condition or CONDITIONS}
@@ -64,8 +65,8 @@ def _run_on_data(args: argparse.Namespace) -> None:
     from ..evaluation.open_loop import evaluate_open_loop, open_loop_table
     from ..model_card import read_training
 
-    _refuse(args, "is for the tabletop: leave out --data", "task", "condition")
-    register_robots(args.robots)
+    refuse_options(args, "is for the tabletop: leave out --data", "task", "condition")
+    register_robots(args)
     model_id = args.model or default_model()
     training = read_training(model_id)
     held_out = training.get("held_out", {})
@@ -110,10 +111,3 @@ def _reading_of(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, Any
     if data not in readings and len(moved) != 1:
         raise ValueError(f"{data} is not one of the data sets that training read: {', '.join(readings)}.")
     return dict(readings[data if data in readings else moved[0]])
-
-
-def _refuse(args: argparse.Namespace, reason: str, *options: str) -> None:
-    """Raise if an option was given that the other kind of evaluation has."""
-    for option in options:
-        if getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} {reason}.")

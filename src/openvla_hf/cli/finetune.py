@@ -7,6 +7,7 @@ from typing import Any
 from .common import (
     add_data_arguments,
     checkpoint,
+    file_or_folder,
     natural,
     positive,
     print_json,
@@ -50,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shuffle-buffer", type=positive, default=10_000, help="of a stream (default: %(default)s)")
     parser.add_argument("--skip-bad-episodes", type=share, nargs="?", const=True, default=False, metavar="SHARE",
                      help="go on without episodes that can't be read, up to this share (default: 0.1)")  # fmt: skip
-    parser.add_argument("--statistics", metavar="FILE", help="a ready dataset_statistics.json (default: computed)")
+    parser.add_argument(
+        "--statistics", type=file_or_folder, metavar="FILE", help="a ready dataset_statistics.json (default: computed)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the output")
     parser.add_argument("--report-to", nargs="+", help="trackers of Trainer, such as tensorboard, trackio or wandb")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it takes, and stop")
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoint_info import refuse_adapter
     from ..data import load as load_frames
+    from ..data import load_statistics
     from ..data.splits import dataset_name, sample_frames, split_parts
     from ..training.finetune import build_trainer, check_run
     from ..training.finetune import finetune as run_training
@@ -71,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
 
     reading = read_options(args)
     refuse_adapter(args.model)
-    register_robots(args.robots)
+    register_robots(args)
+    statistics = None if args.statistics is None else load_statistics(args.statistics)
     is_main = PartialState().is_main_process
     fields = {field.name for field in dataclasses.fields(Recipe)}
     settings = dict(args.set or ())
@@ -93,7 +98,15 @@ def run(args: argparse.Namespace) -> None:
         "restore_callback_states_from_checkpoint": args.patience is not None,
         **(best if args.patience or args.keep_best else {}),
     } | {name: value for name, value in settings.items() if name not in fields}
-    check_run(args.model, args.output, chosen, resume=args.resume, patience=args.patience, **arguments)
+    check_run(
+        args.model,
+        args.output,
+        chosen,
+        resume=args.resume,
+        patience=args.patience,
+        run={"weights": args.weights},
+        **arguments,
+    )
     cost = estimate_cost(AutoConfig.from_pretrained(args.model), chosen)
     if is_main:
         print_table(cost_table(f"{args.recipe} on {args.model}", cost), stderr=True)
@@ -112,6 +125,12 @@ def run(args: argparse.Namespace) -> None:
         for data, options in reading.items()
     ]
     names = [dataset_name(part) for part in parts]
+    missing = [name for name in names if statistics is not None and name not in statistics]
+    if missing:
+        raise ValueError(
+            f"{args.statistics} has no statistics of {missing[0]!r}. It has {', '.join(map(repr, statistics or ()))}: "
+            "name the data set like one of them with --name, or give the file of this data set."
+        )
     train_data, eval_data, held_out = split_parts(parts, args.weights, args.eval_share, chosen.seed)
     trainer = build_trainer(
         args.model,
@@ -129,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
             "held_out": held_out,
         },
         patience=args.patience,
-        norm_stats=args.statistics,
+        norm_stats=statistics,
         **arguments,
     )
     if args.json:

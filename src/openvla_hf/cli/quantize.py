@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from .common import (
+    READING,
     add_data_arguments,
     checkpoint,
     console,
@@ -18,6 +19,7 @@ from .common import (
     positive,
     print_json,
     print_table,
+    refuse_options,
     register_robots,
 )
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report = parser.add_argument_group("report")
     report.add_argument("--report", action="store_true", help="compare the actions with those of 16 bits instead")
     report.add_argument("--data", help="data set of any known format (default: the tabletop's frames)")
-    add_data_arguments(report)
+    add_data_arguments(report, split=None, split_help="(default: train)")
     report.add_argument("--frames", type=positive, default=200, help="observations (default: %(default)s)")
     report.add_argument("--episodes", type=natural, default=0, help="on the tabletop, for success (default: none)")
     report.add_argument(
@@ -64,8 +66,15 @@ def run(args: argparse.Namespace) -> None:
     if args.source is not None:
         refuse_adapter(args.source, revision=args.revision)
     if args.report:
+        if args.destination is not None:
+            raise ValueError(
+                f"A report writes no checkpoint: leave out {args.destination!r}, or leave out --report to write it."
+            )
+        if args.data is None:
+            refuse_options(args, "is for recorded data: give --data", "robots", *READING)
         report_fidelity(args, args.format or ([f"{args.bits}bit"] if args.bits else ["4bit", "8bit"]))
         return
+    refuse_options(args, "is for a report: give --report", "data", "robots", *READING)
     formats = args.format or [f"{args.bits or 4}bit"]
     if args.source is None or args.destination is None or len(formats) != 1:
         raise ValueError("Name a checkpoint, a new folder and one format, or ask for a --report.")
@@ -95,24 +104,30 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     import torch
     from rich.progress import MofNCompleteColumn, Progress
 
+    from ..checkpoint_info import describe
     from ..evaluation.fidelity import compare, plot, table, tabletop_observations
+    from ..modeling.action_tokenizer import resolve_action_stats
 
+    known = None
     if args.data is None:
         frames = list(tabletop_observations(args.frames))
     else:
         from ..data import load as load_data
+        from ..data.frames import read_action_names
+        from ..data.splits import dataset_name
 
-        register_robots(args.robots)
+        register_robots(args)
         data = load_data(
             args.data,
             args.robot,
-            split=args.split,
+            split=args.split or "train",
             camera=args.camera,
             every=args.every,
             drop_idle=args.drop_idle,
             streaming=True,
         )
         frames = list(islice(data, args.frames))
+        known = read_action_names(data).get(dataset_name(data))
     source = args.source or default_model()
     towers = (False, True) if args.towers else (False,)
     with Progress(
@@ -128,7 +143,8 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) for result in results]
     (output / "fidelity.json").write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    names = dimension_names(len(results[0].l1))
+    of_policy = resolve_action_stats(describe(source).statistics, args.unnorm_key).get("names")
+    names = dimension_names(len(results[0].l1), of_policy or known)
     plot(results, output / "fidelity.png", names)
     if args.json:
         print_json({"model": source, "observations": len(frames), "results": rows})

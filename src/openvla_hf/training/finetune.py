@@ -31,6 +31,7 @@ def check_run(
     *,
     resume: bool = False,
     patience: int | None = None,
+    run: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> TrainingArguments:
     """Check the settings, the trackers and the folder of a run before anything is loaded.
@@ -41,6 +42,7 @@ def check_run(
         recipe: What is trained, and how.
         resume: Whether the run in `output` is to be continued.
         patience: Evaluations without an improvement after which training stops; by default it does not.
+        run: What a resumed run must share beside its settings, as far as it is known: `weights` (of the data sets).
         arguments: Of `TrainingArguments`; they win over the recipe's.
 
     Returns:
@@ -54,7 +56,8 @@ def check_run(
     if "output_dir" in arguments:
         raise ValueError("The output folder is given as `output`, not as the setting output_dir.")
     args = recipe.training_arguments(os.fspath(output), **arguments)
-    check_output(output, {"base_model": str(model_id), "arguments": run_settings(recipe, args, patience)}, resume)
+    settings = run_settings(recipe, args, patience)
+    check_output(output, {"base_model": str(model_id), "arguments": settings, **(run or {})}, resume)
     return args
 
 

@@ -126,7 +126,12 @@ class Recipe:
         if (metric := overrides.get("metric_for_best_model")) is not None:
             check_metric(metric)
             fields["greater_is_better"] = "accuracy" in metric
-        args = TrainingArguments(output_dir=output_dir, **(fields | overrides))
+        try:
+            args = TrainingArguments(output_dir=output_dir, **(fields | overrides))
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+            reason = " ".join(str(error).split())
+            raise ValueError(f"TrainingArguments can't be made of the settings {given}: {reason}") from error
         check_trackers(args.report_to)
         return args
 

@@ -96,12 +96,12 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         pairs["weights"] = saved["weights"], run["weights"]
     if "base_model" in saved:
         pairs["base_model"] = _place(saved["base_model"]), _place(run["base_model"])
-    if "weights" in saved and "weights" in run:
-        pairs["weights"] = saved["weights"], run["weights"]
     for name, (before, now) in pairs.items():
         if before != now:
+            former = f"without `{name}`" if before is None else f"with {name}={before!r}"
+            change = "leave it out" if now is None else f"change it to {now!r}"
             raise ValueError(
-                f"{checkpoint} was trained with {name}={before!r}, and a resumed run can't change it to {now!r}. "
+                f"{checkpoint} was trained {former}, and a resumed run can't {change}. "
                 "Resume with the former value, or start a new run in another folder."
             )
 

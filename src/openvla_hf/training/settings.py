@@ -27,6 +27,9 @@ AT_LEAST = {
     **dict.fromkeys(("data_seed", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
     **dict.fromkeys(("lora_dropout", "logging_steps", "save_steps", "eval_steps", "eval_delay"), 0),
 }
+ABOVE_ZERO = ("num_train_epochs",)
+# Of `TrainingArguments.ddp_backend`, by its documentation.
+DDP_BACKENDS = ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")
 BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
 
 
@@ -55,12 +58,23 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
         return
     if all(kind in PLAIN for kind in kinds) and not any(_is_a(kind, value) for kind in kinds):
         raise ValueError(f"{name} must be {' or '.join(PLAIN[kind] for kind in kinds)}, got {value!r}.")
+    if name == "ddp_backend" and value is not None:  # a wrong one leaves accelerate's state half made
+        check_name(value, DDP_BACKENDS, name)
     if not isinstance(value, (int, float)):
         return
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}.")
     if value < AT_LEAST.get(name, -math.inf):
         raise ValueError(f"{name} must be at least {AT_LEAST[name]}, got {value}.")
+    if name in ABOVE_ZERO and value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}.")
+    if name == "max_steps" and value < 1 and value != -1:
+        raise ValueError(f"max_steps must be at least 1, or -1 to train for num_train_epochs, got {value}.")
+    if name == "label_smoothing_factor" and value != 0:
+        raise ValueError(
+            "label_smoothing_factor has no effect: the loss is the plain cross entropy of the action tokens. Leave "
+            "it out."
+        )
     if name in BELOW_ONE and value >= 1:
         raise ValueError(f"{name} must be below 1, got {value}.")
 
