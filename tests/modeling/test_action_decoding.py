@@ -367,6 +367,17 @@ def test_an_infinite_logit_is_refused(policy):
     assert np.isfinite(model.predict_action(**inputs)).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_beams_refuse_a_spoilt_logit_anywhere_in_the_vocabulary(policy, rows, value):
+    model, processor = policy()
+    inputs = processor(images(rows), instruction=INSTRUCTIONS[:rows])
+    model.lm_head.weight[5] = value
+    with pytest.raises(ValueError, match="not finite for observation"):
+        model.predict_action(**inputs, num_beams=2)
+
+
 @torch.no_grad()
 def test_float16_that_overflows_is_refused(policy):
     model, processor = policy()

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GenerationConfig
 
 from openvla_hf.checkpoint_info import describe
+from openvla_hf.modeling import action_tokenizer
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.processing.processing_openvla import OpenVLAProcessor
 from openvla_hf.quantization import quantize
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor
 
@@ -140,9 +142,101 @@ def test_a_mask_that_hides_the_image_is_refused(tiny, hidden):
     model, processor = tiny()
     inputs = processor([frame["image"] for frame in fake_episode(steps=2)], instruction="open")
     inputs["attention_mask"][1, hidden] = 0
-    count = 16 - len(range(*hidden.indices(99)))
-    with pytest.raises(ValueError, match=rf"must hold 16 image placeholders .* row 1 holds {count}\."):
+    with pytest.raises(ValueError, match="`attention_mask` hides tokens in the middle of row 1: "):
         model.predict_action(**inputs)
+
+
+@pytest.mark.parametrize("add_image_tokens", [True, False])
+def test_a_mask_that_hides_bos_is_refused(tiny, add_image_tokens):
+    model, processor = tiny()
+    images = [frame["image"] for frame in fake_episode(steps=2)]
+    inputs = processor(images, instruction="open", add_image_tokens=add_image_tokens)
+    inputs["attention_mask"][1, 0] = 0
+    with pytest.raises(ValueError, match=r"`attention_mask` hides the BOS token .* of row 1"):
+        model.predict_action(**inputs)
+
+
+@pytest.mark.parametrize("add_image_tokens", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_without_its_mask_is_refused(tiny, side, add_image_tokens):
+    model, processor = tiny()
+    images = [frame["image"] for frame in fake_episode(steps=2)]
+    texts = ["pick up the red block and the green cup", "open"]
+    inputs = processor(images, instruction=texts, add_image_tokens=add_image_tokens)
+    if side == "right":
+        count = int(inputs["attention_mask"][1].sum())
+        inputs["input_ids"][1] = inputs["input_ids"][1].roll(count)
+    for mask in (None, torch.ones_like(inputs["input_ids"])):
+        with pytest.raises(ValueError, match=r"Row 1 of `input_ids` contains padding .* that `attention_mask` does"):
+            model.predict_action(inputs["input_ids"], inputs["pixel_values"], mask)
+    alone = processor(images[0], instruction="open")
+    expected = model.predict_action(**alone)
+    assert np.array_equal(model.predict_action(alone["input_ids"], alone["pixel_values"]), expected)
+
+
+@pytest.mark.parametrize("image_token_id", ["the next row", "an action", "a word"])
+def test_a_processor_with_another_placeholder_is_refused(tiny, image_token_id):
+    model, processor = tiny()
+    config = model.config
+    choices = {"the next row": config.image_token_id + 1, "an action": config.action_vocab_end - 5, "a word": 40}
+    other = OpenVLAProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        image_token_id=choices[image_token_id],
+        num_image_tokens=config.num_image_tokens,
+    )
+    inputs = other([frame["image"] for frame in fake_episode(steps=2)], instruction=["open", "pick up"])
+    with pytest.raises(ValueError, match=rf"holds {choices[image_token_id]} where this model's image placeholder is"):
+        model.predict_action(**inputs)
+
+
+@pytest.mark.parametrize("order", ["apart", "at the end", "after a word"])
+def test_placeholders_elsewhere_are_refused(tiny, order):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    bos, image, text = inputs["input_ids"][0].tensor_split([1, 17])
+    rows = {
+        "apart": [bos, image[:8], text[:1], image[8:], text[1:]],
+        "at the end": [bos, text, image],
+        "after a word": [bos, text[:1], image, text[1:]],
+    }
+    inputs["input_ids"] = torch.cat(rows[order])[None]
+    for call in every_way_in(model) if order == "apart" else [model.predict_action]:
+        with pytest.raises(ValueError, match=r"placeholders of row 0 .* are not side by side after the first token"):
+            call(**inputs)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "pixel_values", "attention_mask"])
+@pytest.mark.parametrize("change", [lambda one: one.to("meta"), lambda one: one.to_sparse()], ids=["meta", "sparse"])
+def test_tensors_that_are_not_dense_values_are_refused(tiny, name, change):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    inputs[name] = change(inputs[name])
+    with pytest.raises(ValueError, match=f"^`{name}` is a .*: pass a dense tensor that holds values"):
+        model.predict_action(**inputs)
+
+
+def test_a_stream_refuses_what_is_not_ids_at_every_step(tiny):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    stream = model.action_stream()
+    for _ in range(2):
+        for wrong, message in ((None, "is neither a tensor nor"), (torch.tensor(3), "must be integers of shape")):
+            with pytest.raises(ValueError, match=f"`input_ids` {message}"):
+                stream.predict_action(wrong, inputs["pixel_values"])
+        stream.predict_action(**inputs)
+
+
+def test_statistics_are_checked_once_a_call_for_each_dataset(tiny, monkeypatch):
+    model, processor = tiny(norm_stats=SEVERAL)
+    checked = []
+    check = action_tokenizer.check_action_stats
+    monkeypatch.setattr(action_tokenizer, "check_action_stats", lambda *args: checked.append(args[1]) or check(*args))
+    inputs = processor([frame["image"] for frame in fake_episode(steps=3)], instruction="open")
+    model.predict_action(**inputs, unnorm_key=["fractal", "bridge_orig", "fractal"])
+    assert len(checked) == 2
+    model.get_action_stats("fractal")
+    assert len(checked) == 2
 
 
 @pytest.mark.parametrize("draft", ["draft", [None], [0.5], [[1], [2, 3]], np.zeros(7), {}, np.zeros((1, 2, 7), int)])
@@ -161,7 +255,17 @@ def test_a_key_that_is_not_a_name_is_unknown(tiny, key):
         model.predict_action(**inputs, unnorm_key=[key])
 
 
-@pytest.mark.parametrize("decoding", [{"temprature": 0.5}, {"num_beams": 0}, {"temperature": "hot"}])
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        {"temprature": 0.5},
+        {"num_beams": 0},
+        {"temperature": "hot"},
+        {"generation_config": 5},
+        {"streamer": 5},
+        {"past_key_values": 3},
+    ],
+)
 def test_decoding_arguments_that_generate_does_not_take_are_named(tiny, decoding):
     model, processor = tiny()
     inputs = processor([fake_episode(steps=1)[0]["image"]] * 2, instruction="open")
@@ -242,6 +346,18 @@ def test_a_prompt_beyond_the_positions_of_the_language_model(tiny):
     for options in ({}, {"do_sample": True}):
         with pytest.raises(ValueError, match=f"{fits + 1} tokens, image included, .* exceed the {limit} positions"):
             model.predict_action(**inputs, **options)
+    with pytest.raises(ValueError, match=f"and {steps} new tokens exceed the {limit} positions"):
+        model.generate(**inputs, max_new_tokens=steps)
+    assert model.generate(**inputs, max_new_tokens=steps - 1).shape == (2, limit + 1)
+    with pytest.raises(ValueError, match=f"A prompt of {limit + 1} tokens.* and 1 new tokens exceed"):
+        model.generate(input_ids=torch.full((1, limit + 1), 40))
+
+
+def test_positions_are_not_an_argument_of_decoding(tiny):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    with pytest.raises(ValueError, match="makes the `position_ids` from `attention_mask`: leave them out"):
+        model.predict_action(**inputs, position_ids=torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize(
@@ -250,15 +366,21 @@ def test_a_prompt_beyond_the_positions_of_the_language_model(tiny):
         {"num_return_sequences": 2, "do_sample": True},
         {"num_return_sequences": 2, "num_beams": 2},
         {"generation_config": GenerationConfig(num_return_sequences=2, num_beams=2)},
-        {"max_time": 0.0},
     ],
 )
 @pytest.mark.parametrize("rows", [1, 2])
 def test_one_action_for_each_observation(tiny, options, rows):
     model, processor = tiny()
     inputs = processor([frame["image"] for frame in fake_episode(steps=rows)], instruction="open")
-    with pytest.raises(ValueError, match=f"for {rows} observations of 7 action tokens: leave out `num_return_seq"):
+    with pytest.raises(ValueError, match=f"{2 * rows} actions for {rows} observations: leave out `num_return_seq"):
         model.predict_action(**inputs, **options)
+
+
+def test_decoding_that_stops_early_is_refused(tiny):
+    model, processor = tiny()
+    inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
+    with pytest.raises(ValueError, match=r"stopped after 1 of 7 action tokens: leave out .* such as `max_time`"):
+        model.predict_action(**inputs, max_time=0.0)
 
 
 def test_resizing_that_moves_the_action_ids(tiny):

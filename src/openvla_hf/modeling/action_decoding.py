@@ -68,10 +68,10 @@ def decode_actions(
 ) -> ActionTokens:
     """Decode the ids of one action a row after left-padded prompts (B, T) with their placeholders in place.
 
-    Greedy decoding runs here, in `max(dims)` passes of the language model, or fewer with a draft; anything else that
-    `generate_kwargs` ask for goes through `generate`, and so does a language model that can't be given our masks.
+    Greedy decoding runs here, in `max(dims)` passes of the language model, or fewer with a draft. Other decoding goes
+    through `generate`, and so do language models whose attention does not take an additive mask.
     """
-    if generate_kwargs or not _takes_our_masks(model, input_ids.shape[1] + max(dims)):
+    if generate_kwargs or not _takes_additive_masks(model, input_ids.shape[1] + max(dims)):
         return _decode_by_generate(
             model, input_ids, pixel_values, attention_mask, max(dims), constrained, **generate_kwargs
         )
@@ -81,7 +81,7 @@ def decode_actions(
         return decoding.verify(decoding.as_draft(draft_token_ids), torch.tensor(dims, device=input_ids.device))
 
 
-def _takes_our_masks(model: "OpenVLAForActionPrediction", length: int) -> bool:
+def _takes_additive_masks(model: "OpenVLAForActionPrediction", length: int) -> bool:
     """Whether every layer attends to all of `length` tokens before it, under a mask that is added."""
     config = model.config.text_config
     if config._attn_implementation not in MASKED_ATTENTION:
@@ -104,7 +104,9 @@ def _decode_by_generate(
     do_sample: bool = False,
     **generate_kwargs: Any,
 ) -> ActionTokens:
-    """Sampling, beams, and attention implementations that take no mask of our making."""
+    """Decode by `generate`: sampling, beams, and attention implementations that do not take an additive mask."""
+    if "position_ids" in generate_kwargs:  # of the prompt before it was padded and got its placeholders
+        raise ValueError("`predict_action` makes the `position_ids` from `attention_mask`: leave them out.")
     end_id = model.config.action_vocab_end
     first_id = end_id - model.config.n_action_bins
     only = LogitsProcessorList([ActionIdsOnly(first_id, end_id)] if constrained else [])
@@ -122,23 +124,29 @@ def _decode_by_generate(
             # Sampling from logits that are not finite would stop a GPU for good; `output_logits` are from before this.
             **generate_kwargs | {"remove_invalid_values": True},
         )
-    except (ArithmeticError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         if not generate_kwargs:
             raise
         raise ValueError(
             f"`generate` does not take {', '.join(map(repr, generate_kwargs))} as given: {str(error).rstrip('.')}."
         ) from error
     token_ids = outputs.sequences[:, input_ids.shape[1] :]
-    if token_ids.shape != (len(input_ids), num_tokens):
+    if len(token_ids) != len(input_ids):
         raise ValueError(
-            f"`generate` returned {len(token_ids)} sequences of {token_ids.shape[1]} tokens for {len(input_ids)} "
-            f"observations of {num_tokens} action tokens: leave out `num_return_sequences` and whatever stops early. "
-            "To sample several actions, repeat the observation in the batch."
+            f"`generate` returned {len(token_ids)} actions for {len(input_ids)} observations: leave out "
+            "`num_return_sequences`. To sample several actions, repeat the observation in the batch."
+        )
+    if token_ids.shape[1] != num_tokens:
+        raise ValueError(
+            f"`generate` stopped after {token_ids.shape[1]} of {num_tokens} action tokens: leave out whatever stops "
+            "it early, such as `max_time` or `stopping_criteria`."
         )
     logits = torch.stack(outputs.logits, dim=1)  # (B * beams, A, V)
     of_actions = logits[..., first_id:end_id]
-    highest = (of_actions if constrained else logits).amax(-1)
-    if len(logits) > len(token_ids):
+    has_beams = len(logits) > len(token_ids)
+    # Beams are scored by a softmax over the whole vocabulary, so one NaN anywhere spoils all their scores.
+    highest = (of_actions if constrained and not has_beams else logits).amax(-1)
+    if has_beams:
         highest = highest.unflatten(0, (len(token_ids), -1)).amax(1)
         # Follow the beam of each row's token.
         of_actions = of_actions[outputs.beam_indices, torch.arange(num_tokens, device=logits.device)]

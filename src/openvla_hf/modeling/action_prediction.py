@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens (image placeholders included), A action dimensions, N action bins.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from .action_tokenizer import (
     check_action_stats,
     check_statistics,
     resolve_action_stats,
+    resolve_key,
     unnormalize,
 )
 from .configuration_openvla import OpenVLAConfig
@@ -96,7 +98,14 @@ class ActionPredictionMixin(_Base):
 
     def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
         """Action ids (..., A) -> actions in the robot's units, float64 of the same shape."""
-        return unnormalize(self.action_tokenizer.decode(token_ids), self.get_action_stats(unnorm_key))
+        return unnormalize(self.action_tokenizer.decode(token_ids), self._row_stats([unnorm_key])[0])
+
+    def _row_stats(self, keys: Sequence[str | None]) -> list[dict[str, Any]]:
+        """Statistics of each row's key; those in use are checked, since a config may have changed after loading."""
+        names = [resolve_key(self.norm_stats, key) for key in keys]
+        in_use = {name: self.config.norm_stats[name] for name in dict.fromkeys(names)}  # type: ignore[index]
+        check_statistics(in_use, "`norm_stats`")
+        return [in_use[name]["action"] for name in names]
 
     @torch.no_grad()
     def predict_action(
@@ -118,11 +127,12 @@ class ActionPredictionMixin(_Base):
             input_ids: (B, T) prompts, with or without image placeholders, padded on either side. Tensors here and
                 below may also be arrays or lists.
             pixel_values: (B, 3 * towers, H, W).
-            attention_mask: (B, T), 1 for tokens and 0 for padding; all ones when left out.
+            attention_mask: (B, T), 1 for tokens and 0 for padding, which is at the ends of a row only; all ones when
+                left out, so rows with padding need their mask.
             unnorm_key: Whose statistics turn the action into robot units; a list gives each row its own.
             stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
             constrained: Choose among the action ids only. `False` takes the best of the whole vocabulary and
-                clips what is no action to an end, as the original code does.
+                clips other ids to an end, as the original code does.
             return_details: Give an `ActionPrediction`, with a batch dimension always.
             draft_token_ids: (B, A) or (A,) ids that the action may well have, such as the last action's. The result
                 is the same; the closer they come, the fewer passes of the language model it takes.
@@ -141,9 +151,7 @@ class ActionPredictionMixin(_Base):
         keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
         if len(keys) != rows:
             raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
-        if stats is not None:
-            check_action_stats(stats, "`stats`")
-        row_stats = [self.get_action_stats(key) if stats is None else stats for key in keys]
+        row_stats = [check_action_stats(stats, "`stats`")] * rows if stats is not None else self._row_stats(keys)
         dims = [action_dim(one) for one in row_stats]
         # 2. Inputs where and how the model wants them: placeholders, prompt suffix, padding on the left
         input_ids, attention_mask = left_pad(input_ids, attention_mask)
@@ -152,8 +160,7 @@ class ActionPredictionMixin(_Base):
         assert attention_mask is not None  # one went in
         pixel_values = as_tensor("pixel_values", pixel_values)
         check_pixel_values(self.config, pixel_values)
-        seen = input_ids.where(attention_mask == 1, -1)  # a placeholder that the mask hides shows no image
-        check_image_tokens(self.config, seen, len(pixel_values))
+        check_image_tokens(self.config, input_ids, len(pixel_values), attention_mask)
         check_prompt_length(self.config, attention_mask, max(dims))
         # 3. Ids of the action, one for each dimension
         tokens: ActionTokens = decode_actions(
@@ -252,7 +259,10 @@ class ActionStream:
         return_details: bool = False,
     ) -> Any:
         """As `OpenVLAForActionPrediction.predict_action`; `unnorm_key` is the stream's own unless it is given."""
-        draft = self.token_ids if self.token_ids is not None and len(self.token_ids) == len(input_ids) else None
+        input_ids = as_tensor("input_ids", input_ids)
+        draft = self.token_ids
+        if draft is not None and input_ids.shape[:1] != (len(draft),):  # another number of robots
+            draft = None
         details = self.model.predict_action(
             input_ids,
             pixel_values,

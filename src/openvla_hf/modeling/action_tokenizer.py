@@ -48,10 +48,17 @@ class ActionTokenizer:
         return (self.vocab_end - np.digitize(np.clip(actions, -1.0, 1.0), self.bins)).astype(np.int64)
 
     def decode(self, token_ids: np.ndarray | torch.Tensor) -> np.ndarray:
-        """Normalised actions (float64) of token ids, of the same shape; ids that are no action clip to an end."""
+        """Normalised actions (float64) of token ids, of the same shape; other ids are clipped to an end.
+
+        Raises:
+            ValueError: The ids are not integers.
+        """
         if isinstance(token_ids, torch.Tensor):
             token_ids = token_ids.cpu().numpy()
-        index = np.clip(self.vocab_end - np.asarray(token_ids) - 1, 0, self.n_bins - 2)
+        token_ids = np.asarray(token_ids)
+        if token_ids.dtype.kind not in "iu":
+            raise ValueError(f"Ids of action tokens must be integers, got {token_ids.dtype}.")
+        index = np.clip(self.vocab_end - token_ids.astype(np.int64) - 1, 0, self.n_bins - 2)
         return self.bin_centers[index]
 
 
@@ -135,33 +142,44 @@ def _is_truth_value(value: Any) -> bool:
 
 
 def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:
-    """Action statistics of one data set.
+    """Look up the action statistics of one dataset; `check_statistics` has checked them.
 
     Args:
         norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`.
         unnorm_key: Which of them; may be `None` when there is just one.
 
     Raises:
-        ValueError: No statistics, several and no key, a key that is not among them (the nearest is named), or damaged
-            statistics.
+        ValueError: See `resolve_key`.
+    """
+    key = resolve_key(norm_stats, unnorm_key)
+    return norm_stats[key]["action"]  # type: ignore[index]
+
+
+def resolve_key(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> str:
+    """Name the dataset whose statistics are meant.
+
+    Args:
+        norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`.
+        unnorm_key: Which of them; may be `None` when there is just one.
+
+    Raises:
+        ValueError: There are no statistics, there are several and no key, or the key is unknown.
     """
     if not norm_stats:
         raise ValueError(
             "This checkpoint has no action statistics, so its actions can't be turned into robot units: put a "
             "`dataset_statistics.json` beside its weights, set `model.norm_stats`, or pass `stats=`."
         )
+    if unnorm_key is None and len(norm_stats) == 1:
+        return next(iter(norm_stats))
+    if isinstance(unnorm_key, str) and unnorm_key in norm_stats:
+        return unnorm_key
     options = ", ".join(repr(key) for key in norm_stats)
     if unnorm_key is None:
-        if len(norm_stats) > 1:
-            raise ValueError(f"This checkpoint has several action statistics: pass `unnorm_key=`, one of {options}.")
-        unnorm_key = next(iter(norm_stats))
-    if not isinstance(unnorm_key, str) or unnorm_key not in norm_stats:
-        near = difflib.get_close_matches(str(unnorm_key), norm_stats, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown `unnorm_key` {unnorm_key!r}.{hint} This checkpoint has {options}.")
-    chosen = {unnorm_key: norm_stats[unnorm_key]}
-    check_statistics(chosen, "`norm_stats`")  # also of a config that was changed after loading
-    return chosen[unnorm_key]["action"]
+        raise ValueError(f"This checkpoint has several action statistics: pass `unnorm_key=`, one of {options}.")
+    near = difflib.get_close_matches(str(unnorm_key), norm_stats, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"Unknown `unnorm_key` {unnorm_key!r}.{hint} This checkpoint has {options}.")
 
 
 def action_dim(stats: dict[str, Any]) -> int:
@@ -215,5 +233,6 @@ __all__ = [
     "check_statistics",
     "normalize",
     "resolve_action_stats",
+    "resolve_key",
     "unnormalize",
 ]

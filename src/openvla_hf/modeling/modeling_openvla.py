@@ -28,7 +28,7 @@ from .action_decoding import ActionPass, action_pass
 from .action_prediction import ActionPrediction, ActionPredictionMixin
 from .checkpoint_loading import CheckpointMixin
 from .configuration_openvla import OpenVLAConfig
-from .model_inputs import check_image_tokens, check_pixel_values, insert_image_tokens
+from .model_inputs import check_image_tokens, check_pixel_values, check_prompt_length, insert_image_tokens
 from .weight_mapping import register_conversions
 
 
@@ -353,11 +353,18 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`; ids without image placeholders get them, and the output keeps them."""
+        """As `GenerationMixin.generate`; ids without image placeholders get them, and the output keeps them.
+
+        Raises:
+            ValueError: The prompt and `max_new_tokens` exceed the positions of the language model.
+        """
         input_ids = inputs if input_ids is None else input_ids
         if pixel_values is not None:
             input_ids, attention_mask, _ = insert_image_tokens(self.config, input_ids, attention_mask)
             kwargs["pixel_values"] = pixel_values
+        if isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2 and input_ids.numel():
+            is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            check_prompt_length(self.config, is_token, kwargs.get("max_new_tokens") or 1)
         return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from ..modeling.action_tokenizer import ActionTokenizer, normalize, resolve_action_stats
+from ..modeling.action_tokenizer import ActionTokenizer, check_statistics, normalize, resolve_action_stats
 from ..processing.processing_openvla import OpenVLAProcessor
 
 
@@ -44,7 +44,7 @@ class ActionCollator:
         self.action_tokenizer = action_tokenizer
         self.stats: dict[str, Any] = stats or {}
         self.suffix = [] if prompt_suffix_token_id is None else [prompt_suffix_token_id]
-        self.norm_stats = norm_stats
+        self.norm_stats = check_statistics(norm_stats, "`norm_stats`")
         self.augment = augment
         self.seed = seed
         self.start()
