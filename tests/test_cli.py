@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from openvla_hf.cli import build_parser, main
-from openvla_hf.cli.common import print_json
+from openvla_hf.cli.common import image, print_json
 from openvla_hf.data import load, write_lerobot
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -160,6 +160,10 @@ def test_an_image_that_cannot_be_read_is_refused_in_one_line(policy, capsys, tmp
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
         assert f"too large: resize or crop it to at most {pixels} pixels" in refused(policy / "frame.png")
     assert "DecompressionBombWarning" not in {warning.category.__name__ for warning in recwarn}
+
+
+def test_the_scheme_of_an_image_url_may_be_in_capitals():
+    assert image("HTTPS://example.com/a.png") == "HTTPS://example.com/a.png"
 
 
 def test_a_file_that_is_not_an_image_is_refused_in_one_line(capsys):

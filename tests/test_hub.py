@@ -18,8 +18,10 @@ from transformers import AutoModel, AutoProcessor
 from openvla_hf.checkpoint_info import describe
 from openvla_hf.cli import main
 from openvla_hf.data import from_episodes
+from openvla_hf.evaluation.rollouts import TABLETOP_POLICY
 from openvla_hf.hub import push
 from openvla_hf.processing.processing_openvla import VICUNA_PROMPT
+from openvla_hf.shared_files import TEXT_FILES, read_text_in, refuse_secrets
 from openvla_hf.testing import fake_episode
 from openvla_hf.training.finetune import build_trainer, finetune
 from openvla_hf.training.recipes import recipe
@@ -152,10 +154,10 @@ def test_why_a_push_failed_is_said_in_a_sentence(tiny, owner, monkeypatch, tmp_p
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the client's retries
     folder = save(tmp_path / "run", tiny())
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(OSError, match=r"Pushing takes a token .* run `hf auth login`"):
+    with pytest.raises(OSError, match=r"Pushing needs a token .* Run `hf auth login`"):
         push(folder, "someone/policy")
     assert owner.requests == []
-    with pytest.raises(OSError, match=r"refused someone/policy \(401\): it does not know the token"):
+    with pytest.raises(OSError, match=r"refused someone/policy \(401\): the token is not valid"):
         push(folder, "someone/policy", token="hf_revoked")
     push(folder, "someone/policy", token=owner.token)
     before = owner.commit("someone/policy")
@@ -212,7 +214,7 @@ def test_an_upload_that_breaks_off_shows_nothing_and_is_resumed(tiny, owner, mon
     folder = save(tmp_path / "run", tiny(), max_shard_size="60KB")
     shards = len(list(folder.glob("*.safetensors")))
     owner.uploads_until_cut = 2
-    with pytest.raises(OSError, match=r"broke off .* push again"):
+    with pytest.raises(OSError, match=r"failed .* Push again"):
         push(folder, "someone/policy")
     assert owner.files("someone/policy") == {}
     arrived = len(owner.blobs)
@@ -301,7 +303,7 @@ def test_an_adapter_names_a_base_that_others_have(tiny, owner, tmp_path):
     model.name_or_path = str(base)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     folder = save(tmp_path / "adapter", (adapted, processor))
-    with pytest.raises(ValueError, match=r"base is the folder .* give its Hub id as base_model"):
+    with pytest.raises(ValueError, match=r"base is .* which is not a Hub id\. Give the base.s Hub id as base_model"):
         push(folder, "someone/adapter")
     assert not (owner.root / "someone/adapter").exists()
     push(base, "someone/base", license="mit")
@@ -426,19 +428,29 @@ SECRETS = {
     f"xoxb-{KEY}": "an access token of Slack",
     f"WANDB_API_KEY={'0123456789' * 4}": "a key of Weights & Biases",
     "-----BEGIN OPENSSH PRIVATE KEY-----": "a private key",
+    f"npm_{KEY}": "an access token of npm",
+    f"pypi-{KEY}": "an access token of PyPI",
+    f"dckr_pat_{KEY}": "an access token of Docker",
+    f"r8_{KEY}": "an access token of Replicate",
+    f"sk_live_{KEY}": "a key of Stripe",
+    f"eyJ{KEY}.eyJ{KEY}.{KEY}": "a JSON web token",
+    f"Authorization: Bearer {KEY}": "a bearer token",
+    "https://ada:lovelace@example.com/repo": "a URL with a password",
 }
 PATHS = [
     "/home/ada/runs/1", "/Users/ada/run", "/mnt/disk/run", "/root/run", "/tmp/run", "/media/ada/stick", "file:///home/ada",
-    "/var/folders/xy/run", "C:\\Users\\Ada\\run", "d:/Users/ada",
+    "/var/folders/xy/run", "C:\\Users\\Ada\\run", "d:/Users/ada", "c:\\users\\ada", "D:\\models\\ada",
+    "\\\\server\\share", "/data/run", "/work/run", "/nfs/ada", "/opt/models", "/srv/models", "/lustre/ada",
+    "/gpfs/ada", "/storage/ada", "/cluster/ada", "/content/drive/MyDrive", "/kaggle/working", "/dev/shm/run",
+    "/run/user/1000", "~/run", "(/data/run)",
 ]  # fmt: skip
 
 
-def test_tokens_and_keys_are_not_pushed(saved, owner):
+def test_tokens_and_keys_are_not_pushed(tmp_path):
     for secret, kind in SECRETS.items():
-        add_text(saved / "tokenizer_config.json", secret)
-        with pytest.raises(ValueError, match=rf"tokenizer_config\.json holds {kind}: remove it, and revoke it"):
-            push(saved, "someone/policy")
-    assert owner.requests == []
+        for name in ("tokenizer_config.json", "README.md"):
+            with pytest.raises(ValueError, match=rf"{re.escape(name)} holds {kind}: remove it, and revoke it"):
+                refuse_secrets(name, json.dumps({"note": secret}), tmp_path, None)
 
 
 @pytest.mark.parametrize("file", ["config.json", "chat_template.jinja", "training.json"])
@@ -464,27 +476,91 @@ def test_the_own_token_and_passwords_are_not_pushed(saved, owner, monkeypatch):
         push(saved, "someone/policy", token=owner.token)
 
 
-def test_local_paths_of_any_system_are_not_pushed(saved, owner):
+def test_local_paths_of_any_system_are_not_pushed(tmp_path):
     for path in PATHS:
         escaped = json.dumps(path).replace("/", "\\u002f").replace("s", "\\u0073")
-        for text in (json.dumps(path), escaped):
-            (saved / "special_tokens_map.json").write_text(f'{{"note": {text}}}')
+        once = f'{{"note": {json.dumps(path)}}}'
+        twice = f'{{"note": {json.dumps(path)}, "note": ""}}'
+        for text in (once, twice, f'{{"note": {escaped}}}', f"{{{escaped}: 0}}"):
             with pytest.raises(ValueError, match=r"special_tokens_map\.json names the local path"):
-                push(saved, "someone/policy")
-    assert owner.requests == []
+                refuse_secrets("special_tokens_map.json", text, tmp_path, None)
+        for text in (f"See {path}", once):
+            with pytest.raises(ValueError, match=r"README\.md names the local path"):
+                refuse_secrets("README.md", text, tmp_path, None)
 
 
-def test_what_only_resembles_a_secret_or_a_path_is_pushed(saved, owner):
+def test_what_only_resembles_a_secret_or_a_path_is_pushed(tmp_path):
     texts = [
         "https://example.com/home/ada",
+        "https://example.com:8080/data/work/~ada/opt",
         "task-sk-ills",
         "/tmp",
         "/root",
+        "data/kitchen/1",
+        "a/data/kitchen and ./data/kitchen",
         "Q:\\nA:",
+        "Q:\npick\nA:\nopen",
+        "https://user:{password}@example.com",
+        "someone:else@example.com",
+        "the bearer authentication-of-requests",
+        "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+",
         "0123456789abcdef" * 2 + "01234567",
     ]
     for text in texts:
-        add_text(saved / "config.json", text)
+        refuse_secrets("config.json", json.dumps({"note": text}), tmp_path, None)
+
+
+@pytest.mark.parametrize("place", ["tabletop", "recordings"])
+def test_checkpoints_that_are_public_hold_no_secret_or_path(place, tmp_path):
+    root = TABLETOP_POLICY if place == "tabletop" else Path(__file__).parent / "parity" / "kept"
+    texts = [
+        path for path in root.rglob("*") if path.name in TEXT_FILES or path.name in ("README.md", "tokenizer.model")
+    ]
+    assert texts
+    for path in texts:
+        text = read_text_in(path) if path.suffix == ".model" else path.read_text()
+        refuse_secrets(path.name, text, tmp_path, None)
+
+
+def test_weights_of_a_variant_leave_the_repository_as_it_was(tiny, owner, tmp_path):
+    push(save(tmp_path / "policy", tiny()), "someone/policy")
+    before = owner.commit("someone/policy")
+    folder = save(tmp_path / "half", tiny()[:1], variant="fp16")
+    with pytest.raises(ValueError, match=r"has no weights .* model\.safetensors is missing\. Save the model again"):
+        push(folder, "someone/policy")
+    assert owner.commit("someone/policy") == before
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    [
+        ("w.bin", r"names the weights file 'w\.bin', but only safetensors files"),
+        ("other.safetensors", r"names 'other\.safetensors', which is missing or has a name that is not pushed"),
+        ("model-00002-of-00002.safetensors", r"names 'model-00002-of-00002\.safetensors', which is missing"),
+        (None, r"has no weights under a name that is pushed: model\.safetensors is missing"),
+    ],
+)
+def test_an_index_whose_weights_would_not_be_pushed_is_refused(saved, owner, named, problem):
+    (saved / "model.safetensors").rename(saved / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {} if named is None else {"a.weight": named}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=problem):
+        push(saved, "someone/policy")
+    assert owner.requests == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("training.json", "[1]", "does not hold an object"),
+        ("evaluation.json", "3", "does not hold an object"),
+        ("quantization.json", "{}", "does not hold a list"),
+        ("training.json", "{", "is not valid JSON"),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_refused_in_a_sentence(saved, owner, file, content, problem):
+    (saved / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file} {problem}.*\. Write it again, or delete it\."):
         push(saved, "someone/policy")
 
 
@@ -519,7 +595,7 @@ def test_metadata_in_the_header_of_weights_is_refused(saved, owner):
     for metadata in ({"format": "pt"}, None, quantised):
         save_file(weights, path, metadata)
         push(saved, "someone/policy")
-    for key, value in (("author", "ada"), ("b.weight", "{}")):
+    for key, value in (("author", "ada"), ("b.weight", "{}"), ("format", "pt of ada")):
         save_file(weights, path, quantised | {key: value})
         with pytest.raises(
             ValueError, match=rf"The header of model\.safetensors holds metadata '{key}', which is not"
@@ -578,7 +654,7 @@ def test_what_cannot_be_pushed_is_said_in_a_sentence(tiny, owner, tmp_path):
     model, _ = tiny()
     with pytest.raises(ValueError, match="needs its processor"):
         push(model, "someone/policy")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match=r"is not a folder\. Give"):
         push(tmp_path / "absent", "someone/policy")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     with pytest.raises(ValueError, match=r"not an OpenVLA checkpoint: its config\.json is for 'llava'"):

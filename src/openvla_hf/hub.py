@@ -6,27 +6,26 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 
 # HTTPError is of the HTTP library, which is another one in other versions of the client.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint_info import ADAPTER_CONFIG, CheckpointInfo, describe
 from .model_card import is_hub_id, write_card
 from .modeling.configuration_openvla import MINIMUM_TRANSFORMERS
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .processing.processing_openvla import OpenVLAProcessor
-from .shared_files import find_binaries, read_text_in, read_texts, refuse_secrets
+from .shared_files import WEIGHTS_FILE, find_binaries, read_text_in, read_texts, refuse_secrets
 
 
 README, REQUIREMENTS, CONFIGURATION_FILE = "README.md", "requirements.txt", "configuration_openvla.py"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 REFUSALS = {
-    401: "it does not know the token; log in again with `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there; take one with the right to write, or push to a repository of your own",
+    401: "the token is not valid. Log in again with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there. Use a token with write access, or push to a repository of your own",
 }
 
 
@@ -69,9 +68,9 @@ def push(
         token: With the right to write; the stored one by default.
 
     Raises:
-        ValueError: A model came without its processor, an adapter's base is a folder, weights are not in safetensors
-            files, or a file holds a token, a key or a local path, is a link that leads out of the folder, has metadata
-            in the header of its weights, or needs code that is not the package's.
+        ValueError: A model came without its processor, an adapter's base is a folder, weights are incomplete or not in
+            safetensors files under their usual names, or a file holds a token, a key or a local path, is a link that
+            leads out of the folder, has metadata in the header of its weights, or needs foreign code.
         OSError: There is no token, the Hub refused it, or it could not be reached.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
@@ -94,9 +93,9 @@ def push(
             )
     folder = Path(checkpoint)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give a model, or the folder that `save_pretrained` wrote.")
+        raise ValueError(f"{folder} is not a folder. Give a model, or the folder that `save_pretrained` wrote.")
     if (token or get_token()) is None:
-        raise OSError("Pushing takes a token with the right to write: run `hf auth login`, or set HF_TOKEN.")
+        raise OSError("Pushing needs a token with write access. Run `hf auth login`, or set HF_TOKEN.")
     api = HfApi(token=token, library_name="openvla-hf")
     if "/" not in repo_id:
         with _in_a_sentence(repo_id):
@@ -121,7 +120,8 @@ def push(
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=None if create_pr else revision)
-        stale = [name for name in there if name not in added and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        weights = [name for name in there if WEIGHTS_FILE.fullmatch(name) or name == SAFE_WEIGHTS_INDEX_NAME]
+        stale = [name for name in weights if name not in added]
         return api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in stale)],
@@ -137,19 +137,19 @@ def _in_a_sentence(repo_id: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise OSError(f"{repo_id} can't be pushed while HF_HUB_OFFLINE is set: unset it.") from error
+        raise OSError(f"{repo_id} can't be pushed while HF_HUB_OFFLINE is set. Unset it and push again.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         reason = REFUSALS.get(status) or error.server_message or type(error).__name__
         raise OSError(f"The Hub refused {repo_id} ({status}): {reason}.") from error
     except HTTPError as error:
         raise OSError(
-            f"{constants.ENDPOINT} can't be reached ({error}): check the network and push again, what has arrived is "
-            "kept."
+            f"{constants.ENDPOINT} can't be reached ({error}). Check the network and push again: uploaded files "
+            "are kept."
         ) from error
     except RuntimeError as error:  # what the client raises when a large file can't be sent
         raise OSError(
-            f"The upload to {repo_id} broke off ({error.__cause__ or error}): push again, what has arrived is kept."
+            f"The upload to {repo_id} failed ({error.__cause__ or error}). Push again: uploaded files are kept."
         ) from error
 
 
@@ -157,7 +157,7 @@ def _with_base(adapter_config: str, base_model: str) -> str:
     """The config of an adapter, with the Hub id of its base."""
     if not is_hub_id(base_model):
         raise ValueError(
-            f"The adapter's base is the folder {base_model}, which nobody else has: give its Hub id as base_model."
+            f"The adapter's base is {base_model!r}, which is not a Hub id. Give the base's Hub id as base_model."
         )
     return json.dumps(json.loads(adapter_config) | {"base_model_name_or_path": base_model}, indent=2) + "\n"
 

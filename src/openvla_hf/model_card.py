@@ -44,7 +44,7 @@ def write_card(
     data set that is a local folder is not named.
     """
     training, evaluation, quantization = (
-        _read(folder / name, default)
+        _read_run_file(folder / name, default)
         for name, default in ((TRAINING_FILE, {}), (EVALUATION_FILE, {}), (QUANTIZATION_FILE, []))
     )
     base_model = base_model or info.base_model or training.get("base_model")
@@ -91,8 +91,18 @@ def read_training(source: str | os.PathLike) -> dict[str, Any]:
     return CheckpointFiles.locate(source).read_json(TRAINING_FILE) or {}
 
 
-def _read(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+def _read_run_file(path: Path, default: Any) -> Any:
+    """Content of a JSON file of the type of `default`, which stands for an absent file."""
+    if not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error}). Write it again, or delete it.") from error
+    if not isinstance(content, type(default)):
+        kind = "an object" if isinstance(default, dict) else "a list"
+        raise ValueError(f"{path.name} does not hold {kind}. Write it again, or delete it.")
+    return content
 
 
 def is_hub_id(name: str | None) -> bool:

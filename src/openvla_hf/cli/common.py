@@ -166,7 +166,7 @@ def image(text: str) -> str:
     """Parse the path or the URL of an image."""
     from PIL import Image, UnidentifiedImageError
 
-    if text.startswith(("http://", "https://")):
+    if text.lower().startswith(("http://", "https://")):
         return text
     try:
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
