@@ -142,6 +142,16 @@ def test_dimensions_are_called_what_the_data_calls_them(make_episode, tmp_path, 
         write_lerobot(episodes, tmp_path / "other", action_names=["a", "b"])
 
 
+def test_unnamed_joints_are_numbered_and_not_called_an_end_effector(make_episode, tmp_path, capsys):
+    write_lerobot([make_episode(index, steps=8) for index in range(3)], tmp_path / "arm")
+    register = "import openvla_hf.data as data\ndata.register_robot(data.Robot('seven', space='joint_deltas'))\n"
+    (tmp_path / "robots.py").write_text(register)
+    assert main(["doctor", str(tmp_path / "arm"), "--robots", str(tmp_path / "robots.py"), "--robot", "seven"]) == 0
+    printed = capsys.readouterr().out
+    assert "a6" in printed
+    assert "droll" not in printed
+
+
 def test_a_saved_table_has_the_adapter_that_load_gives_it(tmp_path):
     rows = {
         "image": [np.zeros((8, 8, 3), np.uint8)] * 4,

@@ -77,7 +77,7 @@ def test_statistics_of_a_table_are_kept(episodes, tmp_path, cache):
     (kept,) = cache.glob("statistics-*.json")
     assert json.loads(kept.read_text()) == first
     # What another process finds there is what it gets.
-    kept.write_text(json.dumps({"arm": "kept"}))
+    kept.write_text(json.dumps({"arm": {"action": {"q01": []}, "note": "kept"}}))
     program = (
         "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
         "from openvla_hf.data import Gripper, Robot, compute_statistics, load\n"
@@ -187,3 +187,19 @@ def test_names_of_dimensions_come_along_with_the_statistics(make_episode, tmp_pa
         }
     if not streaming:
         assert compute_statistics(parts[0].select([0, 1]))["named"]["action"]["names"] == NAMES
+
+
+END_EFFECTOR = ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("space", "names"),
+    [("joint_positions", [f"a{index}" for index in range(7)]), ("end_effector_delta", END_EFFECTOR), (None, None)],
+)
+def test_actions_without_names_are_named_by_the_robots_space(make_episode, tmp_path, streaming, space, names):
+    robot = Robot("arm", space=space)
+    write_lerobot([make_episode(0)], tmp_path / "arm")
+    made = from_episodes(lambda: [make_episode(0)], robot, name="arm", streaming=streaming)
+    for data in (load(tmp_path / "arm", robot, streaming=streaming), made):
+        assert compute_statistics(data)["arm"]["action"].get("names") == names

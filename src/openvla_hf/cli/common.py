@@ -222,7 +222,10 @@ def refuse_options(args: argparse.Namespace, reason: str, *options: str) -> None
 
 
 def dimension_names(count: int, known: Sequence[str] | None = None) -> Sequence[str]:
-    """Name the dimensions of an action: as the data do, or those of an end effector, or numbers."""
+    """Name the dimensions of an action by what is known, or else like published checkpoints, which say nothing.
+
+    Seven dimensions without names are then those of an end effector, others are numbers.
+    """
     if known is not None and len(known) == count:
         return known
     return ACTION_NAMES if count == len(ACTION_NAMES) else [f"a{i}" for i in range(count)]

@@ -94,8 +94,8 @@ def _run_on_data(args: argparse.Namespace) -> None:
             batch_size=args.batch_size, progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     which = args.split or "held out"
-    known = read_action_names(frames).get(report.dataset)
-    names = dimension_names(len(report.mean_absolute_error), known)
+    action_dim = len(report.mean_absolute_error)
+    names = dimension_names(action_dim, read_action_names(frames, report.dataset, action_dim))
     if args.json:
         told = {"model": model_id, "data": args.data, "split": which, "names": list(names)}
         print_json(told | report.as_dict())

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..modeling.action_tokenizer import ActionTokenizer, normalize
 from .frames import Losses, import_extra, matrix
 from .loading import Frames, name_of, open_source, read_table
-from .motion import JOINTS, STILL, TARGETS, find_idle
+from .motion import JOINTS, STILL, TARGETS, find_idle, name_by_space
 from .robots import Robot, resolve_robot
 from .statistics import compute_statistics
 
@@ -39,7 +39,7 @@ class Report:
 
     warnings: What should be looked at before training, a sentence each.
     idle: Share of the actions that move nothing.
-    names: Of the action's dimensions; `None` where the data do not name them.
+    names: Of the action's dimensions; `None` where neither the data nor the robot's space name them.
     follows_state: Dimensions whose action is about where the state is, as a target's.
     motionless_start: Share of the frames before the state of their episode changes; `None` where there is no state.
     clipped: Share of the values outside the quantiles that are mapped to [-1, 1] (or outside the model's).
@@ -170,7 +170,7 @@ def examine(
         unused_dimensions=np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
         gripper_open=float((actions[:, grippers] > 0.5).mean()) if grippers else None,
         frequency=frequency / adapter.every if frequency else None,
-        names=names if names is not None and len(names) == actions.shape[1] else None,
+        names=names if names and len(names) == actions.shape[1] else name_by_space(space, actions.shape[1]),
         follows_state=follows.tolist(),
         motionless_start=None if states is None else _motionless_start(states, episodes),
         histograms=histograms,

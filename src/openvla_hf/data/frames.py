@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
+from .motion import name_by_space
 from .parquet_images import read_row
 
 
@@ -123,22 +124,35 @@ def episode_rows(episode: Episode, robot: "Robot", dataset: str) -> dict[str, An
     }
 
 
-NAMES = "Action dimensions of"
-"""Begins a line of the description of frames."""
+NAMES, SPACE = "Action dimensions of", "Action space of"
+"""Each begins a line of the description of frames."""
 
 
-def note_action_names(frames: Dataset | IterableDataset, dataset: str, names: list[str] | None) -> None:
-    """Keep the names of an action's dimensions in the description of a data set's frames, which mixtures gather."""
-    if names:
-        frames.info.description = f"{NAMES} {json.dumps({dataset: names})}"
+def note_action(frames: Dataset | IterableDataset, dataset: str, names: list[str] | None, space: str | None) -> None:
+    """Keep what is known of a data set's actions in the description of its frames, which mixtures gather.
+
+    Args:
+        frames: Of the data set.
+        dataset: Its name.
+        names: Of the dimensions of its actions, where it gives them.
+        space: Of its standard actions, where the robot says it.
+    """
+    told = {NAMES: names, SPACE: space}
+    lines = [f"{begin} {json.dumps({dataset: value})}" for begin, value in told.items() if value]
+    frames.info.description = "\n".join([*frames.info.description.splitlines(), *lines])
 
 
-def read_action_names(frames: Dataset | IterableDataset) -> dict[str, list[str]]:
-    """The names of the action's dimensions by data set, as far as they are known."""
-    found: dict[str, list[str]] = {}
+def read_action_names(frames: Dataset | IterableDataset, dataset: str, action_dim: int) -> list[str] | None:
+    """Read the names of the action's dimensions: those of the data set, or else those of the action's space."""
+    names, space = _read_noted(frames, NAMES).get(dataset), _read_noted(frames, SPACE).get(dataset)
+    return names if names and len(names) == action_dim else name_by_space(space, action_dim)
+
+
+def _read_noted(frames: Dataset | IterableDataset, begin: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for line in frames.info.description.splitlines():
-        if line.startswith(NAMES):
-            found |= json.loads(line.removeprefix(NAMES))
+        if line.startswith(begin):
+            found |= json.loads(line.removeprefix(begin))
     return found
 
 

@@ -39,7 +39,7 @@ from .frames import (
     decode_frames,
     decode_image,
     encode_png,
-    note_action_names,
+    note_action,
     stack_rows,
     usable_rows,
 )
@@ -130,9 +130,10 @@ def load(
 
 
 def _with_names(frames: Frames, source: Source | Frames, robot: Robot, name: str) -> Frames:
-    """The frames, with the names of the action's dimensions where the data set knows them."""
-    if not isinstance(source, (Dataset, IterableDataset)):
-        note_action_names(frames, name, robot.name_dimensions(source.numbers, source.dimension_names))
+    """The frames, with the names of the action's dimensions where the data set knows them, and the action's space."""
+    has_names = not isinstance(source, (Dataset, IterableDataset))
+    names = robot.name_dimensions(source.numbers, source.dimension_names) if has_names else None
+    note_action(frames, name, names, robot.standard_space)
     return frames
 
 
@@ -276,14 +277,19 @@ def from_episodes(
             raise TypeError("A stream starts over at every epoch: pass a function that gives the episodes.")
         arguments = {"make": episodes, "robot": adapter, "name": name, "losses": losses}
         rows = IterableDataset.from_generator(_generate_made, gen_kwargs=arguments)
-        return FrameStream(rows, name, losses=losses, cache_key=None if key is None else functools.partial(str, key))
+        stream_key = None if key is None else functools.partial(str, key)
+        stream = FrameStream(rows, name, losses=losses, cache_key=stream_key)
+        note_action(stream, name, None, adapter.standard_space)
+        return stream
 
     def columns() -> Iterator[dict[str, Any]]:
         made = _read_made(episodes() if callable(episodes) else episodes, encode_png)
         yield from usable_rows(made, adapter, name, losses, decode_image if losses.limit else None)
         losses.check(losses.read)
 
-    return _write_table(columns(), losses, name, key)
+    table = _write_table(columns(), losses, name, key)
+    note_action(table, name, None, adapter.standard_space)
+    return table
 
 
 def _read_made(episodes: Episodes, encode: Callable[[Any], Any]) -> Iterator[Episode | BadEpisodeError]:

@@ -18,6 +18,11 @@ JOINTS = ("joint_deltas", "joint_positions")
 """Spaces of joints, whose numbers have one unit."""
 POSE_DIMS = 3
 """Where the rotation begins in an end effector's action or state, after the position."""
+POSE_NAMES = {
+    "end_effector_delta": ("dx", "dy", "dz", "droll", "dpitch", "dyaw"),
+    "end_effector_pose": ("x", "y", "z", "roll", "pitch", "yaw"),
+}
+"""Names of an end effector's standard dimensions, before the gripper."""
 
 STILL = 0.01
 """A movement below this share of its range (quantiles 0.01 to 0.99) counts as none."""
@@ -31,6 +36,14 @@ def find_held(action_dim: int, space: str | None, grippers: Sequence[int]) -> li
     """The dimensions that say how something is to be and not how it moves: grippers, and all after an end effector."""
     after_pose = range(2 * POSE_DIMS, action_dim) if space in ("end_effector_delta", "end_effector_pose") else ()
     return sorted({*grippers, *after_pose})
+
+
+def name_by_space(space: str | None, action_dim: int) -> list[str] | None:
+    """Name the dimensions of a standard action without names: joints by number, `None` if nothing is known."""
+    if space in JOINTS:
+        return [f"a{index}" for index in range(action_dim)]
+    names = [*POSE_NAMES.get(space or "", ()), "gripper"][:action_dim]
+    return names if len(names) == action_dim >= 2 * POSE_DIMS else None
 
 
 def join_movements(first: np.ndarray, second: np.ndarray, space: str, grippers: Sequence[int]) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .motion import DELTAS, POSE_DIMS, TARGETS, find_idle, join_movements
+from .motion import DELTAS, POSE_DIMS, POSE_NAMES, TARGETS, find_idle, join_movements
 from .rotations import ROTATIONS, matrix_to_euler
 
 
@@ -35,10 +35,6 @@ class FirstOf(tuple[str, ...]):
 
 STATE_NAMES = FirstOf("observation.state", "state")
 INSTRUCTION_NAMES = ("language_instruction", "observation.natural_language_instruction", "instruction", "task")
-END_EFFECTOR_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw")
-"""Of the movement of an end effector, before the gripper."""
-POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
-"""Of the pose of an end effector, before the gripper."""
 RANGE_SLACK = 0.05
 """Share of its range by which a gripper's value may lie outside, as sensors do."""
 
@@ -207,8 +203,7 @@ class Robot:
             self._check_select(len(named))
             named = [named[index] for index in self.select]
         if self.is_end_effector and (self.takes_difference or self.rotation != "euler"):
-            pose_names = END_EFFECTOR_NAMES if self.standard_space in DELTAS else POSE_NAMES
-            named = [*pose_names, *named[POSE_DIMS + ROTATIONS[self.rotation][0] :]]
+            named = [*POSE_NAMES[str(self.standard_space)], *named[POSE_DIMS + ROTATIONS[self.rotation][0] :]]
         return named
 
     def choose_camera(self, cameras: Collection[str]) -> str:

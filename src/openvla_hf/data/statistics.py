@@ -52,7 +52,8 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
 
     Returns:
         `{name: {"action": {mean, std, max, min, q01, q99, mask, names}, "proprio": {...}, "num_transitions",
-        "num_trajectories"}}`; "names" where the data set names the dimensions, "proprio" where there is a state.
+        "num_trajectories"}}`; "names" of the dimensions where the
+        data set or the robot's space gives them, "proprio" where there is a state.
 
     Raises:
         ValueError: there are no frames, or actions of one data set differ in size.
@@ -60,10 +61,9 @@ def compute_statistics(frames: Dataset | IterableDataset) -> dict[str, Any]:
     statistics = _compute_or_reuse(frames)
     parts = [part for part, _ in frames.parts] if isinstance(frames, FrameStream) else []
     for part in (frames, *parts):
-        for name, names in read_action_names(part).items():
-            action = statistics.get(name, {}).get("action", {})
-            if len(action.get("q01", ())) == len(names):
-                action["names"] = names
+        for name, of_one in statistics.items():
+            if names := read_action_names(part, name, len(of_one["action"]["q01"])):
+                of_one["action"]["names"] = names
     return statistics
 
 
