@@ -230,6 +230,13 @@ def test_an_output_folder_that_holds_another_checkpoint_is_refused(base, data, t
     assert tree(output) == before
 
 
+def test_a_run_is_never_written_into_a_dataset(base, data, capsys):
+    before = tree(data)
+    assert run(base, data, data, "--steps", "1") == 2
+    assert "is a dataset. Give a new folder." in capsys.readouterr().err
+    assert tree(data) == before
+
+
 def test_a_diverging_run_is_exit_status_2_and_saves_nothing(base, data, tmp_path, capsys):
     output = tmp_path / "out"
     diverging = [*SETTINGS, "learning_rate=1e25"]

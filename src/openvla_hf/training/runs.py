@@ -21,6 +21,8 @@ OF_THE_RUN = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"),
     *("metric_for_best_model", "greater_is_better"),
 )
+# Files that only a dataset has: LeRobot, RLDS (and a folder above its version), `datasets`.
+DATASET_FILES = ("meta/info.json", "features.json", "*/features.json", "state.json")
 # Files that only a checkpoint has.
 CHECKPOINT_FILES = ("config.json", ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt")
 
@@ -53,11 +55,13 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
 
     Raises:
         ValueError: The folder is that of the base, or there is nothing to resume, or it was trained otherwise.
-        FileExistsError: The folder holds a checkpoint that this run would overwrite.
+        FileExistsError: The folder is a dataset, or holds a checkpoint that this run would overwrite.
     """
     folder = Path(output)
     if folder.exists() and Path(run["base_model"]).exists() and folder.samefile(run["base_model"]):
         raise ValueError(f"The output {output} is the base itself, which training would overwrite. Give a new folder.")
+    if any(found for pattern in DATASET_FILES for found in folder.glob(pattern)):
+        raise FileExistsError(f"The output {output} is a dataset. Give a new folder.")
     checkpoint = last_checkpoint(output)
     result = sorted(path.name for pattern in CHECKPOINT_FILES for path in folder.glob(pattern))
     if not resume:
