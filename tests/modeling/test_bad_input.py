@@ -446,8 +446,11 @@ def test_an_oft_checkpoint(checkpoint, file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.update({"action_head.fc1.weight": torch.zeros(2)}), "1 unexpected .*action_head.fc1"),
-        (lambda weights: weights.pop("lm_head.weight"), "1 missing weights, such as 'lm_head.weight'"),
+        (
+            lambda weights: weights.update({"action_head.fc1.weight": torch.zeros(2)}),
+            "1 weight is unexpected .*action_head.fc1",
+        ),
+        (lambda weights: weights.pop("lm_head.weight"), r"1 weight is missing \(for example 'lm_head.weight'"),
     ],
 )
 def test_weights_that_are_too_many_or_missing(checkpoint, change, message):

@@ -189,3 +189,27 @@ def test_pushing_names_the_repository_after_the_folder(tiny, owner, tmp_path):
     assert torch.equal(
         load_file(tmp_path / "policy" / "model.safetensors")["lm_head.weight"], model.lm_head.weight.detach()
     )
+
+
+def adapted(model):
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return model
+
+
+def test_a_whole_checkpoint_replaces_an_earlier_adapter(tiny, tmp_path):
+    adapted(tiny()[0]).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    model, _ = tiny(seed=1)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter_[cm]*"))
+    loaded = AutoModel.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_adapter_is_not_saved_beside_a_whole_checkpoint(tiny, tmp_path):
+    tiny()[0].save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"holds a whole checkpoint.*Save the adapter in another folder\."):
+        adapted(tiny(seed=1)[0]).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files

@@ -113,15 +113,24 @@ def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
         if values is None or not all(_is_truth_value(one) if name == "mask" else _is_finite(one) for one in values):
             raise ValueError(f"{where}: {name!r} must be a list of {kind}, got {stats[name]!r:.120}. {again}")
         dims = len(columns["q01"] or ())
-        if not values or len(values) != dims:
+        if not values:
+            raise ValueError(f"{where}: {name!r} is empty, and each dimension needs a value. {again}")
+        if len(values) != dims:
             raise ValueError(
                 f"{where}: {name!r} has {len(values)} values and 'q01' has {dims}, each dimension needs one. {again}"
             )
+        if name == "std" and min(values) < 0:
+            raise ValueError(f"{where}: 'std' must not be negative, got {stats[name]!r:.120}. {again}")
     for low, high in (BOUNDS[:2], BOUNDS[2:]):
         for index, (lower, upper) in enumerate(zip(columns.get(low) or (), columns.get(high) or (), strict=False)):
             if lower > upper:
                 raise ValueError(
                     f"{where}: {low!r} is above {high!r} in dimension {index} ({lower:g} and {upper:g}). {again}"
+                )
+            if not math.isfinite(float(upper) - float(lower)):
+                raise ValueError(
+                    f"{where}: {low!r} and {high!r} are too far apart in dimension {index} ({lower:g} and {upper:g}). "
+                    f"{again}"
                 )
     return stats
 
@@ -134,7 +143,12 @@ def _listed(values: Any) -> list[Any] | None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
 
 
 def _is_truth_value(value: Any) -> bool:

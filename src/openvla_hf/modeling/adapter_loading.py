@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
-from .checkpoint_files import ADAPTER_CONFIG, read_json, unreadable_weights
+from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, unreadable_weights
 from .weight_mapping import CONVERSIONS
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PUBLISHED_PARTS = ("vision_backbone.", "projector.", "language_model.")
 ADAPTED = re.compile(r"^(?P<layer>.+)\.(?P<side>lora_A|lora_B)\.weight$")
@@ -196,4 +195,4 @@ def _layer(layers: dict[str, nn.Module], layer: str, key: str) -> nn.Module:
     return layers[layer]
 
 
-__all__ = ["ADAPTER_WEIGHTS", "translate"]
+__all__ = ["translate"]

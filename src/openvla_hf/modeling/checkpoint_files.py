@@ -28,6 +28,7 @@ from transformers.utils.hub import (
 
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STATISTICS_FILE = "dataset_statistics.json"
 # Arguments that say which files of a repository are meant, and how to get them.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -251,6 +252,7 @@ def _commit(revision: str | None) -> str | None:
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "HUB_ERRORS",
     "HUB_KWARGS",
     "STATISTICS_FILE",

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .action_tokenizer import check_statistics
-from .adapter_loading import ADAPTER_WEIGHTS, translate
+from .adapter_loading import translate
 from .checkpoint_files import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     HUB_KWARGS,
     STATISTICS_FILE,
     CheckpointFiles,
@@ -89,9 +90,10 @@ def refuse_foreign_weights(
     """`ValueError` where a checkpoint lacks weights, or has some that have no place or another shape here."""
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if keys := sorted(names):
+            count = f"{len(keys)} weights are" if len(keys) > 1 else "1 weight is"
             raise ValueError(
-                f"{repo} is no OpenVLA checkpoint that this class can load: {len(keys)} {problem} weights, such "
-                f"as {keys[0]!r}. An OpenVLA-OFT checkpoint needs the code of OpenVLA-OFT."
+                f"Cannot load {repo} as OpenVLA: {count} {problem} (for example {keys[0]!r}). An OpenVLA-OFT "
+                "checkpoint needs the code of OpenVLA-OFT."
             )
     if shapes := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in mismatched):
         name, found, wanted = shapes[0]

@@ -11,7 +11,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
-from .checkpoint_files import ADAPTER_CONFIG, STATISTICS_FILE
+from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATISTICS_FILE
 
 
 # Begins the names of folders that are being written. The Hub's uploads pass over what begins with "_".
@@ -27,13 +27,14 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     """Give a folder to write files into, which take their places in `folder` at the end.
 
     Whatever stops the writing leaves `folder` as it was. If the process ends while files take their places, the config
-    is missing and `folder` does not load. Earlier weights and statistics that the new files replace are removed.
+    is missing and `folder` does not load. Earlier weights and statistics that the new files replace are removed. A
+    whole checkpoint replaces an earlier adapter as well.
 
     Args:
         folder: New or existing; in the latter other files stay.
 
     Raises:
-        OSError: A file can't be written, as on a full disk.
+        OSError: A file can't be written, as on a full disk, or an adapter would be saved beside a whole checkpoint.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -69,9 +70,17 @@ def _make_readable(aside: Path, names: list[str]) -> None:
 
 def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
     configs = [name for name in CONFIGS if name in names]
+    if configs == [ADAPTER_CONFIG] and (folder / CONFIG_NAME).exists():
+        raise FileExistsError(
+            f"{folder} holds a whole checkpoint, and an adapter saved there would act on it. Save the adapter in "
+            "another folder."
+        )
+    stems = {_stem(name) for name in names} - {None}
+    if CONFIG_NAME in configs and stems:  # a whole checkpoint, on which an earlier adapter would act
+        stems.add(_stem(ADAPTER_WEIGHTS))
+        (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
     for name in configs:
         (folder / name).unlink(missing_ok=True)
-    stems = {_stem(name) for name in names} - {None}
     for path in sorted(folder.iterdir()):
         is_replaced = _stem(path.name) in stems or (stems and path.name == STATISTICS_FILE)
         if is_replaced and path.name not in names:
