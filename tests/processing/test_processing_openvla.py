@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -405,3 +406,54 @@ def test_saved_code_works_without_the_package(processor, images, tmp_path, run_p
             assert torch.equal(inputs[key], value)
         for name in ("image_processing_openvla.py", "processing_openvla.py", "processor_config.json"):
             assert (folder / name).read_text() == (folders[0] / name).read_text()
+
+
+@pytest.fixture
+def cropping(tokenizer, owner, monkeypatch):
+    """A repository whose two files of the image processor differ, on a Hub that is asked again at once."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    folder = owner.root / "someone/good"
+    OpenVLAImageProcessor().save_pretrained(folder)
+    OpenVLAProcessor(OpenVLAImageProcessor(center_crop_area=0.9), tokenizer, strip_full_stop=True).save_pretrained(
+        folder
+    )
+    OpenVLAConfig().save_pretrained(folder)
+    assert (folder / "preprocessor_config.json").is_file()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("loader", "status"),
+    [
+        (AutoProcessor, 403),
+        (OpenVLAImageProcessor, 403),
+        *((OpenVLAProcessor, status) for status in (401, 429, 500, 0)),
+    ],
+)
+def test_a_processor_config_that_cannot_be_read_is_not_taken_for_absent(cropping, owner, loader, status):
+    owner.faults["/someone/good/*/processor_config.json"] = status
+    with pytest.raises(OSError, match="someone/good"):
+        loader.from_pretrained("someone/good")
+    owner.faults.clear()
+    loaded = loader.from_pretrained("someone/good")
+    assert getattr(loaded, "image_processor", loaded).center_crop_area == 0.9
+
+
+def test_a_published_config_that_cannot_be_read_does_not_give_another_prompt(cropping, owner):
+    (cropping / "processor_config.json").unlink()
+    config = {"model_type": "openvla", "llm_backbone_id": "vicuna-v15-7b"}
+    (cropping / "config.json").write_text(json.dumps(config))
+    owner.faults["/someone/good/*/config.json"] = 403
+    with pytest.raises(OSError, match=r"Cannot read config\.json of someone/good"):
+        OpenVLAProcessor.from_pretrained("someone/good")
+    owner.faults.clear()
+    assert OpenVLAProcessor.from_pretrained("someone/good").prompt_template == VICUNA_PROMPT
+
+
+def test_a_cached_checkpoint_without_a_processor_config_loads_without_the_hub(cropping, owner, monkeypatch):
+    (cropping / "processor_config.json").unlink()
+    OpenVLAProcessor.from_pretrained("someone/good")
+    owner.faults["*"] = 500
+    OpenVLAProcessor.from_pretrained("someone/good")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    OpenVLAProcessor.from_pretrained("someone/good")

@@ -21,7 +21,8 @@ from transformers import BaseImageProcessor, BatchFeature
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import TensorType
+from transformers.utils import PROCESSOR_NAME, TensorType, cached_file, try_to_load_from_cache
+from transformers.utils.hub import LocalEntryNotFoundError, httpx, is_offline_mode
 
 
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
@@ -46,6 +47,8 @@ UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, AssertionError, EOFError,
     struct.error, zlib.error,
 )  # fmt: skip
+
+HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 IMAGE_HELP = (
     "pass a PIL image, an (H, W, 3) or (3, H, W) array or tensor (uint8, or float in [0, 1]), "
@@ -112,6 +115,15 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.resample = int(resample)
         self.letterbox_fill = list(letterbox_fill)
         self.center_crop_area = center_crop_area
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads `processor_config.json`, or `preprocessor_config.json` of a checkpoint without it."""
+        # Where the Hub withholds the first, transformers would read the second, which may say something else.
+        find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **select_hub_kwargs(kwargs))
+        return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -352,6 +364,43 @@ def _to_levels(pixels: np.ndarray) -> np.ndarray:
             "float in [0, 1] or to uint8."
         )
     return np.rint(pixels).astype(np.uint8)
+
+
+def select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keeps the arguments that say where a file is."""
+    return {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+
+
+def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
+    """Path of a checkpoint's file, downloaded if need be, or `None` where there is none.
+
+    A file of a repository counts as absent where the Hub says so (HTTP 404), or the cache has a record of it. In
+    offline mode a file that is not in the cache counts as absent too.
+
+    Raises:
+        OSError: The Hub refuses the file or does not answer.
+    """
+    if os.path.isfile(source):
+        return None
+    try:
+        return cached_file(source, name, **hub_kwargs)
+    except (OSError, httpx.HTTPError) as error:
+        cause = error.__cause__ if isinstance(error, OSError) else error
+        if cause is None:  # the folder or the repository lacks it
+            return None
+        if not isinstance(cause, (LocalEntryNotFoundError, httpx.HTTPError)):
+            raise
+        if hub_kwargs.get("local_files_only") or is_offline_mode():
+            return None
+        path = os.path.join(hub_kwargs.get("subfolder") or "", name)
+        options = {key: hub_kwargs.get(key) for key in ("cache_dir", "revision")}
+        if try_to_load_from_cache(str(source), path, **options) is not None:  # a record that there is none
+            return None
+        raise OSError(
+            f"Cannot read {name} of {source}: the Hub refuses the file or does not answer "
+            f"({cause.__cause__ or cause}). Check the access and the network, or set HF_HUB_OFFLINE=1 to use what is "
+            "in the cache."
+        ) from error
 
 
 OpenVLAImageProcessor.register_for_auto_class()

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import ImageInput
-from transformers.utils import CONFIG_NAME, TensorType, cached_file
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, TensorType
 
-from .image_processing_openvla import OpenVLAImageProcessor
+from .image_processing_openvla import OpenVLAImageProcessor, find_file, select_hub_kwargs
 
 
 QUESTION = "What action should the robot take to"
@@ -24,8 +24,6 @@ VICUNA_PROMPT = (
 
 # The first row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
 IMAGE_TOKEN_ID = 32001
-
-HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 class OpenVLAProcessor(ProcessorMixin):
@@ -253,14 +251,10 @@ class OpenVLAProcessor(ProcessorMixin):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reads our `processor_config.json`, or derives the fields from a published `config.json`."""
         hub_kwargs = select_hub_kwargs(kwargs)
+        find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_kwargs)  # an error where the Hub withholds it
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "prompt_template" not in fields:
-            config_file = cached_file(
-                pretrained_model_name_or_path,
-                CONFIG_NAME,
-                _raise_exceptions_for_missing_entries=False,
-                **hub_kwargs,
-            )
+            config_file = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_kwargs)
             if config_file is not None:
                 with open(config_file, encoding="utf-8") as file:
                     fields |= read_published_fields(json.load(file))
@@ -294,11 +288,6 @@ def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
     if patch_size and config.get("image_sizes"):
         fields["num_image_tokens"] = (config["image_sizes"][0] // int(patch_size[1])) ** 2
     return fields
-
-
-def select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keeps the arguments that say where a file is."""
-    return {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
 
 
 def as_list(texts: str | Sequence[str]) -> list[str]:
