@@ -16,7 +16,13 @@ from transformers.utils import CONFIG_NAME
 
 from .modeling.action_tokenizer import action_dim, check_statistics
 from .modeling.checkpoint_files import ADAPTER_CONFIG, HUB_ERRORS, hub_error, read_json
-from .modeling.checkpoint_loading import OFT_FILES, STATISTICS_FILE, statistics_in_file, unreadable_weights
+from .modeling.checkpoint_loading import (
+    OFT_FILES,
+    STATISTICS_FILE,
+    named_base,
+    statistics_in_file,
+    unreadable_weights,
+)
 from .modeling.configuration_openvla import OpenVLAConfig
 
 
@@ -36,7 +42,7 @@ class CheckpointInfo:
     quantization: Method and bits, or `None`.
     parameters: Stored weights; `None` where quantisation packs several into one number.
     size: Bytes of the weights files.
-    base_model: What an adapter belongs to.
+    base_model: What an adapter belongs to, or `None` where its config does not say so.
     has_code: Whether it loads without this package, by `trust_remote_code=True`.
     statistics: As in `dataset_statistics.json`; empty for an adapter that acts with those of its base.
     statistics_file: The file that they are from, or `None`.
@@ -105,7 +111,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         quantization=quantization,
         parameters=None if quantization else counts.total(),
         size=sum(place.files[name] for name in weights),
-        base_model=adapter and adapter["base_model_name_or_path"],
+        base_model=named_base(adapter) if adapter else None,
         has_code=adapter is None and "configuration_openvla.py" in place.files,
         statistics=statistics,
         statistics_file=STATISTICS_FILE if in_file else CONFIG_NAME if in_config else None,

@@ -102,8 +102,9 @@ def push(
             repo_id = f"{api.whoami()['name']}/{repo_id}"
     info = describe(folder)
     texts = read_texts(folder, info)
-    if info.base_model is not None:
-        texts[ADAPTER_CONFIG] = _with_base(texts[ADAPTER_CONFIG], base_model or info.base_model)
+    base = base_model or info.base_model
+    if info.layout == "adapter" and base is not None:
+        texts[ADAPTER_CONFIG] = _with_base(texts[ADAPTER_CONFIG], base)
     info = replace(info, has_code=CONFIGURATION_FILE in texts)
     texts[REQUIREMENTS] = _requirements(info)
     texts[README] = write_card(

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
+from openvla_hf.checkpoint_info import describe
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.quantization import quantization
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -298,3 +299,66 @@ def test_a_file_of_an_adapter_that_was_cut_short_is_named(trained, name):
         (folder / name).write_bytes(content[:length])
         with pytest.raises((OSError, ValueError), match=rf"{name}.* (is corrupt|is damaged) or was cut short"):
             OpenVLAForActionPrediction.from_pretrained(folder)
+
+
+def changed(folder, weights=None, **fields):
+    """Put other weights into an adapter, and other values into its config."""
+    file = folder / "adapter_model.safetensors"
+    save_file({**load_file(file), **(weights or {})}, file)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+def test_a_whole_weight_of_a_layer_that_is_not_adapted_is_refused(trained, tmp_path):
+    folder, _, _ = trained()
+    base = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
+    before = base.model.language_model.norm.weight.clone()
+    key = "base_model.model.model.language_model.norm.base_layer.weight"
+    with pytest.raises(ValueError, match="a layer that the adapter does not adapt"):
+        base.load_adapter(str(changed(folder, {key: torch.zeros_like(before)})))
+    assert torch.equal(base.model.language_model.norm.weight, before)
+
+
+def test_integer_adapter_weights_are_refused(trained):
+    folder, _, _ = trained()
+    integers = {key: weight.int() for key, weight in load_file(folder / "adapter_model.safetensors").items()}
+    with pytest.raises(ValueError, match=r"in torch\.int32, and adapter weights must be floating-point numbers"):
+        OpenVLAForActionPrediction.from_pretrained(changed(folder, integers))
+
+
+@pytest.mark.parametrize(
+    "key", ["model.projector.fc1.lora_magnitude_vector", "model.projector.fc1.bias", "lm_head.weight"]
+)
+def test_a_weight_of_another_kind_of_adapter_is_named_as_such(trained, key):
+    folder, _, _ = trained()
+    with pytest.raises(ValueError, match=f"holds 'base_model.model.{key}', which is not a LoRA weight"):
+        OpenVLAForActionPrediction.from_pretrained(changed(folder, {f"base_model.model.{key}": torch.ones(3)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_rslora", "no"),
+        ("peft_type", "QUUX"),
+        ("target_modules", "(("),
+        ("target_modules", 5),
+        ("rank_pattern", [1]),
+        ("lora_alpha", None),
+        ("r", 0),
+    ],
+)
+def test_a_field_of_another_kind_in_an_adapter_config_is_named(trained, name, value):
+    folder, _, _ = trained()
+    with pytest.raises(
+        ValueError, match=rf"adapter_config\.json has {name}=.*, which must be .*\. Correct the file\."
+    ):
+        OpenVLAForActionPrediction.from_pretrained(changed(folder, **{name: value}))
+
+
+@pytest.mark.parametrize("base", [None, 5])
+def test_an_adapter_that_names_no_base_says_so(trained, base):
+    folder, _, _ = trained()
+    assert describe(changed(folder, base_model_name_or_path=base)).base_model is None
+    with pytest.raises(OSError, match=r"does not name its base: load the base yourself.*load_adapter"):
+        OpenVLAForActionPrediction.from_pretrained(folder)

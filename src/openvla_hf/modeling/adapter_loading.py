@@ -6,6 +6,7 @@ is the same for three: each has the shared A and its third of B.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
         OSError: The weights file is damaged.
     """
     config = read_json(config_file)
+    check_adapter_config(config, config_file)
     try:
         source = load_file(weights_file)
     except SafetensorError as error:
@@ -82,6 +84,10 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
         name = our_name(model, name) if published else name
         if published and any(pattern.search(name) for pattern in unread):
             continue
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{weights_file} holds {key!r} in {tensor.dtype}, and adapter weights must be floating-point numbers."
+            )
         if name.endswith(WHOLE):
             layer = name.removesuffix(WHOLE)
             expected = tuple(_layer(layers, layer, key).weight.shape)
@@ -94,9 +100,12 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
             continue
         for path, part in _split(name, tensor):
             match = ADAPTED.match(path)
-            _layer(layers, match["layer"] if match else path, key)
             if match is None:
-                raise ValueError(f"{weights_file} holds {key!r}, which is not a LoRA weight.")
+                raise ValueError(
+                    f"{weights_file} holds {key!r}, which is not a LoRA weight. Merge the adapter into its base with "
+                    "the library that made it, and load the result."
+                )
+            _layer(layers, match["layer"], key)
             adapted[PREFIX + path] = part.to(model.dtype).contiguous()
     found = {ADAPTED.match(name.removeprefix(PREFIX))["layer"] for name in adapted}  # type: ignore[index]
     names = published_layers(model) if published else {name: [name] for name in linear_layers(layers)}
@@ -106,6 +115,11 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
         raise ValueError(
             f"{weights_file} does not fit this model: {len(missing)} weights of layers that {ADAPTER_CONFIG} names "
             f"are missing (for example {missing[0]!r}). Copy or download the adapter again."
+        )
+    if foreign := sorted(set(whole) - found):
+        raise ValueError(
+            f"{weights_file} holds a whole weight of {foreign[0]!r}, a layer that the adapter does not adapt. Remove "
+            "the weight, or merge the adapter into its base with the library that made it."
         )
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
     for layer in sorted(found):
@@ -121,6 +135,50 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     save_file(adapted, folder / ADAPTER_WEIGHTS)
     return whole
+
+
+def check_adapter_config(config: dict[str, Any], where: str) -> None:
+    """`ValueError` where a field of an adapter's config that decides how it acts has a value of another kind."""
+
+    def is_names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+    def is_layers(value: Any) -> bool:
+        return value is None or _is_pattern(value) or is_names(value)
+
+    def is_numbers(value: Any) -> bool:
+        return value is None or (isinstance(value, dict) and all(map(_is_positive, value.values())))
+
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "peft_type": (lambda value: value == "LORA", "'LORA'"),
+        "r": (lambda value: _is_positive(value) and isinstance(value, int), "a positive integer"),
+        "lora_alpha": (_is_positive, "a positive number"),
+        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
+        "target_modules": (is_layers, "a regular expression or a list of names"),
+        "exclude_modules": (is_layers, "a regular expression or a list of names"),
+        "rank_pattern": (is_numbers, "a map from names to positive numbers"),
+        "alpha_pattern": (is_numbers, "a map from names to positive numbers"),
+    }
+    for name, (is_right, kind) in rules.items():
+        if name in config and not is_right(config[name]):
+            raise ValueError(f"{where} has {name}={config[name]!r:.80}, which must be {kind}. Correct the file.")
+    if missing := [name for name in ("peft_type", "r", "lora_alpha") if name not in config]:
+        raise ValueError(f"{where} lacks {missing[0]!r}: copy or download the adapter again.")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _is_pattern(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def linear_layers(layers: dict[str, nn.Module]) -> list[str]:

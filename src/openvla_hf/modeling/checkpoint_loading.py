@@ -126,7 +126,12 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
         return files, None
     config_file = files.find(ADAPTER_CONFIG)
     assert config_file is not None  # it was listed
-    base = str(read_json(config_file).get("base_model_name_or_path") or "none")
+    base = named_base(read_json(config_file))
+    if base is None:
+        raise OSError(
+            f"The adapter {source} does not name its base: load the base yourself, and then the adapter with "
+            "`openvla_hf.load_adapter(model, adapter)`."
+        )
     beside = Path(config_file).parent / base
     adapter = Adapter(source, files.hub_kwargs)
     # Of the adapter's repository: the base has others.
@@ -139,6 +144,12 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
             f"Cannot load the base {base!r} that the adapter {source} names: {error} Or load the base yourself, and "
             "then the adapter with `openvla_hf.load_adapter(model, adapter)`."
         ) from error
+
+
+def named_base(adapter_config: dict[str, Any]) -> str | None:
+    """Folder or Hub id of an adapter's base, or `None` where its config does not name one."""
+    base = adapter_config.get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
 def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter | None) -> None:
@@ -310,6 +321,7 @@ __all__ = [
     "OFT_FILES",
     "STATISTICS_FILE",
     "CheckpointMixin",
+    "named_base",
     "read_statistics",
     "refuse_foreign_files",
     "refuse_foreign_weights",
