@@ -351,7 +351,7 @@ def bad_processor_calls(draw, model, processor, folder):
 
 def bad_ids(draw, model, inputs):
     ids = inputs["input_ids"]
-    kind = pick(draw, ["range", "dtype", "shape", "few", "many", "type", "long"])
+    kind = pick(draw, ["range", "dtype", "shape", "few", "many", "type", "long", "placeholder"])
     event(f"ids: {kind}")
     if kind == "range":
         ids = ids.clone()
@@ -362,6 +362,11 @@ def bad_ids(draw, model, inputs):
         ids = pick(draw, [ids[0], ids[None], ids[:, :0], ids[:0], ids[0, 0]])
     elif kind == "type":
         ids = pick(draw, [None, "open", ["open"], 3, {}, [[1, 2], [3]], [[None]], np.array("open")])
+    elif kind == "placeholder":
+        other = draw(st.integers(0, model.config.text_config.vocab_size - 1))
+        assume(other != model.config.image_token_id)
+        ids = ids.masked_fill(ids == model.config.image_token_id, other)
+        return inputs | {"input_ids": ids}
     elif kind == "few":
         ids = ids.clone()
         places = (ids[-1] == model.config.image_token_id).nonzero().flatten()
