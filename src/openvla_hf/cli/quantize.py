@@ -114,7 +114,6 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     else:
         from ..data import load as load_data
         from ..data.frames import read_action_names
-        from ..data.splits import dataset_name
 
         register_robots(args)
         data = load_data(
@@ -127,7 +126,7 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
             streaming=True,
         )
         frames = list(islice(data, args.frames))
-        known = read_action_names(data).get(dataset_name(data))
+        known = read_action_names(data, str(frames[0]["dataset"]), len(frames[0]["action"])) if frames else None
     source = args.source or default_model()
     towers = (False, True) if args.towers else (False,)
     with Progress(
