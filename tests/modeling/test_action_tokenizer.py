@@ -142,6 +142,7 @@ def test_statistics_of_every_usual_form_pass(stats):
     [
         ({"q01": [float("nan"), 0.0]}, "'q01' must be a list of finite numbers"),
         ({"q99": [float("inf"), 0.0]}, "'q99' must be a list of finite numbers"),
+        ({"q99": [10**400, 0.0]}, "'q99' must be a list of finite numbers"),
         ({"q01": [None, 0.0]}, "'q01' must be a list of finite numbers"),
         ({"q01": ["0.1", 0.0]}, "'q01' must be a list of finite numbers"),
         ({"q01": 0.5}, "'q01' must be a list of finite numbers"),

@@ -53,6 +53,13 @@ def test_damaged_statistics_do_not_act(tiny, stats):
         model.predict_action(**inputs)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1), (6,), (7, 2)])
+def test_ids_of_another_number_of_dimensions_are_not_decoded(tiny, shape):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match="do not end in the 7 dimensions of an action"):
+        model.decode_actions(np.full(shape, model.config.action_vocab_end - 1))
+
+
 def every_way_in(model):
     """What takes ids, images and a mask."""
     return [model, partial(model.generate, max_new_tokens=1), model.predict_action]

@@ -98,7 +98,14 @@ class ActionPredictionMixin(_Base):
 
     def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
         """Action ids (..., A) -> actions in the robot's units, float64 of the same shape."""
-        return unnormalize(self.action_tokenizer.decode(token_ids), self._row_stats([unnorm_key])[0])
+        stats = self._row_stats([unnorm_key])[0]
+        normalized = self.action_tokenizer.decode(token_ids)
+        if normalized.shape[-1:] != (action_dim(stats),):
+            raise ValueError(
+                f"`token_ids` of shape {normalized.shape} do not end in the {action_dim(stats)} dimensions of an "
+                "action: give one id for each."
+            )
+        return unnormalize(normalized, stats)
 
     def _row_stats(self, keys: Sequence[str | None]) -> list[dict[str, Any]]:
         """Statistics of each row's key; those in use are checked, since a config may have changed after loading."""
