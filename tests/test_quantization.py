@@ -279,7 +279,7 @@ def test_quantize_refuses_weights_that_do_not_belong(policy, tmp_path):
     tensors = load_file(weights)
     del tensors["lm_head.weight"]
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 missing weights, such as 'lm_head\.weight'"):
+    with pytest.raises(ValueError, match=r"1 weight is missing \(for example 'lm_head\.weight'\)"):
         quantize(policy.folder, tmp_path / "out", "4bit")
 
 
