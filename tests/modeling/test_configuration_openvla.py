@@ -92,6 +92,40 @@ def test_bad_fields(fields, message):
         OpenVLAConfig.from_dict(PUBLISHED | fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_action_bins": 0}, "`n_action_bins` must be an integer from 2"),
+        ({"n_action_bins": "256"}, "got '256'"),
+        ({"n_action_bins": 32064}, "from 2 to 32063"),
+        ({"n_action_bins": 32063}, "`n_action_bins=32063` does not fit a vocabulary of 32064 ids"),
+        ({"pad_to_multiple_of": -5}, "`pad_to_multiple_of` must be an integer from 0"),
+        ({"pad_to_multiple_of": 32000}, "of which `pad_to_multiple_of=32000` are padding"),
+        ({"image_token_index": 99999}, "`image_token_index` must be an integer from 0 to 32063"),
+        ({"image_token_index": 31900}, r"is an action id \(these are 31744 to 31999\)"),
+        ({"prompt_suffix_token_id": -1}, "`prompt_suffix_token_id` must be an integer from 0"),
+    ],
+)
+def test_ids_that_would_be_other_actions_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        OpenVLAConfig.from_dict(PUBLISHED | fields)
+
+
+def test_the_default_config_has_the_published_language_model():
+    default, published = OpenVLAConfig(), OpenVLAConfig.from_dict(PUBLISHED)
+    assert (default.text_config.vocab_size, default.action_vocab_end) == (32064, 32000)
+    assert default.text_config.max_position_embeddings == published.text_config.max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("gelo", "did you mean 'gelu'"), ("warp", "give one of gelu, "), (None, "give one of"), (3, "give one of")],
+)
+def test_an_unknown_activation_is_named(name, hint):
+    with pytest.raises(ValueError, match=rf"^Unknown `projector_hidden_act` {name!r}: {hint}"):
+        OpenVLAConfig.from_dict(PUBLISHED | {"projector_hidden_act": name})
+
+
 OLD_TRANSFORMERS = """
 import importlib.util, sys, types
 

@@ -1,5 +1,6 @@
 """Configuration of OpenVLA: one or two vision towers, a causal language model, and the action statistics."""
 
+from difflib import get_close_matches
 from typing import Any
 
 import transformers
@@ -15,7 +16,10 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMU
     )
 
 from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.activations import ACT2CLS  # noqa: E402
 from transformers.configuration_utils import SubConfigSpec  # noqa: E402
+
+from .action_tokenizer import ActionTokenizer  # noqa: E402
 
 
 def _dinov2(image_size: int) -> dict[str, Any]:
@@ -119,7 +123,7 @@ class OpenVLAConfig(PreTrainedConfig):
     sub_configs_defaults = {  # noqa: RUF012
         "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2_with_registers"),
         "fused_vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model", optional=True),
-        "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama", init_kwargs=PUBLISHED_TEXT_DEFAULTS),
     }
 
     # Dicts when given, configs of their own classes ever after.
@@ -155,11 +159,41 @@ class OpenVLAConfig(PreTrainedConfig):
                     f"`vision_feature_layer={self.vision_feature_layer}` reads below the first block of a tower of "
                     f"{config.num_hidden_layers} layers."
                 )
+        self._check_ids()
+        if self.projector_hidden_act not in ACT2CLS:
+            near = get_close_matches(str(self.projector_hidden_act), ACT2CLS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(ACT2CLS)}."
+            raise ValueError(f"Unknown `projector_hidden_act` {self.projector_hidden_act!r}: {hint}")
         patches = {(config.image_size // config.patch_size) ** 2 for config in self.vision_configs}
         if len(patches) != 1:
             raise ValueError(
                 f"Both vision towers must give as many patches, got {sorted(patches)}: their features are "
                 "concatenated patch by patch."
+            )
+
+    def _check_ids(self) -> None:
+        """Check the fields that place the action ids and the image placeholder in the vocabulary."""
+        vocab_size = self.text_config.vocab_size
+        lowest = {"n_action_bins": 2, "pad_to_multiple_of": 0, "image_token_index": 0}
+        if self.prompt_suffix_token_id is not None:
+            lowest["prompt_suffix_token_id"] = 0
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < vocab_size:
+                raise ValueError(
+                    f"`{name}` must be an integer from {low} to {vocab_size - 1} (the vocabulary has {vocab_size} "
+                    f"ids), got {value!r}."
+                )
+        first_id = ActionTokenizer(self.action_vocab_end, self.n_action_bins).first_id
+        if first_id < 0:
+            raise ValueError(
+                f"`n_action_bins={self.n_action_bins}` does not fit a vocabulary of {vocab_size} ids, of which "
+                f"`pad_to_multiple_of={self.pad_to_multiple_of}` are padding."
+            )
+        if first_id <= self.image_token_index < self.action_vocab_end:
+            raise ValueError(
+                f"`image_token_index={self.image_token_index}` is an action id (these are {first_id} to "
+                f"{self.action_vocab_end - 1}): choose an id outside this range."
             )
 
     @classmethod
