@@ -22,10 +22,10 @@ from rich.table import Table
 from transformers import LogitsProcessorList
 
 from openvla_hf.cli.common import default_model, load
-from openvla_hf.evaluation.rollouts import FIRST_UNSEEN_SEED
-from openvla_hf.evaluation.tabletop import TabletopEnv
 from openvla_hf.modeling.action_decoding import ActionIdsOnly
 from openvla_hf.modeling.model_inputs import append_prompt_suffix
+from openvla_hf.tabletop.env import TabletopEnv
+from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED
 
 
 def generate(model: Any, inputs: Any, steps: int) -> np.ndarray:

@@ -25,9 +25,9 @@ from torch import nn
 from transformers import AutoModel
 
 import openvla_hf  # noqa: F401 - registers the Auto classes
+from openvla_hf.checkpoints.quantize import FORMATS, expected_weight_bytes, quantization, weight_bytes
 from openvla_hf.evaluation.latency import INSTRUCTION, RANDOM_SIZES, peak_memory, random_model, seconds
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
-from openvla_hf.quantization import FORMATS, expected_weight_bytes, quantization, weight_bytes
 from openvla_hf.testing import BRIDGE_LIKE_STATS
 
 

@@ -38,7 +38,7 @@ print(json.dumps([{k: v for k, v in new.items() if k not in old} for old, new in
 def test_the_package_imports_nothing_heavy_and_only_adds_names(run_python):
     everything, ours, added = map(json.loads, run_python(IMPORT).stdout.splitlines())
     assert not HEAVY & {name.split(".")[0] for name in everything}
-    assert ours == ["openvla_hf", "openvla_hf.registration", "transformers.models.openvla_hf"]
+    assert ours == ["openvla_hf", "transformers.models.openvla_hf"]
     config, processor, image_processor, module = added
     assert config == {"openvla": "OpenVLAConfig"}
     assert processor == {"openvla": "OpenVLAProcessor", "prismatic": "PrismaticProcessor"}
@@ -181,7 +181,7 @@ NO_TABLES = """
 from transformers import AutoModel, AutoProcessor
 sys.modules["transformers.models.auto.auto_mappings"] = None
 import openvla_hf
-assert "openvla_hf.registered" in sys.modules
+assert "openvla_hf.auto" in sys.modules
 """
 
 

@@ -5,57 +5,67 @@ Importing this package makes transformers' Auto classes load every published Ope
     import openvla_hf
     from transformers import AutoModel, AutoProcessor
 
-It costs next to nothing: torch and the classes are imported when the first of them is asked for.
+The import is cheap: it only adds names to the tables of transformers, which map a model type to the names of its
+classes. The first class that is needed imports `openvla_hf.auto`, which imports and registers them all.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .registration import PUBLISHED_NAMES, announce
-
 
 if TYPE_CHECKING:
-    from .registered import (
-        ActionPrediction,
-        ActionStream,
-        ActionTokenizer,
-        AutoModelForVision2Seq,
-        OpenVLAConfig,
-        OpenVLAForActionPrediction,
-        OpenVLAImageProcessor,
-        OpenVLAModel,
-        OpenVLAProcessor,
-        load_adapter,
-    )
+    from .auto import *  # noqa: F403
 
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ActionPrediction",
-    "ActionStream",
-    "ActionTokenizer",
-    "AutoModelForVision2Seq",
-    "OpenVLAConfig",
-    "OpenVLAForActionPrediction",
-    "OpenVLAImageProcessor",
-    "OpenVLAModel",
-    "OpenVLAProcessor",
-    "load_adapter",
-]
-
 
 def __getattr__(name: str) -> Any:
-    """Imports what a user or an Auto class asks for: one of the classes, or a folder of them."""
-    if name in (*__all__, *PUBLISHED_NAMES):
-        return getattr(import_module(".registered", __name__), name)
+    """Import what a user or an Auto class asks for: a public class, the list of their names, or a subpackage."""
     if name in ("modeling", "processing"):
         return import_module(f".{name}", __name__)
+    # Only published files name the classes that begin with Prismatic, so they are not in `__all__`.
+    if name == "__all__" or not name.startswith("_"):
+        auto = import_module(".auto", __name__)
+        if name in ("__all__", "PrismaticImageProcessor", "PrismaticProcessor", *auto.__all__):
+            return getattr(auto, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})
 
 
-announce()
+def _add_names_to_transformers() -> None:
+    """Enter our class names into the tables from which transformers imports a model's classes on first use."""
+    try:
+        from transformers.models.auto.auto_mappings import (
+            CONFIG_MAPPING_NAMES,
+            IMAGE_PROCESSOR_MAPPING_NAMES,
+            PROCESSOR_MAPPING_NAMES,
+            SPECIAL_MODEL_TYPE_TO_MODULE_NAME,
+        )
+    except ImportError:
+        # This transformers keeps no such tables: import and register the classes now.
+        import_module(".auto", __name__)
+        return
+    # transformers imports `transformers.models.<module>`. Our package's name cannot clash with a model of its own, so
+    # an "openvla" that transformers may have one day stays importable, while the tables lead to ours.
+    sys.modules[f"transformers.models.{__name__}"] = sys.modules[__name__]
+    # The processors' table has one name for each model type, so the name in published files has a type of its own.
+    for model_type, processor in {"openvla": "OpenVLAProcessor", "prismatic": "PrismaticProcessor"}.items():
+        SPECIAL_MODEL_TYPE_TO_MODULE_NAME[model_type] = __name__
+        PROCESSOR_MAPPING_NAMES[model_type] = processor
+    IMAGE_PROCESSOR_MAPPING_NAMES["openvla"] = {
+        "pil": "OpenVLAImageProcessor",
+        "torchvision": "OpenVLAImageProcessor",
+        "published": "PrismaticImageProcessor",
+    }
+    CONFIG_MAPPING_NAMES["openvla"] = "OpenVLAConfig"
+    # `configuration_auto` reads its own copy of the configs' table, made when it was imported.
+    if configuration_auto := sys.modules.get("transformers.models.auto.configuration_auto"):
+        configuration_auto.CONFIG_MAPPING_NAMES["openvla"] = "OpenVLAConfig"
+
+
+_add_names_to_transformers()

@@ -38,10 +38,10 @@ from openvla_hf.data import (
     write_lerobot,
     write_rlds,
 )
-from openvla_hf.data.lerobot import LeRobotSource
+from openvla_hf.data.readers.lerobot import LeRobotSource
+from openvla_hf.data.readers.tfrecord import build_example, parse_example, read_records, write_record
+from openvla_hf.data.readers.video import OPEN_VIDEOS
 from openvla_hf.data.robots import GENERIC
-from openvla_hf.data.tfrecord import build_example, parse_example, read_records, write_record
-from openvla_hf.data.video import OPEN_VIDEOS
 from openvla_hf.testing import fake_episode
 
 

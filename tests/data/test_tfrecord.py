@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from openvla_hf.data import BadEpisodeError
-from openvla_hf.data.tfrecord import build_example, masked_crc, parse_example, read_records, write_record
+from openvla_hf.data.readers.tfrecord import build_example, masked_crc, parse_example, read_records, write_record
 
 
 def test_the_checksum_is_that_of_tfrecord():

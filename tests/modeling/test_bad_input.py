@@ -10,11 +10,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GenerationConfig
 
-from openvla_hf.checkpoint_info import describe
+from openvla_hf.checkpoints.describe import describe
+from openvla_hf.checkpoints.quantize import quantize
 from openvla_hf.modeling import action_tokenizer
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.processing.processing_openvla import OpenVLAProcessor
-from openvla_hf.quantization import quantize
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor
 
 

@@ -8,9 +8,9 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from PIL import Image
 
+from openvla_hf import load_adapter
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
-from openvla_hf.training.adapters import load_adapter
 from openvla_hf.training.recipes import recipe
 
 

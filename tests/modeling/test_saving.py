@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel
 
-from openvla_hf.checkpoint_info import describe
+from openvla_hf.checkpoints.describe import describe
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
 
 

@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from openvla_hf.checkpoint_info import describe
+from openvla_hf import load_adapter
+from openvla_hf.checkpoints.describe import describe
+from openvla_hf.checkpoints.merge import merge_adapter, merge_layers
+from openvla_hf.checkpoints.quantize import quantization
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.quantization import quantization
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
-from openvla_hf.training.adapters import load_adapter
-from openvla_hf.training.merge import merge_adapter, merge_layers
 from openvla_hf.training.recipes import recipe
 
 
@@ -198,7 +198,7 @@ def test_merging_keeps_the_logits_and_a_fault_writes_nothing(trained, tmp_path, 
         merge_layers(model)
         model.model.projector.fc1.weight.data.mul_(1.1)
 
-    monkeypatch.setattr("openvla_hf.training.merge.merge_layers", forget_one)
+    monkeypatch.setattr("openvla_hf.checkpoints.merge.merge_layers", forget_one)
     with pytest.raises(ValueError, match="nothing was written"):
         merge_adapter(folder, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
@@ -239,7 +239,7 @@ def test_the_second_of_two_merges_into_one_folder_is_refused(trained, tmp_path, 
         model_of_first.append((tmp_path / "merged" / "model.safetensors").stat().st_ino)
         merge_layers(model)
 
-    monkeypatch.setattr("openvla_hf.training.merge.merge_layers", merge_the_other_meanwhile)
+    monkeypatch.setattr("openvla_hf.checkpoints.merge.merge_layers", merge_the_other_meanwhile)
     with pytest.raises(OSError, match=r"merged is not empty"):
         merge_adapter(folder, tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").stat().st_ino == model_of_first[0]

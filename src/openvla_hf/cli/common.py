@@ -195,7 +195,7 @@ def load(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple
 
 def default_model() -> str:
     """Return the folder of the small policy that ships with the package."""
-    from ..evaluation.rollouts import TABLETOP_POLICY
+    from ..tabletop.rollouts import TABLETOP_POLICY
 
     return str(TABLETOP_POLICY)
 

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..evaluation.pictures import draw_strip, save_gif
-    from ..evaluation.rollouts import success_by_task, success_table
+    from ..tabletop.pictures import draw_strip, save_gif
+    from ..tabletop.rollouts import success_by_task, success_table
 
     episodes = play(args, args.model or default_model(), "as told", keep=6)
     results = {"as told": success_by_task(episodes)}

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
-    from ..data.doctor import examine, plot_actions, report_tables
+    from ..evaluation.doctor import examine, plot_actions, report_tables
     from ..evaluation.open_loop import evaluate_open_loop
 
     register_robots(args)

@@ -7,7 +7,7 @@ from .common import add_policy_arguments, console, load, positive
 
 
 if TYPE_CHECKING:
-    from ..evaluation.rollouts import Episode
+    from ..tabletop.rollouts import Episode
 
 
 def add_episode_arguments(
@@ -25,7 +25,7 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
     """Run the episodes of one condition, telling of each as it ends; the first `keep` keep their frames."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..evaluation.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
+    from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
 
     model, processor = load(model_id, device=args.device)
     policy = load_policy(model, processor, args.unnorm_key)

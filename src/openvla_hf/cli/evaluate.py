@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_on_tabletop(args: argparse.Namespace) -> None:
-    from ..evaluation.rollouts import CONDITIONS, success_by_task, success_table
+    from ..tabletop.rollouts import CONDITIONS, success_by_task, success_table
 
     refuse_options(args, "is for recorded data: give --data", "frames", "robots", *READING)
     model_id = args.model or default_model()
@@ -58,12 +58,12 @@ def _run_on_tabletop(args: argparse.Namespace) -> None:
 def _run_on_data(args: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
+    from ..checkpoints.model_card import read_training
     from ..data import load as load_frames
     from ..data.frames import read_action_names
     from ..data.robots import require_same_robot
     from ..data.splits import held_out_frames
     from ..evaluation.open_loop import evaluate_open_loop, open_loop_table
-    from ..model_card import read_training
 
     refuse_options(args, "is for the tabletop: leave out --data", "task", "condition")
     register_robots(args)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..export import export as write_published
+    from ..checkpoints.export import export as write_published
 
     with console(stderr=True, quiet=args.json).status(f"Writing {args.destination}"):
         folder = write_published(

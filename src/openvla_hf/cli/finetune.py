@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
     import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
 
-    from ..checkpoint_info import refuse_adapter
+    from ..checkpoints.describe import refuse_adapter
     from ..data import load as load_frames
     from ..data import load_statistics
     from ..data.splits import dataset_name, sample_frames, split_parts

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..checkpoint_info import describe
+    from ..checkpoints.describe import describe
 
     found = describe(args.checkpoint, revision=args.revision)
     if args.json:

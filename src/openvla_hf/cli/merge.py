@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.merge import merge_adapter
+    from ..checkpoints.merge import merge_adapter
 
     with console(stderr=True, quiet=args.json).status(f"Merging {args.adapter}"):
         difference = merge_adapter(

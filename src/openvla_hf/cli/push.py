@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..hub import push as push_to_hub
+    from ..checkpoints.push import push as push_to_hub
 
     commit = push_to_hub(
         args.checkpoint,

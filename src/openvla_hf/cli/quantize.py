@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from ..checkpoint_info import refuse_adapter
+    from ..checkpoints.describe import refuse_adapter
 
     logging.disable_progress_bar()
     if args.source is not None:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("Name a checkpoint, a new folder and one format, or ask for a --report.")
     from rich.progress import Progress
 
-    from ..quantization import quantize
+    from ..checkpoints.quantize import quantize
 
     with Progress(console=console(stderr=True), disable=args.json) as progress:
         bar = progress.add_task(formats[0], total=None)
@@ -104,7 +104,7 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     import torch
     from rich.progress import MofNCompleteColumn, Progress
 
-    from ..checkpoint_info import describe
+    from ..checkpoints.describe import describe
     from ..evaluation.fidelity import compare, plot, table, tabletop_observations
     from ..modeling.action_tokenizer import resolve_action_stats
 

@@ -26,7 +26,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 from .motion import name_by_space
-from .parquet_images import read_row
+from .readers.parquet_images import read_row
 
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def decode_image(reference: ImageReference) -> np.ndarray:
     """
     data, path = reference["bytes"], reference["path"]
     if data is None and "#t=" in path:
-        from .video import read_frame
+        from .readers.video import read_frame
 
         file, _, time = path.rpartition("#t=")
         return read_frame(file, float(time))

@@ -43,8 +43,8 @@ from .frames import (
     stack_rows,
     usable_rows,
 )
-from .lerobot import INFO_FILE, LeRobotSource
-from .rlds import RLDSSource, find_version
+from .readers.lerobot import INFO_FILE, LeRobotSource
+from .readers.rlds import RLDSSource, find_version
 from .robots import Robot, find_name, resolve_robot
 from .streams import FrameStream
 

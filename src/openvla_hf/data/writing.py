@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .frames import import_extra
+from .readers.tfrecord import build_example, write_record
 from .statistics import describe
-from .tfrecord import build_example, write_record
 
 
 Episodes = Iterable[Iterable[Mapping[str, Any]]]

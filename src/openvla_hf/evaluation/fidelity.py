@@ -20,8 +20,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from ..checkpoints.quantize import quantization, weight_bytes
 from ..modeling.quantized_loading import refuse_second
-from ..quantization import quantization, weight_bytes
 from .latency import peak_memory
 
 
@@ -81,8 +81,8 @@ class _Answers:
 
 def tabletop_observations(count: int, first_seed: int | None = None) -> Iterator[Observation]:
     """Frames of the expert's episodes on the tabletop, from unseen seeds on."""
-    from .rollouts import FIRST_UNSEEN_SEED
-    from .tabletop import TabletopEnv, rollout_expert
+    from ..tabletop.env import TabletopEnv, rollout_expert
+    from ..tabletop.rollouts import FIRST_UNSEEN_SEED
 
     seeds = itertools.count(FIRST_UNSEEN_SEED if first_seed is None else first_seed)
     frames = (
@@ -119,7 +119,7 @@ def _solve(
     """Seed of the episode -> whether it is solved."""
     if not episodes:
         return {}
-    from .rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
+    from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
 
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + episodes)
     solved = {}
@@ -146,7 +146,7 @@ def compare(
 
     Args:
         checkpoint: Folder or Hub id of a 16- or 32-bit policy.
-        formats: Names that `openvla_hf.quantization.quantization` knows.
+        formats: Names that `openvla_hf.checkpoints.quantize.quantization` knows.
         observations: Frames with `image` and `instruction`.
         towers: Whether to quantise the vision towers and the projector too; both values give a row each.
         unnorm_key: Whose statistics give the robot's units, if the policy knows several.

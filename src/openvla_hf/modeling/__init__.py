@@ -1,4 +1,4 @@
 """The fused-encoder VLA."""
 
-# A config or a model that is imported from its file is one that the Auto classes know.
-from .. import registered as registered
+# Registers the classes: a config or model imported from its own file is then known to the Auto classes too.
+from .. import auto as auto

@@ -11,10 +11,10 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, EarlyStoppingCallback, TrainingArguments, set_seed
 
-from ..checkpoint_info import describe
+from ..checkpoints.describe import describe
+from ..checkpoints.model_card import TRAINING_FILE, write_card
 from ..data import Augmentation, compute_statistics, load_statistics
 from ..data.splits import read_split
-from ..model_card import TRAINING_FILE, write_card
 from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from .collator import ActionCollator

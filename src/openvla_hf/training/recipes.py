@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..checkpoints.quantize import expected_weight_bytes, quantization
 from ..modeling.configuration_openvla import OpenVLAConfig
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
-from ..quantization import expected_weight_bytes, quantization
 from .settings import check_metric, check_name, check_trackers, check_value
 
 

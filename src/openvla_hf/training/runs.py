@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..checkpoint_info import ADAPTER_CONFIG
-from ..model_card import TRAINING_FILE
+from ..checkpoints.describe import ADAPTER_CONFIG
+from ..checkpoints.model_card import TRAINING_FILE
 from .recipes import Recipe
 from .trainer import last_checkpoint
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..model_card import FIGURE
+from ..checkpoints.model_card import FIGURE
 
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}

@@ -1,0 +1,103 @@
+"""The public classes, registered with transformers' Auto classes. Importing this file imports torch."""
+
+import os
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+from .modeling.action_prediction import ActionPrediction, ActionStream
+from .modeling.action_tokenizer import ActionTokenizer
+from .modeling.configuration_openvla import OpenVLAConfig
+from .modeling.modeling_openvla import OpenVLAForActionPrediction, OpenVLAModel
+from .processing.image_processing_openvla import OpenVLAImageProcessor
+from .processing.processing_openvla import OpenVLAProcessor
+
+
+# Stands above the registrations, during which transformers looks names up in the package.
+__all__ = [
+    "ActionPrediction",
+    "ActionStream",
+    "ActionTokenizer",
+    "AutoModelForVision2Seq",
+    "OpenVLAConfig",
+    "OpenVLAForActionPrediction",
+    "OpenVLAImageProcessor",
+    "OpenVLAModel",
+    "OpenVLAProcessor",
+    "load_adapter",
+]
+
+# The original is loaded by this name, which transformers 5 no longer has.
+AutoModelForVision2Seq = AutoModelForImageTextToText
+
+
+def load_adapter(
+    model: OpenVLAForActionPrediction, adapter: str | os.PathLike, **hub_kwargs: Any
+) -> OpenVLAForActionPrediction:
+    """Put an adapter on a model, which then acts as it was fine-tuned to.
+
+    Args:
+        model: The base that the adapter was trained on.
+        adapter: Folder or Hub id; of this package or of the original code (timm's names, fused qkv).
+        hub_kwargs: `revision`, `token`, ... of the repository.
+
+    Returns:
+        The same model. If the adapter has statistics, they replace those of the base.
+
+    Raises:
+        ValueError: A weight matches no layer of this model or has another shape, or a layer lacks its weights.
+        OSError: There is no adapter.
+    """
+    model.load_adapter(os.fspath(adapter), **hub_kwargs)
+    return model
+
+
+class PrismaticConfig(PreTrainedConfig):
+    """Key of `PrismaticProcessor` in the Auto class, which has one processor for each config class."""
+
+    model_type = "prismatic"
+
+
+class PrismaticImageProcessor(OpenVLAImageProcessor):
+    """The image processor's name in published files."""
+
+
+class PrismaticProcessor(OpenVLAProcessor):
+    """The processor's name in published files."""
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build an `OpenVLAProcessor`, which is saved under its own name."""
+        return OpenVLAProcessor.from_args_and_dict(args, processor_dict, **kwargs)
+
+
+# With `exist_ok`, the classes of a checkpoint's own code may be registered in the same process. A registered class of
+# the name that a repository gives also keeps transformers from asking whether to trust that repository's code.
+AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForImageTextToText):
+    _auto_class.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
+AutoImageProcessor.register(
+    OpenVLAConfig,
+    # Both backends have the same class: without "torchvision", a machine that has it would warn of falling back.
+    image_processor_classes={
+        "pil": OpenVLAImageProcessor,
+        "torchvision": OpenVLAImageProcessor,
+        "published": PrismaticImageProcessor,
+    },
+    exist_ok=True,
+)
+AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor, exist_ok=True)
+AutoProcessor.register(PrismaticConfig, PrismaticProcessor, exist_ok=True)
+AutoTokenizer.register(OpenVLAConfig, PreTrainedTokenizerFast, exist_ok=True)
+# Published files name LlamaTokenizer, which would win over the line above and does not give the original's ids.
+TOKENIZER_MAPPING_NAMES[OpenVLAConfig.model_type] = "TokenizersBackend"

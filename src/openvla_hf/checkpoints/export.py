@@ -1,0 +1,368 @@
+"""Export to the published layout, which the original code and engines with an OpenVLA of their own load.
+
+`from_pretrained` reads it back. What the layout holds and no OpenVLA ever reads (the towers' last blocks, final norms
+and pooling heads) is not in our checkpoints: it is written as blocks that pass their input on, zeros but for norm
+weights of one, so that code which reads a block further still sees the features that were trained.
+"""
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from .. import auto  # noqa: F401 - makes the Auto classes know OpenVLA
+from ..modeling.checkpoint_loading import STATISTICS_FILE
+from ..modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
+from ..modeling.folder_writing import written_whole
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..processing.image_processing_openvla import OpenVLAImageProcessor
+from ..processing.processing_openvla import PURE_PROMPT, VICUNA_PROMPT, OpenVLAProcessor
+from .describe import describe, refuse_adapter
+
+
+# The version of transformers that the original runs on; what its LlamaConfig has by default is not stored.
+PUBLISHED_TRANSFORMERS = "4.40.1"
+PUBLISHED_LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# Its code, by the repository that holds it: an exported folder needs no copy.
+PUBLISHED_CODE = "openvla/openvla-7b--"
+
+_DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
+TIMM_MODEL_IDS = {
+    "dinosiglip-vit-so-224px": [_DINOV2, "vit_so400m_patch14_siglip_224"],
+    "dinosiglip-vit-so-384px": [_DINOV2, "vit_so400m_patch14_siglip_384"],
+    "dinov2-vit-l": [_DINOV2],
+    "siglip-vit-so400m": ["vit_so400m_patch14_siglip_224"],
+    "siglip-vit-so400m-384px": ["vit_so400m_patch14_siglip_384"],
+    "siglip-vit-b16-224px": ["vit_base_patch16_siglip_224"],
+    "siglip-vit-b16-256px": ["vit_base_patch16_siglip_256"],
+    "siglip-vit-b16-384px": ["vit_base_patch16_siglip_384"],
+}
+
+# The prompt decides which of the original's language models it is.
+LANGUAGE_MODELS = {
+    PURE_PROMPT: {"llm_backbone_id": "llama2-7b-pure", "hf_llm_id": "meta-llama/Llama-2-7b-hf"},
+    VICUNA_PROMPT: {"llm_backbone_id": "vicuna-v15-7b", "hf_llm_id": "lmsys/vicuna-7b-v1.5"},
+}
+
+# What the layout has no field for, and the original's fixed value of it.
+FIXED_FIELDS = {
+    "vision_feature_layer": -2,
+    "projector_hidden_act": "gelu",
+    "image_token_index": 32001,
+    "prompt_suffix_token_id": 29871,
+}
+
+
+def export(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    max_shard_size: str = "7GB",
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Write a checkpoint in the published layout.
+
+    Args:
+        source: Folder or Hub id of a checkpoint with 16- or 32-bit weights, which are written as they are.
+        destination: Folder; it must be empty or not exist. Files appear in it when all are written.
+        max_shard_size: Of one weights file.
+        revision: Branch, tag or commit of a Hub id.
+        token: For a private repository; the stored one by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `destination` holds files, or the checkpoint is one that the original code can't express: an
+            adapter, quantised, or of other towers, another language model or another prompt.
+    """
+    folder = Path(destination)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: export to a new folder.")
+    refuse_adapter(source, revision=revision, token=token)
+    found = describe(source, revision=revision, token=token)
+    if found.quantization is not None:
+        raise ValueError(
+            f"{source} is quantised ({found.quantization}), which the published layout can't hold: export the 16-bit "
+            "checkpoint that it was made from."
+        )
+    hub = {"revision": revision, "token": token}
+    processor = AutoProcessor.from_pretrained(source, **hub)
+    model = AutoModel.from_pretrained(source, dtype="auto", **hub)
+    config = published_config(model, processor)
+
+    with written_whole(folder) as aside:
+        save_torch_state_dict(published_state_dict(model), aside, max_shard_size=max_shard_size)
+        processor.tokenizer.save_pretrained(aside)
+        _restore_tokenizer_files(aside, processor.tokenizer)
+        _write_json(aside / "preprocessor_config.json", published_image_processor(processor.image_processor))
+        _write_json(
+            aside / "generation_config.json",
+            {
+                "_from_model_config": True,
+                "bos_token_id": model.config.text_config.bos_token_id,
+                "eos_token_id": model.config.text_config.eos_token_id,
+                "pad_token_id": model.config.pad_token_id,
+                "transformers_version": PUBLISHED_TRANSFORMERS,
+            },
+        )
+        if model.norm_stats:
+            _write_json(aside / STATISTICS_FILE, model.norm_stats)
+        _write_json(aside / "config.json", config)
+    return folder
+
+
+# Weights
+
+
+def published_state_dict(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
+    """Every tensor of the published layout by its name, sorted; those that are only renamed share their memory."""
+    tensors = {}
+    backbone = model.model.vision_backbone
+    names = ("featurizer", "fused_featurizer")
+    for name, tower, config in zip(names, backbone.towers, model.config.vision_configs, strict=False):
+        read = _published_tower(tower)
+        for key, tensor in (read | _never_read(read, config)).items():
+            tensors[f"vision_backbone.{name}.{key}"] = tensor
+    for prefix, module in (
+        ("projector.", model.model.projector),
+        ("language_model.model.", model.model.language_model),
+        ("language_model.lm_head.", model.lm_head),
+    ):
+        tensors |= {prefix + key: tensor for key, tensor in module.state_dict().items()}
+    return dict(sorted(tensors.items()))
+
+
+def _published_tower(tower: PreTrainedModel) -> dict[str, torch.Tensor]:
+    state = tower.state_dict()
+    positions, class_token = "embeddings.position_embeddings", "embeddings.cls_token"
+    if class_token in state:
+        # The layout has no position for the class token: what training gave it belongs to the token itself.
+        state[class_token] = state[class_token] + state[positions][:, :1]
+    published = revert_weight_conversion(tower, state)
+    # A part of our table, which is not saved along with it.
+    published["pos_embed"] = published["pos_embed"].clone()
+    return published
+
+
+def _never_read(read: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """The blocks above the read one, the final norm and SigLIP's pooling head, as the module's docstring says."""
+    block_names = [re.fullmatch(r"blocks\.(\d+)\.(.+)", key) for key in read]
+    last = max(int(match[1]) for match in block_names if match)
+    shapes: dict[str, tuple[int, ...]] = {f"norm.{kind}": (config.hidden_size,) for kind in ("weight", "bias")}
+    for index in range(last + 1, config.num_hidden_layers):
+        for match in block_names:
+            if match and int(match[1]) == last:
+                shapes[f"blocks.{index}.{match[2]}"] = read[match[0]].shape
+    if config.model_type == "siglip_vision_model":
+        width, mlp = config.hidden_size, config.intermediate_size
+        shapes["attn_pool.latent"] = (1, 1, width)
+        shapes |= {f"attn_pool.norm.{kind}": (width,) for kind in ("weight", "bias")}
+        for name, outputs, inputs in (
+            ("q", width, width),
+            ("kv", 2 * width, width),
+            ("proj", width, width),
+            ("mlp.fc1", mlp, width),
+            ("mlp.fc2", width, mlp),
+        ):
+            shapes |= {f"attn_pool.{name}.weight": (outputs, inputs), f"attn_pool.{name}.bias": (outputs,)}
+    like = next(iter(read.values()))
+    return {
+        key: (like.new_ones if re.search(r"norm\d?\.weight$", key) else like.new_zeros)(shape)
+        for key, shape in shapes.items()
+    }
+
+
+# Configs
+
+
+def published_config(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor) -> dict[str, Any]:
+    """The published `config.json` of a model, with the fields that the original keeps there."""
+    config = model.config
+    for name, value in FIXED_FIELDS.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"`{name}` is {getattr(config, name)!r}, but the original code knows {value!r} alone: this model "
+                "can't be exported."
+            )
+    if processor.prompt_template not in LANGUAGE_MODELS:
+        raise ValueError(
+            f"The original code has no prompt like {processor.prompt_template!r}: this model can't be exported."
+        )
+    image_processor = processor.image_processor
+    if image_processor.center_crop_area is not None:
+        warnings.warn(
+            f"The published layout does not hold the centre crop of area {image_processor.center_crop_area}: tell the "
+            "original's evaluation scripts (`--center_crop True`).",
+            stacklevel=3,
+        )
+    backbone_id = _vision_backbone_id(config)
+    fused = config.fused_vision_config is not None
+    towers = config.vision_configs
+    return {
+        "arch_specifier": "no-align+fused-gelu-mlp" if fused else "no-align+gelu-mlp",
+        "architectures": ["OpenVLAForActionPrediction"],
+        "auto_map": {
+            "AutoConfig": f"{PUBLISHED_CODE}configuration_prismatic.OpenVLAConfig",
+            "AutoModelForVision2Seq": f"{PUBLISHED_CODE}modeling_prismatic.OpenVLAForActionPrediction",
+        },
+        **LANGUAGE_MODELS[processor.prompt_template],
+        "image_resize_strategy": image_processor.image_resize_strategy,
+        "image_sizes": [tower.image_size for tower in towers],
+        "llm_max_length": config.text_config.max_position_embeddings,
+        "model_type": "openvla",
+        "n_action_bins": config.n_action_bins,
+        "norm_stats": model.norm_stats,
+        "output_projector_states": False,
+        "pad_to_multiple_of": config.pad_to_multiple_of,
+        "pad_token_id": config.pad_token_id,
+        "text_config": _published_text_config(config.text_config, model.dtype),
+        "timm_model_ids": TIMM_MODEL_IDS[backbone_id],
+        "timm_override_act_layers": [None] * len(towers),
+        "torch_dtype": _name(model.dtype),
+        "transformers_version": PUBLISHED_TRANSFORMERS,
+        "use_fused_vision_backbone": fused,
+        "vision_backbone_id": backbone_id,
+    }
+
+
+def _vision_backbone_id(config: OpenVLAConfig) -> str:
+    def fields(tower: PreTrainedConfig) -> dict[str, Any]:
+        return {key: value for key, value in tower.to_dict().items() if key != "dtype"}
+
+    ours = [fields(tower) for tower in config.vision_configs]
+    for backbone_id, towers in PUBLISHED_VISION_BACKBONES.items():
+        published = OpenVLAConfig(vision_config=towers[0], fused_vision_config=towers[1])
+        if [fields(tower) for tower in published.vision_configs] == ours:
+            return backbone_id
+    sizes = ", ".join(f"{tower.model_type} {tower.hidden_size} wide" for tower in config.vision_configs)
+    raise ValueError(
+        f"The original code has no vision towers like these ({sizes}); it builds "
+        f"{', '.join(PUBLISHED_VISION_BACKBONES)}: this model can't be exported."
+    )
+
+
+def _published_text_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    fields = config.to_dict()
+    rope = fields.get("rope_parameters") or {}
+    common = {"model_type": "llama", "mlp_bias": False, "head_dim": config.hidden_size // config.num_attention_heads}
+    if rope.get("rope_type") != "default" or any(fields.get(name) != value for name, value in common.items()):
+        raise ValueError("The original code runs plain Llama models alone: this language model can't be exported.")
+    fields["rope_theta"] = rope["rope_theta"]
+    changed = {key: fields[key] for key, default in PUBLISHED_LLAMA_DEFAULTS.items() if fields[key] != default}
+    return {"model_type": "llama", "torch_dtype": _name(dtype), **changed}
+
+
+def published_image_processor(image_processor: OpenVLAImageProcessor) -> dict[str, Any]:
+    """The published `preprocessor_config.json`; the original applies the `tvf_*` fields, one entry a tower."""
+    height, width = image_processor.size["height"], image_processor.size["width"]
+    towers = len(image_processor.image_mean)
+    strategy = image_processor.image_resize_strategy
+    letterbox = strategy == "letterbox"
+    resize = {
+        "antialias": True,
+        "interpolation": image_processor.resample,
+        "max_size": None,
+        "size": [height, width] if strategy == "resize-naive" else height,
+    }
+    code = f"{PUBLISHED_CODE}processing_prismatic."
+    return {
+        "auto_map": {
+            "AutoImageProcessor": f"{code}PrismaticImageProcessor",
+            "AutoProcessor": f"{code}PrismaticProcessor",
+        },
+        "image_processor_type": "PrismaticImageProcessor",
+        "image_resize_strategy": strategy,
+        "input_sizes": [[3, height, width]] * towers,
+        "interpolations": [Image.Resampling(image_processor.resample).name.lower()] * towers,
+        "means": image_processor.image_mean,
+        "processor_class": "PrismaticProcessor",
+        "stds": image_processor.image_std,
+        "tvf_crop_params": [{"output_size": [height, width]}] * towers,
+        "tvf_do_letterbox": letterbox,
+        "tvf_letterbox_fill": image_processor.letterbox_fill if letterbox else None,
+        "tvf_normalize_params": [
+            {"inplace": False, "mean": mean, "std": std}
+            for mean, std in zip(image_processor.image_mean, image_processor.image_std, strict=True)
+        ],
+        "tvf_resize_params": [resize] * towers,
+        "use_fused_vision_backbone": towers == 2,
+    }
+
+
+def _restore_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokenizer's files readable for the original's old libraries."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    # They know a merge as a string alone.
+    content["model"]["merges"] = [
+        merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]
+    ]
+    _write_json(path, content)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "added_tokens_decoder": {
+                str(token_id): {
+                    "content": token.content,
+                    "lstrip": token.lstrip,
+                    "normalized": token.normalized,
+                    "rstrip": token.rstrip,
+                    "single_word": token.single_word,
+                    "special": token.special,
+                }
+                for token_id, token in tokenizer.added_tokens_decoder.items()
+            },
+            "auto_map": {"AutoProcessor": f"{PUBLISHED_CODE}processing_prismatic.PrismaticProcessor"},
+            "bos_token": tokenizer.bos_token,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": tokenizer.eos_token,
+            "model_max_length": tokenizer.model_max_length,
+            "pad_token": tokenizer.pad_token,
+            "padding_side": "right",
+            "processor_class": "PrismaticProcessor",
+            "sp_model_kwargs": {},
+            "tokenizer_class": "LlamaTokenizer",
+            "unk_token": tokenizer.unk_token,
+            "use_default_system_prompt": False,
+        },
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+__all__ = ["export"]

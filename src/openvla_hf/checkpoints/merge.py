@@ -1,0 +1,148 @@
+"""An adapter merged into its base: a checkpoint that needs no adapter any more."""
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+
+from ..modeling.checkpoint_files import CheckpointFiles
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from .model_card import TRAINING_FILE, read_training
+
+
+# Relative difference between the logits of merged and unmerged weights: what rounding alone does, and the most that is
+# accepted. In between it may be half of what the adapter itself changes: a delta that is left out changes all of that.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.005, torch.bfloat16: 0.01}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+PROBE_TOKENS = 32
+
+
+def merge_adapter(
+    adapter: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    device_map: Any = None,
+    **config_overrides: Any,
+) -> float:
+    """Merge an adapter into its base, layer by layer in place, and save the model with its processor.
+
+    The logits of the merged model are compared with those before, and nothing is written if they differ.
+
+    Args:
+        adapter: Folder or Hub id of the adapter.
+        output: Folder to write, which must not exist or be empty.
+        base: What the adapter was trained on; by default what it says itself. It must be in 16 bits or more.
+        dtype: To hold the base in; its own by default.
+        max_shard_size: Of the weights files. Beyond the base, no more than one of them is ever in memory.
+        device_map: Where to put the model, as in `from_pretrained`.
+        config_overrides: Fields of the base's configuration.
+
+    Returns:
+        The relative difference of the logits.
+
+    Raises:
+        ValueError: The base is quantised, or merged and unmerged logits differ.
+        OSError: A file is absent or damaged, or `output` holds something already.
+    """
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is not a folder. Give a new folder for the merged checkpoint.")
+    if output.exists() and any(output.iterdir()):
+        raise _not_empty(output)
+    kwargs = {"dtype": dtype, "device_map": device_map, **config_overrides}
+    if base is None:
+        model = OpenVLAForActionPrediction.from_pretrained(adapter, **kwargs)
+    else:
+        model = OpenVLAForActionPrediction.from_pretrained(base, **kwargs)
+        model.load_adapter(os.fspath(adapter))
+    if model.config.to_dict().get("quantization_config") is not None:
+        raise ValueError(
+            f"The base of {adapter} is quantised, and what is merged into so few bits is lost: give the 16-bit "
+            "checkpoint that it was made from with `base=` (`--base`)."
+        )
+    processor = _processor(adapter, base or model.config.name_or_path)
+
+    inputs = _probe(model)
+    with torch.no_grad():
+        before = model(**inputs).logits.float()
+        model.disable_adapters()
+        effect = _relative(model(**inputs).logits.float(), before)
+        model.enable_adapters()
+        merge_layers(model)
+        after = model(**inputs).logits.float()
+    difference = _relative(after, before)
+    limit = min(TOLERANCE[model.dtype], max(ROUNDING[model.dtype], effect / 2))
+    if not difference <= limit:
+        raise ValueError(
+            f"Merging {adapter} would change the model: its logits differ by {difference:.1%} (limit "
+            f"{limit:.1%}), so nothing was written. Try `dtype='float32'`."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the output, so that the finished checkpoint can be renamed into place.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
+        merged = Path(staging, output.name)
+        model.save_pretrained(merged, max_shard_size=max_shard_size)
+        processor.save_pretrained(merged)
+        if training := read_training(adapter):
+            (merged / TRAINING_FILE).write_text(json.dumps(training, indent=2), encoding="utf-8")
+        try:
+            merged.replace(output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise _not_empty(output) from error  # something else was written there meanwhile
+    return difference
+
+
+def _not_empty(output: Path) -> OSError:
+    return FileExistsError(f"{output} is not empty. Give a new folder for the merged checkpoint.")
+
+
+@torch.no_grad()
+def merge_layers(model: OpenVLAForActionPrediction) -> None:
+    """Add every adapter to the layer that it is on, and put the plain layer back in its place."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in adapted:
+        plain: nn.Module = layer.get_base_layer()
+        weight = plain.weight.data
+        delta = sum(layer.get_delta_weight(each).float() for each in layer.active_adapters)  # type: ignore[attr-defined]
+        weight.copy_((weight.float() + delta).to(weight.dtype))  # summed in float32, rounded once
+        model.set_submodule(name, plain)
+    model._hf_peft_config_loaded = False
+    del model.peft_config
+
+
+def _relative(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((logits - expected).norm() / expected.norm()).item()
+
+
+def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
+    """A random image and a random prompt, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    size, channels = model.config.vision_config.image_size, 3 * len(model.config.vision_configs)
+    first_action_id = model.config.action_vocab_end - model.config.n_action_bins
+    return {
+        "input_ids": torch.randint(3, first_action_id, (1, PROBE_TOKENS), generator=generator).to(model.device),
+        "pixel_values": torch.randn(1, channels, size, size, generator=generator).to(model.device, model.dtype),
+    }
+
+
+def _processor(adapter: str | os.PathLike, base: str | os.PathLike) -> Any:
+    """The adapter's processor, which knows of its augmentation; the base's where the adapter has none."""
+    files = CheckpointFiles.locate(adapter)
+    has_own = any(files.find(name) is not None for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME))
+    return AutoProcessor.from_pretrained(adapter if has_own else base)
+
+
+__all__ = ["merge_adapter", "merge_layers"]

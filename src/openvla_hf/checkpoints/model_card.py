@@ -1,0 +1,181 @@
+"""The model card of a repository, made from the checkpoint and from what its run left beside it.
+
+Three files may lie beside the weights:
+
+- `training.json`, of `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings` and
+  `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`), and
+  which episodes were held out (`held_out`).
+- `evaluation.json`: what `openvla-hf evaluate --json` prints, `{"results": {condition: {task: {"success",
+  "episodes", ...}}}}`; an `environment` names another place than the tabletop.
+- `quantization.json`: a list of rows, `{column: value}`, one for each format that was measured.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..modeling.checkpoint_files import CheckpointFiles
+from .describe import CheckpointInfo
+
+
+RUN_FILES = TRAINING_FILE, EVALUATION_FILE, QUANTIZATION_FILE = "training.json", "evaluation.json", "quantization.json"
+# Of what training logs: what says how well it went, of training, evaluation, and single data sets.
+FIGURE = re.compile(r"(eval_(\w+_)?)?(loss|action_accuracy|action_l1)(/.+)?")
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+def write_card(
+    folder: Path,
+    info: CheckpointInfo,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
+    license: str | None = None,
+    token: str | None = None,
+) -> str:
+    """The text of the `README.md` of the checkpoint in `folder`.
+
+    `repo_id` is what loads it, a Hub id or the folder itself; the other arguments are those of `hub.push`. A base or a
+    data set that is a local folder is not named.
+    """
+    training, evaluation, quantization = (
+        _read_run_file(folder / name, default)
+        for name, default in ((TRAINING_FILE, {}), (EVALUATION_FILE, {}), (QUANTIZATION_FILE, []))
+    )
+    base_model = base_model or info.base_model or training.get("base_model")
+    inherited = license is None and base_model is not None
+    license = _license_of(base_model, token) if license is None and base_model is not None else license
+    base_model = base_model if is_hub_id(base_model) else None
+    name = repo_id.split("/")[-1]
+    data = ModelCardData(
+        library_name="peft" if info.layout == "adapter" else "transformers",
+        pipeline_tag="robotics",
+        license=license,
+        base_model=base_model,
+        base_model_relation=_relation(info) if base_model else None,
+        datasets=datasets or [name for name in training.get("datasets", []) if is_hub_id(name)] or None,
+        tags=["openvla", "vision-language-action", "robotics"],
+        model_name=name,
+        eval_results=_results(evaluation),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        info=info,
+        inherited=inherited,
+        spaces=_action_spaces(info.statistics),
+        recipe=_recipe(training),
+        evaluation=evaluation,
+        quantization=quantization,
+    )
+    return str(card)
+
+
+def read_training(source: str | os.PathLike) -> dict[str, Any]:
+    """Read what the run left beside a policy, in `training.json`; empty where it left nothing.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        ValueError: The file is damaged.
+        OSError: The repository can't be reached.
+    """
+    return CheckpointFiles.locate(source).read_json(TRAINING_FILE) or {}
+
+
+def _read_run_file(path: Path, default: Any) -> Any:
+    """Content of a JSON file of the type of `default`, which stands for an absent file."""
+    if not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error}). Write it again, or delete it.") from error
+    if not isinstance(content, type(default)):
+        kind = "an object" if isinstance(default, dict) else "a list"
+        raise ValueError(f"{path.name} does not hold {kind}. Write it again, or delete it.")
+    return content
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether others find something by this name: it has the form of a Hub id and is no folder here."""
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _license_of(base_model: str, token: str | None) -> str | None:
+    """License in the card of the base model, or `None` where there is none to read."""
+    local = Path(base_model, "README.md")
+    if not is_hub_id(base_model) and not local.is_file():
+        return None
+    try:
+        card = ModelCard.load(local if local.is_file() else base_model, token=token, ignore_metadata_errors=True)
+    except OSError:  # no card, no permission, no network
+        return None
+    return card.data.license
+
+
+def _relation(info: CheckpointInfo) -> str:
+    if info.layout == "adapter":
+        return "adapter"
+    return "quantized" if info.quantization else "finetune"
+
+
+def _recipe(training: dict[str, Any]) -> dict[str, Any]:
+    """Rows of the table of the training."""
+    figures = {name: value for name, value in training.get("figures", {}).items() if FIGURE.fullmatch(name)}
+    return {
+        **({"recipe": training["recipe"]} if "recipe" in training else {}),
+        **training.get("settings", {}),
+        **{name.replace("_", " "): f"{value:.4g}" for name, value in figures.items()},
+    }
+
+
+def _results(evaluation: dict[str, Any]) -> list[EvalResult] | None:
+    environment = evaluation.get("environment", "tabletop")
+    results = [
+        EvalResult(
+            task_type="robotics",
+            task_name="Robot manipulation",
+            dataset_type=environment,
+            dataset_name=f"{environment}, {condition}, task: {task}",
+            dataset_config=condition,
+            dataset_split=task,
+            metric_type="success_rate",
+            metric_name="Success rate",
+            metric_value=round(row["success"], 4),
+        )
+        for condition, tasks in evaluation.get("results", {}).items()
+        for task, row in tasks.items()
+    ]
+    return results or None
+
+
+def _action_spaces(statistics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each statistics key."""
+    return [
+        {
+            "key": key,
+            "low": _numbers(one["action"]["q01"]),
+            "high": _numbers(one["action"]["q99"]),
+            "dim": len(one["action"]["q01"]),
+            "raw": [index for index, scaled in enumerate(one["action"].get("mask", [])) if not scaled],
+            "transitions": one.get("num_transitions"),
+            "trajectories": one.get("num_trajectories"),
+        }
+        for key, one in statistics.items()
+    ]
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
+
+__all__ = ["is_hub_id", "read_training", "write_card"]

@@ -1,0 +1,363 @@
+"""Quantised weights: the recommended config of each format, and checkpoints rewritten in it with memory for one shard.
+
+    model = AutoModel.from_pretrained("openvla/openvla-7b", quantization_config=quantization("4bit"))
+
+What the formats cost and where each is fast: docs/quantization.md.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig, local_torch_dtype
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..modeling.checkpoint_files import CheckpointFiles
+from ..modeling.checkpoint_loading import (
+    read_statistics,
+    refuse_foreign_files,
+    refuse_foreign_weights,
+    refuse_oft,
+    unreadable_weights,
+)
+from ..modeling.configuration_openvla import OpenVLAConfig
+from ..modeling.folder_writing import written_whole
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
+
+
+SHARD_BYTES = 2 * 10**9
+"""16-bit weights that are in memory at once while a checkpoint is rewritten."""
+
+NF4_BLOCK, INT4_GROUP = 64, 128
+"""Weights that share a scale."""
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def _llm_int8() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _torchao_int4() -> TorchAoConfig:
+    from torchao.quantization import Int4WeightOnlyConfig
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+    # The layout of PyTorch's own kernel: the others need packages of their own.
+    return TorchAoConfig(
+        Int4WeightOnlyConfig(group_size=INT4_GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D)
+    )
+
+
+def _torchao_int8() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _torchao_float8() -> TorchAoConfig:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store the weights of a linear layer.
+
+    about: What it is, in a line.
+    package: What quantises and runs it.
+    make_config: Its recommended config for transformers.
+    layer_bytes: (outputs, inputs) -> bytes of the layer's weight and scales.
+    compute_capability: Of the GPU that it needs; `None` where a CPU does.
+    """
+
+    about: str
+    package: str
+    make_config: Callable[[], BitsAndBytesConfig | TorchAoConfig]
+    layer_bytes: Callable[[int, int], float]
+    compute_capability: tuple[int, int] | None = None
+
+
+FORMATS = {
+    "4bit": Format(
+        "NF4 of bitsandbytes: half a byte a weight, runs everywhere",
+        "bitsandbytes",
+        _nf4,
+        lambda rows, columns: math.ceil(rows * columns / 2) + 4 * math.ceil(rows * columns / NF4_BLOCK),
+    ),
+    "8bit": Format(
+        "LLM.int8() of bitsandbytes: outlying activations apart, in 16 bits",
+        "bitsandbytes",
+        _llm_int8,
+        lambda rows, columns: rows * columns + 4 * rows,
+    ),
+    "int4": Format(
+        "torchao, weights alone: the kernel of PyTorch",
+        "torchao",
+        _torchao_int4,
+        # What no group divides is left as it is.
+        lambda rows, columns: rows * columns * (2 if columns % INT4_GROUP else 0.5 + 4 / INT4_GROUP),
+        COMPUTE_CAPABILITY["Int4WeightOnlyConfig"],
+    ),
+    "int8": Format(
+        "torchao, weights alone: made for compiled passes",
+        "torchao",
+        _torchao_int8,
+        lambda rows, columns: rows * columns + 2 * rows,
+    ),
+    "float8": Format(
+        "torchao, weights and activations: matrix units of eight bits",
+        "torchao",
+        _torchao_float8,
+        lambda rows, columns: rows * columns + 4 * rows,
+        COMPUTE_CAPABILITY["Float8DynamicActivationFloat8WeightConfig"],
+    ),
+}
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        near = get_close_matches(name, FORMATS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown format {name!r}; known: {', '.join(FORMATS)}.{hint}")
+    return FORMATS[name]
+
+
+def quantization(
+    name: str, *, towers: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> BitsAndBytesConfig | TorchAoConfig:
+    """The recommended `quantization_config` of a format.
+
+    Args:
+        name: "4bit", "8bit" (bitsandbytes), "int4", "int8" or "float8" (torchao).
+        towers: Quantise the vision towers and the projector too; the head stays in 16 bits.
+        dtype: Of the arithmetic in 4 bits; GPUs before Ampere are faster in float16.
+
+    Raises:
+        ValueError: Unknown name, or the format needs a GPU that is not there.
+        ImportError: The package behind it is not installed.
+    """
+    wanted = _format(name)
+    refuse_without_gpu(f"Format {name!r}", wanted.compute_capability)
+    if find_spec(wanted.package) is None:
+        raise ImportError(f"Format {name!r} needs {wanted.package}: run `pip install {wanted.package}`.")
+    config = wanted.make_config()
+    kept = [KEPT_IN_16_BITS[0]] if towers else list(KEPT_IN_16_BITS)
+    if isinstance(config, BitsAndBytesConfig):
+        config.llm_int8_skip_modules = kept
+        config.bnb_4bit_compute_dtype = dtype
+    else:
+        config.modules_to_not_convert = kept
+    return config
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a loaded model's weights, scales included: what saving it writes."""
+    state: Mapping[str, torch.Tensor] | None = None
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        state, _ = quantizer.get_state_dict_and_metadata(model)
+    tensors = (model.state_dict() if state is None else state).values()
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def expected_weight_bytes(config: OpenVLAConfig, name: str | None = None, *, towers: bool = False) -> int:
+    """Bytes of the weights of a model of this config in a format (`None`: 16 bits), without building it."""
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    kept = KEPT_IN_16_BITS[:1] if towers else KEPT_IN_16_BITS
+    plain = 2 * sum(parameter.numel() for parameter in model.parameters())
+    if name is None:
+        return plain
+    saved = sum(
+        2 * module.weight.numel() - _format(name).layer_bytes(*module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not path.startswith(kept)
+    )
+    return round(plain - saved)
+
+
+def _weight_files(files: CheckpointFiles) -> list[str]:
+    single = files.find(SAFE_WEIGHTS_NAME)
+    if single is not None:
+        return [single]
+    index = files.read_json(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        raise OSError(
+            f"{files.source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: nothing else is read."
+        )
+    paths = {name: files.find(name) for name in sorted(set(index["weight_map"].values()))}
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise OSError(f"{files.source} lacks {missing[0]}, which its index names: copy or download it again.")
+    return [path for path in paths.values() if path is not None]
+
+
+def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
+    """Names of stored weights that are about `shard_bytes` in 16 bits together, and the file that holds them."""
+    groups: list[tuple[str, list[str]]] = []
+    for path in files:
+        groups.append((path, []))
+        size = 0
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no dict
+                    weight_size = 2 * math.prod(file.get_slice(name).get_shape())
+                    if groups[-1][1] and size + weight_size > shard_bytes:
+                        groups.append((path, []))
+                        size = 0
+                    groups[-1][1].append(name)
+                    size += weight_size
+        except SafetensorError as error:
+            raise unreadable_weights(path, error) from error
+    return groups
+
+
+class _Loaded:
+    """The part of a state dict that is in memory, as quantisers ask for it."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.tensors = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.tensors
+
+
+def _quantized_groups(
+    model: PreTrainedModel, quantizer: Any, groups: list[tuple[str, list[str]]], dtype: torch.dtype, source: Any
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, str]]]:
+    """Quantise each group as `from_pretrained` would, and let go of it: (tensors, metadata of their file).
+
+    `model` is on the meta device and has the quantiser's layers.
+    """
+    empty = dict(model.named_parameters())
+    load_config = LoadStateDictConfig(
+        pretrained_model_name_or_path=str(source),
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        hf_quantizer=quantizer,
+        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+    )
+    total = None
+    for path, names in groups:
+        # Opened for each group: what has been read of a file stays in memory until it is closed.
+        with safe_open(path, framework="pt") as file:
+            group = {name: file.get_slice(name) for name in names}
+            info, _ = convert_and_load_state_dict_in_model(model, group, load_config)
+            if info.conversion_errors:
+                raise ValueError(f"{source} can't be quantised: {next(iter(info.conversion_errors.values()))}")
+            if total is None:
+                total = info
+            total.missing_keys &= info.missing_keys
+            total.unexpected_keys |= info.unexpected_keys
+            loaded = _Loaded(model)
+            tensors, metadata = quantizer.get_state_dict_and_metadata(loaded)
+            tensors = loaded.tensors if tensors is None else tensors
+            yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata
+            del group, loaded, tensors
+        for name, parameter in empty.items():
+            module, leaf = get_module_from_name(model, name)
+            module._parameters[leaf] = parameter
+    model._adjust_missing_and_unexpected_keys(total)
+    assert total is not None  # a model has parts
+    refuse_foreign_weights(source, total.missing_keys, total.unexpected_keys)
+
+
+def quantize(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    name: str = "4bit",
+    *,
+    towers: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    config: OpenVLAConfig | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    **hub_kwargs: Any,
+) -> Path:
+    """Write a checkpoint in a quantised format, with its processor and code, and memory for one shard.
+
+    The result is what loading with `quantization_config` and saving would write. It appears under `destination` when
+    it is complete.
+
+    Args:
+        source: Folder or Hub id of a 16- or 32-bit checkpoint, published or ours.
+        destination: Folder that does not exist yet, or is empty.
+        name: A format of `FORMATS`.
+        towers: Quantise the vision towers and the projector too.
+        dtype: Of the weights that are not quantised.
+        config: In place of the checkpoint's own.
+        shard_bytes: 16-bit weights in memory at once; each such part becomes a file.
+        on_progress: Called with the number of parts done and of all parts.
+        hub_kwargs: `revision`, `token`, `cache_dir`, ...
+
+    Raises:
+        ValueError: The checkpoint is quantised already or no OpenVLA, or see `quantization`.
+        FileExistsError: `destination` holds something.
+        OSError: A weights file is absent or can't be read.
+        ImportError: See `quantization`.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists and is not empty: name a new folder.")
+    files = CheckpointFiles.locate(source, **hub_kwargs)
+    hub_kwargs = hub_kwargs | files.hub_kwargs
+    refuse_oft(files)
+    refuse_foreign_files(files)
+    config = config or AutoConfig.from_pretrained(source, **hub_kwargs)
+    refuse_second(source, getattr(config, "quantization_config", None))
+    quantizer = AutoHfQuantizer.from_config(quantization(name, towers=towers), pre_quantized=False)
+    quantizer.validate_environment()
+    # The layers that the quantiser puts in take the default type for their biases.
+    with torch.device("meta"), local_torch_dtype(dtype):
+        model = OpenVLAForActionPrediction._from_config(config, dtype=dtype)
+        quantizer.preprocess_model(model, dtype=dtype, device_map={"": "cpu"})
+    processor = AutoProcessor.from_pretrained(source, **hub_kwargs)
+
+    with written_whole(destination) as folder:
+        # Config, code and statistics, without weights.
+        model.config.quantization_config = quantizer.quantization_config
+        model.norm_stats = read_statistics(files, model.norm_stats)
+        model.save_pretrained(folder, state_dict={})
+        processor.save_pretrained(folder)
+
+        groups = _groups(_weight_files(files), shard_bytes)
+        weight_map: dict[str, str] = {}
+        total_size = 0
+        metadata: dict[str, str] = {"format": "pt"}
+        part = 0
+        for tensors, part_metadata in _quantized_groups(model, quantizer, groups, dtype, source):
+            part += 1  # noqa: SIM113 - `enumerate` would keep the tensors of the last part
+            # torchao lists all tensors there: readers take the last file's list.
+            known, new = (json.loads(each.get("tensor_names", "[]")) for each in (metadata, part_metadata))
+            metadata |= part_metadata | ({"tensor_names": json.dumps(known + new)} if known + new else {})
+            file_name = f"model-{part:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SAFE_WEIGHTS_NAME
+            save_file(tensors, folder / file_name, metadata)
+            weight_map |= dict.fromkeys(tensors, file_name)
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+            on_progress(part, len(groups))
+            del tensors  # before the next ones are made
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return destination
+
+
+__all__ = ["FORMATS", "Format", "expected_weight_bytes", "quantization", "quantize", "weight_bytes"]

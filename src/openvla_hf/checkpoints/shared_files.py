@@ -1,0 +1,211 @@
+"""Which files of a checkpoint go to the Hub, and what they must not hold."""
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..modeling.adapter_loading import ADAPTER_WEIGHTS
+from ..modeling.checkpoint_files import CheckpointFiles
+from ..modeling.checkpoint_loading import STATISTICS_FILE, refuse_foreign_files
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..processing.processing_openvla import OpenVLAProcessor
+from .describe import ADAPTER_CONFIG, CheckpointInfo
+from .model_card import RUN_FILES
+
+
+# Everything else in a folder stays there: what has no name of a checkpoint's file may be private.
+TEXT_FILES = frozenset(
+    (
+        "config.json", "generation_config.json", ADAPTER_CONFIG, STATISTICS_FILE, SAFE_WEIGHTS_INDEX_NAME,
+        "processor_config.json", "preprocessor_config.json", "chat_template.json", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "vocab.txt", "merges.txt",
+    )
+)  # fmt: skip
+SENTENCEPIECE_FILE = "tokenizer.model"
+WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
+# Classes whose code a repository needs, by the layout of the checkpoint. A published one has other names for them.
+SHIPPED_CLASSES: dict[str, tuple[type, ...]] = {
+    "openvla-hf": (OpenVLAForActionPrediction, OpenVLAProcessor),
+    "adapter": (OpenVLAProcessor,),
+}
+
+SECRETS = {
+    "an access token of Hugging Face": r"\b(hf|api_org)_[A-Za-z0-9]{16,}",
+    "an access token of GitHub": r"\b(gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})",
+    "an access token of GitLab": r"\bglpat-[\w-]{16,}",
+    "a key of AWS": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a key of OpenAI or Anthropic": r"\bsk-[\w-]{20,}",
+    "a key of Google": r"\bAIza[\w-]{30,}",
+    "an access token of Slack": r"\bxox[a-z]-[\w-]{10,}",
+    "an access token of npm": r"\bnpm_[A-Za-z0-9]{20,}",
+    "an access token of PyPI": r"\bpypi-[\w-]{16,}",
+    "an access token of Docker": r"\bdckr_pat_[\w-]{16,}",
+    "an access token of Replicate": r"\br8_[A-Za-z0-9]{20,}",
+    "a key of Stripe": r"\b[rs]k_(live|test)_[A-Za-z0-9]{10,}",
+    "a JSON web token": r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}",
+    "a bearer token": r"(?i)\bbearer\s+(?=\S*\d)[\w.~+/=-]{16,}",
+    "a URL with a password": r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'{}<>]*:[^\s/@\"'{}<>]+@",
+    "a key of Weights & Biases": r"(?i)\bwandb_v\d_\w{20,}|\bwandb[\w\"' :=.-]{0,40}\b[0-9a-f]{40}\b",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "a password or key": r"(?i)(api_?(key|token)|secret|passw(or)?d|(access|auth)_?token)\w*\\*[\"']?\s*[:=]\s*"
+    r"\\*[\"'][^\s\"']{12,}",
+}
+# Folders that people work in, and what is in them. One component alone, such as "/tmp", may be a token of a tokenizer.
+# On Windows, two components below a drive or a server. Backslashes may be escaped.
+LOCAL_PATH = re.compile(
+    r"(?<![\w.])(?:"
+    r"/(?:home|Users|root|mnt|media|tmp|var|private|Volumes|scratch|workspace|work|data|nfs|opt|srv|lustre|gpfs|storage"
+    r"|cluster|content/drive|kaggle|dev/shm|run/user)/[^\s\"'/,][^\s\"',]*"
+    r"|(?<![~/-])~/[\w.-][^\s\"',]*"
+    r"|[A-Za-z]:(?:\\+|/(?!/))[^\\/:*?\"'<>|{}\r\n]+[\\/]+[\w.-][^\s\"',]*"
+    r"|(?<!\\)\\{2,4}[A-Za-z][\w.-]+\\{1,2}[\w$.-]{2}[^\s\"',]*)"
+)
+
+
+def read_texts(folder: Path, info: CheckpointInfo) -> dict[str, str]:
+    """Read the text files that go to the Hub, and this package's code in place of the folder's.
+
+    Raises:
+        ValueError: A file is a link that leads out of the folder, is not text, or needs code that is not the
+            package's.
+    """
+    names = [name for name in info.files if name in TEXT_FILES]
+    for name in (*names, *(name for name in RUN_FILES if name in info.files)):
+        _refuse_outside(folder, name)
+    code = _package_code(info.layout)
+    texts = {name: _read_text(folder, name) for name in names}
+    foreign = [name for name in info.files if name.endswith(".py") and name not in code]
+    for name, text in texts.items():
+        named = re.findall(r'"(?:[^"]*--)?(\w+)\.\w+"', "".join(re.findall(r'"auto_map"\s*:\s*\{[^}]*\}', text)))
+        if needed := sorted({f"{module}.py" for module in named} & {*foreign}):
+            raise ValueError(
+                f"{name} needs the code in {needed[0]}, which is not a module of openvla-hf and is not pushed: look "
+                "at the files of the folder, and upload them with `hf upload`."
+            )
+    if foreign:
+        warnings.warn(f"{', '.join(foreign)}: not a module of openvla-hf, so not pushed.", stacklevel=3)
+    changed = [name for name in code if name in info.files and _read_text(folder, name) != code[name]]
+    if changed:
+        warnings.warn(
+            f"{', '.join(changed)}: differs from the installed openvla-hf, whose own code is pushed in its place.",
+            stacklevel=3,
+        )
+    return texts | code
+
+
+def find_binaries(folder: Path, info: CheckpointInfo) -> list[str]:
+    """Names of the weights and of the SentencePiece model that go to the Hub.
+
+    Raises:
+        ValueError: A file is a link that leads out of the folder, there are no weights under a name that is pushed, or
+            a file that the index names is not among them.
+    """
+    names = [name for name in info.files if name == SENTENCEPIECE_FILE or WEIGHTS_FILE.fullmatch(name)]
+    for name in names:
+        _refuse_outside(folder, name)
+    files = CheckpointFiles.locate(folder)
+    refuse_foreign_files(files)
+    shards = set((files.read_json(SAFE_WEIGHTS_INDEX_NAME) or {"weight_map": {}})["weight_map"].values())
+    if absent := sorted(shards.difference(names)):
+        raise ValueError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} names {absent[0]!r}, which is missing or has a name that is not pushed. Save "
+            "the model again with `save_pretrained`."
+        )
+    needed = ADAPTER_WEIGHTS if info.layout == "adapter" else SAFE_WEIGHTS_NAME
+    if needed not in names and (info.layout == "adapter" or not shards):
+        raise ValueError(
+            f"{folder} has no weights under a name that is pushed: {needed} is missing. Save the model again with "
+            "`save_pretrained`, without `variant`."
+        )
+    return names
+
+
+def read_text_in(path: Path) -> str:
+    """Read the text that a binary file holds: of weights the header, of a SentencePiece model all of it.
+
+    Weights whose header holds unknown metadata are refused, and not cleaned: that would change the caller's folder, or
+    write gigabytes again, for what `save_pretrained` never writes.
+
+    Raises:
+        ValueError: The metadata holds more than the format and, for weights of torchao, what restores them.
+    """
+    if path.name == SENTENCEPIECE_FILE:
+        return path.read_bytes().decode("latin-1")
+    with safe_open(path, "pt") as file:
+        metadata, names = file.metadata() or {}, list(file.keys())
+    known = {"format", "tensor_names"}
+    if "tensor_names" in metadata:  # of torchao: a list of tensors, each of which has a key
+        known.update(re.findall(r'"([^"]+)"', metadata["tensor_names"]))
+    if metadata.get("format", "pt") != "pt":
+        known.remove("format")
+    if unknown := sorted(metadata.keys() - known):
+        raise ValueError(
+            f"The header of {path.name} holds metadata {unknown[0]!r}, which is not pushed: write the file again with "
+            'safetensors.torch.save_file(load_file(path), path, metadata={"format": "pt"}).'
+        )
+    return json.dumps([metadata, names], ensure_ascii=False)
+
+
+def refuse_secrets(name: str, text: str, folder: Path, token: str | None) -> None:
+    """Raise `ValueError` where a text holds a token, a key, or a path of the computer that pushes."""
+    searched = text
+    if name.endswith(".json"):  # as it stands, and without its escapes
+        try:
+            searched = "\n".join(_strings(json.loads(text, object_pairs_hook=list)))
+            text += json.dumps(json.loads(text), ensure_ascii=False)
+        except ValueError as error:
+            raise ValueError(f"{name} is not valid JSON ({error}): write it again.") from error
+    for kind, pattern in SECRETS.items():
+        if re.search(pattern, text):
+            raise ValueError(f"{name} holds {kind}: remove it, and revoke it if it was ever shared.")
+    if token is not None and token in text:
+        raise ValueError(f"{name} holds your access token: remove it, and revoke it if it was ever shared.")
+    found = LOCAL_PATH.search(searched)
+    for path in {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent}:
+        if len(path.parts) > 2:
+            found = found or re.search(rf"(?<![\w.]){re.escape(str(path))}(?![\w-])[^\s\"',]*", text)
+    if found:
+        raise ValueError(f"{name} names the local path {found[0]}: remove it, or give a Hub id in its place.")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Strings in JSON whose objects are lists of pairs: a key that occurs twice hides no value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _strings(one)
+
+
+def _package_code(layout: str) -> dict[str, str]:
+    """Modules that `save_pretrained` writes beside a checkpoint, and their text."""
+    with tempfile.TemporaryDirectory() as folder:
+        for one in SHIPPED_CLASSES.get(layout, ()):
+            custom_object_save(one, folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.py"))}
+
+
+def _read_text(folder: Path, name: str) -> str:
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason}): write it again.") from error
+
+
+def _refuse_outside(folder: Path, name: str) -> None:
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{name} is a link to a file outside of {folder}: copy the folder with `cp -rL`, and push the copy."
+        )
+
+
+__all__ = ["WEIGHTS_FILE", "find_binaries", "read_text_in", "read_texts", "refuse_secrets"]

@@ -1,0 +1,1 @@
+"""A small simulated robot, and the policy that ships for it."""

@@ -1,0 +1,51 @@
+"""The policy that ships: whole, as the package saves it, and able to act."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoModel, AutoProcessor
+
+from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
+
+
+@pytest.fixture(scope="module")
+def act():
+    return load_policy(AutoModel.from_pretrained(TABLETOP_POLICY), AutoProcessor.from_pretrained(TABLETOP_POLICY))
+
+
+def test_it_is_small_and_safe():
+    files = [path for path in TABLETOP_POLICY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 15e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
+
+
+def test_saving_it_again_writes_the_same_files(tmp_path):
+    AutoModel.from_pretrained(TABLETOP_POLICY).save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(TABLETOP_POLICY).save_pretrained(tmp_path)
+    weights_and_configs = [path for path in tmp_path.iterdir() if path.suffix != ".py"]
+    assert weights_and_configs
+    for path in weights_and_configs:
+        assert (TABLETOP_POLICY / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_its_card_says_what_it_is():
+    card = (TABLETOP_POLICY / "README.md").read_text(encoding="utf-8")
+    for what in ("pipeline_tag: robotics", "python -m openvla_hf.tabletop.train_policy", "openvla-hf evaluate"):
+        assert what in card
+    statistics = json.loads((TABLETOP_POLICY / "dataset_statistics.json").read_text(encoding="utf-8"))
+    assert list(statistics) == ["tabletop"]
+
+
+def rates(act, episodes, condition):
+    seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + episodes)
+    played = list(run_episodes(act, seeds, condition=condition, batch_size=episodes))
+    return np.mean([one.success for one in played]), np.mean([one.moved_target for one in played])
+
+
+@pytest.mark.slow
+def test_it_does_what_it_is_told_and_looks(act):
+    """A part of what `openvla-hf evaluate` measures: bounds are wide of the figures in the card."""
+    assert rates(act, 40, "as told")[0] >= 0.8
+    assert rates(act, 40, "swapped")[1] >= 0.8
+    assert rates(act, 20, "black")[0] <= 0.2

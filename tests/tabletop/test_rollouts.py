@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from openvla_hf.data import load_statistics
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.tabletop.env import ACTION_GRID, MAX_STEP, TabletopEnv, record_demonstrations
+from openvla_hf.tabletop.pictures import draw_strip, save_gif
+from openvla_hf.tabletop.rollouts import TABLETOP_POLICY, load_policy, run_episodes, success_by_task
+from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_config, tiny_processor, tiny_tokenizer
+
+
+SEEDS = range(1_000_000, 1_000_006)
+
+
+def wander(images, instructions):
+    """Acts on what it sees and is told, and on nothing else."""
+    level = np.array([image.mean() for image in images]) / 255 + np.array([len(text) for text in instructions])
+    rest = [*np.zeros((3, len(images))), (level * 10).astype(int) % 2]
+    return np.stack([0.03 * np.sin(level), 0.03 * np.cos(7 * level), np.full_like(level, -0.01), *rest], axis=1)
+
+
+def outcome(episodes):
+    return {one.seed: (one.task, one.instruction, one.success, one.moved_target, one.steps) for one in episodes}
+
+
+def test_playing_many_at_a_time_changes_no_episode():
+    assert outcome(run_episodes(wander, SEEDS, batch_size=4)) == outcome(run_episodes(wander, SEEDS, batch_size=1))
+
+
+def test_every_seed_is_played_once_and_only_the_frames_asked_for_are_kept():
+    episodes = list(run_episodes(wander, SEEDS, keep_frames=lambda seed: seed == SEEDS[2]))
+    assert sorted(one.seed for one in episodes) == list(SEEDS)
+    assert {one.seed: len(one.frames) for one in episodes if one.frames} == {
+        SEEDS[2]: next(one for one in episodes if one.seed == SEEDS[2]).steps + 1
+    }
+
+
+def test_swapping_names_the_distractor_in_the_same_scene():
+    told = outcome(run_episodes(wander, SEEDS))
+    swapped = outcome(run_episodes(wander, SEEDS, condition="swapped"))
+    for seed in SEEDS:
+        assert told[seed][0] == swapped[seed][0]
+        assert told[seed][1] != swapped[seed][1]
+
+
+def test_the_black_condition_shows_the_policy_nothing():
+    seen = []
+
+    def watch(images, instructions):
+        seen.extend(images)
+        return wander(images, instructions)
+
+    list(run_episodes(watch, SEEDS[:2], condition="black"))
+    assert not np.any(seen)
+
+
+def test_an_unknown_condition_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'upside down'.*as told, swapped, black"):
+        next(run_episodes(wander, SEEDS, condition="upside down"))
+
+
+def test_a_model_with_its_processor_is_a_policy():
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer, norm_stats=load_statistics(TABLETOP_POLICY))
+    policy = load_policy(OpenVLAForActionPrediction(config).eval(), tiny_processor(tokenizer, config))
+    image, info = TabletopEnv().reset(seed=0)
+    assert policy([image], [info["instruction"]]).shape == (1, 7)
+    assert policy([image] * 3, [info["instruction"]] * 3).shape == (3, 7)
+
+
+def test_the_tabletop_is_not_the_robot_of_another_policy(tiny):
+    with pytest.raises(ValueError, match="The tabletop is not this policy's robot"):
+        load_policy(*tiny())
+    fourteen = {name: values * 2 for name, values in BRIDGE_LIKE_STATS.items()}
+    with pytest.raises(ValueError, match="The tabletop is not this policy's robot"):
+        load_policy(*tiny(norm_stats={"arms": {"action": fourteen}}))
+
+
+def test_rates_are_by_task_and_over_all():
+    episodes = list(run_episodes(wander, SEEDS))
+    table = success_by_task(episodes)
+    assert list(table)[-1] == "all"
+    assert (
+        table["all"]["episodes"] == len(SEEDS) == sum(row["episodes"] for task, row in table.items() if task != "all")
+    )
+    assert table["all"]["success"] == np.mean([one.success for one in episodes])
+
+
+def test_pictures_hold_the_frames(tmp_path):
+    episodes = list(run_episodes(wander, SEEDS[:3], keep_frames=lambda seed: True))
+    strip = draw_strip(episodes, columns=4)
+    first = np.asarray(strip)[30 : 30 + 224, 6 : 6 + 224]
+    np.testing.assert_array_equal(first, episodes[0].frames[0])
+    save_gif(episodes, tmp_path / "episodes.gif", frames_per_second=5)
+    with Image.open(tmp_path / "episodes.gif") as gif:
+        shown = []
+        for index in range(gif.n_frames):  # a picture that stays the same is stored once, for longer
+            gif.seek(index)
+            shown.append(gif.info["duration"])
+    assert sum(shown) == 200 * (max(len(one.frames) for one in episodes) + 5)
+
+
+def test_recorded_demonstrations_are_successes_on_the_grid():
+    episodes = list(record_demonstrations(("lift",), range(5)))
+    assert len(episodes) == 5
+    for frames in episodes:
+        assert {frame["instruction"].split()[0] for frame in frames} == {"lift"}
+        moves = np.stack([frame["action"][:3] for frame in frames]) / ACTION_GRID
+        np.testing.assert_allclose(moves, np.round(moves), atol=1e-4)
+        assert frames[-1]["action"][2] == np.float32(MAX_STEP)  # at the end it goes up
+    again = next(iter(record_demonstrations(("lift",), [3])))
+    assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(again, episodes[3], strict=True))
