@@ -185,12 +185,13 @@ def test_what_the_original_cannot_express_is_refused(tiny, tmp_path):
         export(tmp_path / "ours", tmp_path / "published")
     config_file = tmp_path / "ours" / "config.json"
     config = json.loads(config_file.read_text())
-    published = {"image_token_index": 32001, "prompt_suffix_token_id": 29871}
+    config |= {"image_token_index": 32001, "prompt_suffix_token_id": 29871}
     config["text_config"]["vocab_size"] = 32064
-    config_file.write_text(json.dumps(config | published))
+    AutoModel.from_config(OpenVLAConfig.from_dict(config)).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=r"no vision towers like these .*siglip-vit-so400m"):
         export(tmp_path / "ours", tmp_path / "published")
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": False}
+    config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps(config | {"quantization_config": quantization}))
     assert describe(tmp_path / "ours").quantization == "bitsandbytes 8-bit"
     with pytest.raises(ValueError, match="quantised"):
