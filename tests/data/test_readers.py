@@ -32,12 +32,12 @@ from openvla_hf.data import (
     Robot,
     TrainingStream,
     from_episodes,
-    lerobot,
     load,
     loading,
     write_lerobot,
     write_rlds,
 )
+from openvla_hf.data.readers import lerobot
 from openvla_hf.data.readers.lerobot import LeRobotSource
 from openvla_hf.data.readers.tfrecord import build_example, parse_example, read_records, write_record
 from openvla_hf.data.readers.video import OPEN_VIDEOS

@@ -14,11 +14,11 @@ from openvla_hf.data import (
     load,
     load_statistics,
     mix,
-    rlds,
     save_statistics,
     write_lerobot,
     write_rlds,
 )
+from openvla_hf.data.readers import rlds
 
 
 NAMES = ["x", "y", "z", "roll", "pitch", "yaw", "grip"]
