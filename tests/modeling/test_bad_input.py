@@ -154,12 +154,15 @@ def test_a_mask_that_hides_the_image_is_refused(tiny, hidden):
 
 
 @pytest.mark.parametrize("add_image_tokens", [True, False])
-def test_a_mask_that_hides_bos_is_refused(tiny, add_image_tokens):
+@pytest.mark.parametrize("hidden", [0, -1, slice(-3, None)])
+def test_a_mask_that_hides_bos_or_the_end_of_the_text_is_refused(tiny, add_image_tokens, hidden):
     model, processor = tiny()
     images = [frame["image"] for frame in fake_episode(steps=2)]
     inputs = processor(images, instruction="open", add_image_tokens=add_image_tokens)
-    inputs["attention_mask"][1, 0] = 0
-    with pytest.raises(ValueError, match=r"`attention_mask` hides the BOS token .* of row 1"):
+    first = inputs["input_ids"][1, hidden].reshape(-1)[0]
+    inputs["attention_mask"][1, hidden] = 0
+    message = rf"`attention_mask` hides id {first} of row 1, which is not padding \(id {model.config.pad_token_id}\)"
+    with pytest.raises(ValueError, match=message):
         model.predict_action(**inputs)
 
 

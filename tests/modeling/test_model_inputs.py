@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from openvla_hf.modeling.model_inputs import append_prompt_suffix, insert_image_tokens, left_pad
+from openvla_hf.modeling.model_inputs import insert_image_tokens, prepare_prompts
 from openvla_hf.testing import tiny_config
 
 
@@ -42,21 +42,43 @@ def test_a_prompt_longer_than_an_image_gets_one(config):
 
 
 def test_every_row_ends_in_its_last_token(config):
-    pad = config.pad_token_id
-    ids = torch.cat([row(BOS, A, pad, pad), row(pad, BOS, A, pad), row(pad, pad, BOS, A), row(BOS, A, B, EOS)])
-    padded, mask = left_pad(ids, ids.ne(pad).long())
-    assert padded.tolist() == [[pad, pad, BOS, A]] * 3 + [[BOS, A, B, EOS]]
+    pad, image = config.pad_token_id, [config.image_token_id] * config.num_image_tokens
+    rows = [(BOS, A, pad, pad), (pad, BOS, A, pad), (pad, pad, BOS, A), (BOS, A, B, EOS)]
+    ids = torch.tensor(rows)
+    padded, mask = prepare_prompts(config, ids, ids.ne(pad).long())
+    assert padded.tolist() == [[pad, pad, BOS, *image, A]] * 3 + [[BOS, *image, A, B, EOS]]
     assert torch.equal(mask, padded.ne(pad).long())
+    again = prepare_prompts(config, padded, mask)
+    assert torch.equal(again[0], padded)
+    assert torch.equal(again[1], mask)
 
 
-def test_only_rows_without_the_suffix_get_it(config):
+def test_only_rows_without_the_suffix_get_it():
     config = tiny_config()
     pad, config.prompt_suffix_token_id = config.pad_token_id, B
-    ids = torch.cat([row(BOS, A, A), row(BOS, A, B), row(pad, BOS, A)])
-    grown, mask = append_prompt_suffix(config, ids, ids.ne(pad).long())
-    assert grown.tolist() == [[BOS, A, A, B], [pad, BOS, A, B], [pad, BOS, A, B]]
+    image = [config.image_token_id] * config.num_image_tokens
+    ids = torch.tensor([(BOS, A, A), (BOS, A, B), (pad, BOS, A)])
+    grown, mask = prepare_prompts(config, ids, ids.ne(pad).long())
+    assert grown.tolist() == [[BOS, *image, A, A, B], [pad, BOS, *image, A, B], [pad, BOS, *image, A, B]]
     assert torch.equal(mask, grown.ne(pad).long())
-    again = append_prompt_suffix(config, grown, mask)
+    again = prepare_prompts(config, grown, mask)
     assert torch.equal(again[0], grown)
     config.prompt_suffix_token_id = None
-    assert torch.equal(append_prompt_suffix(config, ids, mask)[0], ids)
+    assert prepare_prompts(config, ids, ids.ne(pad).long())[0][:, -1].tolist() == [A, B, A]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int32])
+def test_a_mask_of_any_dtype_marks_the_same_tokens(config, dtype):
+    ids = torch.tensor([(config.pad_token_id, BOS, A), (BOS, A, B)])
+    mask = ids.ne(config.pad_token_id)
+    assert torch.equal(prepare_prompts(config, ids, mask.to(dtype))[1], prepare_prompts(config, ids, mask.long())[1])
+
+
+def test_prompts_are_prepared_as_the_model_inserts_the_image(config):
+    pad = config.pad_token_id
+    ids = torch.tensor([(pad, BOS, A, B), (BOS, A, B, A)])
+    mask = ids.ne(pad).long()
+    for prepared, inserted in zip(
+        prepare_prompts(config, ids, mask), insert_image_tokens(config, ids, mask)[:2], strict=True
+    ):
+        assert torch.equal(prepared, inserted)

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from ..modeling.action_decoding import ActionIdsOnly, action_pass
 from ..modeling.configuration_openvla import OpenVLAConfig
-from ..modeling.model_inputs import append_prompt_suffix
+from ..modeling.model_inputs import prepare_prompts
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from ..testing import BRIDGE_LIKE_STATS, tiny_processor, tiny_tokenizer
@@ -322,7 +322,7 @@ def _measure_batch(
         return processor(images, instruction=[instruction] * batch_size)
 
     inputs = process()
-    input_ids, mask = append_prompt_suffix(config, inputs["input_ids"], inputs["attention_mask"])
+    input_ids, mask = prepare_prompts(config, inputs["input_ids"], inputs["attention_mask"])
     inputs = {
         "input_ids": input_ids.to(device),
         "attention_mask": mask.to(device),

@@ -3,6 +3,7 @@
 Shapes: B batch, P image patches, T tokens, A action dimensions, N action bins, V vocabulary.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,15 +84,18 @@ def decode_actions(
 
 def _takes_additive_masks(model: "OpenVLAForActionPrediction", length: int) -> bool:
     """Whether every layer attends to all of `length` tokens before it, under a mask that is added."""
-    config = model.config.text_config
-    if config._attn_implementation not in MASKED_ATTENTION:
+    if model.config.text_config._attn_implementation not in MASKED_ATTENTION:
         return False
     if torch.is_autocast_enabled(model.device.type):  # keys and values of two dtypes, and a cache has one
         return False
-    return all(
-        type(layer) in (StaticLayer, StaticSlidingWindowLayer) and layer.max_cache_len == length
-        for layer in StaticCache(config, length).layers
-    )
+    return length <= model.attention_reach
+
+
+def attention_reach(text_config: PreTrainedConfig) -> int:
+    """Most tokens that every layer of a language model attends to; 0 where a layer does not keep keys and values."""
+    layers = StaticCache(text_config, sys.maxsize).layers  # takes memory in the first pass only
+    plain = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
+    return min(layer.max_cache_len for layer in layers) if plain else 0
 
 
 def _decode_by_generate(
@@ -107,8 +111,7 @@ def _decode_by_generate(
     """Decode by `generate`: sampling, beams, and attention implementations that do not take an additive mask."""
     if "position_ids" in generate_kwargs:  # of the prompt before it was padded and got its placeholders
         raise ValueError("`predict_action` makes the `position_ids` from `attention_mask`: leave them out.")
-    end_id = model.config.action_vocab_end
-    first_id = end_id - model.config.n_action_bins
+    first_id, end_id = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
     only = LogitsProcessorList([ActionIdsOnly(first_id, end_id)] if constrained else [])
     try:
         outputs = model.generate(
@@ -194,8 +197,7 @@ def action_pass(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state[:, -keep:]
-    end_id = model.config.action_vocab_end
-    first_id = end_id - model.config.n_action_bins
+    first_id, end_id = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
     head = model.lm_head
     # Rows of a plain weight are cut out before they are multiplied; an adapter, a quantised or an offloaded head
     # gives all its logits, and these are cut.
@@ -288,16 +290,17 @@ class _Decoding:
         rows, self.prompt = input_ids.shape
         slots = self.prompt + num_tokens - 1  # nothing reads the last token's
         self.capacity = -(-slots // PROMPT_BUCKET) * PROMPT_BUCKET
-        # What a tensor is made of must fit, and one that is made in inference mode can't be written outside of it.
-        self.cache_key = (rows, self.capacity, input_ids.device, model.dtype, torch.is_inference_mode_enabled())
+        # A cache fits one shape, device and dtype; outside of inference mode, tensors made in it can't be written to.
+        dtype = model.dtype
+        self.cache_key = (rows, self.capacity, input_ids.device, dtype, torch.is_inference_mode_enabled())
 
         self.slots = torch.arange(self.capacity, device=input_ids.device)
-        query = self.slots[:slots, None]
         filled = nn.functional.pad(attention_mask.bool(), (0, self.capacity - self.prompt), value=True)
-        # Padding sees itself, so that no row of the softmax is empty.
-        seen = ((self.slots <= query) & filled[:, None]) | (self.slots == query)
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
-        self.mask = mask.masked_fill_(~seen, torch.finfo(model.dtype).min).unsqueeze(1)
+        later = torch.ones(slots, self.capacity, dtype=torch.bool, device=input_ids.device).triu_(1)
+        hidden = later | ~filled[:, None]
+        hidden.diagonal(dim1=1, dim2=2).fill_(False)  # padding sees itself, so that no row of the softmax is empty
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=input_ids.device)
+        self.mask = mask.masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
         self.position_ids = (filled[:, :slots].long().cumsum(-1) - 1).clamp(min=0)
 
     def __enter__(self) -> "_Decoding":
@@ -401,5 +404,6 @@ __all__ = [
     "ActionTokens",
     "CompiledActionPass",
     "action_pass",
+    "attention_reach",
     "decode_actions",
 ]

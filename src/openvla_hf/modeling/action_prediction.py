@@ -5,6 +5,7 @@ Shapes: B batch, T tokens (image placeholders included), A action dimensions, N 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .action_decoding import (
     ActionPass,
     ActionTokens,
     CompiledActionPass,
+    attention_reach,
     decode_actions,
 )
 from .action_tokenizer import (
@@ -28,14 +30,11 @@ from .action_tokenizer import (
 )
 from .configuration_openvla import OpenVLAConfig
 from .model_inputs import (
-    append_prompt_suffix,
     as_tensor,
-    check_image_tokens,
+    check_num_images,
     check_pixel_values,
     check_prompt_length,
-    insert_image_tokens,
-    left_pad,
-    read_prompts,
+    prepare_prompts,
 )
 
 
@@ -91,10 +90,15 @@ class ActionPredictionMixin(_Base):
         """Number of action dimensions of one data set."""
         return action_dim(self.get_action_stats(unnorm_key))
 
-    @property
+    @cached_property
     def action_tokenizer(self) -> ActionTokenizer:
         """Bins <-> ids of this checkpoint."""
         return ActionTokenizer(self.config.action_vocab_end, self.config.n_action_bins)
+
+    @cached_property
+    def attention_reach(self) -> int:
+        """Most tokens that every layer of the language model attends to."""
+        return attention_reach(self.config.text_config)
 
     def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
         """Action ids (..., A) -> actions in the robot's units, float64 of the same shape."""
@@ -134,8 +138,8 @@ class ActionPredictionMixin(_Base):
             input_ids: (B, T) prompts, with or without image placeholders, padded on either side. Tensors here and
                 below may also be arrays or lists.
             pixel_values: (B, 3 * towers, H, W).
-            attention_mask: (B, T), 1 for tokens and 0 for padding, which is at the ends of a row only; all ones when
-                left out, so rows with padding need their mask.
+            attention_mask: (B, T), 1 for tokens and 0 for padding: ids of the config's `pad_token_id` at the ends of a
+                row. All ones when left out, so rows with padding need their mask.
             unnorm_key: Whose statistics turn the action into robot units; a list gives each row its own.
             stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
             constrained: Choose among the action ids only. `False` takes the best of the whole vocabulary and
@@ -152,29 +156,26 @@ class ActionPredictionMixin(_Base):
             ValueError: The statistics can't be resolved, an input is not what this model takes, or the model's output
                 is not finite.
         """
-        # 1. Whose action is it
-        input_ids, attention_mask = read_prompts(self.config, input_ids, attention_mask)
+        # 1. Inputs as the model wants them: placeholders, prompt suffix, padding on the left
+        input_ids, attention_mask = prepare_prompts(self.config, input_ids, attention_mask)
         rows = len(input_ids)
+        pixel_values = as_tensor("pixel_values", pixel_values)
+        check_pixel_values(self.config, pixel_values)
+        check_num_images(len(pixel_values), rows)
+        # 2. Whose action is it
         keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
         if len(keys) != rows:
             raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
         row_stats = [check_action_stats(stats, "`stats`")] * rows if stats is not None else self._row_stats(keys)
         dims = [action_dim(one) for one in row_stats]
-        # 2. Inputs where and how the model wants them: placeholders, prompt suffix, padding on the left
-        input_ids, attention_mask = left_pad(input_ids, attention_mask)
-        input_ids, attention_mask = append_prompt_suffix(self.config, input_ids, attention_mask)
-        input_ids, attention_mask, _ = insert_image_tokens(self.config, input_ids, attention_mask)
-        assert attention_mask is not None  # one went in
-        pixel_values = as_tensor("pixel_values", pixel_values)
-        check_pixel_values(self.config, pixel_values)
-        check_image_tokens(self.config, input_ids, len(pixel_values), attention_mask)
         check_prompt_length(self.config, attention_mask, max(dims))
         # 3. Ids of the action, one for each dimension
+        device = self.device
         tokens: ActionTokens = decode_actions(
             self,
-            input_ids.to(self.device),
-            pixel_values.to(self.device, self.dtype),
-            attention_mask.to(self.device),
+            input_ids.to(device),
+            pixel_values.to(device, self.dtype),
+            attention_mask.to(device),
             dims,
             constrained=constrained,
             draft_token_ids=draft_token_ids,

@@ -107,10 +107,14 @@ def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: {missing[0]!r} is missing, there is {', '.join(map(repr, stats)) or 'nothing'}. {again}"
         )
-    columns = {name: _listed(stats[name]) for name in (*BOUNDS, "mean", "std", "mask") if name in stats}
+    columns = {
+        name: (_truth_values if name == "mask" else _numbers)(stats[name])
+        for name in (*BOUNDS, "mean", "std", "mask")
+        if name in stats
+    }
     for name, values in columns.items():
-        kind = "truth values" if name == "mask" else "finite numbers"
-        if values is None or not all(_is_truth_value(one) if name == "mask" else _is_finite(one) for one in values):
+        if values is None:
+            kind = "truth values" if name == "mask" else "finite numbers"
             raise ValueError(f"{where}: {name!r} must be a list of {kind}, got {stats[name]!r:.120}. {again}")
         dims = len(columns["q01"] or ())
         if not values:
@@ -123,15 +127,10 @@ def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: 'std' must not be negative, got {stats[name]!r:.120}. {again}")
     for low, high in (BOUNDS[:2], BOUNDS[2:]):
         for index, (lower, upper) in enumerate(zip(columns.get(low) or (), columns.get(high) or (), strict=False)):
-            if lower > upper:
-                raise ValueError(
-                    f"{where}: {low!r} is above {high!r} in dimension {index} ({lower:g} and {upper:g}). {again}"
-                )
-            if not math.isfinite(float(upper) - float(lower)):
-                raise ValueError(
-                    f"{where}: {low!r} and {high!r} are too far apart in dimension {index} ({lower:g} and {upper:g}). "
-                    f"{again}"
-                )
+            if not 0 <= upper - lower < math.inf:
+                problem = f"is above {high!r}" if lower > upper else f"and {high!r} are too far apart"
+                problem = f"{low!r} {problem} in dimension {index} ({lower:g} and {upper:g})"
+                raise ValueError(f"{where}: {problem}. {again}")
     return stats
 
 
@@ -142,17 +141,25 @@ def _listed(values: Any) -> list[Any] | None:
     return list(values) if isinstance(values, (list, tuple)) else None
 
 
-def _is_finite(value: Any) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
+def _numbers(values: Any) -> list[float] | None:
+    """Finite numbers as floats, or `None` where `values` does not hold a list of them."""
+    values = _listed(values)
+    # The few types among them are looked at, not each value: this runs at every action.
+    if values is None or not all(issubclass(kind, Real) and kind is not bool for kind in set(map(type, values))):
+        return None
     try:
-        return math.isfinite(value)
+        numbers = list(map(float, values))
     except OverflowError:  # an integer beyond the range of floats
-        return False
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def _is_truth_value(value: Any) -> bool:
-    return isinstance(value, (bool, np.bool_)) or (isinstance(value, Real) and value in (0, 1))
+def _truth_values(values: Any) -> list[bool] | None:
+    """Truth values, also as 0 and 1, or `None` where `values` does not hold a list of them."""
+    values = _listed(values)
+    if values is None or not all(issubclass(kind, (Real, np.bool_)) for kind in set(map(type, values))):
+        return None
+    return [one == 1 for one in values] if all(one in (0, 1) for one in values) else None
 
 
 def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Inputs of the policy: checked, padded on the left, and with placeholders for the image.
+"""Inputs of the policy: checks, image placeholders, prompt suffix and padding.
 
 Shapes: B batch, P image patches, T tokens.
 """
@@ -34,79 +34,149 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
         ) from error
 
 
-def read_prompts(config: OpenVLAConfig, input_ids: Any, attention_mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check ids and mask before the embedding reads them.
+def prepare_prompts(
+    config: OpenVLAConfig, input_ids: Any, attention_mask: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check prompts, and lay them out for decoding: image after the first token, prompt suffix, padding on the left.
+
+    The ids are read once, as Python numbers on the CPU: a few hundred of them cost less there than a tensor operation
+    for each check.
 
     Args:
         config: Of the model.
-        input_ids: (B, T) integers.
+        input_ids: (B, T) integers, with or without image placeholders, padded on either side.
         attention_mask: (B, T), 1 for tokens and 0 for padding; `None` for rows without padding.
 
     Returns:
-        Both as int64 (B, T) on the CPU, where looking at values costs nothing.
+        Ids and mask, int64 on the CPU. Each row ends in `prompt_suffix_token_id`, where the config has one.
 
     Raises:
-        ValueError: The ids are not in this vocabulary, another model's processor made them, or the mask does not mark
-            one run of tokens in each row.
+        ValueError: The ids are not in this vocabulary, another model's processor made them, the mask does not mark one
+            run of tokens in each row or hides other ids than padding, or the placeholders are incomplete.
     """
-    input_ids = as_tensor("input_ids", input_ids).cpu()
+    ids = _read_ids(config, input_ids)
+    is_token = _read_mask(attention_mask, ids)
+    prompts = [_read_prompt(config, *one) for one in zip(range(len(ids)), ids, is_token, strict=True)]
+    image, suffix = [config.image_token_id] * config.num_image_tokens, config.prompt_suffix_token_id
+    has_image = _check_placeholders(image, prompts)
+    width = ids.shape[1] + (0 if has_image else len(image))
+    if suffix is not None and any(prompt[-1] != suffix for prompt in prompts):
+        width += 1
+    rows = np.full((len(prompts), width), config.pad_token_id or 0)
+    mask = np.zeros_like(rows)
+    for row, prompt in enumerate(prompts):
+        if not has_image:
+            prompt[1:1] = image
+        if suffix not in (None, prompt[-1]):
+            prompt.append(suffix)
+        rows[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return torch.from_numpy(rows), torch.from_numpy(mask)
+
+
+def _read_ids(config: OpenVLAConfig, input_ids: Any) -> np.ndarray:
+    """Ids (B, T) of the vocabulary, as int64."""
+    input_ids = as_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype not in INTEGERS:
         raise ValueError(
             f"`input_ids` must be integers of shape (batch, tokens), got {input_ids.dtype} of shape "
             f"{tuple(input_ids.shape)}."
         )
-    input_ids = input_ids.long()
-    lowest, highest = (int(one) for one in input_ids.aminmax())
-    vocab_size = config.text_config.vocab_size
+    ids = input_ids.long().cpu().numpy()
+    lowest, highest, vocab_size = ids.min(), ids.max(), config.text_config.vocab_size
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
             f"`input_ids` contains {lowest if lowest < 0 else highest}, but this model's ids end at {vocab_size - 1}: "
             "encode the prompt with the checkpoint's own processor."
         )
+    return ids
+
+
+def _read_mask(attention_mask: Any, ids: np.ndarray) -> np.ndarray:
+    """Which of the ids (B, T) are tokens, at least one in each row."""
     if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    attention_mask = as_tensor("attention_mask", attention_mask).cpu()
-    if attention_mask.shape != input_ids.shape:
+        return np.ones(ids.shape, bool)
+    mask = as_tensor("attention_mask", attention_mask)
+    if mask.shape != ids.shape:
         raise ValueError(
-            f"`attention_mask` of shape {tuple(attention_mask.shape)} does not fit `input_ids` of shape "
-            f"{tuple(input_ids.shape)}: give 1 for each token and 0 for padding."
+            f"`attention_mask` of shape {tuple(mask.shape)} does not fit `input_ids` of shape {ids.shape}: give 1 for "
+            "each token and 0 for padding."
         )
-    is_token = attention_mask == 1
-    if not bool((is_token | (attention_mask == 0)).all()):
+    # numpy does not have all of torch's types of floats.
+    mask = (mask.double() if mask.is_floating_point() else mask).detach().cpu().numpy()
+    is_token = mask == 1
+    if not (is_token | (mask == 0)).all():
         raise ValueError("`attention_mask` must be 1 for tokens and 0 for padding, got other numbers.")
-    empty = [row for row, has_tokens in enumerate(is_token.any(1).tolist()) if not has_tokens]
-    if empty:
-        raise ValueError(f"`attention_mask` is 0 everywhere in row {empty[0]}: mark its tokens with 1.")
-    for row, (ids, mask) in enumerate(zip(input_ids, is_token, strict=True)):
-        _check_prompt(config, row, ids, mask)
-    return input_ids, is_token.long()
+    if not is_token.any(1).all():
+        raise ValueError(
+            f"`attention_mask` is 0 everywhere in row {is_token.any(1).argmin()}: mark its tokens with 1."
+        )
+    return is_token
 
 
-def _check_prompt(config: OpenVLAConfig, row: int, input_ids: torch.Tensor, is_token: torch.Tensor) -> None:
-    """Check which of the ids (T,) are tokens, and that no placeholder of another model is among them."""
-    positions = is_token.nonzero().squeeze(1)
-    if int(positions[-1] - positions[0]) + 1 != len(positions):
+def _read_prompt(config: OpenVLAConfig, row: int, ids: np.ndarray, is_token: np.ndarray) -> list[int]:
+    """The tokens among the ids (T,) of a row, if the mask hides all padding and nothing else."""
+    pad, bos = config.pad_token_id, config.text_config.bos_token_id
+    positions = is_token.nonzero()[0]
+    first, last = int(positions[0]), int(positions[-1])
+    if last - first + 1 != len(positions):
         raise ValueError(
             f"`attention_mask` hides tokens in the middle of row {row}: set 0 only for padding, at the ends of a row."
         )
-    prompt = input_ids[is_token].tolist()
-    bos, pad = config.text_config.bos_token_id, config.pad_token_id
-    if pad not in (None, bos):  # one id for both says nothing about what a row begins with
-        if pad in (prompt[0], prompt[-1]):
+    prompt = ids.tolist()
+    hidden = prompt[:first] + prompt[last + 1 :]
+    prompt = prompt[first : last + 1]
+    # One id for BOS and padding says nothing about what a row begins with.
+    if pad not in (None, bos) and pad in (prompt[0], prompt[-1]):
+        raise ValueError(
+            f"Row {row} of `input_ids` contains padding (id {pad}) that `attention_mask` does not hide: pass the "
+            "processor's `attention_mask` with its `input_ids`."
+        )
+    if pad is not None and (text := [one for one in hidden if one != pad]):
+        raise ValueError(
+            f"`attention_mask` hides id {text[0]} of row {row}, which is not padding (id {pad}): set 0 only for "
+            "padding."
+        )
+    return prompt
+
+
+def _check_placeholders(image: list[int], prompts: list[list[int]]) -> bool:
+    """Whether the prompts hold the image's placeholders, all of them right after the first token, or none."""
+    counts = [prompt.count(image[0]) for prompt in prompts]
+    if not any(counts):
+        for row, prompt in enumerate(prompts):
+            _refuse_other_placeholders(image, row, prompt)
+        return False
+    for row, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+        _check_image_count(image, row, count)
+        if image not in (prompt[: len(image)], prompt[1 : len(image) + 1]):
+            raise ValueError(_scattered(row))
+    return True
+
+
+def _refuse_other_placeholders(image: list[int], row: int, prompt: list[int]) -> None:
+    """`ValueError` where another id stands where a processor puts placeholders: after BOS, or first without BOS."""
+    for other in (prompt[: len(image)], prompt[1 : len(image) + 1]):
+        if len(other) == len(image) > 1 and len(set(other)) == 1:
             raise ValueError(
-                f"Row {row} of `input_ids` contains padding (id {pad}) that `attention_mask` does not hide: pass the "
-                "processor's `attention_mask` with its `input_ids`."
+                f"Row {row} of `input_ids` holds {other[0]} where this model's image placeholder is {image[0]}: use "
+                "the checkpoint's own processor."
             )
-        if bos in input_ids[~is_token].tolist():
-            raise ValueError(f"`attention_mask` hides the BOS token (id {bos}) of row {row}: set 0 only for padding.")
-    # A processor puts the placeholders after BOS, or first where its tokenizer gives no BOS.
-    patches = config.num_image_tokens
-    for image in (prompt[:patches], prompt[1 : patches + 1]):
-        if len(image) == patches > 1 and len(set(image)) == 1 and image[0] != config.image_token_id:
-            raise ValueError(
-                f"Row {row} of `input_ids` holds {image[0]} where this model's image placeholder is "
-                f"{config.image_token_id}: use the checkpoint's own processor."
-            )
+
+
+def _check_image_count(image: list[int], row: int, count: int) -> None:
+    if count != len(image):
+        raise ValueError(
+            f"Every row of `input_ids` must hold {len(image)} image placeholders (id {image[0]}), or all rows none: "
+            f"row {row} holds {count}."
+        )
+
+
+def _scattered(row: int) -> str:
+    return (
+        f"The image placeholders of row {row} of `input_ids` are not side by side after the first token: use the "
+        "inputs as the processor gives them."
+    )
 
 
 def check_prompt_length(config: OpenVLAConfig, attention_mask: torch.Tensor, num_new_tokens: int) -> None:
@@ -117,8 +187,8 @@ def check_prompt_length(config: OpenVLAConfig, attention_mask: torch.Tensor, num
     """
     # Language models without a table or a range of positions have no such field.
     limit = getattr(config.text_config, "max_position_embeddings", None)
-    longest = int(attention_mask.sum(1).max())
-    if limit is not None and longest + num_new_tokens - 1 > limit:  # the last token is not read
+    room = attention_mask.shape[1] if limit is None else limit - num_new_tokens + 1  # the last token is not read
+    if attention_mask.shape[1] > room and (longest := int(attention_mask.sum(1).max())) > room:
         raise ValueError(
             f"A prompt of {longest} tokens, image included, and {num_new_tokens} new tokens exceed the {limit} "
             "positions of this language model: shorten the instruction."
@@ -131,51 +201,37 @@ def check_pixel_values(config: OpenVLAConfig, pixel_values: torch.Tensor) -> Non
     Raises:
         ValueError: The number of channels, the height or the width is another.
     """
-    for tower in config.vision_configs:
-        shape = (3 * len(config.vision_configs), tower.image_size, tower.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != shape or not pixel_values.is_floating_point():
+    towers = config.vision_configs
+    for side in {tower.image_size for tower in towers}:
+        if pixel_values.shape[1:] != (3 * len(towers), side, side) or not pixel_values.is_floating_point():
             raise ValueError(
-                f"`pixel_values` must be floating-point numbers of shape (batch, {', '.join(map(str, shape))}), got "
-                f"{tuple(pixel_values.shape)} of {pixel_values.dtype}: make them with this checkpoint's own processor."
+                f"`pixel_values` must be floating-point numbers of shape (batch, {3 * len(towers)}, {side}, {side}), "
+                f"got {tuple(pixel_values.shape)} of {pixel_values.dtype}: make them with this checkpoint's own "
+                "processor."
             )
 
 
-def check_image_tokens(
-    config: OpenVLAConfig, input_ids: torch.Tensor, num_images: int, attention_mask: torch.Tensor | None = None
-) -> None:
+def check_num_images(num_images: int, num_prompts: int) -> None:
+    """`ValueError` where images and prompts differ in number."""
+    if num_images != num_prompts:
+        raise ValueError(f"Got {num_images} images for {num_prompts} prompts: give one image with each prompt.")
+
+
+def check_image_tokens(config: OpenVLAConfig, input_ids: torch.Tensor, num_images: int) -> None:
     """Check that each row (B, T) has an image and its placeholders side by side.
 
-    Args:
-        config: Of the model.
-        input_ids: (B, T) with placeholders.
-        num_images: How many images come with them.
-        attention_mask: (B, T); with it, the placeholders must also follow the first token, and those that it hides
-            do not count.
-
     Raises:
-        ValueError: Images and rows differ in number, a row does not hold a placeholder for each patch, or other tokens
-            are between or before them.
+        ValueError: Images and rows differ in number, or a row does not hold a placeholder for each patch, all side by
+            side.
     """
-    if num_images != len(input_ids):
-        raise ValueError(f"Got {num_images} images for {len(input_ids)} prompts: give one image with each prompt.")
-    is_image = input_ids == config.image_token_id
-    before = torch.zeros_like(is_image)
-    if attention_mask is not None:
-        is_image = is_image & (attention_mask == 1)
-        before = (is_image.cumsum(1) == 0) & (attention_mask == 1)
+    check_num_images(num_images, len(input_ids))
+    image = [config.image_token_id] * config.num_image_tokens
+    is_image = input_ids == image[0]
     begins = is_image & ~torch.nn.functional.pad(is_image[:, :-1], (1, 0))
-    counts = torch.stack([is_image.sum(1), begins.sum(1), before.sum(1)], dim=1)
-    for row, (count, runs, before_image) in enumerate(counts.tolist()):
-        if count != config.num_image_tokens:
-            raise ValueError(
-                f"Every row of `input_ids` must hold {config.num_image_tokens} image placeholders (id "
-                f"{config.image_token_id}), or all rows none: row {row} holds {count}."
-            )
-        if runs > 1 or before_image > 1:
-            raise ValueError(
-                f"The image placeholders of row {row} of `input_ids` are not side by side after the first token: use "
-                "the inputs as the processor gives them."
-            )
+    for row, (count, runs) in enumerate(torch.stack([is_image.sum(1), begins.sum(1)], dim=1).tolist()):
+        _check_image_count(image, row, count)
+        if runs > 1:
+            raise ValueError(_scattered(row))
 
 
 def insert_image_tokens(
@@ -205,39 +261,12 @@ def insert_image_tokens(
     return grow(input_ids, config.image_token_id), grow(attention_mask, 1), grow(labels, -100)
 
 
-def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move padding on the right of (B, T) rows to their left, so that every row ends in its last token."""
-    trailing = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)
-    source = (torch.arange(input_ids.shape[1], device=input_ids.device) - trailing) % input_ids.shape[1]
-    return input_ids.gather(1, source), attention_mask.gather(1, source)
-
-
-def append_prompt_suffix(
-    config: OpenVLAConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """End every left-padded row (B, T) in the id that precedes an action; rows that do already are padded."""
-    suffix = config.prompt_suffix_token_id
-    if suffix is None:
-        return input_ids, attention_mask
-    lacking = input_ids[:, -1] != suffix
-    if not bool(lacking.any()):
-        return input_ids, attention_mask
-
-    def grow(tensor: torch.Tensor, pad: int | None, value: int) -> torch.Tensor:
-        appended = torch.nn.functional.pad(tensor, (0, 1), value=value)
-        padded = torch.nn.functional.pad(tensor, (1, 0), value=pad)
-        return torch.where(lacking.unsqueeze(1), appended, padded)
-
-    return grow(input_ids, config.pad_token_id, suffix), grow(attention_mask, 0, 1)
-
-
 __all__ = [
-    "append_prompt_suffix",
     "as_tensor",
     "check_image_tokens",
+    "check_num_images",
     "check_pixel_values",
     "check_prompt_length",
     "insert_image_tokens",
-    "left_pad",
-    "read_prompts",
+    "prepare_prompts",
 ]
