@@ -337,8 +337,8 @@ def _measure_batch(
 
     progress(f"batch of {batch_size}: memory and tokens")
     peak_bytes = peak_memory(predict, device)
-    last_id = config.action_vocab_end
-    only_actions = LogitsProcessorList([ActionIdsOnly(last_id - config.n_action_bins, last_id)])
+    action_ids = model.action_tokenizer
+    only_actions = LogitsProcessorList([ActionIdsOnly(action_ids.first_id, action_ids.vocab_end)])
     generated = generate(logits_processor=only_actions)[:, -steps:].cpu().numpy()
     draft = predict(return_details=True).token_ids
 
