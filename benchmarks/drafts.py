@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList
 
 from openvla_hf.cli.common import default_model, load
 from openvla_hf.modeling.action_decoding import ActionIdsOnly
-from openvla_hf.modeling.model_inputs import append_prompt_suffix
+from openvla_hf.modeling.model_inputs import prepare_prompts
 from openvla_hf.tabletop.env import TabletopEnv
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED
 
@@ -31,7 +31,7 @@ from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED
 def generate(model: Any, inputs: Any, steps: int) -> np.ndarray:
     """Greedy action ids (1, steps) by `generate`."""
     end_id = model.config.action_vocab_end
-    input_ids, mask = append_prompt_suffix(model.config, inputs["input_ids"], inputs["attention_mask"])
+    input_ids, mask = prepare_prompts(model.config, inputs["input_ids"], inputs["attention_mask"])
     ids = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=mask.to(model.device),

@@ -131,8 +131,9 @@ def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
     """A random image and a random prompt, always the same."""
     generator = torch.Generator().manual_seed(0)
     size, channels = model.config.vision_config.image_size, 3 * len(model.config.vision_configs)
+    input_ids = torch.randint(3, model.action_tokenizer.first_id, (1, PROBE_TOKENS), generator=generator)
     return {
-        "input_ids": torch.randint(3, model.action_tokenizer.first_id, (1, PROBE_TOKENS), generator=generator).to(model.device),
+        "input_ids": input_ids.to(model.device),
         "pixel_values": torch.randn(1, channels, size, size, generator=generator).to(model.device, model.dtype),
     }
 
