@@ -122,6 +122,53 @@ def test_all_call_forms_are_equal(processor, images):
             assert torch.equal(other[key], value)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "max_length", "max_length": 300},
+        {"padding": False, "return_tensors": None},
+        {"truncation": True, "max_length": 260, "return_tensors": "np"},
+    ],
+)
+def test_options_may_be_in_text_kwargs_as_in_other_processors(processor, images, options):
+    flat = processor(images[0], instruction="open the drawer", **options)
+    grouped = processor(images[0], instruction="open the drawer", text_kwargs=options)
+    assert type(flat["input_ids"]) is type(grouped["input_ids"])
+    assert np.array_equal(np.asarray(flat["input_ids"]), np.asarray(grouped["input_ids"]))
+
+
+def test_placeholders_can_be_told_from_text(processor, images):
+    inputs = processor(images, instruction=["open", "red block", "up"], return_mm_token_type_ids=True)
+    assert torch.equal(inputs["mm_token_type_ids"], (inputs["input_ids"] == processor.image_token_id).long())
+    multiple = processor(images[0], instruction="open", pad_to_multiple_of=64, padding_side="right")["input_ids"][0]
+    assert (len(multiple) % 64, int(multiple[0])) == (0, processor.tokenizer.bos_token_id)
+
+
+def test_engines_learn_the_number_of_placeholders_before_a_call(processor, images):
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(480, 640), (224, 224)])
+    rows = processor(images[:2], instruction="open")["input_ids"]
+    assert counted.num_image_tokens == (rows == processor.image_token_id).sum(1).tolist()
+    assert counted.num_image_patches == [1, 1]
+    assert processor._get_num_multimodal_tokens().num_image_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"paddding": True}, TypeError, "no option 'paddding' here: give one of padding, truncation"),
+        ({"text_kwargs": {"size": 3}}, TypeError, "no option 'size' here"),
+        ({"images_kwargs": {"size": 3}}, TypeError, "no option 'size' here: give one of return_tensors"),
+        ({"videos_kwargs": {}}, TypeError, "no option 'videos_kwargs' here"),
+        ({"text_kwargs": 3}, TypeError, "must be a dictionary, got 3"),
+        ({"return_tensors": "tf"}, ValueError, "must be 'pt', 'np' or None, got 'tf'"),
+        ({"padding": "all"}, ValueError, "`padding` must be True, False or 'max_length', got 'all'"),
+    ],
+)
+def test_options_that_the_processor_does_not_have(processor, images, options, error, message):
+    with pytest.raises(error, match=message):
+        processor(images[0], instruction="open", **options)
+
+
 def test_paths_as_images(processor, images, tmp_path):
     path = str(tmp_path / "image.png")
     images[1].save(path)

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import ImageInput
-from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, TensorType
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from .image_processing_openvla import OpenVLAImageProcessor, find_file, select_hub_kwargs
 
@@ -24,6 +25,25 @@ VICUNA_PROMPT = (
 
 # The first row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
 IMAGE_TOKEN_ID = 32001
+
+
+class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Options of a call, flat or in `text_kwargs` and `images_kwargs`, and their defaults."""
+
+    _defaults = {  # noqa: RUF012
+        "text_kwargs": {"padding": True, "truncation": False},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+# Those of `ProcessingKwargs` that a call takes.
+TEXT_OPTIONS = (
+    "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors",
+    "return_mm_token_type_ids",
+)  # fmt: skip
+IMAGE_OPTIONS = ("return_tensors",)
+PADDING = (True, False, "longest", "max_length", "do_not_pad")
+RETURN_TYPES = ("pt", "np", None)
 
 
 class OpenVLAProcessor(ProcessorMixin):
@@ -86,11 +106,8 @@ class OpenVLAProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: str | Sequence[str] | None = None,
         instruction: str | Sequence[str] | None = None,
-        padding: bool | str = True,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | TensorType | None = "pt",
         add_image_tokens: bool = True,
+        **kwargs: Unpack[OpenVLAProcessorKwargs],
     ) -> BatchFeature:
         """Prepares a batch of one image and one text each.
 
@@ -101,11 +118,15 @@ class OpenVLAProcessor(ProcessorMixin):
             text: whole prompts, taken as they are. A text without the prompt template's words gives a warning.
             instruction: what the robot is to do, put into the prompt template. One str serves a whole batch. A final
                 full stop gives a warning unless `strip_full_stop` is set.
-            padding: `True` to the longest, `"max_length"`, or `False`.
-            truncation: whether the end of a prompt that is longer than `max_length` is cut off.
-            max_length: tokens of a row with its placeholders; the tokenizer's limit by default.
-            return_tensors: "pt", "np" or `None` for lists.
             add_image_tokens: whether to put the placeholders in; without them the model inserts the images.
+            **kwargs: options, flat or in `text_kwargs`, as in other processors of transformers:
+
+                - padding: `True` (the default) to the longest, `"max_length"`, or `False`.
+                - truncation: whether the end of a prompt that is longer than `max_length` is cut off.
+                - max_length: tokens of a row with its placeholders; the tokenizer's limit by default.
+                - pad_to_multiple_of, padding_side: as in the tokenizer's `pad`.
+                - return_tensors: "pt" (the default), "np" or `None` for lists.
+                - return_mm_token_type_ids: whether to add `mm_token_type_ids`, 1 for placeholders and 0 for text.
 
         Returns:
             `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3 * towers, height, width).
@@ -115,6 +136,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 `instruction`, or a text holds a placeholder for the image beside those that are put in.
             TypeError: too many or wrong arguments.
         """
+        text_kwargs, images_kwargs = self._read_options(**kwargs)
         images, text = self._sort_arguments(args, images, text, instruction)
         if instruction is None and not all(map(self._follows_template, as_list(text))):
             warnings.warn(
@@ -130,7 +152,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 "without one. Leave it out, or set `strip_full_stop=True` for this processor.",
                 stacklevel=2,
             )
-        pixel_values = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
+        pixel_values = self.image_processor(images, **images_kwargs)["pixel_values"]
         batch_size = len(pixel_values)
         prompts = as_list(text) * batch_size if isinstance(text, str) else as_list(text)
         if len(prompts) != batch_size:
@@ -145,7 +167,8 @@ class OpenVLAProcessor(ProcessorMixin):
                 f"The text contains {self.image_token!r}, which this tokenizer reads as a placeholder of the image. "
                 "Leave it out: the processor puts the image's placeholders in."
             )
-        if truncation:
+        max_length = text_kwargs.get("max_length")
+        if text_kwargs["truncation"]:
             room = (max_length or self.tokenizer.model_max_length) - len(placeholders)
             if room < 1:
                 raise ValueError(
@@ -153,12 +176,52 @@ class OpenVLAProcessor(ProcessorMixin):
                 )
             rows = [row[:room] for row in rows]
         rows = [self._insert(placeholders, row) for row in rows]
+        padding = text_kwargs["padding"]
         text_inputs = self.tokenizer.pad(
             {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
             padding=padding,
             max_length=max_length if padding == "max_length" else None,
+            pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
+            padding_side=text_kwargs.get("padding_side"),
         )
-        return BatchFeature({**text_inputs, "pixel_values": pixel_values}, tensor_type=return_tensors)
+        if text_kwargs.get("return_mm_token_type_ids"):
+            text_inputs["mm_token_type_ids"] = [
+                [int(one == self.image_token_id) for one in row] for row in text_inputs["input_ids"]
+            ]
+        return BatchFeature(
+            {**text_inputs, "pixel_values": pixel_values}, tensor_type=text_kwargs.get("return_tensors")
+        )
+
+    def _read_options(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of a call for the text and for the images."""
+        groups = {"text_kwargs": TEXT_OPTIONS, "images_kwargs": IMAGE_OPTIONS, "common_kwargs": IMAGE_OPTIONS}
+        given = [(kwargs.get(name, {}), known) for name, known in groups.items()]
+        given.append(({name: value for name, value in kwargs.items() if name not in groups}, TEXT_OPTIONS))
+        for options, known in given:  # transformers would only warn of those that it does not know
+            if not isinstance(options, dict):
+                raise TypeError(f"Options of the processor must be a dictionary, got {options!r:.80}.")
+            if unknown := sorted({*options} - {*known}):
+                raise TypeError(f"The processor has no option {unknown[0]!r} here: give one of {', '.join(known)}.")
+            if options.get("return_tensors") not in RETURN_TYPES:
+                raise ValueError(
+                    f"`return_tensors` must be 'pt', 'np' or None, got {options['return_tensors']!r:.80}."
+                )
+            if options.get("padding", True) not in PADDING:
+                raise ValueError(f"`padding` must be True, False or 'max_length', got {options['padding']!r:.80}.")
+        merged = self._merge_kwargs(OpenVLAProcessorKwargs, **kwargs)
+        return merged["text_kwargs"], merged["images_kwargs"]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Counts the placeholders of images (height, width), for engines that plan their memory before a call.
+
+        Every image is resized to one size, and so has as many placeholders as any other.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     def build_prompt(self, instruction: str) -> str:
         """Fills the prompt template, for prediction and training alike.
