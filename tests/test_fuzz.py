@@ -351,7 +351,7 @@ def bad_processor_calls(draw, model, processor, folder):
 
 def bad_ids(draw, model, inputs):
     ids = inputs["input_ids"]
-    kind = pick(draw, ["range", "dtype", "shape", "few", "many", "type", "long", "placeholder"])
+    kind = pick(draw, ["range", "dtype", "shape", "few", "many", "type", "long", "placeholder", "padding"])
     event(f"ids: {kind}")
     if kind == "range":
         ids = ids.clone()
@@ -362,6 +362,11 @@ def bad_ids(draw, model, inputs):
         ids = pick(draw, [ids[0], ids[None], ids[:, :0], ids[:0], ids[0, 0]])
     elif kind == "type":
         ids = pick(draw, [None, "open", ["open"], 3, {}, [[1, 2], [3]], [[None]], np.array("open")])
+    elif kind == "padding":
+        count, pad = draw(st.integers(1, 20)), model.config.pad_token_id
+        padded = [torch.nn.functional.pad(ids, sides, value=pad) for sides in ((count, 0), (0, count))]
+        ids = pick(draw, padded)
+        return inputs | {"input_ids": ids, "attention_mask": pick(draw, [None, torch.ones_like(ids)])}
     elif kind == "placeholder":
         other = draw(st.integers(0, model.config.text_config.vocab_size - 1))
         assume(other != model.config.image_token_id)
@@ -403,11 +408,13 @@ def bad_pixels(draw, model, inputs):
 def bad_masks(draw, model, inputs):
     mask = inputs["attention_mask"]
     hiding = mask.masked_fill(inputs["input_ids"] == model.config.image_token_id, 0)
+    end = mask.clone()
+    end[-1, -draw(st.integers(1, mask.shape[1] - 1)) :] = 0
     additive = torch.zeros(mask.shape).masked_fill(mask == 0, torch.finfo(torch.float32).min)
     others = [
         torch.zeros_like(mask), mask[:, 1:], mask[:, :-20], torch.cat([mask, mask], 1), mask[0], mask[None],
-        mask[:, None, None], mask * 2, mask - 1, mask.float() + 0.5, mask.float() * np.nan, additive, hiding, "mask",
-        3, torch.cat([mask[:-1], torch.zeros_like(mask[-1:])]), torch.cat([mask, mask]), {}, [[1], [1, 1]],
+        mask[:, None, None], mask * 2, mask - 1, mask.float() + 0.5, mask.float() * np.nan, additive, hiding, end,
+        "mask", 3, torch.cat([mask[:-1], torch.zeros_like(mask[-1:])]), torch.cat([mask, mask]), {}, [[1], [1, 1]],
     ]  # fmt: skip
     return inputs | {"attention_mask": pick(draw, others)}
 
@@ -420,6 +427,10 @@ def bad_stats(draw):
     damaged = [BRIDGE_LIKE_STATS | {name: pick(draw, whole)}]
     damaged.append({key: value for key, value in BRIDGE_LIKE_STATS.items() if key not in ("q01", name)})
     damaged.append(BRIDGE_LIKE_STATS | {"q01": BRIDGE_LIKE_STATS["q99"], "q99": BRIDGE_LIKE_STATS["q01"]})
+    low, high = pick(draw, [("q01", "q99"), ("min", "max")])
+    widest = pick(draw, [1.7e308, float(np.finfo(np.float64).max), 10**308])  # finite bounds, an infinite range
+    damaged.append(BRIDGE_LIKE_STATS | {low: [-widest] * 7, high: [widest] * 7})
+    damaged.append(BRIDGE_LIKE_STATS | {high: [*values[:-1], pick(draw, [np.inf, -np.inf, 10**400])]})
     return pick(draw, [*damaged, {}, [], "stats", 3])
 
 

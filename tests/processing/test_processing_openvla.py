@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
-from openvla_hf.processing import OpenVLAImageProcessor, OpenVLAProcessor, register_processing
+from openvla_hf.processing import OpenVLAImageProcessor, OpenVLAProcessor
 from openvla_hf.processing.processing_openvla import (
     IMAGE_TOKEN_ID,
     PURE_PROMPT,
@@ -403,7 +403,6 @@ def test_a_remote_copy_and_the_installed_one_live_together(processor, images, tm
     saved = tmp_path / "saved"
     processor.save_pretrained(saved)
     remote_class = get_class_from_dynamic_module("processing_openvla.OpenVLAProcessor", str(saved))
-    register_processing(OpenVLAConfig)
     assert remote_class is not OpenVLAProcessor
     assert type(AutoProcessor.from_pretrained(saved, trust_remote_code=True)) is OpenVLAProcessor
     expected = processor(images[0], instruction="open")
