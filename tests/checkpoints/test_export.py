@@ -8,7 +8,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.checkpoints.describe import describe
-from openvla_hf.checkpoints.export import PUBLISHED_CODE, export, published_image_processor, published_state_dict
+from openvla_hf.checkpoints.export import (
+    PUBLISHED_CODE,
+    export,
+    published_config,
+    published_image_processor,
+    published_state_dict,
+)
 from openvla_hf.modeling import configuration_openvla
 from openvla_hf.modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -175,6 +181,16 @@ def test_image_processors_come_back(fields):
     processor = OpenVLAImageProcessor(**fields)
     again = OpenVLAImageProcessor.from_dict(published_image_processor(processor))
     assert again.to_dict() == processor.to_dict()
+
+
+def test_what_only_the_evaluation_script_applies_is_told(recorded, tiny_towers):
+    record = recorded("fused-224")
+    tiny_towers(record)
+    processor = AutoProcessor.from_pretrained(record.checkpoint, resample="lanczos3", center_crop_area=0.9)
+    with pytest.warns(UserWarning, match="The published layout does not hold") as warned:
+        published_config(record.load(), processor)
+    assert [str(warning.message).split("`")[1] for warning in warned] == ["--center_crop True", "resample='lanczos3'"]
+    assert published_image_processor(processor.image_processor)["interpolations"] == ["bicubic", "bicubic"]
 
 
 def test_what_the_original_cannot_express_is_refused(tiny, tmp_path):

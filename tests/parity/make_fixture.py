@@ -32,6 +32,8 @@ PROCESSOR_IMAGES = {
     "letterbox-fused": [4],
     "resize-naive-siglip": [5],
 }
+# Images of TensorFlow's resizing: one shrinks in height and grows in width, one grows in both.
+EVALUATION_IMAGES = (3, 4)
 PREDICTION = ("image", "prompt", "unnorm_key", "appended_29871", "n_steps", "action_token_ids")
 
 
@@ -45,6 +47,7 @@ def main(golden: Path, target: Path = KEPT) -> None:
     keep_shards(golden, target / "sharded")
     keep_adapter(golden / "lora", target / "lora", columns_of(target / BASE))
     keep_images(golden / "image-processor", target / "image-processor")
+    keep_evaluation_images(golden / "oft-image" / "images", target / "oft-image" / "images")
     keep_actions(golden, target)
 
 
@@ -153,6 +156,14 @@ def keep_images(source: Path, target: Path) -> None:
             kept[f"{variant}.{index}"] = tensors[f"{variant}.{index}"][:, ::STRIDE, ::STRIDE]
     write(kept, target / "expected.safetensors")
     write_json(cases, target / "cases.json")
+
+
+def keep_evaluation_images(source: Path, target: Path) -> None:
+    """Keep images before and after the resize and the centre crop of the original's evaluation."""
+    target.mkdir(parents=True, exist_ok=True)
+    for index in EVALUATION_IMAGES:
+        for name in ("jpeg", "resized", "resized_cropped"):
+            shutil.copyfile(source / f"{index}.{name}.png", target / f"{index}.{name}.png")
 
 
 def keep_actions(golden: Path, target: Path) -> None:

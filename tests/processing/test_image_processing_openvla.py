@@ -403,6 +403,7 @@ def test_a_url_without_an_image_is_an_error(processor, web):
         ({"image_resize_strategy": "stretch"}, "is none of"),
         ({"size": {"shortest_edge": 224}}, "height and a width"),
         ({"center_crop_area": 0.0}, r"fraction in \(0, 1\]"),
+        ({"resample": "lanczos"}, "resample='lanczos' is not a filter: pass one of PIL's or 'lanczos3'"),
         ({"image_mean": [0.5, 0.5, 0.5]}, "for 1 towers, image_std for 2"),
         ({"image_resize_strategy": "letterbox", "size": (224, 320)}, "square"),
     ],
@@ -413,16 +414,42 @@ def test_bad_fields(fields, message):
 
 
 def test_centre_crop_keeps_the_fraction_of_the_area(images):
-    # On a ramp the crop is exact: pixel i samples 111.5 (1 - s) + s i of the old ones, s the side that stays.
+    # On a ramp, pixel i samples 111.5 (1 - s) + s i of the old ones, where s is the side that stays. The result is
+    # truncated after a scale of 255.5 / 255, as TensorFlow does.
     ramp = Image.fromarray(np.repeat(np.tile(np.arange(224, dtype=np.uint8), (224, 1))[..., None], 3, -1))
     processor = OpenVLAImageProcessor(image_mean=[0.0] * 3, image_std=[1.0] * 3, center_crop_area=0.81)
     levels = processor(ramp)["pixel_values"][0, 0] * 255
     expected = 111.5 * (1 - 0.9) + 0.9 * torch.arange(224.0)
-    assert (levels - expected).abs().max() <= 0.51
+    assert (levels - (expected * 255.5 / 255).floor()).abs().max() < 1e-3
     whole = OpenVLAImageProcessor(center_crop_area=1.0)(images[0])["pixel_values"]
     assert torch.equal(whole, OpenVLAImageProcessor()(images[0])["pixel_values"])
 
 
-def test_centre_crop_is_set_at_load(tmp_path):
+@pytest.mark.parametrize("index", [3, 4])
+def test_resize_and_centre_crop_of_the_evaluation_are_the_originals(recordings, index):
+    folder = recordings("oft-image") / "images"
+    camera, resized, cropped = (
+        np.asarray(Image.open(folder / f"{index}.{name}.png")) for name in ("jpeg", "resized", "resized_cropped")
+    )
+    for area, expected in ((None, resized), (0.9, cropped)):
+        processor = OpenVLAImageProcessor(resample="lanczos3", center_crop_area=area)
+        np.testing.assert_array_equal(np.asarray(processor.resize(Image.fromarray(camera))), expected)
+    crop = OpenVLAImageProcessor(center_crop_area=0.9)
+    np.testing.assert_array_equal(np.asarray(crop.resize(Image.fromarray(resized))), cropped)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (2000, 3)])
+def test_any_size_is_resized_by_lanczos3(size):
+    image = Image.new("RGB", size, (10, 200, 30))
+    resized = OpenVLAImageProcessor(resample="lanczos3", size=32, center_crop_area=0.5).resize(image)
+    assert resized.size == (32, 32)
+    assert {color for _, color in resized.getcolors()} == {(10, 200, 30)}
+
+
+def test_the_filter_and_the_centre_crop_are_set_at_load(tmp_path):
     OpenVLAImageProcessor().save_pretrained(tmp_path)
-    assert OpenVLAImageProcessor.from_pretrained(tmp_path, center_crop_area=0.9).center_crop_area == 0.9
+    loaded = OpenVLAImageProcessor.from_pretrained(tmp_path, center_crop_area=0.9, resample="lanczos3")
+    assert (loaded.center_crop_area, loaded.resample) == (0.9, "lanczos3")
+    loaded.save_pretrained(tmp_path)
+    again = AutoImageProcessor.from_pretrained(tmp_path)
+    assert (again.center_crop_area, again.resample) == (0.9, "lanczos3")

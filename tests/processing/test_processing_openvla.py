@@ -377,6 +377,7 @@ def test_round_trip(tokenizer, images, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "image_processing_openvla.py",
+        "image_resizing.py",
         "processing_openvla.py",
     }
     expected = processor(images, instruction=["Red", "open", "up."])

@@ -23,7 +23,7 @@ from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
 from ..modeling.folder_writing import written_whole
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
-from ..processing.image_processing_openvla import OpenVLAImageProcessor
+from ..processing.image_processing_openvla import LANCZOS3, OpenVLAImageProcessor
 from ..processing.processing_openvla import PURE_PROMPT, VICUNA_PROMPT, OpenVLAProcessor
 from .describe import describe, refuse_adapter
 
@@ -222,6 +222,12 @@ def published_config(model: OpenVLAForActionPrediction, processor: OpenVLAProces
             "original's evaluation scripts (`--center_crop True`).",
             stacklevel=3,
         )
+    if image_processor.resample == LANCZOS3:
+        warnings.warn(
+            "The published layout does not hold `resample='lanczos3'`, so it says bicubic. The original's evaluation "
+            "scripts resize with Lanczos-3 by themselves.",
+            stacklevel=3,
+        )
     backbone_id = _vision_backbone_id(config)
     fused = config.fused_vision_config is not None
     towers = config.vision_configs
@@ -285,9 +291,11 @@ def published_image_processor(image_processor: OpenVLAImageProcessor) -> dict[st
     towers = len(image_processor.image_mean)
     strategy = image_processor.image_resize_strategy
     letterbox = strategy == "letterbox"
+    resample = image_processor.resample
+    resample = Image.Resampling.BICUBIC if isinstance(resample, str) else Image.Resampling(resample)
     resize = {
         "antialias": True,
-        "interpolation": image_processor.resample,
+        "interpolation": int(resample),
         "max_size": None,
         "size": [height, width] if strategy == "resize-naive" else height,
     }
@@ -300,7 +308,7 @@ def published_image_processor(image_processor: OpenVLAImageProcessor) -> dict[st
         "image_processor_type": "PrismaticImageProcessor",
         "image_resize_strategy": strategy,
         "input_sizes": [[3, height, width]] * towers,
-        "interpolations": [Image.Resampling(image_processor.resample).name.lower()] * towers,
+        "interpolations": [resample.name.lower()] * towers,
         "means": image_processor.image_mean,
         "processor_class": "PrismaticProcessor",
         "stds": image_processor.image_std,

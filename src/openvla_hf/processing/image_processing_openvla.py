@@ -24,8 +24,12 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import PROCESSOR_NAME, TensorType, cached_file, try_to_load_from_cache
 from transformers.utils.hub import LocalEntryNotFoundError, httpx, is_offline_mode
 
+from .image_resizing import center_crop, resize_lanczos3
+
 
 ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
+# The value of `resample` for the filter of `image_resizing`.
+LANCZOS3 = "lanczos3"
 
 # The released statistics of DINOv2 are rounded to bfloat16; the model was trained with them as they are.
 DINOV2_MEAN, DINOV2_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
@@ -62,6 +66,7 @@ class OpenVLAImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     image_resize_strategy: ResizeStrategy
     letterbox_fill: Sequence[int]
     center_crop_area: float | None
+    resample: int | str | None
 
 
 class OpenVLAImageProcessor(BaseImageProcessor):
@@ -75,7 +80,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         size: height and width of the result in pixels (int, (height, width) or dict).
         image_mean: one list of three for each tower, in the order of the channels; a flat list is one tower.
         image_std: likewise.
-        resample: PIL's resampling filter.
+        resample: PIL's resampling filter, or "lanczos3" for TensorFlow's, which resizes the images of the original's
+            training and of its evaluation in simulators.
         letterbox_fill: RGB levels (0..255) of the padding.
         center_crop_area: fraction of the area that a centre crop keeps before it is scaled back to `size`.
             Set it (0.9) to evaluate a model that was trained with random crops.
@@ -93,7 +99,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         size: int | Sequence[int] | dict[str, int] = 224,
         image_mean: Sequence[float] | Sequence[Sequence[float]] = (DINOV2_MEAN, SIGLIP_MEAN),
         image_std: Sequence[float] | Sequence[Sequence[float]] = (DINOV2_STD, SIGLIP_STD),
-        resample: int = Image.Resampling.BICUBIC,
+        resample: int | str = Image.Resampling.BICUBIC,
         letterbox_fill: Sequence[int] = (127, 127, 127),
         center_crop_area: float | None = None,
     ):
@@ -112,7 +118,9 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.image_std = np.reshape(image_std, (-1, 3)).tolist()
         if len(self.image_mean) != len(self.image_std):
             raise ValueError(f"image_mean is for {len(self.image_mean)} towers, image_std for {len(self.image_std)}.")
-        self.resample = int(resample)
+        if isinstance(resample, str) and resample != LANCZOS3:
+            raise ValueError(f"resample={resample!r} is not a filter: pass one of PIL's or {LANCZOS3!r}.")
+        self.resample = resample if isinstance(resample, str) else int(resample)
         self.letterbox_fill = list(letterbox_fill)
         self.center_crop_area = center_crop_area
 
@@ -171,7 +179,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         """Brings an RGB image of any size to `size`, and applies the centre crop if one is set."""
         height, width = self.size["height"], self.size["width"]
         if self.image_resize_strategy == "resize-naive":
-            image = image.resize((width, height), self.resample)
+            image = self._resample(image, width, height)
         else:
             if self.image_resize_strategy == "letterbox":
                 image = self._pad_to_square(image)
@@ -179,15 +187,17 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             short = min(image.size)
             scaled = (image.width * width // short, image.height * height // short)
             _refuse_huge(scaled)
-            image = image.resize(scaled, self.resample)
+            image = self._resample(image, *scaled)
             left, top = round((image.width - width) / 2), round((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
         if self.center_crop_area is not None:
-            # Bilinear over a box between pixels: the grid that tf.image.crop_and_resize samples in training.
-            margin = (1 - math.sqrt(self.center_crop_area)) / 2
-            box = (width * margin, height * margin, width * (1 - margin), height * (1 - margin))
-            image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+            image = Image.fromarray(center_crop(np.asarray(image), self.center_crop_area))
         return image
+
+    def _resample(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        if isinstance(self.resample, str):
+            return Image.fromarray(resize_lanczos3(np.asarray(image), height, width))
+        return image.resize((width, height), self.resample)
 
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
         # Both sides get the same border: an odd difference leaves the square one pixel short, as in training.

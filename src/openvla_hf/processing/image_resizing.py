@@ -1,0 +1,106 @@
+"""The resizing of images in the original's training and evaluation, which TensorFlow does there, in numpy.
+
+Both functions keep TensorFlow's arithmetic: float32, in the same order of operations. PIL's own Lanczos and bilinear
+filters round between their two passes, and differ by one level in a quarter of the values of a crop.
+"""
+
+import functools
+
+import numpy as np
+
+
+LANCZOS_RADIUS = 3
+# pi as the float32 constant of TensorFlow's kernel.
+PI = np.float32(3.14159265359)
+
+
+def resize_lanczos3(levels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize as `tf.image.resize(..., method="lanczos3", antialias=True)`, then round.
+
+    Args:
+        levels: (H, W, C) uint8.
+        height: Rows of the result.
+        width: Columns of the result.
+
+    Returns:
+        (height, width, C) uint8.
+    """
+    rows = _filter_rows(levels.astype(np.float32), height)
+    resized = _filter_rows(rows.swapaxes(0, 1), width).swapaxes(0, 1)
+    return np.rint(resized).clip(0, 255).astype(np.uint8)
+
+
+def center_crop(levels: np.ndarray, area: float) -> np.ndarray:
+    """Crop the centre and scale it back, as `tf.image.crop_and_resize` and `convert_image_dtype` do.
+
+    Args:
+        levels: (H, W, C) uint8.
+        area: Fraction of the area that is kept, in (0, 1].
+
+    Returns:
+        (H, W, C) uint8.
+    """
+    values = levels * np.float32(1 / 255)
+    columns = _crop_rows(values.swapaxes(0, 1), area).swapaxes(0, 1)
+    cropped = _crop_rows(columns, area)
+    # TensorFlow turns [0, 1] into levels by truncating 255.5 times the value.
+    return (cropped.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
+
+
+def _filter_rows(values: np.ndarray, count: int) -> np.ndarray:
+    """Filter (H, W, C) float32 to `count` rows."""
+    first, weights = _lanczos_weights(len(values), count)
+    filtered = np.zeros((count, *values.shape[1:]), np.float32)
+    # One tap after another, as TensorFlow adds them up: another order moves some values across a rounding edge.
+    for tap, weight in enumerate(weights.T):
+        filtered += weight[:, None, None] * values[np.minimum(first + tap, len(values) - 1)]
+    return filtered
+
+
+@functools.lru_cache(maxsize=16)
+def _lanczos_weights(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """First input of each output (count,), and the weights of the inputs from there on (count, taps), float32."""
+    one = np.float32(1)
+    step = one / (np.float32(count) / np.float32(length))
+    stretch = max(step, one)  # the kernel widens when the image shrinks
+    reach = np.float32(LANCZOS_RADIUS) * stretch
+    center = (np.arange(count, dtype=np.float32) + np.float32(0.5)) * step
+    first = np.maximum(np.ceil(center - reach - np.float32(0.5)), 0).astype(int)
+    last = np.minimum(np.floor(center + reach - np.float32(0.5)), length - 1).astype(int)
+    inputs = first[:, None] + np.arange((last - first).max() + 1)
+    distance = np.abs((inputs.astype(np.float32) + np.float32(0.5) - center[:, None]) * (one / stretch))
+    weights = np.where(inputs <= last[:, None], _lanczos(distance), np.float32(0))
+    total = np.zeros(count, np.float32)
+    for weight in weights.T:
+        total += weight
+    return first, weights * (one / total)[:, None]
+
+
+def _lanczos(x: np.ndarray) -> np.ndarray:
+    """Lanczos kernel of distances (float32)."""
+    radius = np.float32(LANCZOS_RADIUS)
+    near = np.maximum(x, np.float32(1e-3))  # the quotient is 0 / 0 at 0
+    kernel = radius * _sin(PI * near) * _sin(PI * near / radius) / (PI * PI * near * near)
+    return np.where(x > radius, np.float32(0), np.where(x <= np.float32(1e-3), np.float32(1), kernel))
+
+
+def _sin(x: np.ndarray) -> np.ndarray:
+    """Sine of float32, rounded once: numpy's own is off by a unit in the last place now and then."""
+    return np.sin(x.astype(np.float64)).astype(np.float32)
+
+
+def _crop_rows(values: np.ndarray, area: float) -> np.ndarray:
+    """Sample as many rows as there are, between the rows of (H, W, C) float32 that the centre crop keeps."""
+    count = len(values)
+    side = np.sqrt(np.float32(area))
+    top = (1 - side) / np.float32(2)
+    last = np.float32(max(count - 1, 1))
+    # The height of the box is a difference of its edges, whose rounding counts.
+    position = top * last + np.arange(count, dtype=np.float32) * ((top + side - top) * last / last)
+    above = np.floor(position).astype(int)
+    below = np.minimum(np.ceil(position).astype(int), count - 1)
+    share = (position - above.astype(np.float32))[:, None, None]
+    return values[above] + (values[below] - values[above]) * share
+
+
+__all__ = ["center_crop", "resize_lanczos3"]
