@@ -101,7 +101,7 @@ def test_bridge_takes_the_reached_pose_and_drops_the_first_step_and_the_last():
 
 
 def test_a_wrong_rotation_is_told():
-    with pytest.raises(ValueError, match="'quaternion' is none of 'euler'"):
+    with pytest.raises(ValueError, match="'quaternion' is not one of 'euler'"):
         Robot("arm", rotation="quaternion")
 
 
@@ -176,9 +176,9 @@ def test_the_features_of_a_tuple_are_concatenated_in_its_order():
 
 
 def test_a_missing_feature_of_a_tuple_is_named_and_not_passed_over():
-    with pytest.raises(ValueError, match=r"concatenates features, but there is no 'gripper'.*FirstOf"):
+    with pytest.raises(ValueError, match=r"concatenates features, but the dataset has no 'gripper'.*FirstOf"):
         Robot("arm", action=("action", "gripper")).standardize({"action": np.zeros((2, 6))}, 2)
-    with pytest.raises(ValueError, match="there is no 'joints'"):
+    with pytest.raises(ValueError, match="the dataset has no 'joints'"):
         Robot("arm", state=("state", "joints")).standardize({"action": np.zeros((2, 6)), "state": np.zeros((2, 6))}, 2)
 
 

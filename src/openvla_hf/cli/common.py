@@ -206,7 +206,8 @@ def register_robots(args: argparse.Namespace) -> None:
     Raises:
         ValueError: No robot has a name that was given.
     """
-    from ..data.robots import find_name, registered_robots
+    from ..data.feature_names import find_name
+    from ..data.robots import registered_robots
 
     if args.robots is not None:
         runpy.run_path(args.robots)

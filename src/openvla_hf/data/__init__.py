@@ -1,10 +1,13 @@
-"""Data sets of robot episodes in any known format -> frames."""
+"""Read datasets of robot episodes in any known format as frames."""
 
+from .adapters import Robot
 from .augmentation import Augmentation
+from .feature_names import FirstOf
 from .frames import BadEpisodeError
+from .gripper import Gripper
 from .loading import from_episodes, load
 from .mixtures import MIXTURES, load_mixture, mix
-from .robots import FirstOf, Gripper, Robot, register_robot, registered_robots
+from .robots import register_robot, registered_robots
 from .statistics import compute_statistics, load_statistics, save_statistics
 from .streams import TrainingStream
 from .writing import write_lerobot, write_rlds

@@ -30,7 +30,7 @@ from .readers.parquet_images import read_row
 
 
 if TYPE_CHECKING:
-    from .robots import Robot
+    from .adapters import Robot
 
 FEATURES = Features(
     {

@@ -30,6 +30,8 @@ from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import WeakFileLock
 
+from .adapters import Robot
+from .feature_names import find_name
 from .frames import (
     BAD_SHARE,
     FEATURES,
@@ -45,7 +47,7 @@ from .frames import (
 )
 from .readers.lerobot import INFO_FILE, LeRobotSource
 from .readers.rlds import RLDSSource, find_version
-from .robots import Robot, find_name, resolve_robot
+from .robots import resolve_robot
 from .streams import FrameStream
 
 

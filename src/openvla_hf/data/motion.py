@@ -1,4 +1,4 @@
-"""What an action does to the robot: movements one after the other, and actions that move nothing.
+"""Arithmetic of actions: joined movements, movements between poses, and actions that move nothing.
 
 Letters in shapes: N actions of an episode, A dimensions of an action, S of a state.
 """
@@ -7,39 +7,39 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .rotations import euler_to_matrix, matrix_to_euler
+from .rotations import ROTATIONS, euler_to_matrix, matrix_to_euler
 
 
+# Spaces in which an action is a movement.
 DELTAS = ("end_effector_delta", "joint_deltas")
-"""Spaces in which an action is a movement."""
+# Spaces in which an action is a target to reach.
 TARGETS = ("end_effector_pose", "joint_positions")
-"""Spaces in which an action is where the robot is to be."""
+# Spaces of joints, whose numbers all have one unit.
 JOINTS = ("joint_deltas", "joint_positions")
-"""Spaces of joints, whose numbers have one unit."""
+# Numbers of a position, which the rotation follows in an end effector's action or state.
 POSE_DIMS = 3
-"""Where the rotation begins in an end effector's action or state, after the position."""
+# Names of an end effector's standard dimensions, before the gripper.
 POSE_NAMES = {
     "end_effector_delta": ("dx", "dy", "dz", "droll", "dpitch", "dyaw"),
     "end_effector_pose": ("x", "y", "z", "roll", "pitch", "yaw"),
 }
-"""Names of an end effector's standard dimensions, before the gripper."""
 
+# A movement below this share of its range (quantiles 0.01 to 0.99) counts as none.
 STILL = 0.01
-"""A movement below this share of its range (quantiles 0.01 to 0.99) counts as none."""
+# A movement below this (metres, radians or other units) counts as none, whatever its range.
 STILL_FLOOR = 1e-4
-"""Metres, radians or other units: a movement below it counts as none, whatever its range."""
+# A gripper opening, from 0 to 1, that changes by less than this counts as unchanged.
 GRIPPER_STILL = 0.01
-"""A gripper, from 0 to 1, that changes by less than this stays as it is."""
 
 
 def find_held(action_dim: int, space: str | None, grippers: Sequence[int]) -> list[int]:
-    """The dimensions that say how something is to be and not how it moves: grippers, and all after an end effector."""
+    """List the dimensions that hold a state and not a movement: grippers, and all after an end effector's pose."""
     after_pose = range(2 * POSE_DIMS, action_dim) if space in ("end_effector_delta", "end_effector_pose") else ()
     return sorted({*grippers, *after_pose})
 
 
 def name_by_space(space: str | None, action_dim: int) -> list[str] | None:
-    """Name the dimensions of a standard action without names: joints by number, `None` if nothing is known."""
+    """Name the dimensions of a standard action by its space, joints by number; `None` if the space is unknown."""
     if space in JOINTS:
         return [f"a{index}" for index in range(action_dim)]
     names = [*POSE_NAMES.get(space or "", ()), "gripper"][:action_dim]
@@ -47,7 +47,7 @@ def name_by_space(space: str | None, action_dim: int) -> list[str] | None:
 
 
 def join_movements(first: np.ndarray, second: np.ndarray, space: str, grippers: Sequence[int]) -> np.ndarray:
-    """The movements that do what `first` and then `second` do, both (N, A); grippers are those of `second`."""
+    """Join movements `first` and then `second`, both (N, A), into one; grippers are those of `second`."""
     joined = first + second
     if space == "end_effector_delta":
         rotation = slice(POSE_DIMS, 2 * POSE_DIMS)
@@ -58,16 +58,36 @@ def join_movements(first: np.ndarray, second: np.ndarray, space: str, grippers: 
     return joined
 
 
+def convert_pose(action: np.ndarray, rotation: str, start: np.ndarray | None = None) -> np.ndarray:
+    """Convert the rotations of end-effector actions to Euler angles, and poses to movements where `start` is given.
+
+    Args:
+        action: Actions (N, 3 + R + rest) whose rotation has R numbers.
+        rotation: Encoding of the rotations, one of `ROTATIONS`.
+        start: Poses (N, 3 + R) that the movements start from.
+
+    Returns:
+        Actions (N, 3 + 3 + rest).
+    """
+    size, to_matrix = ROTATIONS[rotation]
+    pose_end = POSE_DIMS + size
+    position, turn = action[:, :POSE_DIMS], to_matrix(action[:, POSE_DIMS:pose_end])
+    if start is not None:
+        position = position - start[:, :POSE_DIMS]
+        turn = turn @ to_matrix(start[:, POSE_DIMS:pose_end]).swapaxes(-1, -2)
+    return np.concatenate([position, matrix_to_euler(turn), action[:, pose_end:]], axis=1)
+
+
 def find_idle(
     actions: np.ndarray, states: np.ndarray | None, space: str | None, grippers: Sequence[int]
 ) -> np.ndarray:
-    """(N) whether each action of an episode moves nothing and leaves the grippers as they were.
+    """Return for each action of an episode whether it moves nothing and leaves the grippers unchanged, as (N,) bools.
 
     Args:
-        actions: (N, A).
-        states: (N, S) or `None`. A target that stays where it is moves nothing only if the robot stands still too.
-        space: Of the actions; where it is `None`, each number is taken for a movement.
-        grippers: Their dimensions.
+        actions: Actions (N, A).
+        states: States (N, S) or `None`. An unchanged target counts as idle only if the robot stands still too.
+        space: Space of the actions. If it is `None`, each number counts as a movement.
+        grippers: Dimensions of the grippers.
     """
     held = find_held(actions.shape[1], space, grippers)
     moving = np.delete(actions, held, axis=1)
@@ -81,12 +101,12 @@ def find_idle(
 
 
 def _steps(values: np.ndarray) -> np.ndarray:
-    """(N, D) by how much each row differs from the one before; the first row differs as the second does."""
+    """Return the change of each row from the one before, (N, D). The first row takes the second row's change."""
     return np.diff(values, axis=0, prepend=2 * values[:1] - values[1:2] if len(values) > 1 else values)
 
 
 def _is_still(movements: np.ndarray, space: str | None) -> np.ndarray:
-    """(N) whether all of (N, D) movements are small; numbers of one unit are measured by one range."""
+    """Return for each row of movements (N, D) whether all are small, (N,). Numbers of one unit share a range."""
     if not movements.size:
         return np.ones(len(movements), bool)
     ranges = np.ptp(np.quantile(movements, (0.01, 0.99), axis=0), axis=0)

@@ -1,4 +1,4 @@
-"""Rotations as matrices and as the numbers that datasets write."""
+"""Rotations as matrices and in the encodings that datasets use."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def euler_to_matrix(angles: np.ndarray) -> np.ndarray:
-    """Roll, pitch, yaw (..., 3), radians about fixed axes x, y, z, to rotations (..., 3, 3)."""
+    """Convert roll, pitch, yaw (..., 3), radians about the fixed axes x, y, z, to matrices (..., 3, 3)."""
     (cr, cp, cy), (sr, sp, sy) = (np.moveaxis(part(angles), -1, 0) for part in (np.cos, np.sin))
     rows = [
         [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
@@ -17,7 +17,7 @@ def euler_to_matrix(angles: np.ndarray) -> np.ndarray:
 
 
 def matrix_to_euler(matrix: np.ndarray) -> np.ndarray:
-    """Rotations (..., 3, 3) to roll, pitch, yaw (..., 3)."""
+    """Convert matrices (..., 3, 3) to roll, pitch, yaw (..., 3) in radians."""
     pitch = np.arcsin(np.clip(-matrix[..., 2, 0], -1.0, 1.0))
     roll = np.arctan2(matrix[..., 2, 1], matrix[..., 2, 2])
     yaw = np.arctan2(matrix[..., 1, 0], matrix[..., 0, 0])
@@ -25,14 +25,14 @@ def matrix_to_euler(matrix: np.ndarray) -> np.ndarray:
 
 
 def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
-    """Axis times angle in radians (..., 3) to rotations (..., 3, 3)."""
+    """Convert axis times angle in radians (..., 3) to matrices (..., 3, 3)."""
     half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
     # sin(a / 2) / a, which is 1/2 at 0.
     return quaternion_to_matrix(np.concatenate([vector * np.sinc(half / np.pi) / 2, np.cos(half)], -1))
 
 
 def quaternion_to_matrix(quaternion: np.ndarray) -> np.ndarray:
-    """Quaternions x, y, z, w (..., 4) to rotations (..., 3, 3)."""
+    """Convert quaternions x, y, z, w (..., 4) to matrices (..., 3, 3)."""
     x, y, z, w = np.moveaxis(quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True), -1, 0)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
@@ -43,17 +43,17 @@ def quaternion_to_matrix(quaternion: np.ndarray) -> np.ndarray:
 
 
 def six_numbers_to_matrix(numbers: np.ndarray) -> np.ndarray:
-    """The first two columns of rotations (..., 6), made orthonormal, to rotations (..., 3, 3)."""
+    """Convert the first two columns of matrices (..., 6), made orthonormal, to matrices (..., 3, 3)."""
     first = numbers[..., :3] / np.linalg.norm(numbers[..., :3], axis=-1, keepdims=True)
     second = numbers[..., 3:] - (first * numbers[..., 3:]).sum(-1, keepdims=True) * first
     second /= np.linalg.norm(second, axis=-1, keepdims=True)
     return np.stack([first, second, np.cross(first, second)], -1)
 
 
+# Encoding -> how many numbers it has, and its conversion to matrices.
 ROTATIONS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "euler": (3, euler_to_matrix),
     "axis_angle": (3, axis_angle_to_matrix),
     "quaternion_xyzw": (4, quaternion_to_matrix),
     "rotation_6d": (6, six_numbers_to_matrix),
 }
-"""How many numbers each takes, and how they become a matrix."""

@@ -10,10 +10,12 @@ import numpy as np
 from datasets import Dataset
 from rich.table import Table
 
+from ..data.adapters import Robot
 from ..data.frames import Losses, import_extra, matrix
+from ..data.gripper import GRIPPER_OPEN
 from ..data.loading import Frames, name_of, open_source, read_table
 from ..data.motion import JOINTS, STILL, TARGETS, find_idle, name_by_space
-from ..data.robots import Robot, resolve_robot
+from ..data.robots import resolve_robot
 from ..data.statistics import compute_statistics
 from ..modeling.action_tokenizer import ActionTokenizer, normalize
 
@@ -168,7 +170,7 @@ def examine(
         q99=own["q99"],
         clipped=np.where(scaled, outside.mean(0), 0.0).tolist(),
         unused_dimensions=np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
-        gripper_open=float((actions[:, grippers] > 0.5).mean()) if grippers else None,
+        gripper_open=float((actions[:, grippers] > GRIPPER_OPEN).mean()) if grippers else None,
         frequency=frequency / adapter.every if frequency else None,
         names=names if names and len(names) == actions.shape[1] else name_by_space(space, actions.shape[1]),
         follows_state=follows.tolist(),
@@ -266,7 +268,7 @@ def _warnings(
         reached = f"{_label(report, dimension)} reaches {value:g}, far outside its usual range: a recording error?"
         warnings.append(reached[0].upper() + reached[1:])
     if grippers := robot.gripper_dimensions(actions.shape[1]):
-        begin_open = float((actions[starts][:, grippers] > 0.5).mean())
+        begin_open = float((actions[starts][:, grippers] > GRIPPER_OPEN).mean())
         if begin_open < 0.5:
             warnings.append(f"Only {begin_open:.0%} of the episodes begin with an open gripper: is its sign right?")
         if report.gripper_open in (0.0, 1.0):

@@ -21,12 +21,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..checkpoints.quantize import quantization, weight_bytes
+from ..data.gripper import GRIPPER_OPEN
 from ..modeling.quantized_loading import refuse_second
 from .latency import peak_memory
 
 
-GRIPPER_OPEN = 0.5
-"""Above it a gripper is open."""
 FRAMES_APART = 5
 """Of the tabletop's frames, which change little from one to the next, one in so many is taken."""
 

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 from rich.table import Table
 
+from ..data.gripper import GRIPPER_OPEN
 from ..data.splits import sample_episodes, sample_frames
 from ..modeling.action_tokenizer import normalize
 
@@ -94,7 +95,7 @@ def evaluate_open_loop(
         errors.append(np.abs(predicted - recorded))
         distances.append(np.abs(model.action_tokenizer.decode(token_ids) - expected))
         equal.append(token_ids == model.action_tokenizer.encode(expected))
-        agree.append((predicted[:, grippers] > 0.5) == (recorded[:, grippers] > 0.5))
+        agree.append((predicted[:, grippers] > GRIPPER_OPEN) == (recorded[:, grippers] > GRIPPER_OPEN))
         episodes.update(frame["episode_index"] for frame in batch)
         progress(start + len(batch), len(frames))
     return OpenLoopReport(

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from ..adapters import Robot
+from ..feature_names import as_tuple
 from ..frames import BadEpisodeError, Episode, ImageReference, check_images, matrix
-from ..robots import Robot, as_tuple
 from .parquet_images import close_parquet_files
 from .video import check_frame, close_videos
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from fsspec import AbstractFileSystem
 
+from ..adapters import Robot
+from ..feature_names import as_tuple, find_name
 from ..frames import BadEpisodeError, Episode, ImageReference, check_images
-from ..robots import Robot, as_tuple, find_name
 from .tfrecord import Span, open_records, parse_example, read_records
 
 

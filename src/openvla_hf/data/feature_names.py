@@ -1,0 +1,70 @@
+"""The names of a dataset's features, as robots give them and as they are found in a dataset."""
+
+import difflib
+from collections.abc import Collection
+
+
+Names = str | tuple[str, ...]
+
+
+class FirstOf(tuple[str, ...]):
+    """Alternative names of one feature: the first that a dataset has is read."""
+
+    def __new__(cls, *names: str) -> "FirstOf":
+        """Take the names in order of preference."""
+        return super().__new__(cls, names)
+
+    def __getnewargs__(self) -> tuple[str, ...]:
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        return f"FirstOf({', '.join(map(repr, self))})"
+
+
+STATE_NAMES = FirstOf("observation.state", "state")
+INSTRUCTION_NAMES = ("language_instruction", "observation.natural_language_instruction", "instruction", "task")
+
+
+def as_tuple(names: Names) -> tuple[str, ...]:
+    """Return one name or several as a tuple."""
+    return (names,) if isinstance(names, str) else names
+
+
+def find_name(wanted: Names, available: Collection[str], kind: str) -> str:
+    """Return the first of the wanted names that is available.
+
+    Raises:
+        ValueError: None is available. The message suggests the closest name.
+    """
+    for name in as_tuple(wanted):
+        if name in available:
+            return name
+    wanted_text = " or ".join(map(repr, as_tuple(wanted)))
+    near = difflib.get_close_matches(as_tuple(wanted)[0], list(available), n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"There is no {kind} {wanted_text}.{hint} There are {listed(available)}.")
+
+
+def find_columns(wanted: Names, available: Collection[str], kind: str) -> list[str]:
+    """Return the columns that a robot names: one, the first of several alternatives, or all to concatenate.
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    if isinstance(wanted, (str, FirstOf)):
+        return [find_name(wanted, available, kind)]
+    missing = [name for name in wanted if name not in available]
+    if missing or not wanted:
+        raise ValueError(
+            f"{kind}={wanted!r} concatenates features, but the dataset has no {listed(missing or ['name'])}. "
+            f"Choose from {listed(available)}. For alternatives, write FirstOf('one name', 'another name')."
+        )
+    return list(wanted)
+
+
+def listed(names: Collection[str]) -> str:
+    """Return the names sorted and quoted, for a message."""
+    return ", ".join(map(repr, sorted(names))) or "none"
+
+
+__all__ = ["INSTRUCTION_NAMES", "STATE_NAMES", "FirstOf", "Names", "as_tuple", "find_columns", "find_name", "listed"]
