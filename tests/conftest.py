@@ -15,6 +15,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import constants
+from interpreters import Interpreters
 from recordings import Recorded, unpack
 from transformers import AutoModel
 
@@ -83,20 +84,46 @@ def silent(monkeypatch, recwarn):
     assert [str(warning.message) for warning in recwarn] == []
 
 
+@pytest.fixture(scope="session")
+def interpreters(tmp_path_factory):
+    """Starts Python processes without the seconds that an import of PyTorch takes."""
+    folder = tmp_path_factory.mktemp("interpreters")
+    with Interpreters(folder) as started:
+        yield started
+    shutil.rmtree(folder)
+
+
 @pytest.fixture
-def run_python(tmp_path):
-    """Runs code in a fresh interpreter with nobody at the terminal and no network."""
+def offline(tmp_path):
+    """The environment of a process with no network and empty caches."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+
+
+@pytest.fixture
+def run_python(interpreters, offline):
+    """Runs code in a process with nobody at the terminal and no network. Only PyTorch is imported before."""
 
     def run(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
-        offline = {
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        }
+        result = interpreters.run("-c", code, *map(str, args), env=offline | env)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def run_fresh_python(offline):
+    """As `run_python`, with nothing imported before."""
+
+    def run(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             [sys.executable, "-c", code, *map(str, args)],
-            env=os.environ | offline | env,
+            env=offline | env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -35,8 +35,8 @@ print(json.dumps([{k: v for k, v in new.items() if k not in old} for old, new in
 """
 
 
-def test_the_package_imports_nothing_heavy_and_only_adds_names(run_python):
-    everything, ours, added = map(json.loads, run_python(IMPORT).stdout.splitlines())
+def test_the_package_imports_nothing_heavy_and_only_adds_names(run_fresh_python):
+    everything, ours, added = map(json.loads, run_fresh_python(IMPORT).stdout.splitlines())
     assert not HEAVY & {name.split(".")[0] for name in everything}
     assert ours == ["openvla_hf", "transformers.models.openvla_hf"]
     config, processor, image_processor, module = added

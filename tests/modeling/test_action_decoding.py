@@ -525,10 +525,10 @@ print([str(one.message) for one in caught if "without compilation" in str(one.me
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_warns_once_and_goes_on(policy, run_python, tmp_path):
+def test_without_a_compiler_it_warns_once_and_goes_on(policy, run_fresh_python, tmp_path):
     model, processor = policy()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     cache = str(tmp_path / "inductor")
-    result = run_python(NO_COMPILER, tmp_path / "model", CXX="/no/compiler", TORCHINDUCTOR_CACHE_DIR=cache)
+    result = run_fresh_python(NO_COMPILER, tmp_path / "model", CXX="/no/compiler", TORCHINDUCTOR_CACHE_DIR=cache)
     assert result.stdout.count("Actions are predicted without compilation, since it failed: ") == 1

@@ -1,0 +1,147 @@
+"""Python processes that start in a second, since each is a fork of one that has imported PyTorch.
+
+    with Interpreters(tmp_path) as interpreters:
+        process = interpreters.start("-c", "import torch; print(torch.ones(2).sum())", env=dict(os.environ))
+        assert process.wait() == 0
+        print(process.output())
+
+Nothing of Hugging Face and nothing of this package is imported before the fork, so the variables that they read
+at import are those of the new process. PyTorch's and Python's own (`CXX`, `PYTHONIOENCODING`) need a real start.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+# What transformers imports of other packages, and takes most of its time.
+PRELOADED = ("numpy", "PIL.Image", "sympy", "torch", "torch._inductor.compile_fx", "torch.distributed.tensor")
+FRESH = {"huggingface_hub", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "openvla_hf"}
+
+
+@dataclass
+class Process:
+    """A started process; `output()` and `errors()` are what it has written so far."""
+
+    pid: int
+    server: "Interpreters"
+    folder: Path
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._ask(block=False)
+
+    def wait(self) -> int:
+        status = self._ask(block=True)
+        assert status is not None
+        return status
+
+    def output(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    def errors(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def _ask(self, block: bool) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.server.ask({"wait": self.pid, "block": block})
+        return self.returncode
+
+
+class Interpreters:
+    """Starts processes; `folder` takes what they write."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.started = 0
+
+    def __enter__(self) -> Self:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.communicate()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self._server.stdin
+        assert self._server.stdout
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *arguments: str, env: dict[str, str]) -> Process:
+        """Start what `python *arguments` would: `-c code`, `-m module` or a script, in a session of its own."""
+        self.started += 1
+        folder = self.folder / str(self.started)
+        folder.mkdir(parents=True)
+        job = {"start": arguments, "env": env, "cwd": os.getcwd(), "folder": str(folder)}
+        return Process(self.ask(job), self, folder)
+
+    def run(self, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, env=env)
+        status = process.wait()
+        return subprocess.CompletedProcess(arguments, status, process.output(), process.errors())
+
+
+def serve() -> list[str]:
+    """Answer requests until there are no more; in a new process, return its arguments."""
+    for request in map(json.loads, iter(sys.stdin.readline, "")):
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        elif not (answer := os.fork()):
+            become(request)
+            return request["start"]
+        print(json.dumps(answer), flush=True)
+    return []
+
+
+def become(job: dict[str, Any]) -> None:
+    """Take the environment, the folder and the files of a new process."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(job["env"])
+    os.chdir(job["cwd"])
+    for descriptor, path in enumerate((os.devnull, f"{job['folder']}/stdout", f"{job['folder']}/stderr")):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+
+
+def run(kind: str, *arguments: str) -> None:
+    """Run code, a module or a script as the main module."""
+    match kind:
+        case "-c":
+            sys.argv = ["-c", *arguments[1:]]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(arguments[0], "<string>", "exec"), vars(main))
+        case "-m":
+            sys.argv = list(arguments)
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        case script:
+            sys.argv = [script, *arguments]
+            runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.path[0] = ""  # the folder that a process is started in, instead of this one
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert not FRESH & set(sys.modules)
+    gc.freeze()
+    if arguments := serve():
+        run(*arguments)
