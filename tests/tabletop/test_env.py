@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from openvla_hf.tabletop.env import (
-    ENV_ID,
-    HAND_NOISE,
-    MAX_STEP,
-    TASKS,
-    TabletopEnv,
-    expert_action,
-    rollout_expert,
-)
-from openvla_hf.tabletop.scene import Goal, Gripper, Scene, TableObject, draw_scene
+from openvla_hf.tabletop.env import ENV_ID, HAND_NOISE, MAX_STEP, TASKS, TabletopEnv
+from openvla_hf.tabletop.expert import expert_action, rollout_expert
+from openvla_hf.tabletop.scene import Goal, Scene, TableGripper, TableObject, draw_scene
 
 
 OPEN, CLOSED = 1.0, 0.0
@@ -161,7 +154,7 @@ def test_closed_gripper_pushes_straight_and_never_overlaps(env):
     ball = TableObject("red", "ball", np.array([0.0, 0.0, 0.0]))
     env.scene.objects[:] = [ball]
     env._start = {ball.name: ball.position.copy()}
-    env.scene.gripper = Gripper(np.array([-0.08, 0.01, 0.02]), is_open=False)
+    env.scene.gripper = TableGripper(np.array([-0.08, 0.01, 0.02]), is_open=False)
     for _ in range(3):
         env.step(act(x=MAX_STEP, gripper=CLOSED))
         assert np.linalg.norm((ball.position - env.scene.gripper.position)[:2]) > ball.radius
@@ -175,7 +168,7 @@ def test_an_object_dropped_off_the_edge_of_another_lands_beside_it(env):
     held = TableObject("red", "cube", np.array([0.03, 0.0, 0.08]))
     env.scene.objects[:], env.scene.goals[:] = [cube, held], []
     env._start = {thing.name: thing.position.copy() for thing in env.scene.objects}
-    env.scene.gripper = Gripper(np.array([0.03, 0.0, 0.095]), is_open=False, held=held)
+    env.scene.gripper = TableGripper(np.array([0.03, 0.0, 0.095]), is_open=False, held=held)
     env.step(act())
     assert held.position[2] == 0.0
     assert held.position[0] >= cube.radius + held.radius - 1e-6
@@ -184,7 +177,7 @@ def test_an_object_dropped_off_the_edge_of_another_lands_beside_it(env):
 def test_frame_shows_the_state_an_action_depends_on():
     def frame(z: float, is_open: bool, holding: bool = False) -> np.ndarray:
         cube = TableObject("red", "cube", np.array([0.05, 0.02, z - 0.015 if holding else 0.0]))
-        gripper = Gripper(np.array([0.05, 0.02, z]), is_open, cube if holding else None)
+        gripper = TableGripper(np.array([0.05, 0.02, z]), is_open, cube if holding else None)
         return draw_scene(Scene([cube], [Goal("blue", "mat", -0.12, 0.0)], gripper))
 
     assert pixels_apart(frame(0.1, True), frame(0.1, False)) > 100

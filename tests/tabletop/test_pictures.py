@@ -17,7 +17,7 @@ NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 def episode(instruction, steps):
     """A blue scene: what is neither blue nor paper is writing."""
     frame = np.full((224, 224, 3), (0, 0, 255), np.uint8)
-    return rollouts.Episode(0, "put", instruction, success=True, steps=steps, frames=[frame] * steps)
+    return rollouts.Rollout(0, "put", instruction, success=True, steps=steps, frames=[frame] * steps)
 
 
 def dark(picture):

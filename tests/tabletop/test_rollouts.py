@@ -4,7 +4,8 @@ from PIL import Image
 
 from openvla_hf.data import load_statistics
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.tabletop.env import ACTION_GRID, MAX_STEP, TabletopEnv, record_demonstrations
+from openvla_hf.tabletop.env import MAX_STEP, TabletopEnv
+from openvla_hf.tabletop.expert import ACTION_GRID, record_demonstrations
 from openvla_hf.tabletop.pictures import draw_strip, save_gif
 from openvla_hf.tabletop.rollouts import TABLETOP_POLICY, load_policy, run_episodes, success_by_task
 from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_config, tiny_processor, tiny_tokenizer
@@ -111,3 +112,20 @@ def test_recorded_demonstrations_are_successes_on_the_grid():
         assert frames[-1]["action"][2] == np.float32(MAX_STEP)  # at the end it goes up
     again = next(iter(record_demonstrations(("lift",), [3])))
     assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(again, episodes[3], strict=True))
+
+
+WITHOUT_GYMNASIUM = """
+import sys
+sys.modules["gymnasium"] = None
+from openvla_hf.cli import main
+from openvla_hf.tabletop import pictures
+from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
+assert (TABLETOP_POLICY / "config.json").is_file()
+print(main(["record", "lessons", "--task", "lift"]))
+"""
+
+
+def test_without_gymnasium_only_the_environment_fails_and_names_the_extra(run_python):
+    result = run_python(WITHOUT_GYMNASIUM)
+    assert result.stdout.strip() == "2"
+    assert 'The tabletop needs Gymnasium: run `pip install "openvla-hf[sim]"`.' in result.stderr

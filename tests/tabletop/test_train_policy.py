@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from openvla_hf.tabletop.env import ACTION_GRID, MAX_STEP
+from openvla_hf.tabletop.env import MAX_STEP
+from openvla_hf.tabletop.expert import ACTION_GRID
 from openvla_hf.tabletop.train_policy import (
     CLOSED,
     NAMES,

@@ -113,10 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (OSError, TypeError, ValueError) as error:
         message = args.in_flags(str(error))
-    except ModuleNotFoundError as error:
-        if error.name != "gymnasium":
-            raise
-        message = "The tabletop needs Gymnasium: pip install 'openvla-hf[sim]'"
+    except ModuleNotFoundError:
+        raise
     except ImportError as error:  # a package of an extra: the message says which
         message = str(error)
     else:

@@ -7,7 +7,7 @@ from .common import add_policy_arguments, console, load, positive
 
 
 if TYPE_CHECKING:
-    from ..tabletop.rollouts import Episode
+    from ..tabletop.rollouts import Rollout
 
 
 def add_episode_arguments(
@@ -21,7 +21,7 @@ def add_episode_arguments(
     parser.add_argument("--task", nargs="+", help="put, push, stack or lift (default: put and push)")
 
 
-def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0) -> "list[Episode]":
+def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0) -> "list[Rollout]":
     """Run the episodes of one condition, telling of each as it ends; the first `keep` keep their frames."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -30,7 +30,7 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
     model, processor = load(model_id, device=args.device)
     policy = load_policy(model, processor, args.unnorm_key)
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
-    episodes: list[Episode] = []
+    episodes: list[Rollout] = []
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("success {task.fields[success]}"),

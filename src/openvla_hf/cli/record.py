@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     from ..data import write_lerobot, write_rlds
-    from ..tabletop.env import record_demonstrations
+    from ..tabletop.expert import record_demonstrations
 
     seeds = track(
         range(args.first_seed, args.first_seed + args.episodes), "recording", console=console(stderr=True),

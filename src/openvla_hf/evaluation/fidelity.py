@@ -80,7 +80,8 @@ class _Answers:
 
 def tabletop_observations(count: int, first_seed: int | None = None) -> Iterator[Observation]:
     """Frames of the expert's episodes on the tabletop, from unseen seeds on."""
-    from ..tabletop.env import TabletopEnv, rollout_expert
+    from ..tabletop.env import TabletopEnv
+    from ..tabletop.expert import rollout_expert
     from ..tabletop.rollouts import FIRST_UNSEEN_SEED
 
     seeds = itertools.count(FIRST_UNSEEN_SEED if first_seed is None else first_seed)

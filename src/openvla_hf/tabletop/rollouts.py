@@ -1,4 +1,4 @@
-"""Let a policy act in the tabletop, many episodes at a time, and count what it achieves."""
+"""Run a policy in the tabletop, many episodes at a time, and measure its success."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from .env import MAX_STEP, TabletopEnv
+from .physics import MAX_STEP
 
 
+if TYPE_CHECKING:
+    from .env import TabletopEnv
+
+
+__all__ = [
+    "CONDITIONS",
+    "FIRST_UNSEEN_SEED",
+    "TABLETOP_POLICY",
+    "Policy",
+    "Rollout",
+    "load_policy",
+    "run_episodes",
+    "success_by_task",
+    "success_table",
+]
+
+# The checkpoint of the small policy that ships with the package.
 TABLETOP_POLICY = Path(__file__).parent / "policy"
-"""The checkpoint of the small policy that ships with the package."""
-
+# Evaluation draws its seeds from here on; training stays below.
 FIRST_UNSEEN_SEED = 1_000_000
-"""Evaluation draws its seeds from here on; training stays below."""
-
+# Frames (B of (224, 224, 3) uint8) and instructions (B) -> actions (B, 7) in the robot's units.
 Policy = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
-"""Frames (B of (224, 224, 3) uint8) and instructions (B) -> actions (B, 7) in the robot's units."""
-
 CONDITIONS = {
     "as told": "the instruction names the target",
     "swapped": "the same scene, with the target's name exchanged for the distractor's",
@@ -31,12 +44,17 @@ CONDITIONS = {
 
 
 @dataclass
-class Episode:
-    """What happened in one episode.
+class Rollout:
+    """One episode that a policy has played.
 
-    success: Whether the instruction was carried out.
-    moved_target: Whether the object that was moved last is the one that the instruction names.
-    frames: What the camera saw, first to last; empty unless asked for.
+    Attributes:
+        seed: Seed of the episode.
+        task: Family of the task.
+        instruction: The task in words.
+        success: Whether the task was solved.
+        moved_target: Whether the object that was moved last is the one that the instruction names.
+        steps: Number of actions.
+        frames: The camera's frames, uint8 (224, 224, 3), first to last; empty unless they are kept.
     """
 
     seed: int
@@ -51,25 +69,30 @@ class Episode:
 @dataclass
 class _Running:
     env: TabletopEnv
-    episode: Episode
+    rollout: Rollout
     image: np.ndarray
 
 
 def load_policy(model: Any, processor: Any, unnorm_key: str | None = None) -> Policy:
-    """A model and its processor as a function from frames and instructions to actions.
+    """Make a function from frames and instructions to actions out of a model and its processor.
+
+    Args:
+        model: An `OpenVLAForActionPrediction`.
+        processor: Its processor.
+        unnorm_key: Name of the action statistics, if the model has several.
 
     Raises:
-        ValueError: The statistics of the model's actions are those of another robot.
+        ValueError: If the statistics of the model's actions are those of another robot.
     """
     stats = model.get_action_stats(unnorm_key)
-    # Metres, and no rotation: the gripper points down.
+    # Metres, without rotation because the gripper points down.
     limits = np.array([MAX_STEP] * 3 + [0.0] * 3 + [1.0])
     bounds = np.array([stats["q01"], stats["q99"]])
     if bounds.shape[1] != len(limits) or (np.abs(bounds) > limits + 1e-6).any():
         raise ValueError(
             f"The tabletop is not this policy's robot: the tabletop's hand moves by up to {MAX_STEP} m and does not "
-            "rotate, and the statistics of this policy's actions go beyond. Evaluate the policy on recorded data "
-            "instead (`openvla-hf evaluate --data`)."
+            "rotate, but the statistics of this policy's actions exceed these limits. Evaluate the policy on recorded "
+            "data instead (`openvla-hf evaluate --data`)."
         )
 
     def act(images: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
@@ -87,20 +110,23 @@ def run_episodes(
     condition: str = "as told",
     batch_size: int = 16,
     keep_frames: Callable[[int], bool] = lambda seed: False,
-) -> Iterator[Episode]:
-    """Play one episode for each seed, `batch_size` at a time, and yield them as they end.
+) -> Iterator[Rollout]:
+    """Run one episode for each seed, `batch_size` at a time, and yield each as it ends.
 
     Args:
-        policy: What acts.
+        policy: The policy to run, as `load_policy` gives it.
         seeds: One for each episode.
         tasks: Families to draw from.
         condition: One of `CONDITIONS`.
-        batch_size: Episodes that act in step, so that the policy predicts a batch.
-        keep_frames: Which seeds' frames to keep.
+        batch_size: Episodes that run side by side; the policy predicts their actions in one batch.
+        keep_frames: Given a seed, whether to keep the frames of its episode.
 
     Raises:
-        ValueError: Unknown condition.
+        ValueError: If the condition or a task is unknown.
+        ImportError: If Gymnasium is not installed.
     """
+    from .env import TabletopEnv
+
     if condition not in CONDITIONS:
         raise ValueError(f"Unknown condition {condition!r}; known: {', '.join(CONDITIONS)}.")
     waiting = deque(seeds)
@@ -110,33 +136,40 @@ def run_episodes(
             seed = waiting.popleft()
             env = TabletopEnv(tasks)
             image, info = env.reset(seed=seed, options={"swap_target": condition == "swapped"})
-            running.append(_Running(env, Episode(seed, info["task"], info["instruction"]), image))
+            running.append(_Running(env, Rollout(seed, info["task"], info["instruction"]), image))
         seen = [np.zeros_like(one.image) if condition == "black" else one.image for one in running]
-        actions = policy(seen, [one.episode.instruction for one in running])
+        actions = policy(seen, [one.rollout.instruction for one in running])
         still_running = []
         for one, action in zip(running, actions, strict=True):
-            episode = one.episode
-            if keep_frames(episode.seed):
-                episode.frames.append(one.image)
-            one.image, _, terminated, truncated, info = one.env.step(action)
-            episode.steps += 1
-            if not (terminated or truncated):
+            if _step(one, action, keep_frames(one.rollout.seed)):
+                yield one.rollout
+            else:
                 still_running.append(one)
-                continue
-            episode.success = info["is_success"]
-            episode.moved_target = info["moved_object"] == one.env.task.target.name
-            if keep_frames(episode.seed):
-                episode.frames.append(one.image)
-            yield episode
         running = still_running
 
 
-def success_by_task(episodes: Iterable[Episode]) -> dict[str, dict[str, float]]:
-    """`{task: {"episodes", "success", "moved_target", "steps"}}`, rates in [0, 1], with an "all" row last."""
-    groups: dict[str, list[Episode]] = {}
-    everything = list(episodes)
-    for episode in everything:
-        groups.setdefault(episode.task, []).append(episode)
+def _step(running: _Running, action: np.ndarray, keep_frames: bool) -> bool:
+    """Execute one action (7,) and return whether the episode has ended."""
+    rollout = running.rollout
+    if keep_frames:
+        rollout.frames.append(running.image)
+    running.image, _, terminated, truncated, info = running.env.step(action)
+    rollout.steps += 1
+    if not (terminated or truncated):
+        return False
+    rollout.success = info["is_success"]
+    rollout.moved_target = info["moved_object"] == running.env.task.target.name
+    if keep_frames:
+        rollout.frames.append(running.image)
+    return True
+
+
+def success_by_task(rollouts: Iterable[Rollout]) -> dict[str, dict[str, float]]:
+    """Return `{task: {"episodes", "success", "moved_target", "steps"}}`, rates in [0, 1], with an "all" row last."""
+    groups: dict[str, list[Rollout]] = {}
+    everything = list(rollouts)
+    for rollout in everything:
+        groups.setdefault(rollout.task, []).append(rollout)
     return {
         task: {
             "episodes": len(group),
@@ -150,7 +183,7 @@ def success_by_task(episodes: Iterable[Episode]) -> dict[str, dict[str, float]]:
 
 
 def success_table(title: str, results: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """`{condition: success_by_task(...)}` as a table."""
+    """Make a table of `{condition: success_by_task(...)}`."""
     table = Table(title=title)
     for column in ("condition", "task", "episodes", "success", "moved the named object", "mean steps"):
         table.add_column(column, justify="left" if column in ("condition", "task") else "right")

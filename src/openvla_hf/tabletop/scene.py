@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 
-__all__ = ["COLOURS", "GOAL_KINDS", "SHAPES", "Goal", "Gripper", "Scene", "TableObject", "draw_scene"]
+__all__ = ["COLOURS", "GOAL_KINDS", "SHAPES", "Goal", "Scene", "TableGripper", "TableObject", "draw_scene"]
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
@@ -104,7 +104,7 @@ class Goal:
 
 
 @dataclass(eq=False)
-class Gripper:
+class TableGripper:
     """The hand: `position` is the point between its fingertips, shape (3,), metres; it always points down."""
 
     position: np.ndarray
@@ -118,7 +118,7 @@ class Scene:
 
     objects: list[TableObject]
     goals: list[Goal]
-    gripper: Gripper
+    gripper: TableGripper
 
 
 def draw_scene(scene: Scene) -> np.ndarray:
@@ -326,7 +326,7 @@ def _dot(draw: ImageDraw.ImageDraw, u: float, v: float, radius: float, size: flo
 _DRAW_SHAPE = {"cube": _draw_cube, "ball": _draw_ball, "cylinder": _draw_cylinder}
 
 
-# --- Gripper ----------------------------------------------------------------------------------------------
+# --- TableGripper ----------------------------------------------------------------------------------------------
 
 _STEEL: Rgb = (66, 70, 80)
 _TIP: Rgb = (246, 247, 250)
@@ -334,13 +334,15 @@ _LAMP_OPEN: Rgb = (150, 240, 250)
 _LAMP_CLOSED: Rgb = (236, 30, 190)
 
 
-def _draw_gripper_shadow(draw: ImageDraw.ImageDraw, gripper: Gripper, height: float, radius: float = 0.025) -> None:
+def _draw_gripper_shadow(
+    draw: ImageDraw.ImageDraw, gripper: TableGripper, height: float, radius: float = 0.025
+) -> None:
     x, y, _ = (float(value) for value in gripper.position)
     for grow, alpha in ((1.25, 50), (1.1, 70), (0.95, 110)):
         draw.polygon(_disc(x, y, height, radius * grow), fill=(*_INK, alpha))
 
 
-def _draw_gripper(draw: ImageDraw.ImageDraw, gripper: Gripper) -> None:
+def _draw_gripper(draw: ImageDraw.ImageDraw, gripper: TableGripper) -> None:
     x, y, z = (float(value) for value in gripper.position)
     if gripper.held is not None:
         spread = gripper.held.radius + 0.006

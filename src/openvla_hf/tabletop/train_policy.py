@@ -37,7 +37,8 @@ from ..processing.processing_openvla import OpenVLAProcessor
 from ..testing import tiny_config, tiny_processor, tiny_tokenizer
 from ..training.collator import IGNORED, ActionCollator
 from ..training.trainer import last_checkpoint
-from .env import DIRECTIONS, Frame, TabletopEnv, Task, demonstrated_action, plan, rollout_expert
+from .env import DIRECTIONS, TabletopEnv, Task
+from .expert import Frame, demonstrated_action, plan, rollout_expert
 from .rollouts import FIRST_UNSEEN_SEED
 from .scene import COLOURS, GOAL_KINDS, SHAPES, Scene, image_positions
 
