@@ -23,8 +23,7 @@ from openvla_hf.data import from_episodes
 from openvla_hf.processing.processing_openvla import VICUNA_PROMPT
 from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
 from openvla_hf.testing import fake_episode
-from openvla_hf.training.finetune import build_trainer, finetune
-from openvla_hf.training.recipes import recipe
+from openvla_hf.training.finetune import FinetuneArguments, build_trainer, train
 
 
 INSTRUCTION = "pick up the red block"
@@ -321,12 +320,13 @@ def test_an_adapter_names_a_base_that_others_have(tiny, owner, tmp_path):
 def tune(base, output, name):
     """Two steps of a named recipe, on frames of a data set that is no other's."""
     frames = from_episodes([fake_episode(seed=seed, steps=6) for seed in range(2)], name="kitchen")
-    settings = recipe(
-        name, dtype="float32", batch_size=4, learning_rate=0.01, **({"lora_rank": 4} if "lora" in name else {})
-    )
-    run = {"datasets": ["someone/kitchen", str(output.parent / "kitchen")], "recipe": name}
-    arguments = {"max_steps": 2, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
-    finetune(build_trainer(base, frames, output, settings, run=run, **arguments))
+    settings = {"dtype": "float32", "batch_size": 4, "learning_rate": 0.01, "dataloader_num_workers": 0}
+    settings |= {"lora_rank": 4} if "lora" in name else {}
+    settings |= {"max_steps": 2, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    arguments = FinetuneArguments(model=base, data=frames, output=output, recipe=name, settings=settings)
+    trainer = build_trainer(arguments)
+    trainer.record["datasets"] = ["someone/kitchen", str(output.parent / "kitchen")]
+    train(trainer)
     return output
 
 

@@ -28,8 +28,7 @@ from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
 from openvla_hf.testing import fake_episode
-from openvla_hf.training.finetune import build_trainer, finetune
-from openvla_hf.training.recipes import recipe
+from openvla_hf.training.finetune import FinetuneArguments, build_trainer, train
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -312,15 +311,22 @@ def test_qlora_saves_an_adapter_alone_that_runs_on_4_and_on_16_bits(policy, tmp_
     in_4 = quantization("4bit", dtype=torch.float32)
     steps = fake_episode(steps=8)
     columns = {name: [step[name] for step in steps] for name in FEATURES}
+    of_recipe = {"dtype": "float32", "lora_rank": 4, "batch_size": 4, "learning_rate": 1e-2, "augment": False}
+    quick = {"max_steps": 4, "save_steps": 4, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
     trainer = build_trainer(
-        policy.folder, Dataset.from_dict(columns, features=FEATURES), tmp_path / "adapter",
-        recipe("qlora", dtype="float32", lora_rank=4, batch_size=4, learning_rate=1e-2, augment=False),
-        norm_stats=policy.model.norm_stats, max_steps=4, save_steps=4, logging_steps=1, use_cpu=True,
-        disable_tqdm=True, model_kwargs={"quantization_config": in_4},
-    )  # fmt: skip
+        FinetuneArguments(
+            model=policy.folder,
+            data=Dataset.from_dict(columns, features=FEATURES),
+            output=tmp_path / "adapter",
+            statistics=policy.model.norm_stats,
+            recipe="qlora",
+            settings={**of_recipe, **quick, "dataloader_num_workers": 0},
+            model_kwargs={"quantization_config": in_4},
+        )
+    )
     assert kinds(trainer.model.get_base_model())["projector"] == {"Linear"}
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    finetune(trainer)
+    train(trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     after = trainer.model.state_dict()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,7 @@ from openvla_hf.data import compute_statistics, from_episodes, load, save_statis
 from openvla_hf.data.splits import read_split, split_parts
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
-from openvla_hf.training.finetune import build_trainer
-from openvla_hf.training.recipes import recipe
+from openvla_hf.training.finetune import FinetuneArguments, TrainingData, build_trainer, finetune
 from openvla_hf.training.trainer import last_checkpoint
 
 
@@ -138,9 +138,10 @@ def test_training_stops_without_an_improvement_and_ends_with_the_best_checkpoint
 def test_an_evaluation_while_training_reads_no_more_frames_than_it_is_told(base, data, tmp_path, monkeypatch):
     read = []
 
-    def spy(*args, eval_data, **kwargs):
-        read.append(len(eval_data))
-        return build_trainer(*args, eval_data=eval_data, **kwargs)
+    def spy(arguments):
+        trainer = build_trainer(arguments)
+        read.append(len(trainer.eval_dataset))
+        return trainer
 
     monkeypatch.setattr("openvla_hf.training.finetune.build_trainer", spy)
     more = ["--steps", "1", "--eval-share", "0.5", "--eval-frames", "5"]
@@ -315,7 +316,7 @@ def test_a_robot_or_statistics_that_are_not_there_are_said_before_any_data_is_re
 def test_ready_statistics_without_those_of_the_data_are_refused_by_file_and_name(base, data, tmp_path, capsys):
     ready = save_statistics({"lab": compute_statistics(load(data))["kitchen"]}, tmp_path)
     assert run(base, data, tmp_path / "out", "--statistics", str(ready), "--steps", "1") == 2
-    assert f"{ready} has no statistics of 'kitchen'. It has 'lab': name the data set" in capsys.readouterr().err
+    assert f"{ready} has no statistics of 'kitchen'. It has 'lab': name the dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,8 @@ def test_a_wrong_recipe_is_one_sentence(base, data, tmp_path, capsys):
 def test_a_run_trains_and_predicts_without_a_final_full_stop(base, tmp_path):
     frames = fake_episode(steps=2)
     data = from_episodes([[frame | {"instruction": "Open the drawer."} for frame in frames]])
-    trainer = build_trainer(base, data, tmp_path, recipe("lora", dtype="float32", lora_rank=4), use_cpu=True)
+    settings = {"dtype": "float32", "lora_rank": 4, "use_cpu": True}
+    trainer = build_trainer(FinetuneArguments(model=base, data=data, output=tmp_path, settings=settings))
     row = trainer.data_collator([frames[0] | {"instruction": "Open the drawer."}])["input_ids"][0]
     processor = trainer.eval_collator.processor
     processor.save_pretrained(tmp_path / "processor")
@@ -392,6 +394,46 @@ def test_a_run_trains_and_predicts_without_a_final_full_stop(base, tmp_path):
         inputs = AutoProcessor.from_pretrained(tmp_path / "processor")(frames[0]["image"], instruction=text)
         assert torch.equal(row[: inputs["input_ids"].shape[1]], inputs["input_ids"][0])
     assert "." not in processor.tokenizer.decode(row)
+
+
+def test_one_call_does_what_the_command_does(base, data, tmp_path, capsys):
+    """Same data, split, statistics, weights, record and card; what differs is the folder alone."""
+    assert run(base, data, tmp_path / "command", "--steps", "2", "--eval-share", "0.25") == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    settings = {"dtype": "float32", "batch_size": 4, "lora_rank": 4, "use_cpu": True}
+    quick = {"max_steps": 2, "save_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0, "disable_tqdm": True}
+    arguments = FinetuneArguments(
+        model=str(base),
+        data=TrainingData(data, {"split": "train"}),
+        output=tmp_path / "call",
+        settings=settings | quick,
+        eval_share=0.25,
+    )
+    result = finetune(arguments)
+    assert [entry["step"] for entry in result.history if "loss" in entry] == [1, 2]
+    assert result.figures["loss"] == figures["loss"]
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("command", "call")]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    command, call = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("command", "call"))
+    for name in ("base_model", "datasets", "recipe", "settings", "arguments", "weights", "held_out"):
+        assert call[name] == command[name], name
+    again = finetune(replace(arguments, settings=settings | quick | {"max_steps": 3}, resume=True))
+    assert again.history[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"data": []}, "`data` is empty"),
+        ({"data": [TrainingData("a/b"), TrainingData("a/b")]}, "given twice in `data`"),
+        ({"eval_share": 1.0}, "`eval_share` must be at least 0 and below 1, got 1.0"),
+        ({"patience": 2}, "need held-out episodes: give `eval_share`"),
+        ({"eval_share": 0.1, "eval_data": {}}, "Give one of them"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneArguments(**{"model": "a/b", "data": "c/d", "output": "out"} | wrong)
 
 
 def test_whole_episodes_are_held_out():
@@ -463,9 +505,9 @@ def test_streams_of_several_data_sets_train_on_ready_statistics(base, data, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--weights", "1", "2", "3"], "--weights has 3 values for 2 data sets"),
-        (["--robot", "a", "b", "c"], "--robot has 3 values for 2 data sets"),
-        (["--name", "both"], "--name has 1 values for 2 data sets"),
+        (["--weights", "1", "2", "3"], "--weights has 3 values for 2 datasets"),
+        (["--robot", "a", "b", "c"], "--robot has 3 values for 2 datasets"),
+        (["--name", "both"], "--name has 1 values for 2 datasets"),
     ],
 )
 def test_options_of_several_data_sets_are_one_for_each(base, tmp_path, capsys, options, message):

@@ -23,7 +23,7 @@ from openvla_hf.training.trainer import UNFINISHED, ActionTrainer, last_checkpoi
 
 
 NORM_STATS = {"tiny": {"action": BRIDGE_LIKE_STATS}}
-CARD = "---\nlibrary_name: peft\n---\n"
+RECORD = {"datasets": ["tiny"], "recipe": "lora"}
 INSTRUCTIONS = ("pick up the red block", "open the drawer and look inside", "push")
 FEATURES = Features({"image": Image(), "instruction": Value("string"), "action": List(Value("float64"))})
 
@@ -53,7 +53,7 @@ def build(output, name="lora", dataset=None, norm_stats=NORM_STATS, seed=0, augm
         args=chosen.training_arguments(str(output), **quick | arguments),
         data_collator=ActionCollator(processor, model.action_tokenizer, norm_stats=norm_stats, augment=augment),
         train_dataset=frames() if dataset is None else dataset,
-        run_files={"README.md": CARD},
+        record=RECORD,
     )
 
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_is_complete_and_holds_the_adapter_alone(tmp_path):
     assert not (tmp_path / UNFINISHED).exists()
     assert not list(folder.glob("*.bin"))
     assert json.loads((folder / "dataset_statistics.json").read_text()) == NORM_STATS
-    assert (folder / "README.md").read_text() == CARD
+    assert json.loads((folder / "training.json").read_text()) == RECORD
     assert (folder / "processor_config.json").is_file()
     assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
 

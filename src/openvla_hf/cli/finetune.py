@@ -1,9 +1,12 @@
-"""Fine-tune a policy on a data set: adapters or whole weights, by a named recipe."""
+"""Fine-tune a policy on demonstrations, with adapters or whole weights, by a named recipe."""
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 from typing import Any
 
+from ..training.arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData
 from .common import (
     add_data_arguments,
     checkpoint,
@@ -19,174 +22,152 @@ from .common import (
 )
 
 
-EXAMPLE = "finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora --output outputs/kitchen"
+EXAMPLE = """finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora --output outputs/kitchen
+  openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --dry-run
+  openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --resume
+  openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen lab/workshop --weights 1 2 \\
+      --output outputs/both --eval-share 0.05 --patience 5 --set lora_rank=64 learning_rate=1e-4"""
+
+# Option -> argument of `TrainingArguments` that it sets.
+SETTINGS = {
+    "steps": "max_steps",
+    "save_steps": "save_steps",
+    "logging_steps": "logging_steps",
+    "keep": "save_total_limit",
+    "workers": "dataloader_num_workers",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=checkpoint, required=True, help="folder or Hub id of the base")
-    parser.add_argument("--data", nargs="+", required=True,
-                        help="folder or Hub id, or several: LeRobot, RLDS, or datasets with images")  # fmt: skip
-    parser.add_argument("--weights", nargs="+", type=weight,
-                        help="of several --data: each multiplies the number of frames (default: 1 each)")  # fmt: skip
-    add_data_arguments(parser, nargs="+")
-    parser.add_argument("--name", nargs="+", help="of the statistics in the checkpoint (default: the data set's)")
-    names = "lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich"
-    parser.add_argument("--recipe", default="lora", help=f"{names} (default: %(default)s)")
-    parser.add_argument("--output", required=True, help="folder of the checkpoints and the result")
-    parser.add_argument("--steps", type=positive, default=5000, help="(default: %(default)s)")
-    parser.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
-                     help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
-    parser.add_argument("--eval-share", type=share, default=0.0, help="share of the episodes held out (default: none)")
-    parser.add_argument("--eval-frames", type=positive, help="held-out frames of each evaluation (default: all)")
-    parser.add_argument("--keep-best", nargs="?", const="loss", choices=("loss", "action_accuracy", "action_l1"),
-                        help="end with the checkpoint that is best on the held-out episodes, and keep it "
-                        "(by the loss, unless another figure is named)")  # fmt: skip
-    parser.add_argument("--patience", type=positive, metavar="N",
-                        help="stop after N evaluations without an improvement; implies --keep-best")  # fmt: skip
-    parser.add_argument("--save-steps", type=positive, default=500, help="also of evaluation (default: %(default)s)")
-    parser.add_argument("--logging-steps", type=positive, default=10, help="(default: %(default)s)")
-    parser.add_argument("--keep", type=positive, default=2, help="checkpoints at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=natural, default=2, help="processes that read data (default: %(default)s)")
-    parser.add_argument("--streaming", action="store_true", help="read the data as they come, and keep nothing")
-    parser.add_argument("--shuffle-buffer", type=positive, default=10_000, help="of a stream (default: %(default)s)")
-    parser.add_argument("--skip-bad-episodes", type=share, nargs="?", const=True, default=False, metavar="SHARE",
-                     help="go on without episodes that can't be read, up to this share (default: 0.1)")  # fmt: skip
-    parser.add_argument(
-        "--statistics", type=file_or_folder, metavar="FILE", help="a ready dataset_statistics.json (default: computed)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the output")
-    parser.add_argument("--report-to", nargs="+", help="trackers of Trainer, such as tensorboard, trackio or wandb")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it takes, and stop")
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_run_arguments(parser.add_argument_group("run"))
+    _add_evaluation_arguments(parser.add_argument_group("evaluation"))
+
+
+def _add_data_arguments(group: Any) -> None:
+    group.add_argument("--data", nargs="+", required=True, metavar="DATA",
+                       help="folder or Hub id of each dataset: LeRobot, RLDS, or datasets with images")  # fmt: skip
+    group.add_argument("--weights", nargs="+", type=weight, metavar="WEIGHT",
+                       help="factor on the number of frames, for each of several datasets (default: 1)")  # fmt: skip
+    add_data_arguments(group, nargs="+")
+    group.add_argument("--name", nargs="+",
+                       help="name of its statistics in the checkpoint (default: the dataset's own)")  # fmt: skip
+    group.add_argument("--statistics", type=file_or_folder, metavar="FILE",
+                       help="dataset_statistics.json to use (default: computed from the data)")  # fmt: skip
+    group.add_argument("--streaming", action="store_true", help="read the data as a stream and store no table of it")
+    group.add_argument("--shuffle-buffer", type=positive, default=10_000, metavar="N",
+                       help="frames that a stream holds to draw from (default: %(default)s)")  # fmt: skip
+    group.add_argument("--skip-bad-episodes", type=share, nargs="?", const=True, default=False, metavar="SHARE",
+                       help="skip episodes that can't be read, up to this share of them (default: 0.1)")  # fmt: skip
+
+
+def _add_run_arguments(group: Any) -> None:
+    group.add_argument("--model", type=checkpoint, required=True, help="folder or Hub id of the base model")
+    group.add_argument("--output", required=True, metavar="FOLDER", help="folder of the checkpoints and the result")
+    group.add_argument("--recipe", default=FinetuneArguments.recipe,
+                       help="lora, lora-paper, qlora, full, last-layer, frozen-vision or sandwich "
+                       "(default: %(default)s)")  # fmt: skip
+    group.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
+                       help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
+    helps = {
+        "steps": "optimizer steps of the run",
+        "save_steps": "steps between checkpoints, and between evaluations",
+        "logging_steps": "steps between logged figures",
+        "keep": "checkpoints to keep at a time",
+    }
+    for name, text in helps.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=positive, default=DEFAULT_SETTINGS[SETTINGS[name]],
+                           metavar="N", help=f"{text} (default: %(default)s)")  # fmt: skip
+    group.add_argument("--workers", type=natural, default=DEFAULT_SETTINGS["dataloader_num_workers"], metavar="N",
+                       help="processes that read data (default: %(default)s)")  # fmt: skip
+    group.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --output")
+    group.add_argument("--report-to", nargs="+", metavar="TRACKER",
+                       help="trackers to log to, such as tensorboard, trackio or wandb (default: none)")  # fmt: skip
+    group.add_argument("--dry-run", action="store_true",
+                       help="check the options, print what would be trained in how much memory, and stop")  # fmt: skip
+
+
+def _add_evaluation_arguments(group: Any) -> None:
+    group.add_argument("--eval-share", type=share, default=0.0, metavar="SHARE",
+                       help="share of the episodes to hold out and evaluate on (default: none)")  # fmt: skip
+    group.add_argument("--eval-frames", type=positive, metavar="N",
+                       help="held-out frames that each evaluation takes (default: all)")  # fmt: skip
+    group.add_argument("--keep-best", nargs="?", const="loss", choices=("loss", "action_accuracy", "action_l1"),
+                       help="keep the checkpoint that is best on the held-out episodes, by this figure (default: "
+                       "loss), and end with its weights")  # fmt: skip
+    group.add_argument("--patience", type=positive, metavar="N",
+                       help="stop after N evaluations without an improvement; implies --keep-best")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
-    from transformers import AutoConfig, PrinterCallback
+    from transformers import AutoConfig
 
     import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
 
-    from ..checkpoints.describe import refuse_adapter
-    from ..data import load as load_frames
-    from ..data import load_statistics
-    from ..data.splits import dataset_name, sample_frames, split_parts
-    from ..training.finetune import build_trainer, check_run
-    from ..training.finetune import finetune as run_training
-    from ..training.recipes import Recipe, cost_table, estimate_cost, recipe
+    from ..training.finetune import check_run, finetune
+    from ..training.recipes import cost_table, estimate_cost
 
-    reading = read_options(args)
-    refuse_adapter(args.model)
+    arguments = read_arguments(args)
     register_robots(args)
-    statistics = None if args.statistics is None else load_statistics(args.statistics)
+    recipe, _ = check_run(arguments)
+    cost = estimate_cost(AutoConfig.from_pretrained(args.model), recipe)
     is_main = PartialState().is_main_process
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    settings = dict(args.set or ())
-    chosen = recipe(args.recipe, **{name: value for name, value in settings.items() if name in fields})
-    if (args.patience or args.keep_best or args.eval_frames) and not args.eval_share:
-        raise ValueError("--patience, --keep-best and --eval-frames need held-out episodes: give --eval-share.")
-    best = {"load_best_model_at_end": True, "metric_for_best_model": args.keep_best or "loss"}
-    arguments = {
-        "max_steps": args.steps,
-        "save_steps": args.save_steps,
-        "eval_strategy": "steps" if args.eval_share else "no",
-        "eval_steps": args.save_steps,
-        "logging_steps": args.logging_steps,
-        "save_total_limit": args.keep,
-        "dataloader_num_workers": args.workers,
-        "report_to": args.report_to or "none",
-        "disable_tqdm": args.json,
-        # The count of evaluations without an improvement goes on where a resumed run left it.
-        "restore_callback_states_from_checkpoint": args.patience is not None,
-        **(best if args.patience or args.keep_best else {}),
-    } | {name: value for name, value in settings.items() if name not in fields}
-    check_run(
-        args.model,
-        args.output,
-        chosen,
-        resume=args.resume,
-        patience=args.patience,
-        run={"weights": args.weights},
-        **arguments,
-    )
-    cost = estimate_cost(AutoConfig.from_pretrained(args.model), chosen)
     if is_main:
         print_table(cost_table(f"{args.recipe} on {args.model}", cost), stderr=True)
     if args.dry_run:
         if args.json and is_main:
             print_json({"recipe": args.recipe, **dataclasses.asdict(cost)})
         return
-    parts = [
-        load_frames(
-            data,
-            **options,
-            streaming=args.streaming,
-            shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
-            seed=chosen.seed,
-        )
-        for data, options in reading.items()
-    ]
-    names = [dataset_name(part) for part in parts]
-    missing = [name for name in names if statistics is not None and name not in statistics]
-    if missing:
-        raise ValueError(
-            f"{args.statistics} has no statistics of {missing[0]!r}. It has {', '.join(map(repr, statistics or ()))}: "
-            "name the data set like one of them with --name, or give the file of this data set."
-        )
-    train_data, eval_data, held_out = split_parts(parts, args.weights, args.eval_share, chosen.seed)
-    trainer = build_trainer(
-        args.model,
-        train_data,
-        args.output,
-        chosen,
-        eval_data=sample_frames(eval_data, args.eval_frames, chosen.seed) if args.eval_frames else eval_data,
-        run={
-            "datasets": args.data,
-            "weights": args.weights,
-            "recipe": args.recipe,
-            "reading": {
-                data: record_robot(options, name) for (data, options), name in zip(reading.items(), names, strict=True)
-            },
-            "held_out": held_out,
-        },
-        patience=args.patience,
-        norm_stats=statistics,
-        **arguments,
-    )
-    if args.json:
-        trainer.remove_callback(PrinterCallback)
-    figures = run_training(trainer, resume=args.resume)
+    # The log goes to standard error where standard output is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        result = finetune(arguments)
     if args.json and is_main:
-        print_json({"output": args.output, "figures": figures})
+        print_json({"output": args.output, "figures": result.figures})
     elif is_main:
         print(f"Fine-tuned: {args.output}")
 
 
-def read_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Data set, as it was given -> the options of `load` that read it, each one for all data sets or one for each.
+def read_arguments(args: argparse.Namespace) -> FinetuneArguments:
+    """Collect the options of the command as the arguments of a run.
 
     Raises:
-        ValueError: A data set is given twice, or the numbers of data sets and of options differ.
+        ValueError: The options contradict each other.
+    """
+    settings = {setting: getattr(args, option) for option, setting in SETTINGS.items()}
+    settings |= {"disable_tqdm": args.json, "report_to": args.report_to or "none", **dict(args.set or ())}
+    return FinetuneArguments(
+        model=args.model,
+        output=args.output,
+        data=read_datasets(args),
+        statistics=args.statistics,
+        recipe=args.recipe,
+        settings=settings,
+        resume=args.resume,
+        eval_share=args.eval_share,
+        eval_frames=args.eval_frames,
+        keep_best=args.keep_best,
+        patience=args.patience,
+    )
+
+
+def read_datasets(args: argparse.Namespace) -> list[TrainingData]:
+    """Give each dataset its options: those with one value hold for all datasets.
+
+    Raises:
+        ValueError: An option has neither one value nor one for each dataset.
     """
     count = len(args.data)
-    if len(set(args.data)) < count:
-        raise ValueError("A data set is given twice in --data: give it once, with a higher weight in --weights.")
     given = {"weights": args.weights, "robot": args.robot, "camera": args.camera, "name": args.name}
     for option, values in given.items():
         if values is not None and len(values) != count and (len(values) > 1 or option in ("weights", "name")):
-            raise ValueError(f"--{option} has {len(values)} values for {count} data sets: give one for each.")
-    shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle", "skip_bad_episodes")}
-    robots, cameras, names = (
-        [None] * count if values is None else values * (count // len(values))
-        for values in (args.robot, args.camera, args.name)
+            raise ValueError(f"--{option} has {len(values)} values for {count} datasets: give one for each.")
+    weights, robots, cameras, names = (
+        [None] * count if values is None else values * (count // len(values)) for values in given.values()
     )
-    return {
-        data: {"robot": robot, "camera": camera, "name": name, **shared}
-        for data, robot, camera, name in zip(args.data, robots, cameras, names, strict=True)
-    }
-
-
-def record_robot(options: dict[str, Any], dataset: str) -> dict[str, Any]:
-    """Name the adapter that read a data set, where the options leave the choice to its name, and describe it."""
-    from ..data.robots import describe_robot, resolve_robot
-
-    robot = resolve_robot(options["robot"], dataset)
-    return options | {"robot": robot.name, "adapter": describe_robot(robot)}
+    shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle", "skip_bad_episodes", "streaming")}
+    shared["shuffle_buffer"] = args.shuffle_buffer if args.streaming else 0
+    return [
+        TrainingData(source, {"robot": robot, "camera": camera, "name": name, **shared}, weight or 1.0)
+        for source, robot, camera, name, weight in zip(args.data, robots, cameras, names, weights, strict=True)
+    ]

@@ -1,8 +1,16 @@
-"""Fine-tune a policy on a data set of frames: the steps behind `openvla-hf finetune`."""
+"""Fine-tune a policy on demonstrations: everything that `openvla-hf finetune` does, as one call.
+
+    from openvla_hf.training.finetune import FinetuneArguments, finetune
+
+    finetune(FinetuneArguments(model="openvla/openvla-7b", data="lab/kitchen", output="outputs/kitchen"))
+
+`check_run`, `build_trainer` and `train` are its steps.
+"""
 
 import copy
 import json
-import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,98 +19,248 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, EarlyStoppingCallback, TrainingArguments, set_seed
 
-from ..checkpoints.describe import describe
-from ..checkpoints.model_card import TRAINING_FILE, write_card
-from ..data import Augmentation, compute_statistics, load_statistics
-from ..data.splits import read_split
+from ..checkpoints.describe import describe, refuse_adapter
+from ..checkpoints.model_card import write_card
+from ..data import Augmentation, compute_statistics, load, load_statistics
+from ..data.robots import describe_robot, resolve_robot
+from ..data.splits import dataset_name, sample_frames, split_parts
 from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..processing.processing_openvla import OpenVLAProcessor
+from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData
 from .collator import ActionCollator
 from .interrupt import SaveOnInterrupt
 from .recipes import Recipe
+from .recipes import recipe as find_recipe
 from .runs import check_output, run_settings
 from .trainer import ActionTrainer, last_checkpoint
 
 
-def check_run(
-    model_id: str | os.PathLike,
-    output: str | os.PathLike,
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    patience: int | None = None,
-    run: dict[str, Any] | None = None,
-    **arguments: Any,
-) -> TrainingArguments:
-    """Check the settings, the trackers and the folder of a run before anything is loaded.
+NOT_RECORDED = ("streaming", "shuffle_buffer", "seed")
+"""Options of `load` that don't change what a frame is, so an evaluation of the result chooses its own."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run has learnt.
 
     Args:
-        model_id: See `build_trainer`, as for the others.
-        output: Folder of the checkpoints.
-        recipe: What is trained, and how.
-        resume: Whether the run in `output` is to be continued.
-        patience: Evaluations without an improvement after which training stops; by default it does not.
-        run: What a resumed run must share beside its settings, as far as it is known: `weights` (of the data sets).
-        arguments: Of `TrainingArguments`; they win over the recipe's.
+        figures: The last figures logged: loss, action accuracy, L1, and those of the evaluation if there was one.
+        history: Every entry of the log, in order, each with its `step`.
+    """
+
+    figures: dict[str, float]
+    history: list[dict[str, Any]]
+
+
+def finetune(arguments: FinetuneArguments) -> FinetuneResult:
+    """Fine-tune a policy and leave the result, with a model card, in the output folder.
+
+    Raises:
+        ValueError: A setting is unknown or impossible, the data have no frames or don't fit the statistics, there is
+            nothing to resume from or it was trained otherwise, or a loss or a gradient is not finite.
+        ImportError: A tracker or a reader of the data is not installed.
+        FileExistsError: The output folder holds a dataset or the checkpoint of another run.
+        OSError: The base or the data can't be read, or there is no room left to write.
+        KeyboardInterrupt: Ctrl-C was pressed; the message says where the run was saved.
+    """
+    return train(build_trainer(arguments), resume=arguments.resume)
+
+
+def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
+    """Check the settings, the trackers and the folder of a run before any data or weights are loaded.
 
     Returns:
-        The arguments of the run.
+        The recipe, and the arguments of the trainer.
 
     Raises:
-        ValueError: A setting has an unknown name or an impossible value, or the run can't be resumed with it.
+        ValueError: A setting is unknown or impossible, the model is an adapter, or the run can't be resumed so.
         ImportError: A tracker is not installed.
-        FileExistsError: The output folder holds a checkpoint of another run.
+        FileExistsError: The output folder holds a dataset or the checkpoint of another run.
     """
-    if "output_dir" in arguments:
+    refuse_adapter(arguments.model)
+    _read_statistics(arguments)
+    settings = {**DEFAULT_SETTINGS, **_evaluation_settings(arguments), **arguments.settings}
+    if arguments.evaluates:
+        settings.setdefault("eval_steps", settings["save_steps"])
+    if "output_dir" in settings:
         raise ValueError("The output folder is given as `output`, not as the setting output_dir.")
-    args = recipe.training_arguments(os.fspath(output), **arguments)
-    settings = run_settings(recipe, args, patience)
-    check_output(output, {"base_model": str(model_id), "arguments": settings, **(run or {})}, resume)
-    return args
+    of_recipe = {field.name for field in fields(Recipe)} & settings.keys()
+    changes = {name: settings.pop(name) for name in of_recipe}
+    chosen = arguments.recipe
+    recipe = find_recipe(chosen, **changes) if isinstance(chosen, str) else replace(chosen, **changes)
+    args = recipe.training_arguments(str(arguments.output), **settings)
+    run = {"base_model": str(arguments.model), "arguments": run_settings(recipe, args, arguments.patience)}
+    check_output(arguments.output, run | {"weights": arguments.weights}, arguments.resume)
+    return recipe, args
 
 
-def build_trainer(
-    model_id: str | os.PathLike,
-    train_data: Dataset | IterableDataset,
-    output: str | os.PathLike,
-    recipe: Recipe,
-    *,
-    eval_data: Dataset | IterableDataset | dict[str, Any] | None = None,
-    norm_stats: dict[str, Any] | str | os.PathLike | None = None,
-    run: dict[str, Any] | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    patience: int | None = None,
-    **arguments: Any,
-) -> ActionTrainer:
-    """Load the base and put model, data and recipe together.
+def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
+    """Check the run, load the data and the base model, and put them together with the recipe.
+
+    Raises:
+        ValueError: See `check_run`; or the recipe does not fit the model, or the data have no frames, don't fit the
+            statistics or can't be split.
+    """
+    recipe, args = check_run(arguments)
+    set_seed(recipe.seed)
+    frames = read_frames(arguments, recipe.seed)
+    norm_stats = _read_statistics(arguments)
+    if norm_stats is None:
+        # Once on each machine: the other processes read what the first has cached.
+        with PartialState().local_main_process_first():
+            norm_stats = compute_statistics(frames.train)
+    model = OpenVLAForActionPrediction.from_pretrained(
+        arguments.model, **recipe.model_kwargs() | dict(arguments.model_kwargs)
+    )
+    model.norm_stats = norm_stats
+    collator, eval_collator = _build_collators(
+        model, AutoProcessor.from_pretrained(arguments.model), recipe, args.seed
+    )
+    return ActionTrainer(
+        model=recipe.prepare(model),
+        args=args,
+        data_collator=collator,
+        eval_collator=eval_collator,
+        record={
+            "base_model": str(arguments.model),
+            "datasets": list(norm_stats),
+            **({"recipe": arguments.recipe} if isinstance(arguments.recipe, str) else {}),
+            "settings": _settings_for_card(recipe, args),
+            "arguments": run_settings(recipe, args, arguments.patience),
+            "weights": arguments.weights,
+            **frames.record,
+        },
+        train_dataset=frames.train,
+        eval_dataset=frames.evaluation,
+        callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.patience else None,
+    )
+
+
+@dataclass(frozen=True)
+class RunFrames:
+    """The frames of a run.
 
     Args:
-        model_id: Folder or Hub id of the base.
-        train_data: Frames, as `openvla_hf.data.load` gives them.
-        output: Folder of the checkpoints.
-        recipe: What is trained, and how.
-        eval_data: Frames to evaluate on, or several sets of them by name.
-        norm_stats: Statistics by data set, or a file or folder that holds them; computed from `train_data` by default.
-        run: What the model card is to say of the run, such as `datasets` and `recipe`.
-        model_kwargs: More arguments of `from_pretrained` for the base.
-        patience: Evaluations without an improvement after which training stops; by default it does not. It needs
-            `load_best_model_at_end=True`, with which the result has the weights of the best checkpoint.
-        arguments: Of `TrainingArguments`; they win over the recipe's.
+        train: Frames to train on.
+        evaluation: Frames to evaluate on, if there are any.
+        record: What `training.json` says of them: `datasets`, `reading` and `held_out`.
+    """
+
+    train: Dataset | IterableDataset
+    evaluation: Dataset | IterableDataset | Mapping[str, Any] | None
+    record: dict[str, Any]
+
+
+def read_frames(arguments: FinetuneArguments, seed: int) -> RunFrames:
+    """Load the datasets of a run, hold episodes out for evaluation, and mix the rest by the weights.
+
+    Args:
+        arguments: Of the run.
+        seed: Of the draws.
 
     Raises:
-        ValueError: The recipe does not fit the model, or the data have no frames, or a setting can't be.
+        ValueError: Datasets share a name, lack statistics or can't be split.
     """
-    set_seed(recipe.seed)
-    args = recipe.training_arguments(os.fspath(output), **arguments)
-    if norm_stats is None:
-        # Once on each machine: the others read what the first has cached.
-        with PartialState().local_main_process_first():
-            norm_stats = compute_statistics(train_data)
-    elif not isinstance(norm_stats, dict):
-        norm_stats = load_statistics(norm_stats)
-    model = OpenVLAForActionPrediction.from_pretrained(model_id, **recipe.model_kwargs() | (model_kwargs or {}))
-    model.norm_stats = norm_stats
-    processor = AutoProcessor.from_pretrained(model_id)
+    datasets = arguments.datasets
+    record: dict[str, Any] = {}
+    if not datasets:  # frames that are already loaded
+        parts: list[Any] = [arguments.data]
+    else:
+        parts = [load(one.source, **{"seed": seed, **one.options}) for one in datasets]
+        names = [dataset_name(part) for part in parts]
+        _require_statistics(arguments, names)
+        reading = {str(one.source): _record_reading(one, name) for one, name in zip(datasets, names, strict=True)}
+        record = {"datasets": list(reading), "reading": reading}
+    if not datasets and not arguments.eval_share:
+        return RunFrames(arguments.data, arguments.eval_data, record)
+    train, evaluation, held_out = split_parts(parts, arguments.weights, arguments.eval_share, seed)
+    if arguments.eval_frames:
+        evaluation = sample_frames(evaluation, arguments.eval_frames, seed)
+    return RunFrames(train, arguments.eval_data if evaluation is None else evaluation, record | {"held_out": held_out})
+
+
+def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
+    """Train, from the last complete checkpoint with `resume`, and leave the result, with a card, in the output folder.
+
+    Raises:
+        ValueError: There is nothing to resume from, or it was trained with other settings or on other statistics, or
+            a loss or a gradient is not finite.
+        FileExistsError: The output folder holds a dataset or the checkpoint of another run.
+        OSError: There is no room left for a checkpoint.
+        KeyboardInterrupt: Ctrl-C was pressed; the message says where the run was saved.
+    """
+    output, record = trainer.args.output_dir, trainer.record
+    checkpoint = check_output(output, record, resume)
+    if checkpoint is not None:
+        saved = json.loads(Path(checkpoint, STATISTICS_FILE).read_text(encoding="utf-8"))
+        if saved != json.loads(json.dumps(trainer.data_collator.norm_stats)):
+            raise ValueError(
+                f"The statistics of the data differ from those that {checkpoint} was trained with, so its actions "
+                "would change their meaning. Resume on the same data, or fine-tune its weights into another folder."
+            )
+    with SaveOnInterrupt() as interrupt:
+        trainer.add_callback(interrupt)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupt.stopped:
+        raise KeyboardInterrupt(
+            f"Stopped after step {trainer.state.global_step}, saved as {last_checkpoint(output)}. Continue with "
+            "--resume (`resume=True`)."
+        )
+    steps = _steps_of_result(trainer)
+    figures = _last_figures(trainer.state.log_history, steps)
+    if steps < trainer.state.max_steps:
+        record["settings"]["steps"] = f"{steps} (of up to {trainer.state.max_steps})"
+    record["figures"] = figures
+    trainer.save_model(output)
+    if trainer.args.should_save:
+        card = write_card(Path(output), describe(output), output)
+        Path(output, "README.md").write_text(card, encoding="utf-8")
+    return FinetuneResult(figures, trainer.state.log_history)
+
+
+# Settings and data
+
+
+def _read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
+    """The statistics that were given, if any."""
+    given = arguments.statistics
+    return dict(given) if isinstance(given, Mapping) else None if given is None else load_statistics(given)
+
+
+def _require_statistics(arguments: FinetuneArguments, names: list[str]) -> None:
+    """Raise `ValueError` if statistics were given, but not those of one of the datasets."""
+    statistics = _read_statistics(arguments)
+    missing = [name for name in names if statistics is not None and name not in statistics]
+    if missing:
+        where = "`statistics`" if isinstance(arguments.statistics, Mapping) else arguments.statistics
+        raise ValueError(
+            f"{where} has no statistics of {missing[0]!r}. It has {', '.join(map(repr, statistics or ()))}: "
+            "name the dataset like one of them with `name`, or give the statistics of this dataset."
+        )
+
+
+def _evaluation_settings(arguments: FinetuneArguments) -> dict[str, Any]:
+    settings: dict[str, Any] = {"eval_strategy": "steps" if arguments.evaluates else "no"}
+    if arguments.patience or arguments.keep_best:
+        settings |= {"load_best_model_at_end": True, "metric_for_best_model": arguments.keep_best or "loss"}
+    if arguments.patience:
+        # A resumed run continues the count of evaluations without an improvement.
+        settings["restore_callback_states_from_checkpoint"] = True
+    return settings
+
+
+def _record_reading(data: TrainingData, name: str) -> dict[str, Any]:
+    """Record how a dataset is read, with the adapter that its name chooses where the options leave it open."""
+    options = {option: value for option, value in data.options.items() if option not in NOT_RECORDED}
+    robot = resolve_robot(options.get("robot"), name)
+    return options | {"robot": robot.name, "adapter": describe_robot(robot)}
+
+
+def _build_collators(
+    model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, recipe: Recipe, seed: int
+) -> tuple[ActionCollator, ActionCollator]:
+    """Build the collators of training and of evaluation; the second has the processor for prediction."""
     processor.strip_full_stop = True  # in training and prediction alike
     whole_image, for_prediction = copy.deepcopy(processor), copy.deepcopy(processor)
     whole_image.image_processor.center_crop_area = for_prediction.image_processor.center_crop_area = None
@@ -110,32 +268,19 @@ def build_trainer(
     if recipe.augment:
         augmentation = Augmentation(size=model.config.vision_config.image_size)
         for_prediction = augmentation.for_prediction(processor)
-    shared = {
+    shared: dict[str, Any] = {
         "action_tokenizer": model.action_tokenizer,
         "prompt_suffix_token_id": model.config.prompt_suffix_token_id,
-        "norm_stats": norm_stats,
+        "norm_stats": model.norm_stats,
     }
-    run = {
-        "base_model": str(model_id),
-        "datasets": list(norm_stats),
-        "settings": _settings(recipe, args),
-        "arguments": run_settings(recipe, args, patience),
-        **(run or {}),
-    }
-    return ActionTrainer(
-        model=recipe.prepare(model),
-        args=args,
-        data_collator=ActionCollator(whole_image, augment=augmentation, seed=args.seed, **shared),
-        eval_collator=ActionCollator(for_prediction, **shared),
-        run_files={TRAINING_FILE: json.dumps(run, indent=2)},
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+    return (
+        ActionCollator(whole_image, augment=augmentation, seed=seed, **shared),
+        ActionCollator(for_prediction, **shared),
     )
 
 
-def _settings(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
-    """What a reader of the model card wants to know of a run."""
+def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
+    """The settings that a reader of the model card looks for."""
     adapters = f"adapters of rank {recipe.lora_rank}, alpha {recipe.lora_alpha}"
     return {
         "trained": adapters if recipe.uses_adapters else ", ".join(recipe.trained),
@@ -149,60 +294,36 @@ def _settings(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def finetune(trainer: ActionTrainer, resume: bool = False) -> dict[str, float]:
-    """Train, from the last complete checkpoint with `resume`, and leave the result, with a card, in the output folder.
-
-    Returns:
-        The last figures logged: loss, action accuracy, L1, and those of the evaluation if there was one.
-
-    Raises:
-        ValueError: There is nothing to resume from, or it was trained with other settings or on other statistics, or
-            a loss is not finite.
-        FileExistsError: The output folder holds a checkpoint of another run.
-        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint is saved, and the message says how to go on.
-    """
-    output = trainer.args.output_dir
-    run = json.loads(trainer.run_files[TRAINING_FILE])
-    checkpoint = check_output(output, run, resume)
-    if checkpoint is not None:
-        saved = json.loads(Path(checkpoint, STATISTICS_FILE).read_text(encoding="utf-8"))
-        if saved != json.loads(json.dumps(trainer.data_collator.norm_stats)):
-            raise ValueError(
-                f"The statistics of the data are not those that {checkpoint} was trained with, so its actions would "
-                "change their meaning: resume on the same data, or fine-tune its weights into another folder."
-            )
-    with SaveOnInterrupt() as interrupt:
-        trainer.add_callback(interrupt)
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if interrupt.stopped:
-        raise KeyboardInterrupt(
-            f"Stopped after step {trainer.state.global_step}, saved as {last_checkpoint(output)}. Continue with "
-            "--resume (`resume=True`)."
-        )
-    figures: dict[str, float] = {}
-    steps = _steps_of_result(trainer)
-    for entry in trainer.state.log_history:
-        if entry["step"] > steps:
-            break
-        numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
-        # With a gradient scaler, a step that was skipped has an infinite gradient norm, which JSON can't hold.
-        figures |= {name: value for name, value in numbers.items() if isfinite(value)}
-    if steps < trainer.state.max_steps:
-        run["settings"]["steps"] = f"{steps} (of up to {trainer.state.max_steps})"
-    trainer.run_files[TRAINING_FILE] = json.dumps(run | {"figures": figures}, indent=2)
-    trainer.save_model(output)
-    if trainer.args.should_save:
-        card = write_card(Path(output), describe(output), output)
-        Path(output, "README.md").write_text(card, encoding="utf-8")
-    return figures
+# Results
 
 
 def _steps_of_result(trainer: ActionTrainer) -> int:
-    """Steps after which the weights were as they are now: those of the best checkpoint, if it was loaded."""
+    """Steps that made the weights: those of the best checkpoint, if it was loaded."""
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
         return int(state.best_global_step)
     return state.global_step
 
 
-__all__ = ["build_trainer", "check_run", "finetune", "read_split"]
+def _last_figures(history: list[dict[str, Any]], steps: int) -> dict[str, float]:
+    """The last value of each figure that was logged in so many steps."""
+    figures: dict[str, float] = {}
+    for entry in history:
+        if entry["step"] > steps:
+            break
+        numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+        # With a gradient scaler, a step that was skipped has an infinite gradient norm, which JSON can't hold.
+        figures |= {name: value for name, value in numbers.items() if isfinite(value)}
+    return figures
+
+
+__all__ = [
+    "FinetuneArguments",
+    "FinetuneResult",
+    "TrainingData",
+    "build_trainer",
+    "check_run",
+    "finetune",
+    "read_frames",
+    "train",
+]

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..checkpoints.model_card import TRAINING_FILE
 from ..data.streams import EvaluationStream, TrainingStream
 from ..modeling.checkpoint_loading import STATISTICS_FILE
 from ..modeling.folder_writing import written_whole
@@ -54,7 +54,8 @@ class ActionTrainer(Trainer):
         train_dataset: Frames, as `openvla_hf.data.load` gives them.
         eval_collator: The same for evaluation, without augmentation; its processor goes into every checkpoint.
             `data_collator` by default.
-        run_files: Name -> text of what else belongs into every checkpoint, such as a model card.
+        record: What `training.json` in every checkpoint says of the run, ready for JSON. It may be added to until the
+            run ends.
     """
 
     data_collator: ActionCollator
@@ -66,13 +67,13 @@ class ActionTrainer(Trainer):
         data_collator: ActionCollator,
         train_dataset: Any = None,
         eval_collator: ActionCollator | None = None,
-        run_files: Mapping[str, str] | None = None,
+        record: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         args.logging_nan_inf_filter = False  # it would hide the losses that must end the run
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.eval_collator = eval_collator or data_collator
-        self.run_files = dict(run_files or {})
+        self.record = record or {}
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_SamplesProgress)
@@ -274,8 +275,9 @@ class ActionTrainer(Trainer):
         with written_whole(output_dir) as folder:
             model.save_pretrained(folder, state_dict=state_dict, **more)
             self.eval_collator.processor.save_pretrained(folder)
-            for name, text in (self.run_files | {STATISTICS_FILE: json.dumps(statistics, indent=2)}).items():
-                (folder / name).write_text(text, encoding="utf-8")
+            contents = {STATISTICS_FILE: statistics} | ({TRAINING_FILE: self.record} if self.record else {})
+            for name, content in contents.items():
+                (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)

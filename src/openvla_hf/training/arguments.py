@@ -1,0 +1,119 @@
+"""What a fine-tuning run is made of: its data, how it is trained, and how it is evaluated."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:  # the command line builds its parser from this module, so importing it must be cheap
+    from datasets import Dataset, IterableDataset
+
+    from .recipes import Recipe
+
+DEFAULT_SETTINGS: Mapping[str, Any] = {
+    "max_steps": 5000,
+    "save_steps": 500,
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "dataloader_num_workers": 2,
+}
+"""Arguments of `transformers.TrainingArguments` for every run. Evaluation follows `save_steps`."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """One dataset of a run.
+
+    Args:
+        source: Folder, Hub id or URL; see `openvla_hf.data.load`.
+        options: Further arguments of `load`, such as `robot`, `camera`, `split` or `streaming`.
+        weight: Factor on the number of its frames in a mixture with other datasets.
+    """
+
+    source: str | os.PathLike
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArguments:
+    """Describe one fine-tuning run, for `finetune`.
+
+    Args:
+        model: Folder or Hub id of the base model.
+        data: Demonstrations: a folder or Hub id, a `TrainingData`, one `TrainingData` for each of several datasets,
+            or frames that `openvla_hf.data` has already loaded.
+        output: Folder of the checkpoints and the result.
+        statistics: Action statistics by dataset, or the file or folder that holds them. By default they are computed
+            from the training frames.
+        recipe: Name of a recipe, or a `Recipe`.
+        settings: Fields of the recipe or of `transformers.TrainingArguments`, such as
+            `{"lora_rank": 64, "max_steps": 1000}`. They override the recipe and `DEFAULT_SETTINGS`.
+        model_kwargs: Further arguments of `from_pretrained` for the base model.
+        resume: Whether to continue from the last complete checkpoint in `output`.
+        eval_share: Share of the episodes of each dataset that is held out for evaluation, from 0 (none) to below 1.
+        eval_frames: Number of held-out frames that each evaluation takes; all of them by default.
+        eval_data: Frames to evaluate on instead of held-out episodes, or several sets of frames by name.
+        keep_best: Figure by which the best checkpoint is chosen and ends up in `output`: "loss", "action_accuracy" or
+            "action_l1". By default `output` gets the last weights.
+        patience: Number of evaluations without an improvement after which training stops; implies `keep_best="loss"`.
+
+    Raises:
+        ValueError: `data` is empty or has a dataset twice, or the arguments of the evaluation contradict each other.
+    """
+
+    model: str | os.PathLike
+    output: str | os.PathLike
+    # Data
+    data: "str | os.PathLike | TrainingData | Sequence[TrainingData] | Dataset | IterableDataset"
+    statistics: Mapping[str, Any] | str | os.PathLike | None = None
+    # Run
+    recipe: "str | Recipe" = "lora"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
+    # Evaluation
+    eval_share: float = 0.0
+    eval_frames: int | None = None
+    eval_data: "Dataset | IterableDataset | Mapping[str, Any] | None" = None
+    keep_best: str | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, (list, tuple)):
+            sources = [str(one.source) for one in self.data]
+            if not sources:
+                raise ValueError("`data` is empty: give at least one dataset to train on.")
+            if len(set(sources)) < len(sources):
+                raise ValueError("A dataset is given twice in `data`. Give it once, with a higher weight.")
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"`eval_share` must be at least 0 and below 1, got {self.eval_share}.")
+        if self.eval_share and self.eval_data is not None:
+            raise ValueError("`eval_share` and `eval_data` both say what to evaluate on. Give one of them.")
+        lacks_data = (self.patience or self.keep_best) and not self.evaluates
+        if lacks_data or (self.eval_frames and not self.eval_share):
+            raise ValueError("`patience`, `keep_best` and `eval_frames` need held-out episodes: give `eval_share`.")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the policy is evaluated while it trains."""
+        return self.eval_share > 0 or self.eval_data is not None
+
+    @property
+    def datasets(self) -> "tuple[TrainingData, ...]":
+        """The datasets to load; none where `data` are frames."""
+        if isinstance(self.data, (str, os.PathLike)):
+            return (TrainingData(self.data),)
+        if isinstance(self.data, TrainingData):
+            return (self.data,)
+        return tuple(self.data) if isinstance(self.data, (list, tuple)) else ()
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Weight of each dataset in the mixture, or `None` where every frame is as likely as any other."""
+        weights = [one.weight for one in self.datasets]
+        return None if all(weight == 1 for weight in weights) else weights
+
+
+__all__ = ["DEFAULT_SETTINGS", "FinetuneArguments", "TrainingData"]
