@@ -213,5 +213,5 @@ def test_what_the_original_cannot_express_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="quantised"):
         export(tmp_path / "ours", tmp_path / "published")
     assert not (tmp_path / "published").exists()
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(FileExistsError, match="not empty"):
         export(tmp_path / "ours", tmp_path / "ours")

@@ -512,7 +512,7 @@ def test_weights_are_quantised_once(policy, tmp_path):
         quantize(tmp_path / "four", tmp_path / "eight", "8bit")
     with pytest.raises(ValueError, match="quantised already"):
         compare(tmp_path / "four", ["8bit"], fake_episode(steps=1), device="cpu")
-    with pytest.raises(FileExistsError, match="name a new folder"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         quantize(policy.folder, tmp_path / "four", "4bit")
 
 

@@ -272,7 +272,7 @@ def test_rlds_class_labels_are_numbers_and_by_their_names_instructions(episodes,
     add_to_rlds(tmp_path / "arm", {"task_id": {"classLabel": {"numClasses": "2"}}}, labels)
     frames = load(tmp_path / "arm", Robot("arm", state="task_id"))
     assert [frame["state"][0] for frame in frames.select(range(STEPS))] == labels["task_id"].tolist()
-    with pytest.raises(ValueError, match="no instruction 'task_id'"):
+    with pytest.raises(ValueError, match="Unknown instruction 'task_id'"):
         load(tmp_path / "arm", Robot("arm", instruction="task_id"))
     (folder / "steps-task_id.labels.txt").write_text("push\npull\n")
     frames = load(tmp_path / "arm", Robot("arm", instruction="task_id"))
@@ -350,7 +350,7 @@ def test_rlds_without_an_instruction_names_the_texts_that_there_are(episodes, tm
     write_rlds(episodes, tmp_path / "arm")
     silent = Robot("arm", instruction="annotation")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match=r"no instruction 'annotation'.*'language_instruction'"):
+        with pytest.raises(ValueError, match=r"Unknown instruction 'annotation'.*'language_instruction'"):
             load(tmp_path / "arm", silent, streaming=streaming, skip_bad_episodes=True)
 
 
@@ -800,9 +800,9 @@ def test_an_action_of_another_size_than_the_adapter_s(written):
 def test_wrong_names_are_answered_with_the_right_ones(written, tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'libero'"):
         load(written, robot="librero")
-    with pytest.raises(ValueError, match="no camera 'wrist'"):
+    with pytest.raises(ValueError, match="Unknown camera 'wrist'"):
         load(written, camera="wrist")
-    with pytest.raises(ValueError, match="no split 'val'"):
+    with pytest.raises(ValueError, match="Unknown split 'val'"):
         load(written, split="val")
     with pytest.raises(FileNotFoundError, match="no data set"):
         load(tmp_path / "nowhere")

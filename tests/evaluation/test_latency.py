@@ -38,7 +38,9 @@ def test_random_models_have_the_size_of_their_name(size, billions):
 
 
 def test_an_unknown_size():
-    with pytest.raises(ValueError, match=r"Unknown size '70b': give one of 7b, 0\.5b, tiny"):
+    with pytest.raises(
+        ValueError, match=r"Unknown size '70b'\. Did you mean '7b'\? Choose from '7b', '0\.5b', 'tiny'"
+    ):
         random_model("70b")
 
 

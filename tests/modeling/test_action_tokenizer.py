@@ -107,8 +107,12 @@ SEVERAL = {"bridge_orig": {"action": STATS}, "fractal": {"action": STATS}}
     ("norm_stats", "key", "message"),
     [
         (SEVERAL, None, "several action statistics: pass `unnorm_key=`, one of 'bridge_orig', 'fractal'"),
-        (SEVERAL, "bridge", "Unknown `unnorm_key` 'bridge'. Did you mean 'bridge_orig'.* has 'bridge_orig', 'frac"),
-        (SEVERAL, "xyz", "Unknown `unnorm_key` 'xyz'. This checkpoint has 'bridge_orig', 'fractal'"),
+        (
+            SEVERAL,
+            "bridge",
+            "Unknown `unnorm_key` 'bridge'. Did you mean 'bridge_orig'.* from 'bridge_orig', 'frac",
+        ),
+        (SEVERAL, "xyz", "Unknown `unnorm_key` 'xyz'. Choose from 'bridge_orig', 'fractal'"),
         ({}, None, "no action statistics.*put a `dataset_statistics.json` beside.*or pass `stats=`"),
         (None, "bridge_orig", "no action statistics"),
     ],

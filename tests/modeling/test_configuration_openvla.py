@@ -119,10 +119,10 @@ def test_the_default_config_has_the_published_language_model():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("gelo", "did you mean 'gelu'"), ("warp", "give one of gelu, "), (None, "give one of"), (3, "give one of")],
+    [("gelo", "Did you mean 'gelu'"), ("warp", "Choose from 'gelu', "), (None, "Choose from"), (3, "Choose from")],
 )
 def test_an_unknown_activation_is_named(name, hint):
-    with pytest.raises(ValueError, match=rf"^Unknown `projector_hidden_act` {name!r}: {hint}"):
+    with pytest.raises(ValueError, match=rf"^Unknown `projector_hidden_act` {name!r}. {hint}"):
         OpenVLAConfig.from_dict(PUBLISHED | {"projector_hidden_act": name})
 
 

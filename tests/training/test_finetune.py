@@ -296,7 +296,7 @@ def test_a_wrong_setting_is_said_before_any_data_is_read(base, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        (["--robot", "tabeltop"], "There is no robot 'tabeltop'. Did you mean 'tabletop'?"),
+        (["--robot", "tabeltop"], "Unknown robot 'tabeltop'. Did you mean 'tabletop'?"),
         (["--statistics", "nope.json"], "argument --statistics: There is no file 'nope.json'."),
     ],
 )

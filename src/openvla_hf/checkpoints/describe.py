@@ -15,14 +15,15 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..modeling.action_tokenizer import action_dim, check_statistics
-from ..modeling.checkpoint_files import ADAPTER_CONFIG, HUB_ERRORS, hub_error, read_json
-from ..modeling.checkpoint_loading import (
-    OFT_FILES,
+from ..modeling.checkpoint_files import (
+    ADAPTER_CONFIG,
+    HUB_ERRORS,
     STATISTICS_FILE,
-    named_base,
-    statistics_in_file,
+    hub_error,
+    read_json,
     unreadable_weights,
 )
+from ..modeling.checkpoint_loading import OFT_FILES, named_base, statistics_in_file
 from ..modeling.configuration_openvla import OpenVLAConfig
 
 

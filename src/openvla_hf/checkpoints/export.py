@@ -19,10 +19,10 @@ from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedM
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import auto  # noqa: F401 - makes the Auto classes know OpenVLA
-from ..modeling.checkpoint_loading import STATISTICS_FILE
+from ..modeling.checkpoint_files import STATISTICS_FILE
 from ..modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
-from ..modeling.folder_writing import written_whole
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..new_folder import new_folder, require_new_folder
 from ..processing.image_processing_openvla import LANCZOS3, OpenVLAImageProcessor
 from ..processing.processing_openvla import PURE_PROMPT, VICUNA_PROMPT, OpenVLAProcessor
 from .describe import describe, refuse_adapter
@@ -99,12 +99,12 @@ def export(
         The folder.
 
     Raises:
-        ValueError: `destination` holds files, or the checkpoint is one that the original code can't express: an
-            adapter, quantised, or of other towers, another language model or another prompt.
+        ValueError: The original code can't express the checkpoint: it is an adapter, is quantised, or has other
+            towers, another language model or another prompt.
+        FileExistsError: `destination` holds files.
     """
     folder = Path(destination)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: export to a new folder.")
+    require_new_folder(folder)
     refuse_adapter(source, revision=revision, token=token)
     found = describe(source, revision=revision, token=token)
     if found.quantization is not None:
@@ -117,7 +117,7 @@ def export(
     model = AutoModel.from_pretrained(source, dtype="auto", **hub)
     config = published_config(model, processor)
 
-    with written_whole(folder) as aside:
+    with new_folder(folder) as aside:
         save_torch_state_dict(published_state_dict(model), aside, max_shard_size=max_shard_size)
         processor.tokenizer.save_pretrained(aside)
         _restore_tokenizer_files(aside, processor.tokenizer)

@@ -1,9 +1,7 @@
 """An adapter merged into its base: a checkpoint that needs no adapter any more."""
 
-import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from ..modeling.checkpoint_files import CheckpointFiles
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..new_folder import new_folder, require_new_folder
 from .model_card import TRAINING_FILE, read_training
 
 
@@ -56,10 +55,7 @@ def merge_adapter(
         OSError: A file is absent or damaged, or `output` holds something already.
     """
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"{output} is not a folder. Give a new folder for the merged checkpoint.")
-    if output.exists() and any(output.iterdir()):
-        raise _not_empty(output)
+    require_new_folder(output)
     kwargs = {"dtype": dtype, "device_map": device_map, **config_overrides}
     if base is None:
         model = OpenVLAForActionPrediction.from_pretrained(adapter, **kwargs)
@@ -88,25 +84,12 @@ def merge_adapter(
             f"Merging {adapter} would change the model: its logits differ by {difference:.1%} (limit "
             f"{limit:.1%}), so nothing was written. Try `dtype='float32'`."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the output, so that the finished checkpoint can be renamed into place.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
-        merged = Path(staging, output.name)
+    with new_folder(output) as merged:
         model.save_pretrained(merged, max_shard_size=max_shard_size)
         processor.save_pretrained(merged)
         if training := read_training(adapter):
             (merged / TRAINING_FILE).write_text(json.dumps(training, indent=2), encoding="utf-8")
-        try:
-            merged.replace(output)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise _not_empty(output) from error  # something else was written there meanwhile
     return difference
-
-
-def _not_empty(output: Path) -> OSError:
-    return FileExistsError(f"{output} is not empty. Give a new folder for the merged checkpoint.")
 
 
 @torch.no_grad()

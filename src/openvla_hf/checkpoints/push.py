@@ -14,10 +14,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..modeling.checkpoint_files import ADAPTER_CONFIG
 from ..modeling.configuration_openvla import MINIMUM_TRANSFORMERS
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
-from .describe import ADAPTER_CONFIG, CheckpointInfo, describe
+from .describe import CheckpointInfo, describe
 from .model_card import is_hub_id, write_card
 from .shared_files import WEIGHTS_FILE, find_binaries, read_text_in, read_texts, refuse_secrets
 

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,18 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..modeling.checkpoint_files import CheckpointFiles
+from ..modeling.checkpoint_files import CheckpointFiles, unreadable_weights
 from ..modeling.checkpoint_loading import (
     read_statistics,
     refuse_foreign_files,
     refuse_foreign_weights,
     refuse_oft,
-    unreadable_weights,
 )
 from ..modeling.configuration_openvla import OpenVLAConfig
-from ..modeling.folder_writing import written_whole
+from ..modeling.known_names import check_name
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
+from ..new_folder import new_folder, require_new_folder
 
 
 SHARD_BYTES = 2 * 10**9
@@ -134,10 +133,7 @@ FORMATS = {
 
 
 def _format(name: str) -> Format:
-    if name not in FORMATS:
-        near = get_close_matches(name, FORMATS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown format {name!r}; known: {', '.join(FORMATS)}.{hint}")
+    check_name(name, FORMATS, "format")
     return FORMATS[name]
 
 
@@ -310,13 +306,12 @@ def quantize(
 
     Raises:
         ValueError: The checkpoint is quantised already or no OpenVLA, or see `quantization`.
-        FileExistsError: `destination` holds something.
+        FileExistsError: `destination` holds files.
         OSError: A weights file is absent or can't be read.
         ImportError: See `quantization`.
     """
     destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists and is not empty: name a new folder.")
+    require_new_folder(destination)
     files = CheckpointFiles.locate(source, **hub_kwargs)
     hub_kwargs = hub_kwargs | files.hub_kwargs
     refuse_oft(files)
@@ -331,7 +326,7 @@ def quantize(
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": "cpu"})
     processor = AutoProcessor.from_pretrained(source, **hub_kwargs)
 
-    with written_whole(destination) as folder:
+    with new_folder(destination) as folder:
         # Config, code and statistics, without weights.
         model.config.quantization_config = quantizer.quantization_config
         model.norm_stats = read_statistics(files, model.norm_stats)

@@ -12,12 +12,11 @@ from safetensors import safe_open
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..modeling.adapter_loading import ADAPTER_WEIGHTS
-from ..modeling.checkpoint_files import CheckpointFiles
-from ..modeling.checkpoint_loading import STATISTICS_FILE, refuse_foreign_files
+from ..modeling.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATISTICS_FILE, CheckpointFiles
+from ..modeling.checkpoint_loading import refuse_foreign_files
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
-from .describe import ADAPTER_CONFIG, CheckpointInfo
+from .describe import CheckpointInfo
 from .model_card import RUN_FILES
 
 

@@ -1,7 +1,8 @@
 """The names of a dataset's features, as robots give them and as they are found in a dataset."""
 
-import difflib
 from collections.abc import Collection
+
+from ..modeling.known_names import unknown_name
 
 
 Names = str | tuple[str, ...]
@@ -39,10 +40,8 @@ def find_name(wanted: Names, available: Collection[str], kind: str) -> str:
     for name in as_tuple(wanted):
         if name in available:
             return name
-    wanted_text = " or ".join(map(repr, as_tuple(wanted)))
-    near = difflib.get_close_matches(as_tuple(wanted)[0], list(available), n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"There is no {kind} {wanted_text}.{hint} There are {listed(available)}.")
+    names = as_tuple(wanted)
+    raise unknown_name(" or ".join(map(repr, names)), sorted(available), kind, nearest_to=names[0])
 
 
 def find_columns(wanted: Names, available: Collection[str], kind: str) -> list[str]:

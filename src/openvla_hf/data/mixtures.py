@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, interleave_datasets
 
+from ..modeling.known_names import check_name
 from .loading import Frames, load
 from .streams import FrameStream, mix_streams
 
@@ -124,8 +125,7 @@ def load_mixture(
         ValueError: There is no such mixture, or the number of frames of a stream is not known.
     """
     if isinstance(mixture, str):
-        if mixture not in MIXTURES:
-            raise ValueError(f"There is no mixture {mixture!r}, there is {', '.join(map(repr, MIXTURES))}.")
+        check_name(mixture, MIXTURES, "mixture")
         mixture = MIXTURES[mixture]
     parts: list[Any] = []
     for name, weight in mixture.items():

@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 
+from ..modeling.checkpoint_files import STATISTICS_FILE
 from .frames import FEATURES, images_left_out, matrix, read_action_names
 from .loading import cache_folder
 from .streams import FrameStream
 
 
-FILE_NAME = "dataset_statistics.json"
 LOW, HIGH = 0.01, 0.99
 COLUMNS = ("dataset", "episode_index", "action", "action_mask", "state")
 READ_ROWS = 16384
@@ -149,7 +149,7 @@ def _read(frames: Dataset | IterableDataset) -> Iterator[tuple[str, pa.Table]]:
 
 def save_statistics(statistics: dict[str, Any], folder: str | os.PathLike) -> Path:
     """Writes `dataset_statistics.json` into a folder, and gives its path."""
-    path = Path(folder) / FILE_NAME
+    path = Path(folder) / STATISTICS_FILE
     path.write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -160,7 +160,7 @@ def load_statistics(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: The file does not hold action statistics by the name of their data set.
     """
-    path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    path = Path(path) / STATISTICS_FILE if Path(path).is_dir() else Path(path)
     try:
         statistics = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -2,9 +2,7 @@
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..new_folder import new_folder
 from .frames import import_extra
 from .readers.tfrecord import build_example, write_record
 from .statistics import describe
@@ -51,7 +50,7 @@ def write_lerobot(
         FileExistsError: the folder has files.
         ValueError: there are no frames, or as many names as there are numbers are not given.
     """
-    with _new_folder(Path(path)) as root:
+    with new_folder(Path(path)) as root:
         _write_lerobot(episodes, root, frequency, codec, action_names, state_names)
     return Path(path)
 
@@ -204,7 +203,7 @@ def write_rlds(
         FileExistsError: the folder has files.
         ValueError: there are no frames.
     """
-    with _new_folder(Path(path) / version) as root:
+    with new_folder(Path(path) / version) as root:
         _write_rlds(episodes, root, Path(path).name, episodes_per_file, quality, version)
     return Path(path) / version
 
@@ -293,19 +292,6 @@ def _rlds_features(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
     sequence = {"feature": features_dict(steps), "length": "-1"}
     return features_dict({"steps": {"pythonClassName": f"{package}.dataset_feature.Dataset", "sequence": sequence}})
-
-
-@contextmanager
-def _new_folder(root: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `root` when everything is written: half a dataset is never left."""
-    if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} is not empty: choose a new folder.")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as aside:
-        unfinished = Path(aside, "dataset")
-        unfinished.mkdir()
-        yield unfinished
-        unfinished.replace(root)
 
 
 __all__ = ["write_lerobot", "write_rlds"]

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from ..modeling.action_decoding import ActionIdsOnly, action_pass
 from ..modeling.configuration_openvla import OpenVLAConfig
+from ..modeling.known_names import check_name
 from ..modeling.model_inputs import prepare_prompts
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
@@ -81,8 +82,7 @@ def random_model(
     Raises:
         ValueError: Unknown size.
     """
-    if size not in RANDOM_SIZES:
-        raise ValueError(f"Unknown size {size!r}: give one of {', '.join(RANDOM_SIZES)}.")
+    check_name(size, RANDOM_SIZES, "size")
     config = OpenVLAConfig(
         vision_backbone_id="dinosiglip-vit-so-224px",
         norm_stats={"random": {"action": BRIDGE_LIKE_STATS}},

@@ -1,12 +1,13 @@
 """Actions <-> tokens, and robot units <-> [-1, 1]: the action decoder behind `unnorm_key`."""
 
-import difflib
 import math
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
+
+from .known_names import check_name
 
 
 # Pairs of bounds, the lower one first.
@@ -193,14 +194,11 @@ def resolve_key(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> st
         )
     if unnorm_key is None and len(norm_stats) == 1:
         return next(iter(norm_stats))
-    if isinstance(unnorm_key, str) and unnorm_key in norm_stats:
-        return unnorm_key
-    options = ", ".join(repr(key) for key in norm_stats)
     if unnorm_key is None:
+        options = ", ".join(map(repr, norm_stats))
         raise ValueError(f"This checkpoint has several action statistics: pass `unnorm_key=`, one of {options}.")
-    near = difflib.get_close_matches(str(unnorm_key), norm_stats, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Unknown `unnorm_key` {unnorm_key!r}.{hint} This checkpoint has {options}.")
+    check_name(unnorm_key, norm_stats, "`unnorm_key`")
+    return unnorm_key
 
 
 def action_dim(stats: dict[str, Any]) -> int:

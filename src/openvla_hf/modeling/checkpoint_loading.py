@@ -319,7 +319,6 @@ class CheckpointMixin(_Base):
 
 __all__ = [
     "OFT_FILES",
-    "STATISTICS_FILE",
     "CheckpointMixin",
     "named_base",
     "read_statistics",
@@ -327,5 +326,4 @@ __all__ = [
     "refuse_foreign_weights",
     "refuse_oft",
     "statistics_in_file",
-    "unreadable_weights",
 ]

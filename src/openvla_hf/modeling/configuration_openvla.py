@@ -1,6 +1,5 @@
 """Configuration of OpenVLA: one or two vision towers, a causal language model, and the action statistics."""
 
-from difflib import get_close_matches
 from typing import Any
 
 import transformers
@@ -20,6 +19,7 @@ from transformers.activations import ACT2CLS  # noqa: E402
 from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 
 from .action_tokenizer import ActionTokenizer  # noqa: E402
+from .known_names import check_name  # noqa: E402
 
 
 def _dinov2(image_size: int) -> dict[str, Any]:
@@ -160,10 +160,7 @@ class OpenVLAConfig(PreTrainedConfig):
                     f"{config.num_hidden_layers} layers."
                 )
         self._check_ids()
-        if self.projector_hidden_act not in ACT2CLS:
-            near = get_close_matches(str(self.projector_hidden_act), ACT2CLS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(ACT2CLS)}."
-            raise ValueError(f"Unknown `projector_hidden_act` {self.projector_hidden_act!r}: {hint}")
+        check_name(self.projector_hidden_act, ACT2CLS, "`projector_hidden_act`")
         patches = {(config.image_size // config.patch_size) ** 2 for config in self.vision_configs}
         if len(patches) != 1:
             raise ValueError(

@@ -31,6 +31,7 @@ from datasets import IterableDataset
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
@@ -416,7 +417,7 @@ def train(recipe: Recipe) -> None:
         folder = Path(recipe.output, name)
         checkpoint = last_checkpoint(folder)
         if checkpoint:  # on from seeds that have not been played
-            done = TrainerState.load_from_json(Path(checkpoint, "trainer_state.json")).global_step
+            done = TrainerState.load_from_json(Path(checkpoint, TRAINER_STATE_NAME)).global_step
             first_seed += done * recipe.batch_size
         stream = IterableDataset.from_generator(
             demonstrations, gen_kwargs={"seeds": seed_ranges(first_seed, recipe.workers), "recipe": recipe}

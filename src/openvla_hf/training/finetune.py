@@ -24,7 +24,7 @@ from ..checkpoints.model_card import write_card
 from ..data import Augmentation, compute_statistics, load, load_statistics
 from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, sample_frames, split_parts
-from ..modeling.checkpoint_loading import STATISTICS_FILE
+from ..modeling.checkpoint_files import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData

@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoints.quantize import expected_weight_bytes, quantization
 from ..modeling.configuration_openvla import OpenVLAConfig
+from ..modeling.known_names import check_name
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
-from .settings import check_metric, check_name, check_trackers, check_value
+from .settings import check_metric, check_trackers, check_value
 
 
 # Linear layers that are read, by the last part of their name: both towers, the projector, the language model.

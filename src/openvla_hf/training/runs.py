@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import CONFIG_NAME
 
-from ..checkpoints.describe import ADAPTER_CONFIG
 from ..checkpoints.model_card import TRAINING_FILE
+from ..modeling.checkpoint_files import ADAPTER_CONFIG
 from .recipes import Recipe
 from .trainer import last_checkpoint
 
@@ -24,7 +25,7 @@ OF_THE_RUN = (
 # Files that only a dataset has: LeRobot, RLDS (and a folder above its version), `datasets`.
 DATASET_FILES = ("meta/info.json", "features.json", "*/features.json", "state.json")
 # Files that only a checkpoint has.
-CHECKPOINT_FILES = ("config.json", ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt")
+CHECKPOINT_FILES = (CONFIG_NAME, ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt")
 
 
 def run_settings(recipe: Recipe, args: TrainingArguments, patience: int | None = None) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Names and values of settings, checked before anything is loaded."""
 
-import difflib
 import math
-from collections.abc import Iterable
 from enum import Enum
 from numbers import Integral, Real
 from types import NoneType
@@ -11,12 +9,11 @@ from typing import Any, get_args, get_origin
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.model_card import FIGURE
+from ..modeling.known_names import check_name
 
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
 NUMBERS: dict[type, type] = {int: Integral, float: Real}
-SHORT_LIST = 20
-"""As many names as an error lists; of more, it gives the nearest."""
 
 # Smallest value of a field of a recipe or of `TrainingArguments`.
 AT_LEAST = {
@@ -31,17 +28,6 @@ ABOVE_ZERO = ("num_train_epochs",)
 # Of `TrainingArguments.ddp_backend`, by its documentation.
 DDP_BACKENDS = ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")
 BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
-
-
-def check_name(name: str, known: Iterable[str], what: str) -> None:
-    """Raise `ValueError` with the nearest name if `name` is not a known one."""
-    known = list(known)
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    choices = f" There are {', '.join(known)}." if len(known) <= SHORT_LIST else ""
-    raise ValueError(f"Unknown {what} {name!r}.{hint}{choices}")
 
 
 def check_value(name: str, value: Any, annotation: Any) -> None:
@@ -104,4 +90,4 @@ def check_trackers(names: list[str]) -> None:
             raise ImportError(f"The tracker {name!r} can't be used: {error}") from error
 
 
-__all__ = ["check_metric", "check_name", "check_trackers", "check_value"]
+__all__ = ["check_metric", "check_trackers", "check_value"]

@@ -19,18 +19,14 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..checkpoints.model_card import TRAINING_FILE
 from ..data.streams import EvaluationStream, TrainingStream
-from ..modeling.checkpoint_loading import STATISTICS_FILE
-from ..modeling.folder_writing import written_whole
+from ..modeling.checkpoint_files import STATISTICS_FILE
+from ..modeling.folder_writing import UNFINISHED, written_whole
 from .collator import IGNORED, ActionCollator
-
-
-# Where a checkpoint is written before it gets its name. The Hub's uploads pass over what begins with "_".
-UNFINISHED = "_unfinished"
-TRAINER_STATE = "trainer_state.json"
 
 
 class ActionTrainer(Trainer):
@@ -307,7 +303,7 @@ class ActionTrainer(Trainer):
         if self.state.best_model_checkpoint == str(aside):  # in every process: each loads it at the end
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
-            self.state.save_to_json(str(aside / TRAINER_STATE))
+            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
             if final.exists():  # of a run that went on from an earlier checkpoint
                 final.rename(run_dir / UNFINISHED / "replaced")
             aside.rename(final)
@@ -380,7 +376,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     steps = {
         int(number): path
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := path.name.rsplit("-", 1)[1]).isdigit() and (path / TRAINER_STATE).is_file()
+        if (number := path.name.rsplit("-", 1)[1]).isdigit() and (path / TRAINER_STATE_NAME).is_file()
     }
     return str(steps[max(steps)]) if steps else None
 

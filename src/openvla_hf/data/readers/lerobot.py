@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from ...modeling.known_names import check_name
 from ..adapters import Robot
 from ..feature_names import as_tuple
 from ..frames import BadEpisodeError, Episode, ImageReference, check_images, matrix
@@ -131,8 +132,7 @@ class LeRobotSource:
         self.numbers = [name for name in self.features if name not in images]
         self.dimension_names = {name: named for name in self.numbers if (named := _names(self.features[name]))}
         splits = info.get("splits") or {"train": f"0:{info['total_episodes']}"}
-        if split not in splits:
-            raise ValueError(f"There is no split {split!r}, there is {', '.join(map(repr, splits))}.")
+        check_name(split, splits, "split")
         start, end = splits[split].split(":")
         self.episodes = range(int(start), int(end))
         self._file: DataFile | None = None
