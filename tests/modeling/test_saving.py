@@ -7,6 +7,7 @@ from safetensors import safe_open
 from transformers import AutoModel
 
 from openvla_hf.checkpoints.describe import describe
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
 
 
@@ -90,6 +91,8 @@ def test_the_file_of_statistics_comes_before_the_config(tiny, tmp_path):
     # What the caller gives comes first.
     other = {"other": {"action": BRIDGE_LIKE_STATS}}
     assert AutoModel.from_pretrained(tmp_path, norm_stats=other).norm_stats == other
+    in_config = model.norm_stats
+    assert OpenVLAForActionPrediction.from_pretrained(tmp_path, norm_stats=in_config).norm_stats == in_config
     # Both places of what is saved hold the same.
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "dataset_statistics.json").read_text()) == run

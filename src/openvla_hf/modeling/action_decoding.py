@@ -84,6 +84,7 @@ def decode_actions(
 
 def _takes_additive_masks(model: "OpenVLAForActionPrediction", length: int) -> bool:
     """Whether every layer attends to all of `length` tokens before it, under a mask that is added."""
+    # transformers has a public setter for the attention implementation, but no public getter.
     if model.config.text_config._attn_implementation not in MASKED_ATTENTION:
         return False
     if torch.is_autocast_enabled(model.device.type):  # keys and values of two dtypes, and a cache has one
@@ -222,13 +223,14 @@ class CompiledActionPass:
     """
 
     def __init__(self, mode: str):
-        # Not imported by everyone who predicts: it takes seconds.
+        # Imported only for compiling, since the import takes seconds. These errors have no public names, and the
+        # limit below has one (`torch.compiler.config`) only in later releases than the oldest supported.
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         self.mode, self.failures = mode, (FailOnRecompileLimitHit, TorchDynamoException)
         self.compiled = torch.compile(action_pass, mode=mode, fullgraph=True, dynamic=False)
-        # Four shapes for each length of prompt and batch size: the first pass and the others, without a draft and
-        # with one.
+        # Four shapes for each prompt length and batch size: the first and the later passes, each with and without a
+        # draft.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
 
     def __reduce__(self) -> tuple[type["CompiledActionPass"], tuple[str]]:

@@ -14,10 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.core_model_loading import WeightRenaming
 
 from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, unreadable_weights
-from .weight_mapping import CONVERSIONS
+from .weight_mapping import RENAMINGS
 
 
 PREFIX = "base_model.model."
@@ -45,10 +44,8 @@ def our_name(model: nn.Module, name: str) -> str:
     else:
         path, rest = f"{tower[1]}.", tower[2]
         rules = type(model.get_submodule(f"model.{tower[1]}")).__name__
-    for rule in CONVERSIONS[rules]:
-        if isinstance(rule, WeightRenaming):
-            # An untouched copy: transformers may have used the rule's own patterns up.
-            rest = re.sub(rule._original_source_patterns[0], rule._original_target_patterns[0], rest)
+    for published, ours in RENAMINGS[rules].items():
+        rest = re.sub(published, ours, rest)
     return rest if rest.startswith("lm_head.") else f"model.{path}{rest}"
 
 

@@ -190,6 +190,7 @@ class CheckpointFiles:
 
     def _is_absent_from_cached_list(self, name: str) -> bool:
         """Whether the cache has a list of the commit's files (downloading the whole leaves one) without this file."""
+        # `huggingface_hub` reads the list too, but has no public function that says whether there is one.
         snapshot = self._snapshot(name)
         return snapshot is not None and (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").is_file()
 

@@ -115,7 +115,8 @@ class Adapter:
 def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFiles, Adapter | None]:
     """The checkpoint that `from_pretrained` is to load, and the adapter on it.
 
-    The Auto classes name the base and hide the adapter in `adapter_kwargs`, which is taken out of `kwargs`.
+    The Auto classes name the base and pass the adapter in `adapter_kwargs`, under a key that is private to
+    transformers. `adapter_kwargs` is taken out of `kwargs`.
     """
     adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
     given = adapter_kwargs.get("_adapter_model_path")
@@ -241,7 +242,7 @@ class CheckpointMixin(_Base):
         except SafetensorError as error:
             raise unreadable_weights(source, error) from error
         except OSError as error:
-            if "no file named" not in str(error):
+            if "no file named" not in str(error):  # transformers has no error class for a missing weights file
                 raise
             raise OSError(
                 f"{error} Copy the weights beside the config, or download the repository again: it is not complete."
@@ -249,14 +250,15 @@ class CheckpointMixin(_Base):
         except ModuleNotFoundError as error:
             raise missing_package(source, error) or error from error
         except RuntimeError as error:
-            if "conversion of the weights" not in str(error):
+            if "conversion of the weights" not in str(error):  # nor one for a failed conversion
                 raise
             raise ValueError(
                 f"Cannot load {source} as OpenVLA: a weight has another shape than the config says. Weights and "
                 "config are of different models."
             ) from error
         refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-        model.norm_stats = read_statistics(files, model.norm_stats)
+        given = kwargs.get("norm_stats")
+        model.norm_stats = read_statistics(files, model.norm_stats) if given is None else given
         prepare_quantized(model)
         if adapter is not None:
             model.load_adapter(adapter.source, **adapter.hub_kwargs)

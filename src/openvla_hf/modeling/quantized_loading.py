@@ -85,7 +85,8 @@ def prepare_quantized(model: PreTrainedModel) -> None:
     if config.quant_method != "bitsandbytes":
         return
     if config.load_in_8bit:
-        # It says at every layer of every pass that it casts to float16, which is how it works.
+        # It warns at every layer of every pass that it casts to float16, which is how 8 bits work. The logger's name
+        # is the only handle on that warning.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, WeightConverte
 
 
 class Reshape(ConversionOps):
-    """One tensor through a function, and back through its inverse."""
+    """Change one tensor by a function, and back by its inverse when saving in the published layout."""
 
     def __init__(
         self, function: Callable[[torch.Tensor], torch.Tensor], inverse: Callable[[torch.Tensor], torch.Tensor]
@@ -34,7 +34,7 @@ class Reshape(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """The same the other way round."""
+        """The inverse operation."""
         return Reshape(self.inverse, self.function)
 
 
@@ -58,10 +58,6 @@ def add_batch(positions: torch.Tensor) -> torch.Tensor:
     return positions.unsqueeze(0)
 
 
-def _renamings(table: dict[str, str]) -> list[WeightRenaming]:
-    return [WeightRenaming(source, target) for source, target in table.items()]
-
-
 def _qkv(attention: str) -> WeightConverter:
     return WeightConverter(
         rf"{attention}\.qkv",
@@ -70,23 +66,32 @@ def _qkv(attention: str) -> WeightConverter:
     )
 
 
-# Class name or model type -> rules, published first.
-CONVERSIONS = {
-    "openvla": _renamings({r"^language_model\.model\.": "language_model.", r"^language_model\.lm_head\.": "lm_head."}),
+# Class name of a tower, or model type -> published name (a pattern) -> ours.
+RENAMINGS: dict[str, dict[str, str]] = {
+    "openvla": {r"^language_model\.model\.": "language_model.", r"^language_model\.lm_head\.": "lm_head."},
+    "OpenVLADinov2Tower": {
+        r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+        r"^cls_token": "embeddings.cls_token",
+        r"^reg_token": "embeddings.register_tokens",
+        r"^pos_embed": "embeddings.pos_embed",
+        r"^blocks\.": "encoder.layer.",
+        r"\.attn\.qkv\.": ".attention.qkv.",
+        r"\.attn\.proj\.": ".attention.o_proj.",
+        r"\.ls1\.scale_factor": ".layer_scale1.lambda1",
+        r"\.ls2\.scale_factor": ".layer_scale2.lambda1",
+    },
+    "OpenVLASiglipTower": {
+        r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+        r"^blocks\.": "encoder.layers.",
+        r"\.norm1\.": ".layer_norm1.",
+        r"\.norm2\.": ".layer_norm2.",
+        r"\.attn\.qkv\.": ".self_attn.qkv.",
+        r"\.attn\.proj\.": ".self_attn.out_proj.",
+    },
+}
+# What changes the tensors too, after the renamings.
+CONVERTERS: dict[str, list[WeightConverter]] = {
     "OpenVLADinov2Tower": [
-        *_renamings(
-            {
-                r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
-                r"^cls_token": "embeddings.cls_token",
-                r"^reg_token": "embeddings.register_tokens",
-                r"^pos_embed": "embeddings.pos_embed",
-                r"^blocks\.": "encoder.layer.",
-                r"\.attn\.qkv\.": ".attention.qkv.",
-                r"\.attn\.proj\.": ".attention.o_proj.",
-                r"\.ls1\.scale_factor": ".layer_scale1.lambda1",
-                r"\.ls2\.scale_factor": ".layer_scale2.lambda1",
-            }
-        ),
         WeightConverter(
             r"embeddings\.pos_embed",
             "embeddings.position_embeddings",
@@ -95,21 +100,16 @@ CONVERSIONS = {
         _qkv("attention"),
     ],
     "OpenVLASiglipTower": [
-        *_renamings(
-            {
-                r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
-                r"^blocks\.": "encoder.layers.",
-                r"\.norm1\.": ".layer_norm1.",
-                r"\.norm2\.": ".layer_norm2.",
-                r"\.attn\.qkv\.": ".self_attn.qkv.",
-                r"\.attn\.proj\.": ".self_attn.out_proj.",
-            }
-        ),
         WeightConverter(
             r"^pos_embed", "embeddings.position_embedding.weight", operations=[Reshape(drop_batch, add_batch)]
         ),
         _qkv("self_attn"),
     ],
+}
+# As transformers takes them; it may change these objects while it loads.
+CONVERSIONS = {
+    name: [*(WeightRenaming(*one) for one in renamings.items()), *CONVERTERS.get(name, [])]
+    for name, renamings in RENAMINGS.items()
 }
 
 
@@ -119,4 +119,4 @@ def register_conversions() -> None:
         register_checkpoint_conversion_mapping(name, rules, overwrite=True)
 
 
-__all__ = ["CONVERSIONS", "register_conversions"]
+__all__ = ["CONVERSIONS", "RENAMINGS", "register_conversions"]
