@@ -1,0 +1,276 @@
+"""The public API: a change of a name, a parameter or a flag fails here and needs an entry in CHANGELOG.md."""
+
+import argparse
+import importlib
+import inspect
+import re
+from typing import Any
+
+import pytest
+from transformers import PreTrainedConfig
+
+import openvla_hf
+import openvla_hf.data
+from openvla_hf.cli import build_parser
+
+
+# Functions, classes and methods with their parameters; constants and properties by their names.
+API = {
+    "openvla_hf": """
+        ActionPrediction(actions, normalized_actions, token_ids, probabilities, entropy, forward_passes)
+        ActionStream(model, unnorm_key)
+        ActionStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, return_details)
+        ActionStream.reset()
+        ActionTokenizer(vocab_end, n_bins)
+        ActionTokenizer.bin_values
+        ActionTokenizer.decode(token_ids)
+        ActionTokenizer.encode(actions)
+        ActionTokenizer.first_id
+        AutoModelForVision2Seq
+        OpenVLAConfig(vision_config, fused_vision_config, text_config, vision_feature_layer, projector_hidden_act,
+            image_token_index, prompt_suffix_token_id, n_action_bins, pad_to_multiple_of, pad_token_id, norm_stats,
+            tie_word_embeddings)
+        OpenVLAConfig.action_vocab_end
+        OpenVLAConfig.num_image_tokens
+        OpenVLAConfig.vision_configs
+        OpenVLAForActionPrediction(config)
+        OpenVLAForActionPrediction.action_stream(unnorm_key)
+        OpenVLAForActionPrediction.action_tokenizer
+        OpenVLAForActionPrediction.compile_for_actions(mode)
+        OpenVLAForActionPrediction.forward(input_ids, pixel_values, attention_mask, position_ids, past_key_values,
+            inputs_embeds, labels, logits_to_keep, **kwargs)
+        OpenVLAForActionPrediction.from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info,
+            **kwargs)
+        OpenVLAForActionPrediction.get_action_stats(unnorm_key)
+        OpenVLAForActionPrediction.get_image_features(pixel_values)
+        OpenVLAForActionPrediction.load_adapter(peft_model_id, adapter_name, **kwargs)
+        OpenVLAForActionPrediction.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, stats,
+            constrained, return_details, draft_token_ids, **decoding)
+        OpenVLAForActionPrediction.save_pretrained(save_directory, **kwargs)
+        OpenVLAImageProcessor(image_resize_strategy, size, image_mean, image_std, resample, letterbox_fill,
+            center_crop_area)
+        OpenVLAImageProcessor.preprocess(images, return_tensors)
+        OpenVLAModel(config)
+        OpenVLAModel.embed(input_ids, pixel_values)
+        OpenVLAModel.forward(input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
+            **kwargs)
+        OpenVLAModel.get_image_features(pixel_values)
+        OpenVLAProcessor(image_processor, tokenizer, prompt_template, lowercase_instruction, strip_full_stop,
+            image_token, image_token_id, num_image_tokens)
+        OpenVLAProcessor.__call__(*args, images, text, instruction, add_image_tokens, **kwargs)
+        OpenVLAProcessor.build_prompt(instruction)
+        load_adapter(model, adapter, **hub_kwargs)
+    """,
+    "openvla_hf.data": """
+        Augmentation(size, crop_area, brightness, contrast, saturation, hue)
+        BadEpisodeError(message, episodes)
+        FirstOf(*names)
+        Gripper(open, closed, binarize, dimensions)
+        MIXTURES
+        Robot(name, camera, action, state, instruction, select, action_dim, rotation, relative, gripper, frequency,
+            space, as_delta, every, drop_idle)
+        TrainingStream(stream, rank, ranks, batch_size)
+        compute_statistics(frames)
+        from_episodes(episodes, robot, name, cache_key, every, drop_idle, streaming, skip_bad_episodes)
+        load(data, robot, split, name, camera, every, drop_idle, streaming, shuffle_buffer, seed, skip_bad_episodes)
+        load_mixture(mixture, folder, seed, num_frames, **options)
+        load_statistics(path)
+        mix(parts, seed)
+        register_robot(robot)
+        registered_robots()
+        save_statistics(statistics, folder)
+        write_lerobot(episodes, path, frequency, codec, action_names, state_names)
+        write_rlds(episodes, path, episodes_per_file, quality, version)
+    """,
+    "openvla_hf.testing": """
+        BRIDGE_LIKE_STATS
+        fake_episode(seed, steps, instruction, size)
+        tiny_config(tokenizer, image_size, patch_size, vision_width, vision_layers, text_width, text_layers, heads,
+            fused, norm_stats)
+        tiny_processor(tokenizer, config)
+        tiny_tokenizer(texts, merges, phrases)
+    """,
+    "openvla_hf.checkpoints.describe": """
+        CheckpointInfo(layout, files, vision_towers, language_model, action_dims, dtype, quantization, parameters,
+            size, base_model, has_code, statistics, statistics_file)
+        describe(source, revision, token)
+    """,
+    "openvla_hf.checkpoints.export": """
+        export(source, destination, max_shard_size, revision, token)
+    """,
+    "openvla_hf.checkpoints.merge": """
+        merge_adapter(adapter, output, base, dtype, max_shard_size, device_map, **config_overrides)
+    """,
+    "openvla_hf.checkpoints.push": """
+        push(checkpoint, repo_id, processor, base_model, datasets, license, private, revision, create_pr,
+            commit_message, max_shard_size, token)
+    """,
+    "openvla_hf.checkpoints.quantize": """
+        FORMATS
+        Format(about, package, make_config, layer_bytes, compute_capability)
+        expected_weight_bytes(config, name, towers)
+        quantization(name, towers, dtype)
+        quantize(source, destination, name, towers, dtype, config, shard_bytes, on_progress, **hub_kwargs)
+        weight_bytes(model)
+    """,
+    "openvla_hf.training.arguments": """
+        FinetuneArguments(model, output, data, statistics, recipe, settings, model_kwargs, resume, eval_share,
+            eval_frames, eval_data, keep_best, patience)
+    """,
+    "openvla_hf.training.collator": """
+        ActionCollator(processor, action_tokenizer, stats, prompt_suffix_token_id, norm_stats, augment, seed)
+    """,
+    "openvla_hf.training.finetune": """
+        build_trainer(arguments)
+        finetune(arguments)
+    """,
+    "openvla_hf.training.recipes": """
+        RECIPES
+        Cost(trainable, parameters, weights, gradients, optimizer, activations)
+        Recipe(lora_rank, lora_alpha, lora_dropout, lora_targets, trained, quantize, dtype, learning_rate,
+            lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, batch_size, gradient_accumulation_steps,
+            gradient_checkpointing, augment, seed)
+        estimate_cost(config, recipe, prompt_tokens)
+        recipe(name, **overrides)
+    """,
+    "openvla_hf.training.trainer": """
+        ActionTrainer(model, args, data_collator, train_dataset, eval_collator, record, **kwargs)
+        last_checkpoint(output_dir)
+    """,
+    "openvla_hf.evaluation.doctor": """
+        Report(name, robot, episodes, frames, instructions, shortest_episode, median_episode, longest_episode,
+            bad_episodes, frames_without_instruction, idle, duplicates, lowest, highest, q01, q99, clipped,
+            unused_dimensions, gripper_open, frequency, names, follows_state, motionless_start, histograms, model,
+            warnings)
+        examine(data, robot, split, camera, every, drop_idle, stats, max_images, progress)
+        plot_actions(report, path, names)
+        report_tables(report, names)
+    """,
+    "openvla_hf.evaluation.fidelity": """
+        Fidelity(format, towers, observations, token_agreement, action_agreement, l1, gripper_flips, success, lost,
+            won, weight_bytes, peak_bytes, latency)
+        compare(checkpoint, formats, observations, towers, unnorm_key, device, dtype, episodes, baseline, on_progress)
+        plot(results, path, names)
+        table(results, names)
+        tabletop_observations(count, first_seed)
+    """,
+    "openvla_hf.evaluation.latency": """
+        Latency(device, threads, dtype, versions, parameters, weight_bytes, bandwidth, matmul, repeats, batches)
+        latency_tables(result)
+        measure_latency(model, processor, unnorm_key, batch_sizes, repeats, compile_passes, instruction, progress)
+        random_model(size, dtype, device)
+    """,
+    "openvla_hf.evaluation.open_loop": """
+        OpenLoopReport(dataset, episodes, frames, mean_absolute_error, l1, token_accuracy, gripper_agreement)
+        evaluate_open_loop(model, processor, frames, unnorm_key, max_episodes, max_frames, seed, batch_size, progress)
+        open_loop_table(title, report, names)
+    """,
+    "openvla_hf.tabletop.env": """
+        MAX_STEP
+        TASKS
+        TabletopEnv(tasks, render_mode, max_steps, hand_noise)
+    """,
+    "openvla_hf.tabletop.expert": """
+        expert_action(env)
+        record_demonstrations(tasks, seeds, noise)
+        rollout_expert(env, seed, noise, options)
+    """,
+    "openvla_hf.tabletop.pictures": """
+        draw_strip(rollouts, columns)
+        save_gif(rollouts, path, columns, frames_per_second)
+    """,
+    "openvla_hf.tabletop.rollouts": """
+        CONDITIONS
+        FIRST_UNSEEN_SEED
+        TABLETOP_POLICY
+        Rollout(seed, task, instruction, success, moved_target, steps, frames)
+        load_policy(model, processor, unnorm_key)
+        run_episodes(policy, seeds, tasks, condition, batch_size, keep_frames)
+        success_by_task(rollouts)
+        success_table(title, results)
+    """,
+    "openvla_hf.cli": """
+        main(argv)
+    """,
+}
+
+COMMANDS = {
+    "demo": """
+        --model --unnorm-key --device --episodes --batch-size --task --output --json
+    """,
+    "evaluate": """
+        --model --unnorm-key --device --episodes --batch-size --task --condition --data --frames --robot --robots
+            --split --camera --every --drop-idle --json
+    """,
+    "record": """
+        destination --task --episodes --first-seed --format --json
+    """,
+    "predict": """
+        --model --unnorm-key --device --image --instruction --dtype --json
+    """,
+    "bench": """
+        --model --random --unnorm-key --batch-sizes --repeats --compile --dtype --device --json
+    """,
+    "info": """
+        checkpoint --revision --json
+    """,
+    "push": """
+        checkpoint repo_id --base-model --dataset --license --private --revision --create-pr --message --json
+    """,
+    "export": """
+        checkpoint destination --max-shard-size --revision --json
+    """,
+    "finetune": """
+        --data --weights --robot --robots --split --camera --every --drop-idle --name --statistics --streaming
+            --shuffle-buffer --skip-bad-episodes --model --output --recipe --set --steps --save-steps --logging-steps
+            --keep --workers --resume --report-to --dry-run --eval-share --eval-frames --keep-best --patience --json
+    """,
+    "doctor": """
+        data --robot --robots --split --camera --every --drop-idle --model --unnorm-key --frames --plot --json
+    """,
+    "merge": """
+        adapter output --base --dtype --max-shard-size --json
+    """,
+    "quantize": """
+        source destination --bits --format --towers --revision --report --data --robot --robots --split --camera
+            --every --drop-idle --frames --episodes --baseline --unnorm-key --device --dtype --output --json
+    """,
+}
+
+
+def parameters(value: Any) -> list[str]:
+    if isinstance(value, type) and issubclass(value, PreTrainedConfig):  # its own fields, not those of transformers
+        return [name for name in value.__annotations__ if name in value.__dataclass_fields__]
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    found = inspect.signature(value).parameters.values()
+    return [stars.get(one.kind, "") + one.name for one in found if one.name != "self"]
+
+
+def entries(text: str) -> dict[str, list[str] | None]:
+    """Name -> parameters, or `None` for a name without parentheses."""
+    found = re.findall(r"([\w.]+)(\([^)]*\))?", text)
+    return {name: re.findall(r"[\w*]+", inside) if inside else None for name, inside in found}
+
+
+@pytest.mark.parametrize("module", API)
+def test_the_public_functions_and_classes_keep_their_parameters(module):
+    for name, listed in entries(API[module]).items():
+        value: Any = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+        if listed is not None:
+            assert parameters(value) == listed, name
+
+
+@pytest.mark.parametrize("package", [openvla_hf, openvla_hf.data], ids=lambda package: package.__name__)
+def test_the_packages_export_exactly_the_listed_names(package):
+    assert set(package.__all__) == {name for name in entries(API[package.__name__]) if "." not in name}
+
+
+def test_the_commands_have_exactly_the_listed_flags():
+    (commands,) = [one for one in build_parser()._actions if isinstance(one, argparse._SubParsersAction)]
+    found = {
+        name: {action.option_strings[-1] if action.option_strings else action.dest for action in parser._actions}
+        for name, parser in commands.choices.items()
+    }
+    assert found == {name: {"--help", *flags.split()} for name, flags in COMMANDS.items()}
