@@ -183,13 +183,7 @@ class ActionPredictionMixin(_Base):
         )
         # 4. Ids to bins to robot units
         token_ids = tokens.token_ids.cpu().numpy()
-        spoilt = [row for row, dim in enumerate(dims) if (token_ids[row, :dim] < 0).any()]
-        if spoilt:
-            raise ValueError(
-                f"The model's output is not finite for observation{'s' * (len(spoilt) > 1)} "
-                f"{', '.join(map(str, spoilt))}: check `pixel_values` and the weights, those of an adapter included, "
-                "for NaN and infinity. A model in float16 may overflow: load it in bfloat16 or float32."
-            )
+        _refuse_not_finite(token_ids, dims)
         normalized = self.action_tokenizer.decode(token_ids)
         actions = np.full(normalized.shape, np.nan)
         for row, (one, dim) in enumerate(zip(row_stats, dims, strict=True)):
@@ -227,6 +221,17 @@ class ActionPredictionMixin(_Base):
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy takes: everything but the caches, which the next call makes again."""
         return super().__getstate__() | {"action_caches": {}}
+
+
+def _refuse_not_finite(token_ids: np.ndarray, dims: Sequence[int]) -> None:
+    """`ValueError` where a row of ids (B, A) holds -1, decoding's mark for logits that are not finite."""
+    spoilt = [row for row, dim in enumerate(dims) if (token_ids[row, :dim] < 0).any()]
+    if spoilt:
+        raise ValueError(
+            f"The model's output is not finite for observation{'s' * (len(spoilt) > 1)} "
+            f"{', '.join(map(str, spoilt))}: check `pixel_values` and the weights, those of an adapter included, "
+            "for NaN and infinity. A model in float16 may overflow: load it in bfloat16 or float32."
+        )
 
 
 class ActionStream:

@@ -107,31 +107,45 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     found = {ADAPTED.match(name.removeprefix(PREFIX))["layer"] for name in adapted}  # type: ignore[index]
     names = published_layers(model) if published else {name: [name] for name in linear_layers(layers)}
     wanted = {ours for name, group in names.items() if is_target(name, config) for ours in group} | found
+    _check_sides(weights_file, adapted, wanted)
+    if foreign := sorted(set(whole) - found):
+        raise ValueError(
+            f"{weights_file} holds a whole weight of {foreign[0]!r}, a layer that the adapter does not adapt. Remove "
+            "the weight, or merge the adapter into its base with the library that made it."
+        )
+    _check_shapes(
+        weights_file, adapted, {name: layers.get(f"{name}.base_layer", layers[name]) for name in found}, config
+    )
+    config["target_modules"] = sorted(found)
+    config["auto_mapping"] = None
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    save_file(adapted, folder / ADAPTER_WEIGHTS)
+    return whole
+
+
+def _check_sides(weights_file: str, adapted: dict[str, torch.Tensor], wanted: set[str]) -> None:
+    """`ValueError` where A or B of a layer is missing."""
     sides = [f"{PREFIX}{layer}.{side}.weight" for layer in sorted(wanted) for side in ("lora_A", "lora_B")]
     if missing := [name for name in sides if name not in adapted]:
         raise ValueError(
             f"{weights_file} does not fit this model: {len(missing)} weights of layers that {ADAPTER_CONFIG} names "
             f"are missing (for example {missing[0]!r}). Copy or download the adapter again."
         )
-    if foreign := sorted(set(whole) - found):
-        raise ValueError(
-            f"{weights_file} holds a whole weight of {foreign[0]!r}, a layer that the adapter does not adapt. Remove "
-            "the weight, or merge the adapter into its base with the library that made it."
-        )
+
+
+def _check_shapes(
+    weights_file: str, adapted: dict[str, torch.Tensor], layers: dict[str, nn.Module], config: dict[str, Any]
+) -> None:
+    """`ValueError` where A and B do not have the shapes of a rank in the config for their layer."""
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
-    for layer in sorted(found):
-        shapes = [tuple(adapted[f"{PREFIX}{layer}.{side}.weight"].shape) for side in ("lora_A", "lora_B")]
+    for name, layer in sorted(layers.items()):
+        shapes = [tuple(adapted[f"{PREFIX}{name}.{side}.weight"].shape) for side in ("lora_A", "lora_B")]
         rank = shapes[0][0] if shapes[0] else 0
-        if rank not in ranks or shapes != _lora_shapes(layers.get(f"{layer}.base_layer", layers[layer]), rank):
+        if rank not in ranks or shapes != _lora_shapes(layer, rank):
             raise ValueError(
-                f"{weights_file} does not fit this model: the weights of {layer!r} have the shapes {shapes[0]} and "
+                f"{weights_file} does not fit this model: the weights of {name!r} have the shapes {shapes[0]} and "
                 f"{shapes[1]}, which are not those of rank {config.get('r')} for this layer."
             )
-    config["target_modules"] = sorted(found)
-    config["auto_mapping"] = None
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
-    save_file(adapted, folder / ADAPTER_WEIGHTS)
-    return whole
 
 
 def check_adapter_config(config: dict[str, Any], where: str) -> None:

@@ -160,7 +160,14 @@ class OpenVLAProcessor(ProcessorMixin):
                 f"{len(prompts)} texts do not go with {batch_size} images: give one image for each text, "
                 "or a single text (a str) for all images."
             )
-        placeholders = [self.image_token_id] * self.num_image_tokens if add_image_tokens else []
+        text_inputs = self._encode(prompts, self.num_image_tokens if add_image_tokens else 0, text_kwargs)
+        return BatchFeature(
+            {**text_inputs, "pixel_values": pixel_values}, tensor_type=text_kwargs.get("return_tensors")
+        )
+
+    def _encode(self, prompts: list[str], num_placeholders: int, text_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Ids and mask of prompts as lists, with placeholders, cut off and padded as the options say."""
+        placeholders = [self.image_token_id] * num_placeholders
         rows = self.tokenizer(prompts, verbose=False)["input_ids"]
         if placeholders and any(self.image_token_id in row for row in rows):
             raise ValueError(
@@ -188,9 +195,7 @@ class OpenVLAProcessor(ProcessorMixin):
             text_inputs["mm_token_type_ids"] = [
                 [int(one == self.image_token_id) for one in row] for row in text_inputs["input_ids"]
             ]
-        return BatchFeature(
-            {**text_inputs, "pixel_values": pixel_values}, tensor_type=text_kwargs.get("return_tensors")
-        )
+        return text_inputs
 
     def _read_options(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options of a call for the text and for the images."""
