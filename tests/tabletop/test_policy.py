@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
+from openvla_hf.tabletop.train_policy import save_policy
 
 
 @pytest.fixture(scope="module")
@@ -16,17 +19,24 @@ def act():
 
 def test_it_is_small_and_safe():
     files = [path for path in TABLETOP_POLICY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) <= 15e6
+    assert sum(path.stat().st_size for path in files) <= 7e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
 
 
 def test_saving_it_again_writes_the_same_files(tmp_path):
-    AutoModel.from_pretrained(TABLETOP_POLICY).save_pretrained(tmp_path)
-    AutoProcessor.from_pretrained(TABLETOP_POLICY).save_pretrained(tmp_path)
+    model, processor = AutoModel.from_pretrained(TABLETOP_POLICY), AutoProcessor.from_pretrained(TABLETOP_POLICY)
+    save_policy(model, processor, tmp_path)
     weights_and_configs = [path for path in tmp_path.iterdir() if path.suffix != ".py"]
     assert weights_and_configs
     for path in weights_and_configs:
         assert (TABLETOP_POLICY / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "auto"}])
+def test_its_weights_are_float16_in_the_file_and_float32_in_memory(options):
+    with safe_open(TABLETOP_POLICY / "model.safetensors", "pt") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
+    assert AutoModel.from_pretrained(TABLETOP_POLICY, **options).dtype == torch.float32
 
 
 def test_its_card_says_what_it_is():

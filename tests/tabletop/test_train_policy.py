@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from openvla_hf.tabletop.train_policy import (
     UNNORM_KEY,
     Acting,
     GuidedCollator,
-    Recipe,
     Seeing,
+    TrainPolicyArguments,
     build,
     demonstrations,
     in_patches,
@@ -26,7 +27,7 @@ from openvla_hf.tabletop.train_policy import (
 )
 
 
-SMALL = Recipe(live_episodes=4, seeing_steps=1, steps=1, batch_size=2, workers=0, save_steps=1)
+SMALL = TrainPolicyArguments(live_episodes=4, seeing_steps=1, steps=1, batch_size=2, workers=0, save_steps=1)
 
 
 def frames(count: int, last_seed: int = 100) -> list[dict]:
@@ -117,7 +118,7 @@ def test_workers_play_different_seeds():
 
 @pytest.mark.slow
 def test_the_recipe_ends_in_a_policy_that_loads(tmp_path):
-    train(Recipe(output=str(tmp_path), live_episodes=4, seeing_steps=1, steps=1, batch_size=2, workers=1))
+    train(replace(SMALL, output=str(tmp_path), workers=1))
     model = AutoModel.from_pretrained(tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     frame = frames(1)[0]

@@ -2,25 +2,26 @@
 
     python -m openvla_hf.tabletop.train_policy --output outputs/tabletop
 
-The policy is OpenVLA at a few million parameters: both towers, projector, Llama, its own tokenizer. OpenVLA starts
-from towers and a language model that are pretrained; here nothing is, and from the actions alone it would take
-millions of frames to find out that a name means a thing in the image. So what pretraining gives is taught first:
+The policy is OpenVLA at a few million parameters: both towers, the projector, Llama and a tokenizer of its own.
+OpenVLA starts from pretrained towers and a pretrained language model. Here nothing is pretrained, and it would take
+millions of frames to learn from the actions alone that a name refers to an object in the image. Two phases therefore
+teach first what pretraining would give:
 
-1. Seeing: the towers and the projector learn what is in each patch, and to say it in the language model's own
-   embeddings of the names. This goes on to the end.
-2. Acting: everything learns the expert's actions, while some attention heads are shown where to look (a name at
-   the patch that holds what it names; the action at the names, the gripper and its shadow), and where things are is
-   read from the hidden states.
+1. Seeing: the towers and the projector learn which object is in each patch, and to express it in the language model's
+   own embeddings of the names. This continues in the second phase.
+2. Acting: everything learns the expert's actions. Some attention heads are also shown where to look (from a name to
+   the patch of its object; from the action to the names, the gripper and its shadow), and positions are read from the
+   hidden states.
 
-What does the teaching, heads and losses, is thrown away: the result is a plain policy. The expert's episodes are
-played while it trains, each once, so nothing is stored and nothing repeats. Started again with the same output, it
-goes on from its last checkpoint.
+The extra heads and losses are discarded: the result is a plain policy. The expert's episodes are generated during
+training and each is used once, so nothing is stored and nothing repeats. Running the command again with the same
+output folder resumes from the last checkpoint.
 """
 
 import argparse
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,26 +51,42 @@ GOALS = [f"{colour} {kind}" for colour, kind in itertools.product(COLOURS, GOAL_
 NAMES = [*THINGS, *GOALS]
 SEEN = [*NAMES, "open gripper", "closed gripper", "shadow"]
 OPEN, CLOSED, SHADOW = range(len(NAMES), len(SEEN))
-NOWHERE = -1.0  # stands for the position of what is not in the image
+# Position of an object that is not in the image.
+NOWHERE = -1.0
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14
 SIDE = IMAGE_SIZE // PATCH_SIZE
 VISION_WIDTH, TEXT_WIDTH = 96, 192
 ACTION_DIM = 7
+SEEING_LEARNING_RATE = 1.5e-3
 
 
 @dataclass
-class Recipe:
-    """What is trained and how."""
+class TrainPolicyArguments:
+    """Options of `train`.
+
+    Attributes:
+        output: Folder for the policy and the trainer's checkpoints.
+        seeing_steps: Optimizer steps of the first phase.
+        steps: Optimizer steps of the second phase.
+        batch_size: Frames in a batch.
+        learning_rate: Peak learning rate of the second phase, except for the towers.
+        tower_learning_rate: Peak learning rate of the towers in the second phase.
+        noise: Standard deviation of the noise on the executed actions, metres; the labels have none.
+        live_episodes: Episodes that are mixed. With fewer of them, consecutive batches show the same scenes.
+        workers: Processes that generate episodes.
+        save_steps: Optimizer steps between two checkpoints.
+        seed: Seed of the initialisation.
+    """
 
     output: str = "outputs/tabletop"
     seeing_steps: int = 900
     steps: int = 3400
     batch_size: int = 48
     learning_rate: float = 1e-3
-    tower_learning_rate: float = 3e-4  # once everything learns
-    noise: float = 0.0075  # metres (standard deviation) on what the expert executes; its labels stay clean
-    live_episodes: int = 1024  # played at a time: fewer, and one batch would show the same scenes as the last
+    tower_learning_rate: float = 3e-4
+    noise: float = 0.0075
+    live_episodes: int = 1024
     workers: int = 1
     save_steps: int = 250
     seed: int = 7
@@ -79,23 +96,23 @@ class Recipe:
 
 
 def instructions() -> list[str]:
-    """Every instruction that the tabletop can give."""
+    """List every instruction that the tabletop can give for `put`, `push` and `stack`."""
     put = [f"put the {thing} on the {goal}" for thing, goal in itertools.product(THINGS, GOALS)]
     push = [f"push the {thing} to the {way}" for thing, way in itertools.product(THINGS, DIRECTIONS)]
     stack = [f"stack the {thing} on the {colour} cube" for thing, colour in itertools.product(THINGS, COLOURS)]
     return put + push + stack
 
 
-def play(seeds: list[range], recipe: Recipe) -> Iterator[Frame]:
-    """Frames of the expert's episodes, `live_episodes` mixed; each seed is played once."""
+def play(seeds: list[range], arguments: TrainPolicyArguments) -> Iterator[Frame]:
+    """Yield frames of the expert's episodes, with `live_episodes` mixed at a time; each seed is used once."""
     seed_iterator = itertools.chain.from_iterable(seeds)
     rng = np.random.default_rng(seeds[0].start)
 
     def start() -> Iterator[Frame]:
-        # What is executed is noisy already.
-        return rollout_expert(TabletopEnv(hand_noise=0.0), next(seed_iterator), noise=recipe.noise)
+        # The executed actions have noise of their own.
+        return rollout_expert(TabletopEnv(hand_noise=0.0), next(seed_iterator), noise=arguments.noise)
 
-    live = [start() for _ in range(recipe.live_episodes)]
+    live = [start() for _ in range(arguments.live_episodes)]
     while True:
         slot = int(rng.integers(len(live)))
         frame = next(live[slot], None)
@@ -105,14 +122,15 @@ def play(seeds: list[range], recipe: Recipe) -> Iterator[Frame]:
             yield frame
 
 
-def demonstrations(seeds: list[range], recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """The expert's frames, and again some with an empty hand, told to do something else.
+def demonstrations(seeds: list[range], arguments: TrainPolicyArguments) -> Iterator[dict[str, Any]]:
+    """Yield the expert's frames, and some of those with an empty hand again with another instruction.
 
-    Beside `image`, `instruction` and `action`: `positions` (len(SEEN), 2), in fractions of the image; `target` and
-    `goal`, indices into `SEEN` (goal -1 for a push); `offsets` (6,), metres from the hand to both.
+    Besides `image`, `instruction` and `action`, each frame has `positions` (len(SEEN), 2) in fractions of the image;
+    `target` and `goal`, indices into `SEEN` (goal is -1 for a push); and `offsets` (6,), metres from the hand to the
+    target and to the goal.
     """
     rng = np.random.default_rng(seeds[0].start + 1)
-    for frame in play(seeds, recipe):
+    for frame in play(seeds, arguments):
         scene, task = frame.state
         yield example(frame.image, scene, task)
         if scene.gripper.held is None and rng.random() < 0.25:
@@ -120,7 +138,7 @@ def demonstrations(seeds: list[range], recipe: Recipe) -> Iterator[dict[str, Any
 
 
 def other_task(scene: Scene, rng: np.random.Generator) -> Task:
-    """Any thing to any place or side."""
+    """Draw another task for a scene: any object to any goal or in any direction."""
     thing = scene.objects[int(rng.integers(len(scene.objects)))]
     if rng.random() < 0.6:
         goal = scene.goals[int(rng.integers(len(scene.goals)))]
@@ -130,7 +148,7 @@ def other_task(scene: Scene, rng: np.random.Generator) -> Task:
 
 
 def example(image: np.ndarray, scene: Scene, task: Task) -> dict[str, Any]:
-    """One frame of `demonstrations`."""
+    """Build one frame of `demonstrations`."""
     positions = np.full((len(SEEN), 2), NOWHERE, dtype=np.float32)
     for name, position in image_positions(scene).items():
         positions[SEEN.index(name)] = position
@@ -149,9 +167,9 @@ def example(image: np.ndarray, scene: Scene, task: Task) -> dict[str, Any]:
     }
 
 
-def action_statistics(recipe: Recipe, frames: int = 2000) -> dict[str, Any]:
-    """Statistics of the expert's actions over the first frames, as `dataset_statistics.json` holds them."""
-    stream = play([range(FIRST_UNSEEN_SEED)], recipe)
+def action_statistics(arguments: TrainPolicyArguments, frames: int = 2000) -> dict[str, Any]:
+    """Compute statistics of the expert's actions over the first frames, in the form of `dataset_statistics.json`."""
+    stream = play([range(FIRST_UNSEEN_SEED)], arguments)
     actions = np.stack([frame.action for frame in itertools.islice(stream, frames)]).astype(np.float64)
     return {
         UNNORM_KEY: {
@@ -165,36 +183,36 @@ def action_statistics(recipe: Recipe, frames: int = 2000) -> dict[str, Any]:
                 "mask": [True] * 6 + [False],
             },
             "num_transitions": frames,
-            "num_trajectories": recipe.live_episodes,
+            "num_trajectories": arguments.live_episodes,
         }
     }
 
 
 class GuidedCollator(ActionCollator):
-    """The usual batch, and where things are."""
+    """Add the positions of objects to the usual batch."""
 
     def __call__(self, frames: Any) -> dict[str, torch.Tensor]:
-        """Frames of `demonstrations` to a batch; `input_ids` of prompt and action are as for any policy."""
+        """Collate frames of `demonstrations`; `input_ids` hold prompt and action, as for any policy."""
         batch = super().__call__(frames)
         for name in ("positions", "target", "goal", "offsets"):
             batch[name] = torch.tensor(np.stack([frame[name] for frame in frames]))
         return batch
 
 
-# The policy before it learns
+# The untrained policy
 
 
 def sine_cosine_positions(side: int, width: int) -> torch.Tensor:
-    """(side * side, width) two-dimensional sine and cosine position embedding."""
+    """Compute a two-dimensional sine and cosine position embedding, (side * side, width)."""
     frequency = 100.0 ** -(np.arange(width // 4) / (width // 4))
     rows, columns = np.mgrid[:side, :side].reshape(2, -1, 1)
     waves = [wave(axis * frequency) for axis in (rows, columns) for wave in (np.sin, np.cos)]
     return torch.tensor(np.concatenate(waves, axis=1), dtype=torch.float32)
 
 
-def build(recipe: Recipe) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
-    """The untrained policy and its processor."""
-    # A name is one token: there is one embedding that says what the patch holds.
+def build(arguments: TrainPolicyArguments) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    """Build the untrained policy and its processor."""
+    # Each name is one token, so that one embedding says which object a patch shows.
     tokenizer = tiny_tokenizer(instructions(), merges=128, phrases=[f" {name}" for name in NAMES])
     config = tiny_config(
         tokenizer,
@@ -205,20 +223,20 @@ def build(recipe: Recipe) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]
         text_width=TEXT_WIDTH,
         text_layers=4,
         heads=3,
-        norm_stats=action_statistics(recipe),
+        norm_stats=action_statistics(arguments),
     )
     text = config.text_config
     text.num_attention_heads = text.num_key_value_heads = 6
     text.head_dim = TEXT_WIDTH // 6
     text.rope_parameters = {"rope_type": "default", "rope_theta": 1e5}
-    # The usual 0.02 suits wide layers.
+    # The usual 0.02 suits wider layers.
     config.vision_config.initializer_range, text.initializer_range = 0.04, 0.06
     model = OpenVLAForActionPrediction(config)
-    # Its weights are looked at; and on a CPU the backward pass of the fused kernel takes half of a step.
+    # The teaching reads attention weights, and on a CPU the fused kernel's backward pass takes half of a step.
     model.set_attn_implementation("eager")
     backbone, projector = model.model.vision_backbone, model.model.projector
     with torch.no_grad():
-        # Both towers know where a patch is from the first step on.
+        # Both towers know the position of a patch from the first step on.
         table = sine_cosine_positions(SIDE, VISION_WIDTH)
         backbone.featurizer.embeddings.position_embeddings[0, 1:] = table
         backbone.fused_featurizer.embeddings.position_embedding.weight.copy_(table)
@@ -227,8 +245,8 @@ def build(recipe: Recipe) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]
                 nn.init.normal_(layer.weight, std=1.2 * layer.in_features**-0.5)
     processor = tiny_processor(tokenizer, config)
     processor.prompt_template = "In: {instruction}\nOut:"
-    processor.strip_full_stop = True  # no instruction of the tabletop has one
-    # The table is bright and even: normalised by its own statistics, what stands on it stands out.
+    processor.strip_full_stop = True  # the tabletop's instructions have none
+    # The table is bright and even: normalising by its own statistics raises the contrast of the objects.
     processor.image_processor.image_mean = [[0.82, 0.81, 0.79]] * 2
     processor.image_processor.image_std = [[0.2, 0.2, 0.2]] * 2
     return model, processor
@@ -238,7 +256,12 @@ def build(recipe: Recipe) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]
 
 
 def in_patches(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Positions (B, things, 2) to: is it in the image, in which patch (B, things), how far from its centre."""
+    """Locate positions (B, things, 2) in the grid of patches.
+
+    Returns:
+        Whether each is in the image (B, things), its patch (B, things), and its offset from the patch's centre
+        (B, things, 2), in patches.
+    """
     scaled = positions * SIDE
     is_there = ((scaled >= 0) & (scaled < SIDE)).all(-1)
     cell = scaled.clamp(0, SIDE - 1e-3).floor()
@@ -246,10 +269,11 @@ def in_patches(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 class Seeing(nn.Module):
-    """The policy's towers and projector, with what teaches them to see.
+    """The policy's towers and projector, with the heads that teach them to see.
 
-    A patch should say "red cube" by a projected feature that points where the name's embedding points; what has no
-    name in an instruction, where each thing is within its patch, and where the patch is, is read by linear heads.
+    The projected feature of a patch with a red cube should point in the direction of the embedding of "red cube".
+    Linear heads read the objects without a name in the instructions, the offset of each object within its patch, and
+    the position of the patch.
     """
 
     def __init__(self, model: OpenVLAForActionPrediction, name_ids: torch.Tensor):
@@ -260,11 +284,11 @@ class Seeing(nn.Module):
         self.place = nn.Linear(TEXT_WIDTH, 2)
 
     def forward(self, pixel_values: torch.Tensor, positions: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
-        """`pixel_values` (B, 6, H, W) and `positions` (B, things, 2) to the losses."""
+        """Compute the losses from `pixel_values` (B, 6, H, W) and `positions` (B, things, 2)."""
         return self.judge(self.policy.get_image_features(pixel_values), positions)
 
     def judge(self, projected: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Projected features (B, P, D) to the losses."""
+        """Compute the losses from projected features (B, P, D) and `positions` (B, things, 2)."""
         is_there, patch, offset = in_patches(positions)
         names = self.policy.get_input_embeddings().weight[self.name_ids].detach()
         read = self.read(projected).unflatten(-1, (len(SEEN), 3)).transpose(1, 2)  # (B, things, P, 3)
@@ -286,8 +310,35 @@ class Seeing(nn.Module):
         }
 
 
+@dataclass
+class Marks:
+    """The tokens of a batch that the teaching refers to. Things are those of `SEEN`.
+
+    Attributes:
+        row: Index of each row, (B,).
+        target: Thing to move, (B,).
+        goal: Thing to put it on, (B,); any thing where there is no goal.
+        has_goal: Whether there is a goal, (B,).
+        is_there: Whether each thing is in the image, (B, things).
+        patch: Position in the sequence of each thing's patch, (B, things).
+        target_token: Position of the target's name, (B,).
+        goal_token: Position of the goal's name, (B,).
+        predicting: Positions of the tokens that predict the action, (B, 7).
+    """
+
+    row: torch.Tensor
+    target: torch.Tensor
+    goal: torch.Tensor
+    has_goal: torch.Tensor
+    is_there: torch.Tensor
+    patch: torch.Tensor
+    target_token: torch.Tensor
+    goal_token: torch.Tensor
+    predicting: torch.Tensor
+
+
 class Acting(nn.Module):
-    """The policy, with what shows it where to look; it goes on learning to see."""
+    """The policy, with the losses that show it where to look; it continues to learn to see."""
 
     def __init__(self, seeing: Seeing):
         super().__init__()
@@ -305,53 +356,17 @@ class Acting(nn.Module):
         offsets: torch.Tensor,
         **inputs: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """A batch of `GuidedCollator` to the losses."""
+        """Compute the losses of a batch of `GuidedCollator`."""
         policy = self.seeing.policy
         outputs = policy.model(
             input_ids=input_ids, **inputs, output_attentions=True, output_hidden_states=True, use_cache=False
         )
-        row = torch.arange(len(input_ids), device=input_ids.device)
-        # The tokens that predict the action, (B, 7).
-        predicting = (labels[:, 1:] != IGNORED).int().argmax(1, keepdim=True) + torch.arange(
-            ACTION_DIM, device=row.device
-        )
-        logits = policy.lm_head(outputs.last_hidden_state[row[:, None], predicting])
-        action = labels[row[:, None], predicting + 1]
+        marks = self.find(input_ids, labels, positions, target, goal)
+        logits = policy.lm_head(outputs.last_hidden_state[marks.row[:, None], marks.predicting])
+        action = labels[marks.row[:, None], marks.predicting + 1]
         nll = cross_entropy(logits.transpose(1, 2), action, reduction="none").mean(0)
-
-        has_goal = goal >= 0
-        goal = goal.clamp(min=0)
-        is_there, patch, _ = in_patches(positions)
-        first_patch = (input_ids == policy.config.image_token_id).int().argmax(1, keepdim=True)
-        patch = patch + first_patch
-
-        def token_of(name: torch.Tensor) -> torch.Tensor:
-            return (input_ids == self.seeing.name_ids[name].unsqueeze(1)).int().argmax(1)
-
-        def look(layer: int, head: int, query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            """How little the queries (B, Q) attend to the key (B,), over the rows that count."""
-            weights = outputs.attentions[layer][row[:, None], head, query]
-            attended = weights.gather(2, key[:, None, None].expand(-1, query.shape[1], 1)).squeeze(2)
-            return (-(attended + 1e-6).log().mean(1) * counts).sum() / counts.sum().clamp(min=1)
-
-        gripper = torch.where(is_there[:, OPEN], OPEN, CLOSED)
-        target_token, goal_token = token_of(target), token_of(goal)
-        attention = (
-            look(1, 0, target_token[:, None], patch[row, target], is_there[row, target])
-            + look(1, 0, goal_token[:, None], patch[row, goal], has_goal)
-            + look(1, 1, predicting, patch[row, gripper], is_there[row, gripper])
-            + look(1, 2, predicting, patch[:, SHADOW], is_there[:, SHADOW])
-            + look(2, 0, predicting, target_token, torch.ones_like(has_goal))
-            + look(2, 1, predicting, goal_token, has_goal)
-        )
-        at_names, at_action = outputs.hidden_states[2], outputs.hidden_states[3]
-        place = 4 * positions - 2
-        named = (self.where_named(at_names[row, target_token]) - place[row, target]).abs().mean(-1)
-        named_goal = (self.where_named(at_names[row, goal_token]) - place[row, goal]).abs().mean(-1)
-        far = (self.how_far(at_action[row[:, None], predicting]) - 10 * offsets.unsqueeze(1)).abs().mean(1)
-        both = has_goal.sum().clamp(min=1)
-        where = named.mean() + (named_goal * has_goal).sum() / both
-        distance = far[:, :3].mean() + (far[:, 3:].mean(-1) * has_goal).sum() / both
+        attention = self.judge_attention(outputs.attentions, marks)
+        where, distance = self.judge_places(outputs.hidden_states, marks, positions, offsets)
         seen = self.seeing.judge(outputs.image_hidden_states, positions)
         return {
             "loss": nll.mean() + 0.3 * attention + where + distance + seen.pop("loss"),
@@ -365,16 +380,85 @@ class Acting(nn.Module):
             "distance": distance,
         }
 
+    def find(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor,
+        target: torch.Tensor,
+        goal: torch.Tensor,
+    ) -> Marks:
+        """Find the tokens that the losses refer to."""
+        has_goal, goal = goal >= 0, goal.clamp(min=0)
+        is_there, patch, _ = in_patches(positions)
+        first_patch = (input_ids == self.seeing.policy.config.image_token_id).int().argmax(1, keepdim=True)
+        first_action = (labels[:, 1:] != IGNORED).int().argmax(1, keepdim=True)
+
+        def token_of(name: torch.Tensor) -> torch.Tensor:
+            return (input_ids == self.seeing.name_ids[name].unsqueeze(1)).int().argmax(1)
+
+        return Marks(
+            row=torch.arange(len(input_ids), device=input_ids.device),
+            target=target,
+            goal=goal,
+            has_goal=has_goal,
+            is_there=is_there,
+            patch=patch + first_patch,
+            target_token=token_of(target),
+            goal_token=token_of(goal),
+            predicting=first_action + torch.arange(ACTION_DIM, device=input_ids.device),
+        )
+
+    def judge_attention(self, attentions: Sequence[torch.Tensor], marks: Marks) -> torch.Tensor:
+        """Compute how little some heads attend to the tokens that they should look at."""
+        row, is_there, patch = marks.row, marks.is_there, marks.patch
+
+        def look(layer: int, head: int, query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            """Average the loss of the queries (B, Q) for the key (B,) over the rows that count (B,)."""
+            weights = attentions[layer][row[:, None], head, query]
+            attended = weights.gather(2, key[:, None, None].expand(-1, query.shape[1], 1)).squeeze(2)
+            return (-(attended + 1e-6).log().mean(1) * counts).sum() / counts.sum().clamp(min=1)
+
+        gripper = torch.where(is_there[:, OPEN], OPEN, CLOSED)
+        target_query, goal_query = marks.target_token.unsqueeze(1), marks.goal_token.unsqueeze(1)
+        return (
+            look(1, 0, target_query, patch[row, marks.target], is_there[row, marks.target])
+            + look(1, 0, goal_query, patch[row, marks.goal], marks.has_goal)
+            + look(1, 1, marks.predicting, patch[row, gripper], is_there[row, gripper])
+            + look(1, 2, marks.predicting, patch[:, SHADOW], is_there[:, SHADOW])
+            + look(2, 0, marks.predicting, marks.target_token, torch.ones_like(marks.has_goal))
+            + look(2, 1, marks.predicting, marks.goal_token, marks.has_goal)
+        )
+
+    def judge_places(
+        self, hidden_states: Sequence[torch.Tensor], marks: Marks, positions: torch.Tensor, offsets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute how far off the places are that linear heads read at the names and at the action.
+
+        Returns:
+            The loss of the named things' positions in the image, and of their distances from the hand.
+        """
+        at_names, at_action = hidden_states[2], hidden_states[3]
+        place = 4 * positions - 2
+        row, has_goal = marks.row, marks.has_goal
+        named = (self.where_named(at_names[row, marks.target_token]) - place[row, marks.target]).abs().mean(-1)
+        named_goal = (self.where_named(at_names[row, marks.goal_token]) - place[row, marks.goal]).abs().mean(-1)
+        far = (self.how_far(at_action[row[:, None], marks.predicting]) - 10 * offsets.unsqueeze(1)).abs().mean(1)
+        with_goal = has_goal.sum().clamp(min=1)
+        where = named.mean() + (named_goal * has_goal).sum() / with_goal
+        distance = far[:, :3].mean() + (far[:, 3:].mean(-1) * has_goal).sum() / with_goal
+        return where, distance
+
 
 class GuidedTrainer(Trainer):
-    """Logs the parts of the loss too."""
+    """Log the parts of the loss too."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.parts: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss; its parts are kept until they are logged."""
+        """Compute the loss, and keep its parts until they are logged."""
         outputs = model(**inputs)
         for name, value in outputs.items():
             if name != "loss":
@@ -382,97 +466,123 @@ class GuidedTrainer(Trainer):
         return outputs["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, with the means of the parts since the last time."""
+        """Log the means of the parts since the last call beside the figures of `Trainer.log`."""
         means = {name: round(torch.stack(values).mean().item(), 4) for name, values in self.parts.items()}
         self.parts.clear()
         super().log(logs | means, *args, **kwargs)
 
 
 class SavePolicy(TrainerCallback):
-    """Saves the policy itself with each checkpoint, so that it can be watched while it learns."""
+    """Save the policy itself with each checkpoint, so that it can be evaluated during training."""
 
     def __init__(self, save: Callable[[], None]):
         self.save = save
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """At each checkpoint."""
+        """Save the policy."""
         self.save()
 
 
-def train(recipe: Recipe) -> None:
-    """Train and save model and processor, remote code included, to `recipe.output`."""
-    set_seed(recipe.seed)
-    model, processor = build(recipe)
-    name_ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids([f" {name}" for name in NAMES]))
+def save_policy(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, folder: str | Path) -> None:
+    """Save model and processor, remote code included, with weights in float16.
+
+    Rounding to float16 halves the file. The config keeps the model's dtype, so the weights load in float32 again.
+    """
+    model.save_pretrained(folder, state_dict={name: weight.half() for name, weight in model.state_dict().items()})
+    processor.save_pretrained(folder)
+
+
+@dataclass
+class Phase:
+    """One of the two phases of the training.
+
+    Attributes:
+        name: Its folder in the output.
+        module: `Seeing` or `Acting`.
+        steps: Optimizer steps.
+        groups: Parameter groups of the optimizer.
+        first_seed: Seed of the first episode.
+    """
+
+    name: str
+    module: nn.Module
+    steps: int
+    groups: list[dict[str, Any]]
+    first_seed: int
+
+
+def train(arguments: TrainPolicyArguments) -> None:
+    """Train a policy and save it to `arguments.output`."""
+    set_seed(arguments.seed)
+    model, processor = build(arguments)
+    collator = GuidedCollator(processor, model.action_tokenizer, model.get_action_stats(UNNORM_KEY))
 
     def save() -> None:
-        model.set_attn_implementation("sdpa")
-        model.save_pretrained(recipe.output)
-        model.set_attn_implementation("eager")
-        processor.save_pretrained(recipe.output)
+        save_policy(model, processor, arguments.output)
 
-    def run(module: nn.Module, name: str, steps: int, groups: list[dict[str, Any]], first_seed: int) -> None:
-        if not steps:
-            return
-        folder = Path(recipe.output, name)
-        checkpoint = last_checkpoint(folder)
-        if checkpoint:  # on from seeds that have not been played
-            done = TrainerState.load_from_json(Path(checkpoint, TRAINER_STATE_NAME)).global_step
-            first_seed += done * recipe.batch_size
-        stream = IterableDataset.from_generator(
-            demonstrations, gen_kwargs={"seeds": seed_ranges(first_seed, recipe.workers), "recipe": recipe}
-        )
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-        GuidedTrainer(
-            model=module,
-            args=TrainingArguments(
-                output_dir=str(folder),
-                ignore_data_skip=True,
-                max_steps=steps,
-                per_device_train_batch_size=recipe.batch_size,
-                lr_scheduler_type="cosine",
-                warmup_steps=min(100, steps // 10),
-                use_cpu=not torch.cuda.is_available(),
-                dataloader_num_workers=recipe.workers,
-                dataloader_prefetch_factor=4 if recipe.workers else None,
-                remove_unused_columns=False,
-                logging_steps=50,
-                save_steps=recipe.save_steps,
-                save_total_limit=1,
-                report_to="none",
-                seed=recipe.seed,
-            ),
-            train_dataset=stream,
-            data_collator=GuidedCollator(processor, model.action_tokenizer, model.get_action_stats(UNNORM_KEY)),
-            optimizers=(optimizer, None),
-            callbacks=[SavePolicy(save)],
-        ).train(resume_from_checkpoint=checkpoint)
-
-    seeing = Seeing(model, name_ids)
+    seeing = Seeing(model, torch.tensor(processor.tokenizer.convert_tokens_to_ids([f" {name}" for name in NAMES])))
     eyes = [model.model.vision_backbone, model.model.projector, seeing.read, seeing.place]
-    run(
-        seeing,
-        "seeing",
-        recipe.seeing_steps,
-        [{"params": [parameter for eye in eyes for parameter in eye.parameters()], "lr": 1.5e-3}],
-        FIRST_UNSEEN_SEED // 2,
+    learned = [parameter for eye in eyes for parameter in eye.parameters()]
+    groups = [{"params": learned, "lr": SEEING_LEARNING_RATE}]
+    run_phase(
+        Phase("seeing", seeing, arguments.seeing_steps, groups, FIRST_UNSEEN_SEED // 2), arguments, collator, save
     )
+
     acting = Acting(seeing)
     towers = list(model.model.vision_backbone.parameters())
     is_tower = {id(parameter) for parameter in towers}
     rest = [parameter for parameter in acting.parameters() if id(parameter) not in is_tower]
-    run(
-        acting,
-        "acting",
-        recipe.steps,
-        [{"params": towers, "lr": recipe.tower_learning_rate}, {"params": rest, "lr": recipe.learning_rate}],
-        0,
-    )
+    groups = [
+        {"params": towers, "lr": arguments.tower_learning_rate},
+        {"params": rest, "lr": arguments.learning_rate},
+    ]
+    run_phase(Phase("acting", acting, arguments.steps, groups, 0), arguments, collator, save)
     save()
 
 
+def run_phase(
+    phase: Phase, arguments: TrainPolicyArguments, collator: GuidedCollator, save: Callable[[], None]
+) -> None:
+    """Train one phase, from its last checkpoint if there is one."""
+    if not phase.steps:
+        return
+    folder = Path(arguments.output, phase.name)
+    checkpoint = last_checkpoint(folder)
+    first_seed = phase.first_seed
+    if checkpoint:  # continue with seeds that were not used
+        done = TrainerState.load_from_json(Path(checkpoint, TRAINER_STATE_NAME)).global_step
+        first_seed += done * arguments.batch_size
+    stream = IterableDataset.from_generator(
+        demonstrations, gen_kwargs={"seeds": seed_ranges(first_seed, arguments.workers), "arguments": arguments}
+    )
+    GuidedTrainer(
+        model=phase.module,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            ignore_data_skip=True,
+            max_steps=phase.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(100, phase.steps // 10),
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_num_workers=arguments.workers,
+            dataloader_prefetch_factor=4 if arguments.workers else None,
+            remove_unused_columns=False,
+            logging_steps=50,
+            save_steps=arguments.save_steps,
+            save_total_limit=1,
+            report_to="none",
+            seed=arguments.seed,
+        ),
+        train_dataset=stream,
+        data_collator=collator,
+        optimizers=(torch.optim.AdamW(phase.groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True), None),
+        callbacks=[SavePolicy(save)],
+    ).train(resume_from_checkpoint=checkpoint)
+
+
 def seed_ranges(first: int, workers: int) -> list[range]:
-    """The seeds from `first` on to the end of its half of those that may be seen, a range for each worker."""
+    """Divide the seeds from `first` to the end of its half of the training seeds into a range for each worker."""
     half = FIRST_UNSEEN_SEED // 2
     cuts = np.linspace(first, (first // half + 1) * half, max(workers, 1) + 1).astype(int).tolist()
     return [range(*pair) for pair in itertools.pairwise(cuts)]
@@ -481,11 +591,13 @@ def seed_ranges(first: int, workers: int) -> list[range]:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"defaults: {Recipe()}"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"defaults: {TrainPolicyArguments()}",
     )
-    for field in fields(Recipe):
+    for field in fields(TrainPolicyArguments):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
-    train(Recipe(**vars(parser.parse_args())))
+    train(TrainPolicyArguments(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":
