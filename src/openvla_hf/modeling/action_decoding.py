@@ -1,4 +1,4 @@
-"""From a prompt and an image to the ids of an action: greedy decoding over the action ids, and what it needs.
+"""Decode the ids of an action from a prompt and an image, greedily over the action ids.
 
 Shapes: B batch, P image patches, T tokens, A action dimensions, N action bins, V vocabulary.
 """
@@ -26,7 +26,7 @@ ActionPass = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 MASKED_ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask (B, 1, queries, keys) to add."""
 PROMPT_BUCKET = 32
-"""Caches, and the prompts of compiled passes, grow by so many tokens: a few sizes serve every instruction."""
+"""Lengths of caches and of compiled prompts are multiples of this, so that a few sizes serve every instruction."""
 MAX_COMPILED_SHAPES = 128
 
 
@@ -45,7 +45,7 @@ class ActionTokens:
 
 
 class ActionIdsOnly(LogitsProcessor):
-    """Leaves the action ids as the only choice of `generate`."""
+    """Restrict `generate` to the action ids."""
 
     def __init__(self, first_id: int, end_id: int):
         self.first_id, self.end_id = first_id, end_id
@@ -87,7 +87,7 @@ def _takes_additive_masks(model: "OpenVLAForActionPrediction", length: int) -> b
     # transformers has a public setter for the attention implementation, but no public getter.
     if model.config.text_config._attn_implementation not in MASKED_ATTENTION:
         return False
-    if torch.is_autocast_enabled(model.device.type):  # keys and values of two dtypes, and a cache has one
+    if torch.is_autocast_enabled(model.device.type):  # keys and values have two dtypes, and a cache has one
         return False
     return length <= model.attention_reach
 
@@ -110,7 +110,7 @@ def _decode_by_generate(
     **generate_kwargs: Any,
 ) -> ActionTokens:
     """Decode by `generate`: sampling, beams, and attention implementations that do not take an additive mask."""
-    if "position_ids" in generate_kwargs:  # of the prompt before it was padded and got its placeholders
+    if "position_ids" in generate_kwargs:  # they would be those of the prompt as it was given
         raise ValueError("`predict_action` makes the `position_ids` from `attention_mask`: leave them out.")
     first_id, end_id = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
     only = LogitsProcessorList([ActionIdsOnly(first_id, end_id)] if constrained else [])
@@ -125,7 +125,8 @@ def _decode_by_generate(
             logits_processor=only,
             output_logits=True,
             return_dict_in_generate=True,
-            # Sampling from logits that are not finite would stop a GPU for good; `output_logits` are from before this.
+            # On a GPU, sampling from logits that are not finite would end the process. `output_logits` are recorded
+            # before this replacement.
             **generate_kwargs | {"remove_invalid_values": True},
         )
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
@@ -168,9 +169,9 @@ def action_pass(
     keep: int,
     constrained: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the language model over `input_ids` (B, T): all that happens on the device between two tokens.
+    """Run the language model over `input_ids` (B, T): all the work of the device between two tokens.
 
-    This is what `CompiledActionPass` compiles: it neither asks the device for a value nor makes a shape of one.
+    `CompiledActionPass` compiles this function, so it copies no value to the host and no shape depends on a value.
 
     Args:
         model: The policy.
@@ -180,7 +181,7 @@ def action_pass(
         position_ids: (B, T).
         cache: Its slots before the first one written hold what this pass attends to.
         slot: () int64, the first slot that is written.
-        keep: At how many of the last positions to predict.
+        keep: Number of positions to predict at, counted from the last.
         constrained: Choose among the action ids only.
 
     Returns:
@@ -188,7 +189,7 @@ def action_pass(
         action ids, highest id first.
     """
     if pixel_values is not None:
-        cache.reset()  # old slots are masked, but a NaN that is left in one would spoil a sum all the same
+        cache.reset()  # old slots are masked, but a NaN left in one would still spread: 0 * NaN is NaN
     for layer in cache.layers:
         layer.cumulative_length.copy_(slot)
     hidden = model.model.language_model(
@@ -200,23 +201,24 @@ def action_pass(
     ).last_hidden_state[:, -keep:]
     first_id, end_id = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
     head = model.lm_head
-    # Rows of a plain weight are cut out before they are multiplied; an adapter, a quantised or an offloaded head
-    # gives all its logits, and these are cut.
+    # A plain weight is sliced before the product. A head that is adapted, quantised or offloaded computes all logits,
+    # which are sliced afterwards.
     plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.weight.device == hidden.device
     if constrained and plain:
         of_actions = nn.functional.linear(hidden, head.weight[first_id:end_id])
     else:
         logits = head(hidden)
         of_actions = logits[..., first_id:end_id]
-    # NaN counts as the highest, so one that is anywhere among the logits shows in `highest`.
+    # `max` takes NaN for the highest value, so a NaN anywhere among the logits shows in `highest`.
     highest, token_ids = (of_actions if constrained else logits).max(-1)
     return token_ids + first_id if constrained else token_ids, highest, of_actions.flip(-1)
 
 
 class CompiledActionPass:
-    """`action_pass`, compiled for each shape that it meets.
+    """`action_pass`, compiled once for each shape.
 
-    Where compilation fails, as without a C++ compiler or Triton, the model warns once and goes on without.
+    If compilation fails, for example without a C++ compiler or Triton, the model warns once and falls back to
+    `action_pass`.
 
     Args:
         mode: That of `torch.compile`.
@@ -234,7 +236,7 @@ class CompiledActionPass:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
 
     def __reduce__(self) -> tuple[type["CompiledActionPass"], tuple[str]]:
-        # Compiled code can be neither pickled nor shared: a copy compiles its own.
+        # Compiled code can't be pickled or shared: a copy compiles its own.
         return CompiledActionPass, (self.mode,)
 
     def __call__(
@@ -248,11 +250,11 @@ class CompiledActionPass:
         *args: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `action_pass`."""
-        # A window's strides would tell apart what has the same shape.
+        # Slices have the strides of the whole tensor, and compiled code specialises on strides.
         mask, position_ids = (one.clone(memory_format=torch.contiguous_format) for one in (mask, position_ids))
         inputs = (model, input_ids, pixel_values, mask, position_ids, cache, *args)
-        if not cache.layers[0].is_initialized:  # memory that is made in a graph does not stay where it is
-            action_pass(*inputs)
+        if not cache.layers[0].is_initialized:
+            action_pass(*inputs)  # allocates the cache eagerly: memory allocated inside a CUDA graph may move
         torch.compiler.cudagraph_mark_step_begin()
         try:
             outputs = self.compiled(*inputs)
@@ -261,16 +263,16 @@ class CompiledActionPass:
             warnings.warn(f"Actions are predicted without compilation, since it failed: {reason}", stacklevel=2)
             model.action_pass = action_pass
             return action_pass(*inputs)
-        # The graph's next replay writes over what this one gave.
+        # The next replay of the graph overwrites these outputs.
         token_ids, highest, of_actions = outputs
         return token_ids.clone(), highest.clone(), of_actions.clone()
 
 
 class _Decoding:
-    """One call: prompts in a static cache, and after them the slots of the action's tokens.
+    """State of one call: a static cache with slots for the prompts and, after them, for the action's tokens.
 
-    Every row's action starts in the same slot, since prompts are padded on the left. Passes may write a slot again:
-    what is behind the pass is masked, so what a wrong guess left there is never seen.
+    Every row's action starts in the same slot, since prompts are padded on the left. A pass may write a slot again.
+    Later slots are masked, so nothing attends to what a wrong guess left there.
     """
 
     def __init__(
@@ -284,13 +286,13 @@ class _Decoding:
     ):
         self.model, self.constrained, self.num_tokens = model, constrained, num_tokens
         self.compiled = model.action_pass is not action_pass
-        if self.compiled:  # for a few lengths of prompt
+        if self.compiled:  # so that few prompt lengths are compiled
             missing = -input_ids.shape[1] % PROMPT_BUCKET
             input_ids = nn.functional.pad(input_ids, (missing, 0), value=model.config.pad_token_id)
             attention_mask = nn.functional.pad(attention_mask, (missing, 0), value=0)
         self.input_ids, self.pixel_values = input_ids, pixel_values
         rows, self.prompt = input_ids.shape
-        slots = self.prompt + num_tokens - 1  # nothing reads the last token's
+        slots = self.prompt + num_tokens - 1  # the last token is never read back
         self.capacity = -(-slots // PROMPT_BUCKET) * PROMPT_BUCKET
         # A cache fits one shape, device and dtype; outside of inference mode, tensors made in it can't be written to.
         dtype = model.dtype
@@ -306,20 +308,20 @@ class _Decoding:
         self.position_ids = (filled[:, :slots].long().cumsum(-1) - 1).clamp(min=0)
 
     def __enter__(self) -> "_Decoding":
-        # Taken out while in use: another thread that predicts meanwhile makes its own.
+        # Removed while in use, so that another thread makes its own.
         cache = self.model.action_caches.pop(self.cache_key, None)
         self.cache = new_cache(self.model.config.text_config, self.capacity) if cache is None else cache
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if not self.compiled:  # graphs know the caches of all sizes by their addresses
+        if not self.compiled:  # CUDA graphs refer to the caches of all sizes by address
             self.model.action_caches.clear()
         self.model.action_caches[self.cache_key] = self.cache
 
     def run(
         self, input_ids: torch.Tensor, slot: int, keep: int, pixel_values: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One pass over ids (B, T) that go into the slots from `slot` on."""
+        """Run one pass over ids (B, T), which take the slots from `slot` on."""
         window = slice(slot, slot + input_ids.shape[1])
         return self.model.action_pass(
             self.model,
@@ -334,7 +336,7 @@ class _Decoding:
         )
 
     def one_by_one(self) -> ActionTokens:
-        """The prompt, then each token after the other."""
+        """Decode token by token."""
         passes = [self.run(self.input_ids, 0, 1, self.pixel_values)]
         for slot in range(self.prompt, self.prompt + self.num_tokens - 1):
             passes.append(self.run(passes[-1][0], slot, 1))
@@ -342,7 +344,10 @@ class _Decoding:
         return ActionTokens(_finite_or_none(token_ids, highest), action_logits, self.num_tokens)
 
     def as_draft(self, token_ids: torch.Tensor | np.ndarray | Sequence) -> torch.Tensor:
-        """Any guess as ids (B, A): cut or filled up; what is not an id becomes one, and will be found wrong."""
+        """Turn a guess into ids (B, A), cut or padded to A.
+
+        Values that are not ids are replaced by an action id, which the model corrects.
+        """
         draft = as_tensor("draft_token_ids", token_ids)
         rows = len(self.input_ids)
         draft = draft[None] if draft.ndim == 1 else draft
@@ -360,11 +365,12 @@ class _Decoding:
         return draft.where(is_id, config.action_vocab_end - 1)
 
     def verify(self, draft: torch.Tensor, dims: torch.Tensor) -> ActionTokens:
-        """Give the model a guess (B, A) of the action, and correct it until it is what the model says.
+        """Check a guess (B, A) of the action, and correct it until the model agrees.
 
-        A token is right when everything before it is. So the first token that a pass changes is right too, and each
-        pass settles at least one more: never more passes than one by one, and a single one if the guess was right.
-        What follows a wrong token is guessed by the pass that found it wrong (Jacobi's iteration).
+        A token that a pass gives is right if all tokens before it are. The first token that a pass changes is
+        therefore right, and each pass settles at least one more token. This takes at most as many passes as decoding
+        one by one, and a single pass for a right guess. The pass that finds a wrong token also guesses those after it
+        (Jacobi iteration).
         """
         last = self.num_tokens
         prompt_and_draft = torch.cat([self.input_ids, draft[:, :-1]], dim=1)
@@ -372,7 +378,7 @@ class _Decoding:
         known = (1 + _leading(token_ids == draft)).clamp(max=last)  # (B,) tokens that are right
         passes = 1
         while (first := int(known.where(known < dims, last).min())) < last:
-            # From the newest right token of the row that is furthest behind; compiled passes have one length.
+            # Start at the last settled token of the row that has the fewest. Compiled passes all have one length.
             start = 1 if self.compiled else first
             guess, *logits = self.run(token_ids[:, start - 1 : -1], self.prompt + start - 1, last - start)
             before = token_ids[:, start:]
@@ -387,17 +393,17 @@ class _Decoding:
 
 
 def _leading(agrees: torch.Tensor) -> torch.Tensor:
-    """(B, A) bool -> (B,): how many are true before the first that is not."""
+    """(B, A) bool -> (B,) number of leading true values."""
     return agrees.long().cumprod(dim=1).sum(dim=1)
 
 
 def _finite_or_none(token_ids: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
-    """Ids (B, A), and -1 in place of those whose logits (B, A) are not finite: the caller sees it in the ids' copy."""
+    """Replace ids (B, A) whose logits are not finite by -1: the caller sees it without a second copy to the host."""
     return token_ids.masked_fill(~highest.isfinite(), -1)
 
 
 def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
-    """A cache that takes its memory in the first pass, and keeps it."""
+    """Make a cache that allocates its memory in the first pass and keeps it."""
     return Cache(layers=[StaticLayer(capacity) for _ in range(config.num_hidden_layers)])
 
 

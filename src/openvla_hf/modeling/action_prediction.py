@@ -1,4 +1,4 @@
-"""Acting with a policy: observations to actions in the robot's units.
+"""Predict actions in the robot's units from observations.
 
 Shapes: B batch, T tokens (image placeholders included), A action dimensions, N action bins.
 """
@@ -40,19 +40,19 @@ from .model_inputs import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
-else:  # a mixin: the class that takes it brings the model
+else:  # a mixin, combined with a `PreTrainedModel`
     _Base = object
 
 
 @dataclass
 class ActionPrediction:
-    """What `predict_action(return_details=True)` gives; rows with fewer dimensions than the longest end in NaN.
+    """Result of `predict_action(return_details=True)`; rows with fewer dimensions than the longest end in NaN.
 
     actions: (B, A) float64, in the robot's units.
     normalized_actions: (B, A) float64 in [-1, 1].
     token_ids: (B, A) int64.
     probabilities: (B, A, N) float32 over the bins, lowest value first; `ActionTokenizer.bin_values` names them.
-    entropy: (B, A) float32, of these, in nats.
+    entropy: (B, A) float32 in nats, of `probabilities`.
     forward_passes: How often the language model ran.
     """
 
@@ -65,7 +65,7 @@ class ActionPrediction:
 
 
 class ActionPredictionMixin(_Base):
-    """What a model needs to act: its statistics, `predict_action`, and a control loop."""
+    """Action statistics, `predict_action` and a control loop, for a model class."""
 
     config: OpenVLAConfig
     device: torch.device
@@ -75,7 +75,7 @@ class ActionPredictionMixin(_Base):
 
     @property
     def norm_stats(self) -> dict[str, Any] | None:
-        """`{key: {"action": {"q01", "q99", "mask", ...}, ...}}` of every data set the checkpoint knows."""
+        """`{key: {"action": {"q01", "q99", "mask", ...}, ...}}` of every dataset that the checkpoint knows."""
         return self.config.norm_stats
 
     @norm_stats.setter
@@ -83,16 +83,16 @@ class ActionPredictionMixin(_Base):
         self.config.norm_stats = check_statistics(value, "`norm_stats`")
 
     def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
-        """Action statistics of one data set; `ValueError` when the key does not name one."""
+        """Look up the action statistics of one dataset; `ValueError` if the key does not name one."""
         return resolve_action_stats(self.norm_stats, unnorm_key)
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
-        """Number of action dimensions of one data set."""
+        """Number of action dimensions of one dataset."""
         return action_dim(self.get_action_stats(unnorm_key))
 
     @cached_property
     def action_tokenizer(self) -> ActionTokenizer:
-        """Bins <-> ids of this checkpoint."""
+        """Converter between the action bins and ids of this checkpoint."""
         return ActionTokenizer(self.config.action_vocab_end, self.config.n_action_bins)
 
     @cached_property
@@ -101,7 +101,7 @@ class ActionPredictionMixin(_Base):
         return attention_reach(self.config.text_config)
 
     def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
-        """Action ids (..., A) -> actions in the robot's units, float64 of the same shape."""
+        """Decode action ids (..., A) to actions in the robot's units, float64 of the same shape."""
         stats = self._row_stats([unnorm_key])[0]
         normalized = self.action_tokenizer.decode(token_ids)
         if normalized.shape[-1:] != (action_dim(stats),):
@@ -112,7 +112,7 @@ class ActionPredictionMixin(_Base):
         return unnormalize(normalized, stats)
 
     def _row_stats(self, keys: Sequence[str | None]) -> list[dict[str, Any]]:
-        """Statistics of each row's key; those in use are checked, since a config may have changed after loading."""
+        """Look up each row's statistics, and check them: the config may have changed after loading."""
         names = [resolve_key(self.norm_stats, key) for key in keys]
         in_use = {name: self.config.norm_stats[name] for name in dict.fromkeys(names)}  # type: ignore[index]
         check_statistics(in_use, "`norm_stats`")
@@ -142,11 +142,11 @@ class ActionPredictionMixin(_Base):
                 row. All ones when left out, so rows with padding need their mask.
             unnorm_key: Whose statistics turn the action into robot units; a list gives each row its own.
             stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
-            constrained: Choose among the action ids only. `False` takes the best of the whole vocabulary and
-                clips other ids to an end, as the original code does.
-            return_details: Give an `ActionPrediction`, with a batch dimension always.
-            draft_token_ids: (B, A) or (A,) ids that the action may well have, such as the last action's. The result
-                is the same; the closer they come, the fewer passes of the language model it takes.
+            constrained: Choose among the action ids only. `False` takes the best id of the whole vocabulary and clips
+                it to the action ids, as the original code does.
+            return_details: Return an `ActionPrediction`, which always has a batch dimension.
+            draft_token_ids: (B, A) or (A,) guess of the action's ids, such as the last action's. The result is the
+                same; a better guess takes fewer passes of the language model.
             decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default.
 
         Returns:
@@ -202,24 +202,24 @@ class ActionPredictionMixin(_Base):
         )
 
     def action_stream(self, unnorm_key: str | list[str] | None = None) -> "ActionStream":
-        """A control loop's `predict_action`: each action's tokens are the draft of the next."""
+        """Start a control loop in which each action's tokens are the draft of the next."""
         return ActionStream(self, unnorm_key)
 
     def compile_for_actions(self, mode: str | None = None) -> None:
         """Compile the passes of `predict_action`, with CUDA graphs on a GPU; the first call of each size compiles.
 
-        Prompts are padded to a few lengths, so that all instructions share a few graphs. Where compilation fails, the
-        first call warns and the model goes on without. Without this nothing is compiled. A pickle or a copy of the
-        model compiles again, at its own first call.
+        Prompts are padded to a few lengths, so that all instructions share a few graphs. If compilation fails, the
+        first call warns, and the model predicts without it. A pickle or a copy of the model compiles again at its own
+        first call.
 
         Args:
-            mode: Of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU, its own default elsewhere.
+            mode: Mode of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU and "default" elsewhere.
         """
         mode = mode or ("reduce-overhead" if self.device.type == "cuda" else "default")
         self.action_pass, self.action_caches = CompiledActionPass(mode), {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a deep copy takes: everything but the caches, which the next call makes again."""
+        """Leave the caches out of pickles and deep copies: the next call makes them again."""
         return super().__getstate__() | {"action_caches": {}}
 
 
@@ -235,10 +235,10 @@ def _refuse_not_finite(token_ids: np.ndarray, dims: Sequence[int]) -> None:
 
 
 class ActionStream:
-    """One robot's control loop: the tokens of its last action are the draft of the next.
+    """Control loop of a robot, in which the tokens of the last action are the draft of the next.
 
-    The actions are those of `predict_action`; only the passes that they take are fewer, since a robot's next action
-    resembles its last. A batch is several robots in step.
+    The actions equal those of `predict_action` and take fewer passes, since a robot's next action resembles its last.
+    A batch is several robots in step.
 
     Example:
         ```python
@@ -250,7 +250,7 @@ class ActionStream:
 
     Attributes:
         token_ids: (B, A) of the last action, or `None` at the start of an episode.
-        forward_passes: How often the language model ran for it.
+        forward_passes: How often the language model ran for the last action.
     """
 
     def __init__(self, model: ActionPredictionMixin, unnorm_key: str | list[str] | None = None):

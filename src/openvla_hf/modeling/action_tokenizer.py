@@ -1,4 +1,4 @@
-"""Actions <-> tokens, and robot units <-> [-1, 1]: the action decoder behind `unnorm_key`."""
+"""Convert between actions and tokens, and between robot units and [-1, 1]."""
 
 import math
 from numbers import Real
@@ -15,7 +15,7 @@ BOUNDS = ("q01", "q99", "min", "max")
 
 
 class ActionTokenizer:
-    """Uniform bins over [-1, 1], each an id at the end of the vocabulary.
+    """Uniform bins over [-1, 1], each with an id at the end of the vocabulary.
 
     `n_bins` edges give `n_bins - 1` centres: the two highest values share the last one. The id counts down from
     `vocab_end`, so the lowest action has the highest id.
@@ -42,14 +42,14 @@ class ActionTokenizer:
         return self.decode(self.vocab_end - 1 - np.arange(self.n_bins))
 
     def encode(self, actions: np.ndarray | torch.Tensor) -> np.ndarray:
-        """Token ids (int64) of normalised actions, of the same shape; values outside [-1, 1] are clipped."""
+        """Encode normalised actions as ids (int64) of the same shape; values outside [-1, 1] are clipped."""
         actions = np.asarray(actions)
         if not np.isfinite(actions).all():
             raise ValueError("Actions to encode must be finite: found NaN or infinity.")
         return (self.vocab_end - np.digitize(np.clip(actions, -1.0, 1.0), self.bins)).astype(np.int64)
 
     def decode(self, token_ids: np.ndarray | torch.Tensor) -> np.ndarray:
-        """Normalised actions (float64) of token ids, of the same shape; other ids are clipped to an end.
+        """Decode ids to normalised actions (float64) of the same shape; other ids are clipped to the action ids.
 
         Raises:
             ValueError: The ids are not integers.
@@ -64,7 +64,7 @@ class ActionTokenizer:
 
 
 def check_statistics(norm_stats: Any, where: str) -> dict[str, Any] | None:
-    """Statistics of actions, if they can turn every action into robot units.
+    """Check action statistics of datasets.
 
     Args:
         norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`, or `None`.
@@ -74,7 +74,7 @@ def check_statistics(norm_stats: Any, where: str) -> dict[str, Any] | None:
         `norm_stats`.
 
     Raises:
-        ValueError: They are damaged, see `check_action_stats`.
+        ValueError: The statistics of a dataset are damaged, see `check_action_stats`.
     """
     if norm_stats is None:
         return None
@@ -88,11 +88,11 @@ def check_statistics(norm_stats: Any, where: str) -> dict[str, Any] | None:
 
 
 def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
-    """Statistics of one dataset's actions, if they can turn every action into robot units.
+    """Check that the action statistics of one dataset can turn every action into robot units.
 
     Args:
-        stats: `q01` and `q99`, a finite number for each dimension, the first no higher than the second; and where they
-            are given, `min` and `max` of the same kind, `mean`, `std`, and `mask`, a truth value for each dimension.
+        stats: `q01` and `q99`, finite numbers for each dimension, with `q01 <= q99`. Optional are `min` and `max` of
+            the same kind, `mean`, `std`, and `mask`, a truth value for each dimension.
         where: Where they come from, for the message.
 
     Returns:
@@ -106,7 +106,7 @@ def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: action statistics must be a dictionary with 'q01' and 'q99', got {stats!r:.80}.")
     if missing := [name for name in ("q01", "q99") if name not in stats]:
         raise ValueError(
-            f"{where}: {missing[0]!r} is missing, there is {', '.join(map(repr, stats)) or 'nothing'}. {again}"
+            f"{where}: {missing[0]!r} is missing (found {', '.join(map(repr, stats)) or 'nothing'}). {again}"
         )
     columns = {
         name: (_truth_values if name == "mask" else _numbers)(stats[name])
@@ -119,11 +119,9 @@ def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {name!r} must be a list of {kind}, got {stats[name]!r:.120}. {again}")
         dims = len(columns["q01"] or ())
         if not values:
-            raise ValueError(f"{where}: {name!r} is empty, and each dimension needs a value. {again}")
+            raise ValueError(f"{where}: {name!r} is empty. {again}")
         if len(values) != dims:
-            raise ValueError(
-                f"{where}: {name!r} has {len(values)} values and 'q01' has {dims}, each dimension needs one. {again}"
-            )
+            raise ValueError(f"{where}: {name!r} has {len(values)} values, but 'q01' has {dims}. {again}")
         if name == "std" and min(values) < 0:
             raise ValueError(f"{where}: 'std' must not be negative, got {stats[name]!r:.120}. {again}")
     for low, high in (BOUNDS[:2], BOUNDS[2:]):
@@ -178,7 +176,7 @@ def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | No
 
 
 def resolve_key(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> str:
-    """Name the dataset whose statistics are meant.
+    """Resolve the name of the dataset whose statistics are meant.
 
     Args:
         norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`.
@@ -207,18 +205,18 @@ def action_dim(stats: dict[str, Any]) -> int:
 
 
 def _mask(stats: dict[str, Any]) -> np.ndarray:
-    """Which dimensions are scaled; all, where the statistics do not say."""
+    """Which dimensions are scaled; all of them by default."""
     return np.asarray(stats.get("mask", np.ones(action_dim(stats))), dtype=bool)
 
 
 def _read(stats: dict[str, Any], name: str) -> np.ndarray:
     if name not in stats:
-        raise ValueError(f"These statistics lack {name!r}, they have {', '.join(map(repr, stats))}.")
+        raise ValueError(f"The action statistics lack {name!r} (found {', '.join(map(repr, stats))}).")
     return np.asarray(stats[name], dtype=np.float64)
 
 
 def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99") -> np.ndarray:
-    """Robot units -> what the model is trained on, in float64.
+    """Convert robot units to normalised values, in float64.
 
     Args:
         values: (..., dims) actions or proprioception.
@@ -231,7 +229,7 @@ def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99
     if kind == "normal":
         return np.where(mask, (values - _read(stats, "mean")) / (_read(stats, "std") + 1e-8), values)
     if kind not in ("bounds", "bounds_q99"):
-        raise ValueError(f"Unknown normalisation {kind!r}: it is 'bounds_q99', 'bounds' or 'normal'.")
+        raise ValueError(f"Unknown normalisation {kind!r}: give 'bounds_q99', 'bounds' or 'normal'.")
     lowest, highest = _read(stats, "min"), _read(stats, "max")
     low, high = (_read(stats, "q01"), _read(stats, "q99")) if kind == "bounds_q99" else (lowest, highest)
     scaled = np.clip(2.0 * (values - low) / (high - low + 1e-8) - 1.0, -1.0, 1.0)
@@ -239,7 +237,7 @@ def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99
 
 
 def unnormalize(actions: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
-    """Normalised actions (..., dims) -> robot units, in float64; unmasked dimensions (the gripper) pass through."""
+    """Convert normalised actions (..., dims) to robot units, in float64; unmasked dimensions (the gripper) stay."""
     actions = np.asarray(actions, dtype=np.float64)
     low, high = _read(stats, "q01"), _read(stats, "q99")
     return np.where(_mask(stats), 0.5 * (actions + 1.0) * (high - low) + low, actions)
