@@ -203,7 +203,7 @@ def test_an_adapter_is_to_be_merged_first(command, capsys, tmp_path):
 def test_a_checkpoint_is_not_taken_for_a_data_set(command, policy, capsys, tmp_path):
     status = main(command.format(policy, tmp_path / "out").split())
     assert status == 2
-    assert f"'{policy}' is a checkpoint, not a data set" in capsys.readouterr().err.splitlines()[-1]
+    assert f"'{policy}' is a checkpoint, not a dataset" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_errors_name_options_by_their_flags(capsys, policy, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from openvla_hf.data import frames, loading
+from openvla_hf.data.images import ImageReader
 
 
 @pytest.fixture(autouse=True)
@@ -13,12 +13,8 @@ def cache(cache):
 def decoded(monkeypatch):
     """Every image reference that is decoded in this process."""
     references = []
-    decode_image = frames.decode_image
-
-    def decode(reference):
-        references.append(reference)
-        return decode_image(reference)
-
-    monkeypatch.setattr(frames, "decode_image", decode)
-    monkeypatch.setattr(loading, "decode_image", decode)
+    read = ImageReader.read
+    monkeypatch.setattr(
+        ImageReader, "read", lambda reader, reference: references.append(reference) or read(reader, reference)
+    )
     return references

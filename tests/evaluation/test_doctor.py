@@ -209,4 +209,4 @@ def test_the_command_prints_a_table_or_json(make_episode, tmp_path, capsys, tiny
     assert report["frames"] == 24
     assert report["model"]["frames"] == 4
     assert main(["doctor", str(tmp_path / "nowhere")]) == 2
-    assert "no data set at" in capsys.readouterr().err
+    assert "no dataset at" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, List, Value
 from safetensors.torch import load_file
 
 from openvla_hf.data import Augmentation, load, write_rlds
-from openvla_hf.data import frames as data_frames
+from openvla_hf.data.images import ImageReader
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.collator import IGNORED, ActionCollator
@@ -125,8 +125,8 @@ def test_a_resumed_run_saves_as_often_as_it_is_told(tmp_path):
 def test_a_resumed_run_neither_decodes_nor_augments_the_used_frames_of_a_stream(tmp_path, monkeypatch):
     write_rlds([fake_episode(seed=seed, steps=9) for seed in range(2)], tmp_path / "tiny")
     decoded, augmented = [], []
-    decode_image = data_frames.decode_image
-    monkeypatch.setattr(data_frames, "decode_image", lambda image: decoded.append(image) or decode_image(image))
+    read = ImageReader.read
+    monkeypatch.setattr(ImageReader, "read", lambda reader, image: decoded.append(image) or read(reader, image))
 
     def augment(image):
         augmented.append(image)

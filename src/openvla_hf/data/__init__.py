@@ -2,11 +2,12 @@
 
 from .adapters import Robot
 from .augmentation import Augmentation
+from .episodes import BadEpisodeError
 from .feature_names import FirstOf
-from .frames import BadEpisodeError
 from .gripper import Gripper
-from .loading import from_episodes, load
+from .loading import load
 from .mixtures import MIXTURES, load_mixture, mix
+from .python_episodes import from_episodes
 from .robots import register_robot, registered_robots
 from .statistics import compute_statistics, load_statistics, save_statistics
 from .streams import TrainingStream

@@ -8,7 +8,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset, interleave_datasets
 
 from ..modeling.known_names import check_name
-from .loading import Frames, load
+from .frames import Frames
+from .loading import load
 from .streams import FrameStream, mix_streams
 
 

@@ -1,4 +1,4 @@
-"""Streams of frames: endless draws that ranks and workers share evenly, by weight where there are several."""
+"""Streams of frames: endless draws by weight, which ranks and workers share evenly."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -8,35 +8,39 @@ import numpy as np
 import torch.utils.data
 from datasets import IterableDataset, concatenate_datasets
 
-from .frames import DECODED, BadEpisodeError, Losses, decode_frame
+from .datasets_internals import constructor_arguments
+from .episodes import BadEpisodeError, Losses
+from .frames import DECODED, FrameDecoder
+from .images import ImageReader
 
 
+# Consecutive rows for one of several readers of a shard: videos are decoded fastest in order.
 RUN = 16
-"""Consecutive rows that one reader takes where several read the same shard: a video is decoded fastest in order."""
+# Rows to take from `datasets` at once.
 READ_ROWS = 16
-"""Rows that are taken from `datasets` at once."""
+# Draws among the parts to make at once.
 CHOICES = 1024
-"""Draws of a part that are made at once."""
 
 Row = dict[str, Any]
+# Streams with their shares of the draws.
 Parts = Sequence[tuple[IterableDataset, float]]
-"""Streams with their shares of the draws."""
 
 
 class FrameStream(IterableDataset):
-    """An `IterableDataset` of frames which knows its rows before their images are decoded.
+    """An `IterableDataset` of frames that also gives its rows before their images are decoded.
 
-    Operations of `datasets` on it, such as `map`, give a plain `IterableDataset`.
+    Operations of `datasets`, such as `map`, turn it into a plain `IterableDataset`.
 
     Args:
         rows: Rows whose images are references, as in `frames.FEATURES`.
-        name: Name of the data set.
-        num_frames: Frames of one pass, or None where the metadata does not say.
-        losses: Whether damaged images are skipped, and where they are noted.
-        cache_key: Gives a name of what is in the stream, under which its statistics are kept.
-        parts: Of a mixture, its streams with their shares of the draws; `rows` then has no end.
-        shuffle_buffer: Rows held to draw from in a shuffled stream; 0 keeps the order.
-        seed: Of the shuffling, and of the draws of a mixture.
+        name: Name of the dataset.
+        num_frames: Number of frames in one pass, or `None` where the metadata do not say.
+        losses: Says whether damaged images are skipped, and records them.
+        cache_key: Returns a name of the stream's content, under which its statistics are cached.
+        parts: For a mixture, its streams with their shares of the draws. `rows` are then endless.
+        shuffle_buffer: Number of rows to hold and draw from; 0 keeps the order.
+        seed: Seed of the shuffling and of a mixture's draws.
+        images: Reads the images.
     """
 
     def __init__(
@@ -49,20 +53,21 @@ class FrameStream(IterableDataset):
         parts: Parts = (),
         shuffle_buffer: int = 0,
         seed: int = 0,
+        images: ImageReader | None = None,
     ):
         self.unshuffled, self.shuffle_buffer = rows, shuffle_buffer
         if shuffle_buffer:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self.losses = losses or Losses()
-        frames = rows.map(_decode, fn_kwargs={"losses": self.losses}, features=DECODED)
+        self.losses, self.decoder = losses or Losses(), FrameDecoder(images)
+        frames = rows.map(_decode, fn_kwargs={"losses": self.losses, "decoder": self.decoder}, features=DECODED)
         if self.losses.limit:
             frames = frames.filter(_is_frame)
-        super().__init__(frames._ex_iterable, info=frames.info, split=frames.split)
+        super().__init__(**constructor_arguments(frames))
         self.rows, self.name, self.num_frames, self.cache_key = rows, name, num_frames, cache_key
         self.parts, self.seed = tuple(parts), seed
 
     def repeat(self, num_times: int | None) -> IterableDataset:
-        """As in `datasets`, but each pass over a shuffled stream has its own order."""
+        """Repeat the stream as `datasets` does, but with a different order for each pass over a shuffled stream."""
         if num_times is None:
             return mix_streams([(self, 1.0)])
         if not self.shuffle_buffer or num_times < 1:
@@ -70,17 +75,22 @@ class FrameStream(IterableDataset):
         seeds = np.random.SeedSequence(self.seed).generate_state(num_times - 1)
         later = [
             FrameStream(
-                self.unshuffled, self.name, losses=self.losses, shuffle_buffer=self.shuffle_buffer, seed=int(seed)
+                self.unshuffled,
+                self.name,
+                losses=self.losses,
+                shuffle_buffer=self.shuffle_buffer,
+                seed=int(seed),
+                images=self.decoder.images,
             )
             for seed in seeds
         ]
         return concatenate_datasets([self, *later])
 
 
-def _decode(row: Row, losses: Losses) -> Row:
-    """A row's frame; one without an instruction where the image is damaged and bad episodes are skipped."""
+def _decode(row: Row, losses: Losses, decoder: FrameDecoder) -> Row:
+    """Decode a row. If its image is damaged and may be skipped, the result has no instruction; see `_is_frame`."""
     try:
-        return decode_frame(row)
+        return decoder.decode_row(row)
     except BadEpisodeError as error:
         losses.note(error, (row.get("dataset"), row.get("episode_index")))
         return row | {"image": None, "instruction": None}
@@ -91,7 +101,7 @@ def _is_frame(row: Row) -> bool:
 
 
 def mix_streams(parts: Parts, seed: int = 0) -> FrameStream:
-    """A stream without an end that draws from each part by its share; its shards are readers of all parts."""
+    """Make an endless stream that draws from each part by its share. Its shards are readers of all parts."""
     readers = min(part.num_shards for part, _ in parts)
     arguments = {"readers": list(range(readers)), "of": readers, "parts": tuple(parts), "seed": seed}
     rows = IterableDataset.from_generator(_read_mixture, gen_kwargs=arguments)
@@ -102,20 +112,20 @@ def mix_streams(parts: Parts, seed: int = 0) -> FrameStream:
 
 
 def _read_mixture(readers: list[int], of: int, parts: Parts, seed: int) -> Iterator[Row]:
-    # The draws have no end, so the first reader is the only one that is reached.
+    # The draws are endless, so only the first reader is ever reached.
     return draw(parts, readers[0], of, seed)
 
 
 def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0) -> Iterator[Row]:
-    """Draw rows without an end from streams by their shares, as one of several readers.
+    """Draw rows endlessly from streams by their shares, as one of several readers.
 
-    Rows of a `FrameStream` are not decoded yet; those of any other stream are taken as they come.
+    Rows of a `FrameStream` are not decoded yet. Rows of any other stream are passed on unchanged.
 
     Args:
         parts: Streams with their shares of the draws.
         reader: Number of this reader, from 0.
-        readers: How many read the same streams at the same pace, such as the workers of all ranks.
-        seed: Of the choice among the parts.
+        readers: Number of readers that read the same streams at the same pace, such as the workers of all ranks.
+        seed: Seed of the choice among the parts.
     """
     sources = [read_endlessly(_rows(part), reader, readers) for part, _ in parts]
     shares = np.array([share for _, share in parts])
@@ -128,9 +138,10 @@ def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0) -> Iter
 def read_endlessly(rows: IterableDataset, reader: int, readers: int) -> Iterator[Row]:
     """Read a stream over and over, as one of several readers that share it evenly.
 
-    The shards are dealt into as many groups as there are readers. All readers go through all groups, each beginning
-    with its own: a round of the readers is a pass over the data, and after as many rounds as readers each has drawn
-    every frame once, however the shards differ in size. Each round has another order where the stream is shuffled.
+    The shards are dealt into as many groups as there are readers. Every reader goes through all groups and starts with
+    a different one. So one round of all readers is a pass over the data, and after as many rounds as there are
+    readers, each has drawn every frame once, even if shards differ in size. A shuffled stream has a new order in each
+    round.
 
     Raises:
         ValueError: The stream has no rows.
@@ -151,7 +162,7 @@ def _read_group(rows: IterableDataset, group: int, groups: int, epoch: int) -> I
     if shards >= groups:
         yield from _read(rows.shard(groups, group, contiguous=False), epoch)
         return
-    # Too few shards to give one to each group: several share a shard and take turns with runs of its rows.
+    # With fewer shards than groups, several groups share a shard and take turns with runs of its rows.
     sharing = -(-groups // shards)
     for unit in range(group, shards * sharing, groups):
         for index, row in enumerate(_read(rows.shard(shards, unit % shards), epoch)):
@@ -161,32 +172,32 @@ def _read_group(rows: IterableDataset, group: int, groups: int, epoch: int) -> I
 
 def _read(rows: IterableDataset, epoch: int) -> Iterator[Row]:
     rows.set_epoch(epoch)
-    # `iter(rows)` would share the rows between the workers of a data loader once more.
+    # `iter(rows)` would divide the rows among the workers of a data loader a second time.
     for batch in rows.iter(batch_size=READ_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 
 
 class TrainingStream(torch.utils.data.IterableDataset):
-    """The frames that one rank of a training run draws from a stream, without an end, for a `DataLoader`.
+    """The frames that one rank of a training run draws endlessly from a stream, for a `DataLoader`.
 
-    Each worker decodes only what it yields. All workers of all ranks draw every frame equally often.
+    Each worker decodes only the frames that it yields. All workers of all ranks draw every frame equally often.
 
     Args:
         stream: Frames.
         rank: Number of this process, from 0.
-        ranks: How many processes train.
-        batch_size: Frames of a batch of this rank.
+        ranks: Number of processes that train.
+        batch_size: Number of frames in a batch of this rank.
 
     Attributes:
-        first_batch: Batches of this rank that a resumed run has already used. They are passed over without decoding:
-            an empty frame stands for each of theirs.
+        first_batch: Number of this rank's batches that a resumed run has already used. For each of their frames, the
+            stream yields an empty dict without decoding an image.
     """
 
     def __init__(self, stream: IterableDataset, rank: int = 0, ranks: int = 1, batch_size: int = 1):
         self.rank, self.ranks, self.batch_size = rank, ranks, batch_size
         self.first_batch = 0
-        self.parts, self.losses = _parts(stream), _losses(stream)
+        self.parts, self.losses, self.decoder = _parts(stream), _losses(stream), _decoder(stream)
         self.seed = stream.seed if isinstance(stream, FrameStream) else 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -197,65 +208,71 @@ class TrainingStream(torch.utils.data.IterableDataset):
         waiting = 0
         for row in rows:
             waiting += 1
-            if _is_frame(frame := _decode(row, self.losses)):
-                # The next frame stands in for damaged ones: frames stay as many as rows, which a resumed run counts.
+            if _is_frame(frame := _decode(row, self.losses, self.decoder)):
+                # Repeat the frame in place of damaged ones before it: a resumed run counts one frame for each row.
                 yield from [frame] * waiting
                 waiting = 0
 
 
 class EvaluationStream(torch.utils.data.IterableDataset):
-    """The frames that one rank evaluates of one pass over a stream, for a `DataLoader`.
+    """The frames of one pass over a stream that one rank evaluates, for a `DataLoader`.
 
-    Each worker decodes only what it yields. All workers of all ranks yield equally many frames, because the ranks
-    wait for each other after each batch: those that have too few repeat the first frame that is not damaged.
+    Each worker decodes only the frames that it yields. All workers of all ranks yield equally many frames, because the
+    ranks wait for each other after each batch. Workers with fewer frames repeat the first undamaged one.
 
     Args:
-        stream: Frames. Of a mixture, each of its streams is read once.
+        stream: Frames. Each stream of a mixture is read once.
         rank: Number of this process, from 0.
-        ranks: How many processes evaluate.
+        ranks: Number of processes that evaluate.
     """
 
     def __init__(self, stream: IterableDataset, rank: int = 0, ranks: int = 1):
         self.rank, self.ranks = rank, ranks
-        self.parts, self.losses = _parts(stream), _losses(stream)
+        self.parts, self.losses, self.decoder = _parts(stream), _losses(stream), _decoder(stream)
 
     def __iter__(self) -> Iterator[Row]:
         index, workers = _worker()
         reader, readers = self.rank * workers + index, self.ranks * workers
         count, taken = 0, 0
         for count, row in enumerate(self._read_once(), start=1):
-            if (count - 1) % readers == reader and _is_frame(frame := _decode(row, self.losses)):
+            if (count - 1) % readers == reader and _is_frame(frame := self._decode(row)):
                 taken += 1
                 yield frame
         if lacking := -(-count // readers) - taken:
-            frames = (_decode(row, self.losses) for row in self._read_once())
-            first = next(filter(_is_frame, frames), None)
+            first = next(filter(_is_frame, map(self._decode, self._read_once())), None)
             if first is None:
                 raise ValueError("Every frame of the stream is damaged, so there is nothing to evaluate on.")
             yield from [first] * lacking
+
+    def _decode(self, row: Row) -> Row:
+        return _decode(row, self.losses, self.decoder)
 
     def _read_once(self) -> Iterator[Row]:
         return itertools.chain.from_iterable(_read(_rows(part), 0) for part, _ in self.parts)
 
 
 def _worker() -> tuple[int, int]:
-    """Number of this worker of a data loader, and how many there are."""
+    """Return the number of this worker of a data loader, and the number of workers."""
     worker = torch.utils.data.get_worker_info()
     return (0, 1) if worker is None else (worker.id, worker.num_workers)
 
 
 def _parts(stream: IterableDataset) -> Parts:
-    """The streams of a mixture with their shares, or the stream alone."""
+    """Return the streams of a mixture with their shares, or the stream alone."""
     return stream.parts if isinstance(stream, FrameStream) and stream.parts else ((stream, 1.0),)
 
 
 def _rows(stream: IterableDataset) -> IterableDataset:
-    """The rows of a stream before decoding, where it knows them."""
+    """Return the rows of a stream before decoding, if it has them."""
     return stream.rows if isinstance(stream, FrameStream) else stream
 
 
 def _losses(stream: IterableDataset) -> Losses:
     return stream.losses if isinstance(stream, FrameStream) else Losses()
+
+
+def _decoder(stream: IterableDataset) -> FrameDecoder:
+    return stream.decoder if isinstance(stream, FrameStream) else FrameDecoder()
 
 
 __all__ = ["EvaluationStream", "FrameStream", "TrainingStream", "draw", "mix_streams", "read_endlessly"]

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..new_folder import new_folder
-from .frames import import_extra
+from .optional_packages import import_extra
 from .readers.tfrecord import build_example, write_record
-from .statistics import describe
+from .statistics import summarize
 
 
 Episodes = Iterable[Iterable[Mapping[str, Any]]]
@@ -132,7 +132,7 @@ def _write_lerobot(
     }
     # The instructions are the index: there LeRobot looks for them.
     pd.DataFrame({"task_index": list(tasks.values())}, index=list(tasks)).to_parquet(root / "meta/tasks.parquet")
-    stats = {name: describe(np.concatenate(rows)) | {"count": [total]} for name, rows in numbers.items()}
+    stats = {name: summarize(np.concatenate(rows)) | {"count": [total]} for name, rows in numbers.items()}
     (root / "meta/stats.json").write_text(json.dumps(stats, indent=2))
     (root / "meta/info.json").write_text(json.dumps(info, indent=2))
 

@@ -11,10 +11,13 @@ from datasets import Dataset
 from rich.table import Table
 
 from ..data.adapters import Robot
-from ..data.frames import Losses, import_extra, matrix
+from ..data.columns import matrix
+from ..data.episodes import Losses
+from ..data.frames import Frames
 from ..data.gripper import GRIPPER_OPEN
-from ..data.loading import Frames, name_of, open_source, read_table
+from ..data.loading import name_of, open_source, read_table
 from ..data.motion import JOINTS, STILL, TARGETS, find_idle, name_by_space
+from ..data.optional_packages import import_extra
 from ..data.robots import resolve_robot
 from ..data.statistics import compute_statistics
 from ..modeling.action_tokenizer import ActionTokenizer, normalize

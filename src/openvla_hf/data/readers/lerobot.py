@@ -1,4 +1,4 @@
-"""LeRobot data sets, versions 3.0 (files of many episodes) and 2.x (files of one): parquet tables and videos."""
+"""LeRobot datasets: parquet tables and videos, of many episodes each in version 3.0 and of one in 2.x."""
 
 import functools
 import json
@@ -14,22 +14,30 @@ from fsspec import AbstractFileSystem
 
 from ...modeling.known_names import check_name
 from ..adapters import Robot
+from ..columns import matrix
+from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode
 from ..feature_names import as_tuple
-from ..frames import BadEpisodeError, Episode, ImageReference, check_images, matrix
-from .parquet_images import close_parquet_files
-from .video import check_frame, close_videos
+from ..images import ImageReader, check_images
+from ..recently_used import RecentlyUsed
 
 
 INFO_FILE = "meta/info.json"
+# Bytes of images in a row group above which reading in random order is slow.
 LARGE_GROUP = 64 * 10**6
-"""Bytes of images in a row group above which reading in random order is slow."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shard:
-    """An episode: its parquet file, and for each camera its video with the time at which the episode begins there."""
+class EpisodeFiles:
+    """The files of an episode.
+
+    Attributes:
+        episode: Number of the episode.
+        path: Its parquet file.
+        length: Its number of frames.
+        videos: By camera, the video and the time in seconds at which the episode begins.
+    """
 
     episode: int
     path: str
@@ -38,19 +46,19 @@ class Shard:
 
 
 class DataFile:
-    """An open parquet file: its footer and its episode numbers are read once, however many episodes it holds.
+    """An open parquet file, whose footer and episode numbers are read once for all of its episodes.
 
     Args:
         fs: File system of the file.
-        path: File.
-        columns: What is read of each episode.
+        path: Path of the file.
+        columns: Columns to read of each episode.
 
     Raises:
-        ValueError: the file lacks a column.
+        ValueError: The file lacks a column.
     """
 
     def __init__(self, fs: AbstractFileSystem, path: str, columns: list[str]):
-        self.path, self.columns = path, columns
+        self.columns = columns
         self.file = pq.ParquetFile(path, filesystem=fs)
         missing = sorted({*columns, "episode_index"} - {*self.file.schema_arrow.names})
         if missing:
@@ -64,12 +72,12 @@ class DataFile:
         self.groups: dict[int, pa.Table] = {}
 
     def find(self, episode: int) -> np.ndarray:
-        """The numbers of an episode's rows, in the order in which they are stored; none if it is not in the file."""
+        """Return the numbers of an episode's rows in the order of storage; none if the file lacks the episode."""
         at = np.searchsorted(self.episodes, [episode, episode + 1])
         return self.rows[slice(*np.append(self.starts, len(self.rows))[at])]
 
     def largest_group(self, column: str) -> int:
-        """Bytes of a column in the row group that has most."""
+        """Return the bytes of a column in the row group where it is largest."""
         groups = (self.file.metadata.row_group(group) for group in range(len(self.sizes)))
         return max(
             sum(
@@ -81,12 +89,12 @@ class DataFile:
         )
 
     def read(self, rows: np.ndarray) -> pa.Table:
-        """Rows by their rising numbers."""
+        """Read rows, whose numbers must be in rising order."""
         if not len(rows):
             return self.file.schema_arrow.empty_table().select(self.columns)
         group_of = np.searchsorted(self.ends, rows, side="right")
         groups, which = np.unique(group_of, return_inverse=True)
-        # The next episode begins in the last of these row groups, or after it.
+        # Keep these row groups, since the next episode may begin in the last of them.
         kept = self.groups
         self.groups = {
             group: kept[group] if group in kept else self.file.read_row_group(group, columns=self.columns)
@@ -101,17 +109,23 @@ class DataFile:
 
 
 class LeRobotSource:
-    """A LeRobot folder.
+    """A reader of one split of a LeRobot folder.
+
+    It keeps the last data file and the last few videos open; `close` closes them.
 
     Args:
         fs: File system of the folder.
         root: Folder with `meta/info.json`.
         split: Name of the split.
-        prefix: What makes the file system's paths URLs, such as "hf://".
-        inline: Whether images in the parquet files come as bytes; else as references into the files, for tables.
+        prefix: Prefix that turns paths of the file system into URLs, such as "hf://".
+        inline: Whether images in the parquet files are read as bytes, for streams. By default they become references
+            into the files, for tables.
+
+    Attributes:
+        images: Reads the images of the episodes.
 
     Raises:
-        ValueError: its version is not known, or there is no such split.
+        ValueError: The version is not supported, or the split is missing.
     """
 
     def __init__(
@@ -122,7 +136,7 @@ class LeRobotSource:
         info = json.loads(fs.read_text(f"{root}/{INFO_FILE}"))
         self.version: str = info["codebase_version"].lstrip("v")
         if self.version.split(".")[0] not in ("2", "3"):
-            raise ValueError(f"{root} is of LeRobot's version {self.version}; 2.x and 3.x are read: convert it.")
+            raise ValueError(f"{root} is in LeRobot's format {self.version}. Convert it to 2.x or 3.x.")
         self.info: dict[str, Any] = info
         self.frequency: float | None = info["fps"]
         self.features: dict[str, Any] = info["features"]
@@ -135,15 +149,13 @@ class LeRobotSource:
         check_name(split, splits, "split")
         start, end = splits[split].split(":")
         self.episodes = range(int(start), int(end))
-        self._file: DataFile | None = None
-        self._is_warned = False
-        # The files may have changed since they were opened.
-        close_videos()
-        close_parquet_files()
+        self.images = ImageReader()
+        self._data_file: RecentlyUsed[DataFile] = RecentlyUsed(1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Each process opens files of its own.
-        return self.__dict__ | {"_file": None}
+    def close(self) -> None:
+        """Close all files."""
+        self.images.close()
+        self._data_file.clear()
 
     @functools.cached_property
     def tasks(self) -> dict[int, str]:
@@ -153,73 +165,66 @@ class LeRobotSource:
             table = pq.read_table(path, filesystem=self.fs).to_pandas()
             texts = table.get("task", table.index)
             if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{path} holds no instructions: neither its column 'task' nor its index is text.")
+                raise ValueError(f"{path} holds no instructions: neither its column 'task' nor its index holds text.")
             return dict(zip(table["task_index"].tolist(), texts, strict=True))
         rows = self.fs.read_text(f"{self.root}/meta/tasks.jsonl").splitlines()
         return {row["task_index"]: row["task"] for row in map(json.loads, filter(None, rows))}
 
     def check(self, robot: Robot) -> None:
-        """Raises `ValueError` where the data set, whatever the episode, lacks what the robot reads."""
+        """Raise `ValueError` if the dataset lacks what the robot reads."""
         for name in as_tuple(robot.camera):
             if name in self.depth_maps and not {*as_tuple(robot.camera)} & {*self.cameras}:
-                raise ValueError(f"{name!r} is a depth map: choose a camera with colours, one of {self.cameras}.")
+                raise ValueError(f"{name!r} is a depth map. Choose a camera with colours, one of {self.cameras}.")
         robot.choose_camera(self.cameras)
-        _ = self.tasks  # read now: no episode is usable without
+        _ = self.tasks  # read now, since every episode needs them
 
     @property
     def num_frames(self) -> int:
-        """Frames of the split, as the metadata says."""
+        """Number of frames of the split, from the metadata."""
         if "total_frames" in self.info and len(self.episodes) == self.info.get("total_episodes"):
             return self.info["total_frames"]
         return sum(shard.length for shard in self.shards())
 
     @property
     def num_episodes(self) -> int:
-        """Episodes of the split."""
+        """Number of episodes of the split."""
         return len(self.episodes)
 
-    def shards(self) -> list[Shard]:
-        """The episodes of the split."""
+    def shards(self) -> list[EpisodeFiles]:
+        """List the episodes of the split."""
         rows = self._episodes_v3() if self.version.startswith("3") else self._episodes_v2()
         return [row for row in rows if row.episode in self.episodes]
 
     def files(self) -> list[str]:
-        """Every file that the frames depend on."""
+        """List all files that the frames depend on."""
         return [path for path in self.fs.find(self.root) if path.endswith((".parquet", ".mp4", ".json", ".jsonl"))]
 
-    def read(self, shard: Shard, robot: Robot) -> Iterator[Episode | BadEpisodeError]:
-        """The episode of a shard, or what is wrong with it."""
+    def read(self, shard: EpisodeFiles, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
+        """Give the episode of a shard, or what is wrong with it."""
         try:
             yield self._read(shard, robot)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             yield BadEpisodeError(f"{shard.path}, episode {shard.episode}: {error}")
 
-    def _read(self, shard: Shard, robot: Robot) -> Episode:
+    def _read(self, shard: EpisodeFiles, robot: Robot) -> RecordedEpisode:
         camera = robot.choose_camera(self.cameras)
         names = robot.wanted_columns(self.numbers)
         is_video = camera in shard.videos
         stored = [*names, "task_index", "timestamp", *([] if is_video else [camera])]
-        if self._file is None or self._file.path != shard.path or self._file.columns != stored:
-            self._file = DataFile(self.fs, shard.path, stored)
-            if not (is_video or self.inline or self._is_warned) and self._file.largest_group(camera) > LARGE_GROUP:
-                self._is_warned = True
-                logger.warning(
-                    "%s: the images are in row groups of more than %d MB, and a frame that is drawn at random takes a "
-                    "whole row group to read. Write the file with row_group_size=32, or convert the images to videos.",
-                    shard.path,
-                    LARGE_GROUP // 10**6,
-                )
-        rows = self._file.find(shard.episode)
-        table = self._file.read(rows)
+        file = self._data_file.get((shard.path, *stored), lambda: DataFile(self.fs, shard.path, stored))
+        if not (is_video or self.inline) and shard.episode == self.episodes.start:
+            self._warn_of_large_groups(file, camera, shard.path)
+        rows = file.find(shard.episode)
+        table = file.read(rows)
         if len(table) != shard.length:
-            raise ValueError(f"there are {len(table)} rows, the meta data says {shard.length}.")
+            raise ValueError(f"there are {len(table)} rows, but the metadata say {shard.length}.")
         if not shard.length:
             raise ValueError("the episode has length 0.")
         images: list[ImageReference]
         if is_video:
             video, start = shard.videos[camera]
             times = [start + time for time in table["timestamp"].to_pylist()]
-            check_frame(video, max(times))
+            self.images.open_video(video).check(max(times))
             images = [{"bytes": None, "path": f"{video}#t={time:.6f}"} for time in times]
         else:
             images = table[camera].to_pylist()
@@ -229,9 +234,18 @@ class LeRobotSource:
                 images = [{"bytes": None, "path": place} for place in places]
         instructions = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
         columns = {name: matrix(table[name], name) for name in names}
-        return Episode(f"{shard.path}, episode {shard.episode}", shard.episode, images, instructions, columns)
+        return RecordedEpisode(f"{shard.path}, episode {shard.episode}", shard.episode, images, instructions, columns)
 
-    def _episodes_v3(self) -> list[Shard]:
+    def _warn_of_large_groups(self, file: DataFile, camera: str, path: str) -> None:
+        if file.largest_group(camera) > LARGE_GROUP:
+            logger.warning(
+                "%s: the images are in row groups of more than %d MB, and reading a random frame reads a whole row "
+                "group. Write the file with row_group_size=32, or convert the images to videos.",
+                path,
+                LARGE_GROUP // 10**6,
+            )
+
+    def _episodes_v3(self) -> list[EpisodeFiles]:
         keys = [name for name in self.cameras if self.features[name]["dtype"] == "video"]
         columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
         columns += [
@@ -245,7 +259,7 @@ class LeRobotSource:
             return f"{self.root}/{template.format(**where, **fields)}"
 
         return [
-            Shard(
+            EpisodeFiles(
                 row["episode_index"],
                 file(self.info["data_path"], "data", row),
                 row["length"],
@@ -260,7 +274,7 @@ class LeRobotSource:
             for row in rows
         ]
 
-    def _episodes_v2(self) -> list[Shard]:
+    def _episodes_v2(self) -> list[EpisodeFiles]:
         keys = [name for name in self.cameras if self.features[name]["dtype"] == "video"]
         rows = map(json.loads, filter(None, self.fs.read_text(f"{self.root}/meta/episodes.jsonl").splitlines()))
         shards = []
@@ -272,16 +286,16 @@ class LeRobotSource:
                 for key in keys
             }
             shards.append(
-                Shard(episode, f"{self.root}/{self.info['data_path'].format(**where)}", row["length"], videos)
+                EpisodeFiles(episode, f"{self.root}/{self.info['data_path'].format(**where)}", row["length"], videos)
             )
         return shards
 
 
 def _names(feature: dict[str, Any]) -> list[str]:
-    """Of a feature's numbers: a list, or lists by group; none where they do not name each number."""
+    """List the names of a feature's numbers, which may be stored by group; none unless each number has a name."""
     names = feature.get("names") or []
     if isinstance(names, dict):
-        # By group, as in {"motors": [...]}; or the place of each name.
+        # Either lists by group, as in {"motors": [...]}, or the index of each name.
         groups = names.values()
         if all(isinstance(group, int) for group in groups):
             names = sorted(names, key=names.__getitem__)

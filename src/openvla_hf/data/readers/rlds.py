@@ -1,4 +1,4 @@
-"""RLDS data sets as Open X-Embodiment ships them (TFDS folders of sharded TFRecords), read without TensorFlow."""
+"""RLDS datasets as Open X-Embodiment ships them (TFDS folders of sharded TFRecords), read without TensorFlow."""
 
 import json
 import logging
@@ -12,8 +12,9 @@ import numpy as np
 from fsspec import AbstractFileSystem
 
 from ..adapters import Robot
+from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode
 from ..feature_names import as_tuple, find_name
-from ..frames import BadEpisodeError, Episode, ImageReference, check_images
+from ..images import ImageReader, check_images
 from .tfrecord import Span, open_records, parse_example, read_records
 
 
@@ -26,14 +27,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Feature:
-    """Where a feature is in a record, and what it is.
+    """A feature of the records.
 
-    kind: "image", "text", "numbers", "label" (a number that has a name), or "unread".
-    shape: Of a frame's numbers.
-    dtype: Of numbers that are stored as bytes.
-    encoding: How such bytes are compressed: "none" for numbers that are not stored as bytes, "bytes" or "zlib".
-    names: Of labels, by number.
-    problem: Why it is not read.
+    Attributes:
+        key: Its key in a record.
+        kind: "image", "text", "numbers", "label" (a number that has a name), or "unread".
+        shape: Shape of a frame's numbers.
+        dtype: Type of numbers that are stored as bytes.
+        encoding: "bytes" or "zlib" for numbers that are stored as bytes, plain or compressed; "none" for others.
+        names: Names of labels, by number.
+        problem: Why the feature is not read.
     """
 
     key: str
@@ -46,8 +49,14 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file, the number of its first episode in the split, and how many it has."""
+class RecordFile:
+    """A file of episodes.
+
+    Attributes:
+        path: Path of the file.
+        first_episode: Number of its first episode in the split.
+        length: Its number of episodes.
+    """
 
     path: str
     first_episode: int
@@ -55,23 +64,28 @@ class Shard:
 
 
 class RLDSSource:
-    """One split of a TFDS folder.
+    """A reader of one split of a TFDS folder.
 
     Args:
         fs: File system of the folder.
         root: Folder with `features.json`.
         split: Name of the split.
-        inline: Whether images come as bytes; else as references into the files, for tables of local data.
+        inline: Whether images are read as bytes, for streams. By default they become references into the files, for
+            tables.
+
+    Attributes:
+        images: Reads the images of the episodes.
 
     Raises:
-        ValueError: there is no such split, or the files are of another format.
+        ValueError: The split is missing, or the files have another format.
     """
 
     frequency: float | None = None
-    dimension_names: dict[str, list[str]] = {}  # noqa: RUF012 - TFDS has no place for them
+    dimension_names: dict[str, list[str]] = {}  # noqa: RUF012 - TFDS does not store them
 
     def __init__(self, fs: AbstractFileSystem, root: str, split: str = "train", inline: bool = False):
         self.fs, self.root, self.inline = fs, root, inline
+        self.images = ImageReader()
         info = json.loads(fs.read_text(f"{root}/dataset_info.json"))
         self.name: str = info["name"]
         splits = {each["name"]: each for each in info["splits"]}
@@ -79,7 +93,7 @@ class RLDSSource:
         self.files_of_split: dict[str, Any] = splits[self.split]
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise ValueError(
-                f"{root} holds {info['fileFormat']} files, but only tfrecord is read. Convert it with "
+                f"{root} holds {info['fileFormat']} files, but only tfrecord is supported. Convert it with "
                 f"tensorflow-datasets: tfds convert_format --dataset_dir={root} --out_file_format=tfrecord "
                 "--out_dir=NEW_FOLDER"
             )
@@ -92,8 +106,12 @@ class RLDSSource:
         self.texts = [*self._named("text"), *(name for name in self._named("label") if self.features[name].names)]
         self.numbers = [*self._named("numbers"), *self._named("label")]
 
+    def close(self) -> None:
+        """Close all files."""
+        self.images.close()
+
     def check(self, robot: Robot) -> None:
-        """Raises `ValueError` where the data set, whatever the episode, lacks what the robot reads."""
+        """Raise `ValueError` if the dataset lacks what the robot reads."""
         unread = {name: self.features[name].problem for name in self._named("unread")}
         wanted = [(robot.camera, self.cameras), (robot.action, self.numbers), (robot.instruction, self.texts)]
         if robot.needs_state:
@@ -113,22 +131,22 @@ class RLDSSource:
 
     @property
     def num_frames(self) -> int | None:
-        """Frames of the split by the `dataset_statistics*.json` beside its files; None where there is no such file."""
+        """Number of frames of the split, from `dataset_statistics*.json` beside its files if there is such a file."""
         for path in self.fs.glob(f"{self.root}/dataset_statistics*.json"):
             statistics = json.loads(self.fs.read_text(path))
             statistics = statistics.get(self.name, statistics)
             if frames := statistics.get("num_transitions"):
-                # The original's file is of all splits together, so the average length counts.
+                # The original's file counts all splits together, so use the average length.
                 return round(frames * self.num_episodes / (statistics.get("num_trajectories") or self.num_episodes))
         return None
 
     @property
     def num_episodes(self) -> int:
-        """Episodes of the split."""
+        """Number of episodes of the split."""
         return sum(int(length) for length in self.files_of_split["shardLengths"])
 
-    def shards(self) -> list[Shard]:
-        """The files of the split."""
+    def shards(self) -> list[RecordFile]:
+        """List the files of the split."""
         lengths = [int(length) for length in self.files_of_split["shardLengths"]]
         template = self.files_of_split.get("filepathTemplate") or DEFAULT_FILES
         shards, first_episode = [], 0
@@ -142,16 +160,16 @@ class RLDSSource:
                 "SHARD_X_OF_Y": f"{index:05d}-of-{len(lengths):05d}",
             }
             file = re.sub(r"\{(\w+)\}", lambda found, parts=parts: parts[found[1]], template)
-            shards.append(Shard(f"{self.root}/{file}", first_episode, length))
+            shards.append(RecordFile(f"{self.root}/{file}", first_episode, length))
             first_episode += length
         return shards
 
     def files(self) -> list[str]:
-        """Every file that the frames depend on."""
+        """List all files that the frames depend on."""
         return [f"{self.root}/features.json", *(shard.path for shard in self.shards())]
 
-    def read(self, shard: Shard, robot: Robot) -> Iterator[Episode | BadEpisodeError]:
-        """The episodes of a file, and what can't be read of it, in order."""
+    def read(self, shard: RecordFile, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
+        """Give the episodes of a file in order, or what is wrong with them."""
         read = 0
         try:
             for episode in self._read(shard, robot):
@@ -160,7 +178,7 @@ class RLDSSource:
         except OSError as error:
             yield BadEpisodeError(f"{shard.path}: the file can't be read ({error}).", shard.length - read)
 
-    def _read(self, shard: Shard, robot: Robot) -> Iterator[Episode | BadEpisodeError]:
+    def _read(self, shard: RecordFile, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
         camera = robot.choose_camera(self.cameras)
         columns = robot.wanted_columns(self.numbers)
         instruction = find_name(robot.instruction, self.texts, "instruction")
@@ -169,7 +187,7 @@ class RLDSSource:
         index, is_damaged = -1, False
         with self.fs.open(shard.path, "rb") as stored:
             file, is_compressed = open_records(stored)
-            inline = self.inline or is_compressed  # a place in a compressed file is no use
+            inline = self.inline or is_compressed  # compressed files can't be read at a position
             for index, record in enumerate(read_records(file, shard.path)):
                 if isinstance(record, BadEpisodeError):
                     is_damaged = True
@@ -185,7 +203,7 @@ class RLDSSource:
                     spans = values[wanted[camera].key]
                     length = len(spans)
                     check_images(memoryview(payload)[start:end] for start, end in spans)
-                    episode = Episode(
+                    episode = RecordedEpisode(
                         source,
                         shard.first_episode + index,
                         [_image(shard.path, offset, payload, span, inline) for span in spans],
@@ -201,20 +219,20 @@ class RLDSSource:
                     yield episode
         if index + 1 < shard.length:
             lost = shard.length - index - 1
-            reason = f"there are {index + 1} records and should be {shard.length}; download it again."
+            reason = f"there are {index + 1} records instead of {shard.length}. Download the file again."
             reason = f"{lost} more records can't be found." if is_damaged else reason
             yield BadEpisodeError(f"{shard.path}: {reason}", lost)
 
 
 def find_version(fs: AbstractFileSystem, path: str) -> str | None:
-    """The folder of a TFDS data set with its files, or `None` if `path` is no such data set.
+    """Find the folder with the files of a TFDS dataset, or return `None` if `path` is not such a dataset.
 
     Args:
         fs: File system of the folder.
-        path: Folder `name/config/version`, or one above it; the newest version is taken.
+        path: Folder `name/config/version` or one above it, of which the newest version is taken.
 
     Raises:
-        ValueError: there are several configurations.
+        ValueError: The dataset has several configurations.
     """
     if fs.exists(f"{path}/features.json"):
         return path
@@ -222,7 +240,7 @@ def find_version(fs: AbstractFileSystem, path: str) -> str | None:
     versions = [folder for folder in found if VERSION_FOLDER.fullmatch(folder.rsplit("/", 1)[-1])]
     configurations = sorted({folder.rsplit("/", 1)[0] for folder in versions})
     if len(configurations) > 1:
-        raise ValueError(f"There are several configurations, give one of {', '.join(map(repr, configurations))}.")
+        raise ValueError(f"There are several configurations. Give one of {', '.join(map(repr, configurations))}.")
     return max(versions, key=_version, default=None)
 
 
@@ -231,7 +249,7 @@ def _version(folder: str) -> list[int]:
 
 
 def read_features(description: dict[str, Any], key: str = "") -> dict[str, Feature]:
-    """The features of a `features.json` by dotted name, those of steps without "steps."."""
+    """Read the features of a `features.json` by dotted name, without the prefix "steps."."""
     if "featuresDict" in description:
         features: dict[str, Feature] = {}
         for name, inner in description["featuresDict"]["features"].items():
@@ -275,7 +293,7 @@ def _image(path: str, offset: int, payload: bytes, span: Span, inline: bool) -> 
 
 
 def _numbers(name: str, payload: bytes, values: Any, feature: Feature, length: int) -> np.ndarray:
-    """(T, D) numbers of an episode."""
+    """Read the numbers of an episode, (T, D)."""
     if feature.encoding != "none":
         values = _decode(name, [payload[start:end] for start, end in values], feature)
     size = int(np.prod(feature.shape))
@@ -285,7 +303,7 @@ def _numbers(name: str, payload: bytes, values: Any, feature: Feature, length: i
 
 
 def _decode(name: str, encoded: list[bytes], feature: Feature) -> np.ndarray:
-    """All numbers of tensors that are stored as bytes."""
+    """Decode all numbers of tensors that are stored as bytes."""
     try:
         tensors = [zlib.decompress(each) for each in encoded] if feature.encoding == "zlib" else encoded
         return np.frombuffer(b"".join(tensors), np.dtype(feature.dtype).newbyteorder("<"))
@@ -294,8 +312,8 @@ def _decode(name: str, encoded: list[bytes], feature: Feature) -> np.ndarray:
 
 
 def _texts(payload: bytes, values: Any, feature: Feature, length: int) -> list[str]:
-    """One text a frame; one text of the whole episode is every frame's."""
-    if feature.kind == "label":  # -1 means that there is none
+    """Read the text of each frame. A single text of the episode is repeated for all frames."""
+    if feature.kind == "label":  # -1 stands for a missing label
         texts = [feature.names[label] if 0 <= label < len(feature.names) else "" for label in values.tolist()]
     else:
         texts = [payload[start:end].decode(errors="replace") for start, end in values]

@@ -12,12 +12,13 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from ..frames import BadEpisodeError, import_extra
+from ..episodes import BadEpisodeError
+from ..optional_packages import import_extra
 
 
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+# The first bytes of a GZIP file.
 GZIP = b"\x1f\x8b"
-"""How such a file begins."""
 CRC_MASK_DELTA = 0xA282EAD8
 
 # Protobuf wire types, in the low three bits of a tag.
@@ -25,38 +26,38 @@ VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5
 # Field numbers of tf.train.Feature.
 BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3
 
+# Start and end of a value, in bytes from the start of its record's payload.
 Span = tuple[int, int]
-"""Start and end of a value, in bytes from the start of its record's payload."""
 
 
 def masked_crc(data: bytes | memoryview) -> int:
-    """The CRC-32C of `data`, rotated and shifted as TFRecord stores it."""
+    """Compute the CRC-32C of `data`, rotated and shifted as TFRecord stores it."""
     crc = import_extra("google_crc32c", "data").value(bytes(data))
     return (((crc >> 15) | (crc << 17)) + CRC_MASK_DELTA) & 0xFFFFFFFF
 
 
 def open_records(file: BinaryIO) -> tuple[BinaryIO, bool]:
-    """The records in an open file, decompressed where it is a GZIP file, and whether it is one."""
+    """Return the records of an open file, decompressed if it is a GZIP file, and whether it is one."""
     start = file.read(HEADER.size)
     file.seek(0)
-    # The first length may begin with the same two bytes: its checksum tells.
+    # The length of a first record may begin with the same two bytes, but then its checksum is right.
     if not start.startswith(GZIP) or (len(start) == HEADER.size and masked_crc(start[:8]) == HEADER.unpack(start)[1]):
         return file, False
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)), True
 
 
 def read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
-    """Yields each record of an open file as (offset of its payload, payload).
+    """Give each record of an open file as (offset of its payload, payload), or what is wrong with it.
 
-    A record with a wrong checksum is yielded as an error and the next one follows; after a damaged length or a cut
-    file nothing can be found any more, so the error is the last item.
+    Records follow one with a wrong checksum. An error is the last item after a damaged length or at a cut in the file,
+    since no record can be found behind it.
     """
     records = _read_records(file, path)
     while True:
         try:
             record = next(records, None)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            record = BadEpisodeError(f"{path}: the GZIP file is damaged ({error}); download it again.")
+            record = BadEpisodeError(f"{path}: the GZIP file is damaged ({error}). Download it again.")
         if record is None:
             return
         yield record
@@ -67,18 +68,18 @@ def _read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | Bad
     while header := file.read(HEADER.size):
         where = f"{path}, record {index} (byte {offset})"
         if len(header) < HEADER.size:
-            yield BadEpisodeError(f"{where}: the file is cut short; download it again.")
+            yield BadEpisodeError(f"{where}: the file is cut short. Download it again.")
             return
         length, length_crc = HEADER.unpack(header)
         if masked_crc(header[:8]) != length_crc:
-            yield BadEpisodeError(f"{where}: the length's checksum is wrong; the rest of the file can't be read.")
+            yield BadEpisodeError(f"{where}: the length's checksum is wrong, so the rest of the file can't be read.")
             return
         payload, footer = file.read(length), file.read(FOOTER.size)
         if len(footer) < FOOTER.size:
-            yield BadEpisodeError(f"{where}: the file is cut short; download it again.")
+            yield BadEpisodeError(f"{where}: the file is cut short. Download it again.")
             return
         if masked_crc(payload) != FOOTER.unpack(footer)[0]:
-            yield BadEpisodeError(f"{where}: the checksum is wrong; download the file again.")
+            yield BadEpisodeError(f"{where}: the checksum is wrong. Download the file again.")
         else:
             yield offset + HEADER.size, payload
         offset += HEADER.size + length + FOOTER.size
@@ -86,7 +87,7 @@ def _read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | Bad
 
 
 def write_record(file: BinaryIO, payload: bytes) -> None:
-    """Appends one record to an open file."""
+    """Append one record to an open file."""
     length = struct.pack("<Q", len(payload))
     file.write(length + FOOTER.pack(masked_crc(length)))
     file.write(payload)
@@ -94,13 +95,13 @@ def write_record(file: BinaryIO, payload: bytes) -> None:
 
 
 def parse_example(payload: bytes, names: Callable[[str], bool]) -> dict[str, np.ndarray | list[Span]]:
-    """Reads the features of a `tf.train.Example` whose name `names` accepts.
+    """Read the features of a `tf.train.Example` whose names `names` accepts.
 
     Returns:
-        By name: float32 or int64 arrays (n,), and for bytes the spans of the values in `payload`.
+        By name, a float32 or int64 array (n,), or for bytes the spans of the values in `payload`.
 
     Raises:
-        ValueError: the payload is not a `tf.train.Example`.
+        ValueError: The payload is not a `tf.train.Example`.
     """
     found: dict[str, np.ndarray | list[Span]] = {}
     try:
@@ -121,14 +122,14 @@ def _read_feature(payload: bytes, feature: Span) -> np.ndarray | list[Span]:
     kind, value = next(_fields(payload, feature), (BYTES_LIST, (0, 0)))
     if kind == BYTES_LIST:
         return [span for _, span in _fields(payload, value)]
-    # Numbers are packed, one run of them as a rule; an empty list has none.
+    # Numbers are packed, usually in one run; an empty list has no run.
     runs = [np.frombuffer(payload, np.uint8, end - start, start) for _, (start, end) in _fields(payload, value)]
     packed = np.concatenate(runs) if runs else np.empty(0, np.uint8)
     return packed.view("<f4") if kind == FLOAT_LIST else _unpack_varints(packed)
 
 
 def _unpack_varints(packed: np.ndarray) -> np.ndarray:
-    """Seven bits a byte, lowest first; the high bit says that another byte follows."""
+    """Decode integers of seven bits per byte, lowest first. The high bit marks that another byte follows."""
     if not len(packed):
         return np.empty(0, np.int64)
     starts = np.flatnonzero(np.concatenate(([True], packed[:-1] < 0x80)))
@@ -138,7 +139,7 @@ def _unpack_varints(packed: np.ndarray) -> np.ndarray:
 
 
 def _fields(data: bytes, span: Span) -> Iterator[tuple[int, Span]]:
-    """Yields the number and the span of each field of a message; the span of a number is its bytes."""
+    """Give the number and the span of each field of a message."""
     at, end = span
     while at < end:
         tag = data[at]
@@ -171,7 +172,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def build_example(features: Mapping[str, np.ndarray | Sequence[bytes]]) -> bytes:
-    """A `tf.train.Example` of float and integer arrays and of lists of bytes."""
+    """Build a `tf.train.Example` from float and integer arrays and lists of bytes."""
     entries = b""
     for name, values in features.items():
         if isinstance(values, np.ndarray) and values.dtype.kind == "f":

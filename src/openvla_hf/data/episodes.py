@@ -1,0 +1,202 @@
+"""Recorded episodes: what every reader gives, the rows that they become, and those that can't be used.
+
+Letters in shapes: T frames of an episode.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .adapters import Robot
+
+
+# Largest share of the episodes that `skip_bad_episodes=True` skips.
+BAD_SHARE = 0.1
+# Number of episodes to assume for data that do not say how many they have, until more are read.
+FEW_EPISODES = 100
+
+# `{"bytes": encoded image or None, "path": its place or None}`, as `datasets.Image` stores it.
+ImageReference = Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+class BadEpisodeError(ValueError):
+    """An episode can't be read or used. The message names the file and the record.
+
+    Args:
+        message: What is wrong, and where.
+        episodes: Number of episodes that are lost for this reason.
+    """
+
+    def __init__(self, message: str, episodes: int = 1):
+        super().__init__(message, episodes)
+        self.episodes = episodes
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@dataclass
+class RecordedEpisode:
+    """An episode as it is stored, before a robot adapter converts it.
+
+    Attributes:
+        source: File and record, for messages.
+        index: Number of the episode in its split.
+        images: References (T) to the images.
+        instructions: Texts (T); an empty text where a frame has none.
+        columns: By name, numbers (T, ...) of the frames. Dots join nested names.
+    """
+
+    source: str
+    index: int
+    images: Sequence[ImageReference]
+    instructions: Sequence[str]
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class Losses:
+    """The parts of a dataset that do not become frames.
+
+    Attributes:
+        limit: Largest share of the episodes that may be bad and are skipped. With 0, the first bad episode raises.
+        total: Number of episodes, or `None` where the data do not say.
+        bad_episodes: For each skipped episode, why it can't be used.
+        read: Number of episodes that were read so far.
+        skipped: Number of bad episodes, including those that a missing file would have held.
+        without_instruction: Number of frames that are left out because they have no instruction.
+    """
+
+    limit: float = 0.0
+    total: int | None = None
+    bad_episodes: list[str] = field(default_factory=list)
+    read: int = 0
+    skipped: int = 0
+    without_instruction: int = 0
+    _known: set[Any] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def allow(cls, skip_bad_episodes: bool | float) -> "Losses":
+        """Start counting, with the limit that `load` takes.
+
+        Raises:
+            ValueError: The limit is not a share.
+        """
+        share = BAD_SHARE if skip_bad_episodes is True else float(skip_bad_episodes)
+        if not 0 <= share <= 1:
+            raise ValueError(
+                f"skip_bad_episodes={skip_bad_episodes} is not a share of the episodes. Give a number from 0 to 1."
+            )
+        return cls(share)
+
+    def note(self, error: BadEpisodeError, key: Any = None) -> None:
+        """Record a bad episode and skip it, or raise the error.
+
+        Args:
+            error: What is wrong.
+            key: Identifies the episode, for errors whose messages differ between its frames.
+
+        Raises:
+            BadEpisodeError: Bad episodes are not skipped, or there are more than the limit.
+        """
+        if not self.limit:
+            raise error
+        key = key or str(error)
+        if key in self._known:  # by an earlier pass over a stream
+            return
+        self._known.add(key)
+        self.bad_episodes.append(str(error))
+        self.skipped += error.episodes
+        logger.warning("Skipped bad episode %d: %s", self.skipped, error)
+        self.check(max(self.read, FEW_EPISODES) if self.total is None else self.total)
+
+    def check(self, total: int) -> None:
+        """Raise `BadEpisodeError` if more than the limit of `total` episodes, and more than one, are bad."""
+        if self.skipped > max(1, self.limit * total):
+            raise BadEpisodeError(
+                f"{self.skipped} of {total} episodes are bad, and at most {self.limit:.0%} are skipped. Repair the "
+                f"dataset, or give a larger share as skip_bad_episodes. The last one: {self.bad_episodes[-1]}"
+            )
+
+
+def usable_columns(
+    episodes: Iterable[RecordedEpisode | BadEpisodeError],
+    robot: Robot,
+    dataset: str,
+    losses: Losses,
+    check: Callable[[Any], Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Give the columns of each usable episode's rows, and record the others in `losses`.
+
+    Args:
+        episodes: Episodes in order, or what is wrong with them.
+        robot: Adapter that converts them.
+        dataset: Name of the dataset.
+        losses: Records what is left out.
+        check: Called with each image. It raises `BadEpisodeError` if the image is damaged.
+    """
+    for episode in episodes:
+        losses.read += 1
+        try:
+            if isinstance(episode, BadEpisodeError):
+                raise episode
+            columns = _convert(episode, robot, dataset)
+            if check is not None:
+                _check_each(check, columns, episode.source)
+        except BadEpisodeError as error:
+            losses.note(error)
+        else:
+            losses.without_instruction += sum(not text.strip() for text in episode.instructions)
+            yield columns
+
+
+def usable_rows(
+    episodes: Iterable[RecordedEpisode | BadEpisodeError], robot: Robot, dataset: str, losses: Losses
+) -> Iterator[dict[str, Any]]:
+    """Give the rows of each usable episode one by one; see `usable_columns`."""
+    for columns in usable_columns(episodes, robot, dataset, losses):
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _convert(episode: RecordedEpisode, robot: Robot, dataset: str) -> dict[str, Any]:
+    """Convert an episode to the columns of its rows, without the frames that have no instruction.
+
+    Raises:
+        BadEpisodeError: The episode has no frames, a column is missing, or numbers have the wrong size, are not finite
+            or out of their range.
+    """
+    if not len(episode.images):
+        raise BadEpisodeError(f"{episode.source}: the episode has length 0.")
+    try:
+        kept, actions, states = robot.standardize(episode.columns, len(episode.images))
+    except ValueError as error:
+        raise BadEpisodeError(f"{episode.source}: {error}") from error
+    instructed = np.array([bool(episode.instructions[index].strip()) for index in kept], bool)
+    kept, actions = kept[instructed], actions[instructed]
+    return {
+        "image": [episode.images[index] for index in kept],
+        "instruction": [episode.instructions[index] for index in kept],
+        "action": list(actions),
+        "action_mask": [robot.mask(actions.shape[1])] * len(kept),
+        "state": [None] * len(kept) if states is None else list(states[instructed]),
+        "episode_index": [episode.index] * len(kept),
+        "frame_index": kept.tolist(),
+        "dataset": [dataset] * len(kept),
+    }
+
+
+def _check_each(check: Callable[[Any], Any], columns: dict[str, Any], source: str) -> None:
+    for image, frame in zip(columns["image"], columns["frame_index"], strict=True):
+        try:
+            check(image)
+        except BadEpisodeError as error:
+            raise BadEpisodeError(f"{source}, frame {frame}: {error}") from error
+
+
+__all__ = ["BadEpisodeError", "ImageReference", "Losses", "RecordedEpisode", "usable_columns", "usable_rows"]

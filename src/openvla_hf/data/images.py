@@ -1,0 +1,196 @@
+"""Images by reference: encoded bytes, or a place in a file that is read when the image is needed.
+
+The place of an image is `file#bytes=START-END` for a range of a file, `video.mp4#t=SECONDS` for a frame of a video,
+`file.parquet#row=N:COLUMN` for a row of a parquet file, or a whole file. So a table of all frames stays small even if
+the images are large.
+"""
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from .episodes import BadEpisodeError, ImageReference
+from .optional_packages import import_extra
+from .readers.parquet_images import ImageTable
+from .readers.video import Video
+from .recently_used import RecentlyUsed
+
+
+# Videos to keep open, each with a decoder and its reference frames.
+OPEN_VIDEOS = 4
+# Parquet files to keep open, with their footers.
+OPEN_TABLES = 8
+# Row groups to keep in memory with all their images.
+HELD_GROUPS = 2
+# The first bytes of a JPEG file.
+JPEG = b"\xff\xd8"
+
+
+class ImageReader:
+    """Read images by reference, and keep the last few videos and parquet files open for the next ones.
+
+    Each process opens its own files. `close`, or the end of a `with` block, closes them; reading opens them again.
+    """
+
+    def __init__(self) -> None:
+        self._videos: RecentlyUsed[Video] = RecentlyUsed(OPEN_VIDEOS)
+        self._tables: RecentlyUsed[ImageTable] = RecentlyUsed(OPEN_TABLES)
+        self._groups: RecentlyUsed[pa.ChunkedArray] = RecentlyUsed(HELD_GROUPS)
+
+    def __enter__(self) -> "ImageReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        for kept in (self._videos, self._tables, self._groups):
+            kept.clear()
+
+    def read(self, reference: ImageReference) -> np.ndarray:
+        """Return the image of a reference, uint8 (H, W, 3).
+
+        Raises:
+            BadEpisodeError: The file can't be read, or its bytes are not an image.
+        """
+        data, path = reference["bytes"], reference["path"]
+        if data is None and "#t=" in path:
+            file, _, time = path.rpartition("#t=")
+            return self.open_video(file).read(float(time))
+        try:
+            data = self._read_bytes(path) if data is None else data
+        except (OSError, IndexError, pa.ArrowException) as error:
+            raise BadEpisodeError(f"{path}: the image can't be read ({error}).") from error
+        try:
+            return decode_image(data)
+        except (OSError, ValueError) as error:
+            raise BadEpisodeError(f"{path or 'an image'}: the image can't be decoded ({error}).") from error
+
+    def open_video(self, path: str) -> Video:
+        """Open a video, or return it if it is open.
+
+        Raises:
+            BadEpisodeError: The file is missing or is not a video.
+        """
+        return self._videos.get(path, lambda: Video(path))
+
+    def _read_bytes(self, path: str) -> bytes:
+        file, _, fragment = path.rpartition("#")
+        kind, _, value = fragment.partition("=")
+        if file and kind == "bytes":
+            start, end = map(int, value.split("-"))
+            return _read_range(file, start, end)
+        if file and kind == "row":
+            row, _, column = value.partition(":")
+            image = self._read_row(file, int(row), column)
+            return image["bytes"] if image["bytes"] is not None else _read_range(image["path"], 0, None)
+        return _read_range(path, 0, None)
+
+    def _read_row(self, path: str, row: int, column: str) -> ImageReference:
+        table = self._tables.get(path, lambda: ImageTable(path))
+        group, place = table.find(row)
+        return self._groups.get((path, group, column), lambda: table.read_group(group, column))[place].as_py()
+
+
+def _read_range(path: str, start: int, end: int | None) -> bytes:
+    with fsspec.open(path, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if end is None else end - start)
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode the bytes of an image file, uint8 (H, W, 3).
+
+    Raises:
+        OSError: The bytes are not an image.
+        ValueError: The image is damaged or has more than 8 bits.
+    """
+    if data[:2] == JPEG:
+        # With TensorFlow's default settings, so with the exact levels that the original was trained on.
+        return import_extra("simplejpeg", "data").decode_jpeg(data, fastdct=True, fastupsample=False)
+    return _as_rgb(Image.open(io.BytesIO(data)))
+
+
+def check_images(images: Iterable[bytes | memoryview]) -> None:
+    """Check the headers of encoded images, which takes far less time than decoding.
+
+    Raises:
+        ValueError: An image can't be decoded. The message gives its frame.
+    """
+    for frame, data in enumerate(images):
+        try:
+            if data[:2] == JPEG:
+                import_extra("simplejpeg", "data").decode_jpeg_header(data)
+            else:
+                with Image.open(io.BytesIO(data)) as image:
+                    _check_depth(image)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the image of frame {frame} can't be decoded ({error}).") from error
+
+
+def _as_rgb(image: Image.Image) -> np.ndarray:
+    _check_depth(image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _check_depth(image: Image.Image) -> None:
+    """Raise `ValueError` for an image that would be clipped to 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(f"its values have more than 8 bits (mode {image.mode}), as those of depth images have")
+
+
+def to_pixels(image: Any) -> np.ndarray:
+    """Convert an image that Python code made to uint8 (H, W, 3).
+
+    Args:
+        image: Array, PIL image, bytes of an image file, or a function without arguments that returns one of these.
+
+    Raises:
+        OSError: A function fails to read the image.
+        ValueError: The image is none of these, can't be decoded, or would be clipped to 8 bits.
+    """
+    if callable(image):
+        image = image()
+    if isinstance(image, bytes):
+        try:
+            return decode_image(image)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the image can't be decoded ({error}).") from error
+    if isinstance(image, Image.Image):
+        return _as_rgb(image)
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"the image holds {pixels.dtype} values. Give colours as uint8, from 0 to 255.")
+    if pixels.ndim == 3 and pixels.shape[-1] == 3:
+        return pixels
+    try:
+        return _as_rgb(Image.fromarray(pixels))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the image has shape {pixels.shape}. Give height, width and 3 colours.") from error
+
+
+def encode_png(image: Any) -> ImageReference:
+    """Encode an image, as `to_pixels` takes it, without loss as a reference that holds its bytes.
+
+    Raises:
+        OSError: A function fails to read the image.
+        ValueError: The image can't be converted or decoded.
+    """
+    if callable(image):
+        image = image()
+    if isinstance(image, bytes):
+        check_images([image])
+        return {"bytes": image, "path": None}
+    buffer = io.BytesIO()
+    # For camera images, level 1 gives files at most a tenth larger than the default in a fraction of the time.
+    Image.fromarray(to_pixels(image)).save(buffer, format="PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+__all__ = ["ImageReader", "check_images", "decode_image", "encode_png", "to_pixels"]

@@ -1,0 +1,188 @@
+"""Datasets with an Image column, in any format that `datasets` reads, as rows of frames."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
+from datasets.utils import tqdm
+
+from .adapters import Robot
+from .columns import stack_rows
+from .datasets_internals import fingerprint
+from .episodes import BadEpisodeError, Losses, RecordedEpisode, usable_columns
+from .feature_names import find_name
+from .frames import FEATURES, FrameDecoder, Frames
+from .images import ImageReader
+from .table_cache import WRITE_ROWS, cache_folder, file_version, lock, make_key
+
+
+def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_all: bool = False) -> Dataset:
+    """Compute a table's columns in the robot's standard form, and keep its images where they are.
+
+    Args:
+        data: Table with an Image column, or frames.
+        robot: Adapter.
+        name: Name of the dataset.
+        losses: Records what is left out.
+        decode_all: Whether to decode every image, to find the damaged ones.
+
+    Raises:
+        ValueError: The columns do not fit the robot.
+    """
+    _require_unconverted(data, robot)
+    camera = robot.choose_camera(_image_columns(data))
+    images = data.with_format(None).select_columns([camera]).cast_column(camera, Image(decode=False))
+    columns = robot.wanted_columns(data.column_names)
+    instruction = find_name(robot.instruction, data.column_names, "instruction")
+    read_text = _text_reader(instruction, data.features[instruction])
+    ordering = [column for column in ("episode_index", "frame_index") if column in data.column_names]
+    # The numpy format would turn float64 into float32 by default.
+    table = data.select_columns([*columns, instruction, *ordering]).with_format("numpy", dtype=np.float64)[:]
+    episode_of = np.asarray(table.get("episode_index", np.zeros(len(data))), np.int64)
+    if robot.needs_whole_episodes and "episode_index" not in ordering:
+        raise ValueError(f"The adapter {robot.name!r} needs whole episodes, but there is no column 'episode_index'.")
+    starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
+
+    def episodes() -> Iterator[RecordedEpisode | BadEpisodeError]:
+        for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
+            index = int(episode_of[start])
+            place = f"{name}, episode {index}"
+            texts = [read_text(text) for text in table[instruction][start:end]]
+            try:
+                numbers = {column: stack_rows(list(table[column][start:end]), column) for column in columns}
+            except ValueError as error:
+                yield BadEpisodeError(f"{place}: {error}")
+            else:
+                # Numbers of rows stand for the images until the kept rows are known.
+                yield RecordedEpisode(place, index, range(start, end), texts, numbers)  # type: ignore[arg-type]
+
+    losses.total = len(starts)
+    tables = []
+    row_of: list[int] = []
+    for rows in usable_columns(episodes(), robot, name, losses, _row_check(images) if decode_all else None):
+        row_of += rows.pop("image")
+        tables.append(rows)
+    schema = FEATURES.arrow_schema.remove(0)
+    numbers = Dataset(pa.concat_tables([schema.empty_table(), *(pa.table(each, schema=schema) for each in tables)]))
+    if camera != "image":
+        images = images.rename_column(camera, "image")
+    if len(row_of) < len(data):
+        images = images.select(row_of)
+    return concatenate_datasets([images, numbers], axis=1).with_transform(FrameDecoder())
+
+
+def adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses) -> IterableDataset:
+    """Convert a stream row by row to the robot's standard form, for which a bad row counts as a bad episode.
+
+    Args:
+        data: Stream with an Image column, or frames.
+        robot: Adapter.
+        name: Name of the dataset.
+        losses: Records what is left out.
+
+    Raises:
+        ValueError: The columns are unknown or do not fit the robot, or the robot needs whole episodes.
+    """
+    _require_unconverted(data, robot)
+    if robot.needs_whole_episodes:
+        raise ValueError(f"The adapter {robot.name!r} needs whole episodes. Load this dataset without streaming.")
+    if data.features is None:
+        raise ValueError("The features of this stream are unknown. Define them, or load it without streaming.")
+    camera = robot.choose_camera(_image_columns(data))
+    columns = robot.wanted_columns(data.column_names)
+    instruction = find_name(robot.instruction, data.column_names, "instruction")
+    read_text = _text_reader(instruction, data.features[instruction])
+
+    def adapt(row: dict[str, Any], index: int) -> dict[str, Any]:
+        numbers = {column: np.asarray(row[column], np.float64)[None] for column in columns}
+        losses.read += 1
+        try:
+            _, actions, states = robot.standardize(numbers, 1)
+        except ValueError as error:
+            losses.note(BadEpisodeError(f"{name}, row {index}: {error}"))
+            return dict.fromkeys(FEATURES)  # dropped below, since it has no instruction
+        return {
+            "image": row[camera],
+            "instruction": read_text(row[instruction]),
+            "action": actions[0],
+            "action_mask": robot.mask(actions.shape[1]),
+            "state": None if states is None else states[0],
+            "episode_index": row.get("episode_index", 0),
+            "frame_index": row.get("frame_index", index),
+            "dataset": name,
+        }
+
+    data = data.cast_column(camera, Image(decode=False))
+    return data.map(adapt, with_indices=True, remove_columns=data.column_names).filter(_has_instruction)
+
+
+def _has_instruction(row: dict[str, Any]) -> bool:
+    return bool(row["instruction"] and row["instruction"].strip())
+
+
+def _image_columns(data: Frames) -> list[str]:
+    return [name for name, feature in data.features.items() if isinstance(feature, Image)]
+
+
+def _text_reader(name: str, feature: Any) -> Callable[[Any], str]:
+    """Return a function that converts a value of a column to an instruction: a text, or the name of a label."""
+    if isinstance(feature, ClassLabel):
+        return lambda label: feature.int2str(int(label)) if label is not None and label >= 0 else ""
+    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "string_view"):
+        raise ValueError(
+            f"The column {name!r} holds {feature} and not text. Give the robot the name of the instruction's column."
+        )
+    return lambda text: text or ""
+
+
+def _require_unconverted(data: Frames, robot: Robot) -> None:
+    """Raise `ValueError` if the data are frames, with standard actions, and the robot would convert them again."""
+    if robot.converts and {*FEATURES} <= {*(data.column_names or ())}:
+        raise ValueError(
+            f"These frames were loaded before, so {robot.name!r} would convert their actions a second time. Load the "
+            "original dataset instead, or leave the robot out."
+        )
+
+
+def _row_check(images: Dataset) -> Callable[[int], None]:
+    """Return a check of the image of a row. All images are decoded now, and again only when their files change."""
+    folder = cache_folder()
+    versions = [file_version(*fsspec.core.url_to_fs(file)) for file in _image_files(images)]
+    path = folder / f"damaged-{make_key(fingerprint(images), versions)}.json"
+    with lock(path):
+        if not path.exists():
+            damaged = {}
+            with ImageReader() as reader:
+                for row in tqdm(range(len(images)), desc="Decoding", unit=" images"):
+                    try:
+                        reader.read(next(iter(images[row].values())))
+                    except BadEpisodeError as error:
+                        damaged[row] = str(error)
+            path.write_text(json.dumps(damaged))
+    known = json.loads(path.read_text())
+
+    def check(row: int) -> None:
+        if str(row) in known:
+            raise BadEpisodeError(known[str(row)])
+
+    return check
+
+
+def _image_files(images: Dataset) -> list[str]:
+    """List the files that hold the images of a table, without the images that the table itself holds."""
+    files: set[str] = set()
+    for batch in images.with_format("arrow").iter(batch_size=WRITE_ROWS):
+        (references,) = batch.columns
+        is_outside = pc.is_null(pc.struct_field(references, "bytes"))
+        paths = pc.struct_field(references, "path").filter(is_outside).drop_null()
+        # A fragment gives the place in the file.
+        files.update(path.partition("#")[0] for path in paths.to_pylist())
+    return sorted(files)
+
+
+__all__ = ["adapt_stream", "adapt_table"]

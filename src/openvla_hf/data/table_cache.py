@@ -1,0 +1,131 @@
+"""Tables of frames on disk, in the cache of `datasets`. Each is written once and reused until its source changes."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from huggingface_hub.utils import WeakFileLock
+
+from .episodes import Losses
+from .frames import FEATURES, FrameDecoder
+
+
+# Part of every key: increase it when the content of tables changes, so that old ones are not read.
+VERSION = 3
+# Rows to write at once: large pieces are read faster.
+WRITE_ROWS = 1024
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Counts of `Losses` that are stored beside a table.
+STORED_LOSSES = ("bad_episodes", "skipped", "without_instruction")
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return the folder of tables and their statistics, and create it."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "openvla_hf"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def lock(path: Path) -> AbstractContextManager[Any]:
+    """Return a lock that lets one process write a file of the cache while the others wait."""
+    locks = path.parent / "locks"
+    locks.mkdir(exist_ok=True)
+    return WeakFileLock(locks / f"{path.stem}.lock")
+
+
+def make_key(*parts: Any) -> str:
+    """Hash everything that a table depends on."""
+    return Hasher.hash([VERSION, *parts])
+
+
+def file_version(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Any, ...]:
+    """Return what identifies the version of a file: its size, and its time or hash, whichever the file system has."""
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:  # reading it reports the error
+        info = {}
+    return path, *(info.get(field) for field in ("size", "mtime", "blob_id", "ETag"))
+
+
+def cached_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, key: str | None) -> Dataset:
+    """Return the table of a key, written from the columns on a cache miss.
+
+    Args:
+        columns: Columns of the rows of each episode. On a cache hit they are not read.
+        losses: Receives what the table lacks.
+        name: Name of the dataset, for the file.
+        key: From `make_key`. Without a key, the table is always written and named by a hash of its content.
+    """
+    folder = cache_folder()
+    if key is None:
+        path = _write_table(columns, losses, folder, name)
+    else:
+        path = folder / f"{name}-{key}.arrow"
+        with lock(path):
+            if not path.exists():
+                _write_table(columns, losses, folder, name, path)
+        for field, value in json.loads(path.with_suffix(".json").read_text()).items():
+            setattr(losses, field, value)
+    if losses.skipped:
+        logger.warning(
+            "Bad episodes of %s that are skipped: %d. The first: %s", name, losses.skipped, losses.bad_episodes[0]
+        )
+    return Dataset.from_file(str(path)).with_transform(FrameDecoder())
+
+
+def _write_table(
+    columns: Iterable[dict[str, Any]], losses: Losses, folder: Path, name: str, path: Path | None = None
+) -> Path:
+    """Write a table to a temporary folder and move it into place, so that an incomplete one is never read."""
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        table, lost = Path(unfinished, "table.arrow"), Path(unfinished, "lost.json")
+        _write_rows(table, columns)
+        lost.write_text(json.dumps({field: getattr(losses, field) for field in STORED_LOSSES}))
+        if path is None:
+            with table.open("rb") as file:
+                path = folder / f"{name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.arrow"
+        os.replace(lost, path.with_suffix(".json"))
+        os.replace(table, path)
+    return path
+
+
+def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
+    schema = FEATURES.arrow_schema
+    waiting: list[pa.Table] = []
+
+    def flush() -> None:
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
+            waiting.clear()
+
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for each in columns:
+                waiting.append(pa.table(each, schema=schema))
+                if sum(map(len, waiting)) >= WRITE_ROWS:
+                    flush()
+            flush()
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(
+            f"The table of frames can't be written to {path} ({error}). Free some space, or set HF_DATASETS_CACHE to "
+            "a folder on another disk."
+        ) from error
+
+
+__all__ = ["cache_folder", "cached_table", "file_version", "lock", "make_key"]
