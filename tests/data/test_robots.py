@@ -81,7 +81,7 @@ def test_no_turn_is_the_identity():
 
 
 def test_an_absolute_action_needs_a_state():
-    with pytest.raises(ValueError, match=r"no state 'observation\.state' or 'state'"):
+    with pytest.raises(ValueError, match=r"Unknown state 'observation\.state' or 'state'"):
         standardize(Robot("arm", relative=False), np.zeros((2, 7)))
 
 
