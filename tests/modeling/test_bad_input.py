@@ -398,7 +398,7 @@ def test_resizing_that_moves_the_action_ids(tiny):
     rows, first_id = model.config.text_config.vocab_size, model.action_tokenizer.first_id
     for arguments in ((rows + 1,), (rows - 1,), (rows, 1000), (None, 1000)):
         for part in (model, model.model):
-            with pytest.raises(ValueError, match=f"in place of {rows} would move the action ids"):
+            with pytest.raises(ValueError, match=f"instead of {rows} would move the action ids"):
                 part.resize_token_embeddings(*arguments)
     for arguments in ((), (rows,), (None, 1)):
         assert model.resize_token_embeddings(*arguments) is model.get_input_embeddings()
@@ -413,7 +413,7 @@ def test_ids_and_embeddings(tiny):
     for arguments in ({}, {"input_ids": inputs["input_ids"], "inputs_embeds": embeddings}):
         with pytest.raises(ValueError, match="Give either `input_ids` or `inputs_embeds`"):
             model(**arguments)
-    with pytest.raises(ValueError, match="`pixel_values` need `input_ids`, whose image placeholders say where"):
+    with pytest.raises(ValueError, match="`pixel_values` need `input_ids`, whose placeholders mark the place"):
         model(inputs_embeds=embeddings, pixel_values=inputs["pixel_values"])
 
 
@@ -483,7 +483,7 @@ def test_a_damaged_file(checkpoint, damage):
 
 def test_a_missing_file(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"no file named model\.safetensors.*Copy the weights beside the config"):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors.*copy the weights beside the config"):
         AutoModel.from_pretrained(checkpoint)
 
 
@@ -542,7 +542,7 @@ def test_weights_of_another_shape(checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     for change in ({"lm_head.weight": weights["lm_head.weight"][:-1].contiguous()}, {"lm_head.weight": torch.ones(1)}):
         save_file(weights | change, checkpoint / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"1 weight has another shape .*lm_head\.weight"):
+        with pytest.raises(ValueError, match=r"1 weight has a different shape .*lm_head\.weight"):
             AutoModel.from_pretrained(checkpoint)
 
 

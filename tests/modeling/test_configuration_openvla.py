@@ -84,7 +84,7 @@ def test_a_dict_overrides_single_fields_of_a_tower():
         ),
         ({"vision_feature_layer": 1}, "counts from the last block and must be negative, got 1"),
         ({"vision_feature_layer": -25}, "reads below the first block of a tower of 24 layers"),
-        ({"vision_config": {"image_size": 112}}, r"as many patches, got \[64, 256\]"),
+        ({"vision_config": {"image_size": 112}}, r"the same number of patches, got \[64, 256\]"),
     ],
 )
 def test_bad_fields(fields, message):

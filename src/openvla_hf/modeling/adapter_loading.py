@@ -1,7 +1,7 @@
-"""Adapters (LoRA) of the original's layer names, written again with ours.
+"""LoRA adapters with the original's layer names, translated to ours.
 
-Adapters published for the original code name timm's layers, with q, k and v in one. What was learnt for such a layer
-is the same for three: each has the shared A and its third of B.
+Adapters published for the original code name timm's layers, whose attention has one layer for q, k and v. An adapter
+of that layer equals three adapters: each has the shared A and its third of B.
 """
 
 import json
@@ -37,7 +37,7 @@ def is_published(names: list[str]) -> bool:
 
 
 def our_name(model: nn.Module, name: str) -> str:
-    """The name that a published weight has here, whole qkv aside."""
+    """Our name of a published weight; a fused qkv keeps its name."""
     tower = TOWER.match(name)
     if tower is None:
         rules, path, rest = "openvla", "", name
@@ -50,12 +50,12 @@ def our_name(model: nn.Module, name: str) -> str:
 
 
 def translate(model: nn.Module, config_file: str, weights_file: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Write an adapter with our names into `folder`, and give the whole weights that came with it, by our names.
+    """Write an adapter with our names into `folder`, and return the whole weights in its file, by our names.
 
     Args:
-        model: What the adapter is for.
+        model: Model that the adapter is for.
         config_file: `adapter_config.json`.
-        weights_file: `adapter_model.safetensors`; published names are translated, ours are taken as they are.
+        weights_file: `adapter_model.safetensors`; published names are translated, ours are kept.
         folder: Gets both files.
 
     Raises:
@@ -71,7 +71,9 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     published = is_published(list(source))
     for patterns in ("alpha_pattern", "rank_pattern"):
         if published and config.get(patterns):
-            raise ValueError(f"{config_file} has a {patterns!r} for the original's layers, which can't be translated.")
+            raise ValueError(
+                f"{config_file} has a {patterns!r} for the original's layers, which can't be translated. Remove it."
+            )
     unread = [re.compile(pattern) for pattern in model.model.vision_backbone._keys_to_ignore_on_load_unexpected or ()]
     layers = dict(model.named_modules())
     adapted: dict[str, torch.Tensor] = {}
@@ -149,7 +151,7 @@ def _check_shapes(
 
 
 def check_adapter_config(config: dict[str, Any], where: str) -> None:
-    """`ValueError` where a field of an adapter's config that decides how it acts has a value of another kind."""
+    """`ValueError` where a field of an adapter's config that changes its actions is missing or has a wrong value."""
 
     def is_names(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -193,7 +195,7 @@ def _is_pattern(value: Any) -> bool:
 
 
 def linear_layers(layers: dict[str, nn.Module]) -> list[str]:
-    """Names of the layers that an adapter can be on, of a model that may have adapters already."""
+    """Names of the layers that can have an adapter; the model may have adapters already."""
     return [
         name.removesuffix(".base_layer")
         for name, layer in layers.items()
@@ -202,7 +204,7 @@ def linear_layers(layers: dict[str, nn.Module]) -> list[str]:
 
 
 def published_layers(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the original's layers -> those that they are here."""
+    """Map each of the original's layer names to our names."""
     names = [f"projector.{name}" for name, _ in model.model.projector.named_children() if name.startswith("fc")]
     for name, tower in model.model.vision_backbone.named_children():
         blocks = [f"blocks.{index}.{part}" for index in range(tower.config.num_hidden_layers) for part in BLOCK_PARTS]
@@ -221,7 +223,7 @@ def published_layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Whether an adapter's config puts an adapter on a layer, by the rules of peft."""
+    """Whether an adapter's config targets a layer, by the rules of peft."""
 
     def matches(patterns: Any) -> bool:
         if patterns == ALL_LINEAR:
@@ -239,7 +241,7 @@ def is_target(name: str, config: dict[str, Any]) -> bool:
 
 
 def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """A weight of a fused qkv layer as those of three layers; any other as it is."""
+    """Split a weight of a fused qkv layer into those of three layers; return any other as it is."""
     if ".qkv." not in name:
         return [(name, tensor)]
     parts = tensor.chunk(3) if ".lora_B." in name else [tensor.clone() for _ in "qkv"]
@@ -249,16 +251,16 @@ def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
 def _lora_shapes(layer: nn.Module, rank: int) -> list[tuple[int, ...]]:
     """Shapes of A and B."""
     outputs, *inputs = layer.weight.shape
-    if isinstance(layer, nn.Linear):  # whose weight may be packed
+    if isinstance(layer, nn.Linear):  # its weight may be packed
         outputs, inputs = layer.out_features, [layer.in_features]
     return [(rank, *inputs), (outputs, rank, *[1] * (len(inputs) - 1))]
 
 
 def _layer(layers: dict[str, nn.Module], layer: str, key: str) -> nn.Module:
-    """The layer that a weight of the adapter is for."""
+    """Look up the layer of an adapter's weight."""
     if layer not in layers:
         raise ValueError(
-            f"Adapter weight {key!r} matches no layer of this model ({layer!r} is not there). The adapter was made "
+            f"Adapter weight {key!r} matches no layer of this model ({layer!r} does not exist). The adapter was made "
             "for another model."
         )
     return layers[layer]

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: in a folder, or in one commit of a repository on the Hub."""
+"""Files of a checkpoint in a folder, or in one commit of a repository on the Hub."""
 
 import fnmatch
 import json
@@ -30,11 +30,11 @@ from transformers.utils.hub import (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STATISTICS_FILE = "dataset_statistics.json"
-# Arguments that say which files of a repository are meant, and how to get them.
+# Arguments that select files of a repository and say how to download them.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Seconds to wait for the Hub's list of a repository's files.
 HUB_TIMEOUT = 10.0
-# What the client raises: its own errors, those of its HTTP library, and `ValueError` for a name that is not a Hub id.
+# The client raises its own errors, those of its HTTP library, and `ValueError` for a name that is not a Hub id.
 HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
 REFUSALS = {
     401: "the token is missing or invalid (HTTP 401). Log in with `hf auth login`, or pass `token=`",
@@ -47,17 +47,17 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files of a folder, or of one commit of a repository.
+    """Files of a folder, or of one commit of a repository.
 
-    A file counts as absent where the folder lacks it, the Hub says so (HTTP 404), or the cache has a record of either.
-    Whatever else keeps a file from being read is an error, since the next best file would be another robot's.
+    A file counts as absent if the folder lacks it, the Hub answers HTTP 404, or the cache has a record of that answer.
+    Any other failure to read a file is an error, since a fallback could be another robot's file.
 
     Attributes:
         source: Folder or Hub id; `None` where a `state_dict` takes the place of the files.
-        names: Of the files beside `config.json`; where the Hub was not asked, of those in the cache.
-        hub_kwargs: `token`, `cache_dir`, ..., with which every other loader reads the same state of the repository.
-        is_whole: Whether `names` has all files that there are.
-        failure: Why the Hub did not give its list, where it was asked.
+        names: Names of the files beside `config.json`; if the Hub was not asked, of those in the cache.
+        hub_kwargs: `token`, `cache_dir`, ... for other loaders, which then read the same commit.
+        is_whole: Whether `names` lists all files of the commit.
+        failure: Error of the request for the list of files, if it failed.
     """
 
     source: str | None
@@ -75,7 +75,7 @@ class CheckpointFiles:
             kwargs: Of which those in `HUB_KWARGS` are used.
 
         Raises:
-            OSError: There is no such folder or repository, or neither the Hub nor the cache tells what is in it.
+            OSError: There is no such folder or repository, or neither the Hub nor the cache lists its files.
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
         if source is None:
@@ -105,7 +105,7 @@ class CheckpointFiles:
                 beside = PurePosixPath(hub_kwargs.get("subfolder", ""))
                 names = frozenset(path.name for path in paths if path.parent == beside)
                 return cls(source, names, hub_kwargs | {"revision": pinned})
-        # What is loaded must be what is looked at here: the cache alone, whose commit may not be the Hub's latest.
+        # Everything must come from the commit that is looked at here: the cached one, which may not be the latest.
         offline = hub_kwargs | {"local_files_only": True} | ({"revision": revision} if revision is not None else {})
         files = cls(source, hub_kwargs=offline, is_whole=False)
         cached = [path for name in (CONFIG_NAME, ADAPTER_CONFIG) if isinstance(path := files._cached(name), str)]
@@ -119,7 +119,7 @@ class CheckpointFiles:
         """Path of a file, downloaded if need be, or `None` where there is none.
 
         Raises:
-            OSError: It is not known whether there is such a file, or it can't be downloaded.
+            OSError: It is unknown whether the file exists, or it can't be downloaded.
         """
         if self.source is None:
             return None
@@ -129,7 +129,7 @@ class CheckpointFiles:
         known = None if self.hub_kwargs.get("force_download") else self._cached(name)
         if known is not None:
             return known if isinstance(known, str) else None
-        # Asked for even where the list lacks it: the answer stays in the cache, for a day without network.
+        # Ask even where the list lacks the file: the cache keeps the answer for offline use.
         options = self.hub_kwargs | {"revision": _commit(self.hub_kwargs.get("revision"))}
         try:
             return hf_api().hf_hub_download(self.source, name, **options)
@@ -143,12 +143,12 @@ class CheckpointFiles:
             raise hub_error(self.source, name, error) from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Content of a JSON file, or `None` where there is none; `ValueError` where it is damaged."""
+        """Read a JSON file, or return `None` if there is none; `ValueError` if it is damaged."""
         path = self.find(name)
         return None if path is None else read_json(path)
 
     def match(self, patterns: Iterable[str]) -> list[str]:
-        """Names that match a pattern, sorted; those of files that are not in the cache are the patterns."""
+        """Sorted names that match a pattern; for files that may be missing from the cache, the patterns themselves."""
         patterns = list(patterns)
         found = sorted({name for pattern in patterns for name in fnmatch.filter(self.names, pattern)})
         if found or self.is_whole:
@@ -159,7 +159,7 @@ class CheckpointFiles:
         return str(PurePosixPath(self.hub_kwargs.get("subfolder", ""), name))
 
     def _cached(self, name: str) -> Any:
-        """Path of a file in the cache, `None`, or another object where the cache knows that there is no such file."""
+        """Path of a file in the cache, `None`, or another object if the cache has a record that the file is absent."""
         try:
             return try_to_load_from_cache(
                 str(self.source),
@@ -171,7 +171,7 @@ class CheckpointFiles:
             return None
 
     def _snapshot(self, pattern: str) -> Path | None:
-        """Folder of the cached commit, or `None` where it lacks a file that the cached list of its files has."""
+        """Folder of the cached commit, or `None` if it lacks a listed file."""
         try:
             folder = hf_api().snapshot_download(
                 str(self.source),
@@ -185,21 +185,21 @@ class CheckpointFiles:
         return Path(folder)
 
     def _is_cached_as_listed(self, pattern: str) -> bool:
-        """Whether the cache has all files of a pattern, as far as it knows them."""
+        """Whether the cache has all listed files of a pattern."""
         return self._snapshot(pattern) is not None
 
     def _is_absent_from_cached_list(self, name: str) -> bool:
-        """Whether the cache has a list of the commit's files (downloading the whole leaves one) without this file."""
+        """Whether the cache has a list of the commit's files, which a full download leaves, without this file."""
         # `huggingface_hub` reads the list too, but has no public function that says whether there is one.
         snapshot = self._snapshot(name)
         return snapshot is not None and (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").is_file()
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object in a JSON file.
 
     Raises:
-        ValueError: The file is cut short, is not JSON or holds something else than an object.
+        ValueError: The file is truncated, is not JSON, or does not hold an object.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -211,7 +211,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def unreadable_weights(repo: Any, error: Exception) -> OSError:
-    """A sentence in place of `error`."""
+    """Make a clear error from that of a reader of weights."""
     return OSError(
         f"A weights file of {repo} is corrupt or was cut short ({error}): download it again, with "
         "`force_download=True` if it comes from the Hub."
@@ -219,7 +219,7 @@ def unreadable_weights(repo: Any, error: Exception) -> OSError:
 
 
 def hub_error(source: str, what: str, error: Exception | None) -> OSError:
-    """A sentence in place of what the Hub's client raises; `error` is `None` where the Hub was not to be asked."""
+    """Make a clear error from that of the Hub's client; `error` is `None` if the Hub was not asked."""
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     start = f"Cannot read {what} of {source}"
     if error is None or (isinstance(cause, LocalEntryNotFoundError) and not isinstance(cause, HfHubHTTPError)):

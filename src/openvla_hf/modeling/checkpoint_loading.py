@@ -1,4 +1,4 @@
-"""Checkpoints on disk and on the Hub: what `from_pretrained`, `save_pretrained` and `load_adapter` add for OpenVLA."""
+"""Load and save checkpoints: OpenVLA's `from_pretrained`, `save_pretrained` and `load_adapter`."""
 
 import fnmatch
 import json
@@ -32,10 +32,10 @@ from .quantized_loading import missing_package, prepare_quantized, refuse_second
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
-else:  # a mixin: the class that takes it brings the model
+else:  # a mixin, combined with a `PreTrainedModel`
     _Base = object
 
-# What OpenVLA-OFT keeps beside weights that have the names of OpenVLA's.
+# Files of OpenVLA-OFT checkpoints, whose other weights have the names of OpenVLA's.
 OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
 
 
@@ -44,7 +44,7 @@ PLAIN_WEIGHTS = re.compile(r"[^/\\:\0]+\.safetensors(\.index\.json)?")
 
 
 def refuse_oft(files: CheckpointFiles) -> None:
-    """`ValueError` for an OpenVLA-OFT checkpoint: it would load, and act wrongly without its other files."""
+    """`ValueError` for an OpenVLA-OFT checkpoint: it would load, but act wrongly without its action head."""
     if found := files.match(OFT_FILES):
         raise ValueError(
             f"{files.source} is an OpenVLA-OFT checkpoint (it holds {found[0]!r}), whose action head this class does "
@@ -53,7 +53,7 @@ def refuse_oft(files: CheckpointFiles) -> None:
 
 
 def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
-    """How the stored weights are quantised, or `None`; `config` is what was given in place of the checkpoint's."""
+    """Quantisation config of the stored weights, or `None`; `config` replaces the checkpoint's own."""
     if config is not None:
         return getattr(config, "quantization_config", None)
     return (files.read_json(CONFIG_NAME) or {}).get("quantization_config")
@@ -62,7 +62,7 @@ def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
 def refuse_foreign_files(files: CheckpointFiles) -> None:
     """`ValueError` where an index or a config names weights that are not safetensors files beside it.
 
-    To be called before any of them is opened: a pickled file could run code, and a path could lead anywhere.
+    Call this before any weights file is opened: a pickled file could run code, and a path could lead anywhere.
     """
     named = {CONFIG_NAME: [(files.read_json(CONFIG_NAME) or {}).get("transformers_weights", SAFE_WEIGHTS_NAME)]}
     for index in fnmatch.filter(files.names, "*.safetensors.index*.json"):
@@ -87,7 +87,7 @@ def refuse_foreign_files(files: CheckpointFiles) -> None:
 def refuse_foreign_weights(
     repo: Any, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]] = ()
 ) -> None:
-    """`ValueError` where a checkpoint lacks weights, or has some that have no place or another shape here."""
+    """`ValueError` where weights of a checkpoint are missing, unexpected or of another shape."""
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if keys := sorted(names):
             count = f"{len(keys)} weights are" if len(keys) > 1 else "1 weight is"
@@ -99,21 +99,21 @@ def refuse_foreign_weights(
         name, found, wanted = shapes[0]
         count = f"{len(shapes)} weights have" if len(shapes) > 1 else "1 weight has"
         raise ValueError(
-            f"Cannot load {repo} as OpenVLA: {count} another shape than the config says (for example {name!r}: "
-            f"{found} instead of {wanted}). Weights and config are of different models."
+            f"Cannot load {repo} as OpenVLA: {count} a different shape from the config's (for example {name!r}: "
+            f"{found} instead of {wanted}). Weights and config belong to different models."
         )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that `from_pretrained` was given, and the arguments of its repository."""
+    """Source of an adapter and the arguments for its repository."""
 
     source: str
     hub_kwargs: dict[str, Any]
 
 
 def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFiles, Adapter | None]:
-    """The checkpoint that `from_pretrained` is to load, and the adapter on it.
+    """Resolve the checkpoint that `from_pretrained` loads, and the adapter on it.
 
     The Auto classes name the base and pass the adapter in `adapter_kwargs`, under a key that is private to
     transformers. `adapter_kwargs` is taken out of `kwargs`.
@@ -135,9 +135,9 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
         )
     beside = Path(config_file).parent / base
     adapter = Adapter(source, files.hub_kwargs)
-    # Of the adapter's repository: the base has others.
+    # These are the adapter's: its base has its own.
     of_base = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-    kwargs.pop("trust_remote_code", None)  # consent to the adapter's repository alone
+    kwargs.pop("trust_remote_code", None)  # consent is for the adapter's repository only
     try:
         return CheckpointFiles.locate(str(beside) if beside.is_dir() else base, **of_base), adapter
     except OSError as error:
@@ -154,10 +154,10 @@ def named_base(adapter_config: dict[str, Any]) -> str | None:
 
 
 def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter | None) -> None:
-    """An error where the config to load with (`config`, or the checkpoint's own) is missing or of another model.
+    """Raise an error where the config (`config`, or the checkpoint's own) is missing or of another model.
 
-    Consent to run code (`trust_remote_code=True`) is for the repository that was named, and not for the base that an
-    adapter's repository names: a base that needs code is refused too.
+    Consent to run code (`trust_remote_code=True`) holds for the repository that the caller names, not for the base
+    that an adapter's config names: a base that needs code is refused too.
     """
     if config is not None or files.source is None:
         return
@@ -176,18 +176,19 @@ def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter 
 
 
 def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The statistics that a checkpoint acts with.
+    """Read the action statistics of a checkpoint.
 
-    Fine-tuning by the original leaves the base's in the config and the run's in a file: the file comes first, as in
-    the original's evaluation.
+    Fine-tuning with the original code leaves the base's statistics in the config and the run's in a file. The file
+    takes precedence, as in the original's evaluation.
 
     Args:
-        files: Of the checkpoint.
-        norm_stats: Those of its config, or what the caller gave in their place.
+        files: Files of the checkpoint.
+        norm_stats: Statistics of the config. If they differ from the stored config's, the caller gave them, and they
+            are returned.
 
     Raises:
-        ValueError: They are damaged.
-        OSError: It is not known whether there is a file of statistics, or it can't be read.
+        ValueError: The statistics are damaged.
+        OSError: The file of statistics can't be read, or it is unknown whether there is one.
     """
     in_config = (files.read_json(CONFIG_NAME) or {}).get("norm_stats")
     if norm_stats and norm_stats != in_config:
@@ -197,14 +198,14 @@ def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -
 
 
 def statistics_in_file(content: dict[str, Any] | None, source: Any) -> dict[str, Any] | None:
-    """The content of `dataset_statistics.json`, `None` where there is none; `ValueError` where it is damaged."""
+    """Check the content of `dataset_statistics.json` (`None` for no file); `ValueError` where it is damaged."""
     if content is not None and not content:
         raise ValueError(f"{STATISTICS_FILE} of {source} is empty: compute the statistics again, or delete the file.")
     return check_statistics(content, f"{STATISTICS_FILE} of {source}")
 
 
 class CheckpointMixin(_Base):
-    """Loading, saving and adapters of a model whose base class is `PreTrainedModel`."""
+    """Loading, saving and adapters, for a `PreTrainedModel`."""
 
     config: OpenVLAConfig
     norm_stats: dict[str, Any] | None
@@ -215,13 +216,13 @@ class CheckpointMixin(_Base):
     ) -> Any:
         """As `PreTrainedModel.from_pretrained`, for published checkpoints and our own.
 
-        Unless a `quantization_config` says what stays in 16 bits, the head, the towers and the projector do. Weights
-        are read from safetensors alone: a pickled file could run code.
+        A `quantization_config` leaves the head, the towers and the projector in 16 bits by default. Weights are read
+        from safetensors files only: a pickled file could run code.
 
         Raises:
-            ValueError: A weight is missing or has no place here, the checkpoint is an OpenVLA-OFT one, or it is
-                quantised already and `quantization_config` is given.
-            OSError: A weights file is absent or can't be read.
+            ValueError: Weights are missing or unexpected, the checkpoint is an OpenVLA-OFT one, or it is quantised
+                already and `quantization_config` is given.
+            OSError: A weights file is missing or can't be read.
             ImportError: The package that the quantised weights need is not installed.
         """
         files, adapter = resolve_adapter(pretrained_model_name_or_path, kwargs)
@@ -235,7 +236,7 @@ class CheckpointMixin(_Base):
             refuse_second(source, stored_quantization(files, kwargs.get("config")))
             kwargs["quantization_config"] = with_defaults(kwargs["quantization_config"])
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS} | files.hub_kwargs
-        # Weights of another shape are refused below, in a sentence.
+        # Weights of another shape are refused below, with a clearer error.
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         try:
             model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
@@ -245,7 +246,7 @@ class CheckpointMixin(_Base):
             if "no file named" not in str(error):  # transformers has no error class for a missing weights file
                 raise
             raise OSError(
-                f"{error} Copy the weights beside the config, or download the repository again: it is not complete."
+                f"{error} The checkpoint is incomplete: copy the weights beside the config, or download it again."
             ) from error
         except ModuleNotFoundError as error:
             raise missing_package(source, error) or error from error
@@ -253,8 +254,8 @@ class CheckpointMixin(_Base):
             if "conversion of the weights" not in str(error):  # nor one for a failed conversion
                 raise
             raise ValueError(
-                f"Cannot load {source} as OpenVLA: a weight has another shape than the config says. Weights and "
-                "config are of different models."
+                f"Cannot load {source} as OpenVLA: a weight has a different shape from the config's. Weights and "
+                "config belong to different models."
             ) from error
         refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         given = kwargs.get("norm_stats")
@@ -265,7 +266,7 @@ class CheckpointMixin(_Base):
         return (model, info) if output_loading_info else model
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
-        """As transformers' own; takes adapters of the original's layer names too, and the statistics beside them.
+        """As transformers' own, also for adapters with the original's layer names. Loads their statistics too.
 
         Raises:
             ValueError: A weight matches no layer of this model or has another shape, or a layer that the adapter's
@@ -289,7 +290,7 @@ class CheckpointMixin(_Base):
         problems = info.missing_keys | info.unexpected_keys | {key for key, *_ in info.mismatched_keys}
         if problems:
             raise ValueError(
-                f"{peft_model_id} does not fit this model: {len(problems)} weights are missing, left over or of "
+                f"{peft_model_id} does not fit this model: {len(problems)} weights are missing, unexpected or of "
                 f"another shape (for example {min(problems)!r})."
             )
         if statistics is not None:
@@ -297,10 +298,10 @@ class CheckpointMixin(_Base):
         return info
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`: our weight names, the code, and the statistics as a file too.
+        """As `PreTrainedModel.save_pretrained`, with our weight names, the code, and the statistics as a file too.
 
-        Files take their places when all are written. An earlier checkpoint in the folder stays until then, and its
-        weights and statistics do not outlast it.
+        Files are moved into the folder when all are written. An earlier checkpoint stays until then, and its weights
+        and statistics are removed with it.
 
         Raises:
             OSError: A file can't be written, as on a full disk.
@@ -308,14 +309,14 @@ class CheckpointMixin(_Base):
         self.config.auto_map = dict(AUTO_MAP)
         kwargs.setdefault("save_original_format", False)
         if kwargs.get("distributed_checkpoint") or not kwargs.get("is_main_process", True):
-            # All processes write into one folder, or this one writes nothing.
+            # All processes write into one folder, or this process writes nothing.
             super().save_pretrained(save_directory, **kwargs)
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
-            if self.norm_stats and any(folder.iterdir()):  # nothing is in it where another process saves
+            if self.norm_stats and any(folder.iterdir()):  # empty where another process saves
                 (folder / STATISTICS_FILE).write_text(json.dumps(self.norm_stats, indent=2), encoding="utf-8")
 
 

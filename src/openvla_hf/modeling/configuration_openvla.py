@@ -7,7 +7,7 @@ import transformers
 
 MINIMUM_TRANSFORMERS = (5, 20)
 
-# Checked before anything newer is imported, so that an old installation gets this sentence and no ImportError.
+# Checked before anything newer is imported, so that an old installation gets this clear error.
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_TRANSFORMERS:
     raise ImportError(
         f"This OpenVLA needs transformers >= {'.'.join(map(str, MINIMUM_TRANSFORMERS))}, "
@@ -62,8 +62,8 @@ PUBLISHED_VISION_BACKBONES: dict[str, tuple[dict[str, Any], dict[str, Any] | Non
     "siglip-vit-b16-384px": (_siglip(384, base=True), None),
 }
 
-# A published `text_config` holds only what differs from the LlamaConfig of transformers 4.40.1: its defaults
-# are spelled out here, so that a later change of them does not change the model.
+# A published `text_config` holds only what differs from the LlamaConfig of transformers 4.40.1. Its defaults
+# are repeated here, so that a later change of them does not change the model.
 PUBLISHED_TEXT_DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32064,
@@ -73,7 +73,7 @@ PUBLISHED_TEXT_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# Read once for the conversion and described by our own fields afterwards.
+# Fields of published configs that are converted to our own fields.
 PUBLISHED_ONLY_FIELDS = (
     "vision_backbone_id",
     "llm_backbone_id",
@@ -92,7 +92,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_openvla.OpenVLAConfig",
     "AutoModel": "modeling_openvla.OpenVLAForActionPrediction",
     "AutoModelForImageTextToText": "modeling_openvla.OpenVLAForActionPrediction",
-    # The Auto class that transformers 5 dropped: kept for readers of the old key.
+    # transformers 5 dropped this Auto class; older readers look the key up.
     "AutoModelForVision2Seq": "modeling_openvla.OpenVLAForActionPrediction",
 }
 
@@ -126,7 +126,7 @@ class OpenVLAConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="llama", init_kwargs=PUBLISHED_TEXT_DEFAULTS),
     }
 
-    # Dicts when given, configs of their own classes ever after.
+    # Given as dicts or configs, and always configs after `__post_init__`.
     vision_config: Any = None
     fused_vision_config: Any = None
     text_config: Any = None
@@ -164,7 +164,7 @@ class OpenVLAConfig(PreTrainedConfig):
         patches = {(config.image_size // config.patch_size) ** 2 for config in self.vision_configs}
         if len(patches) != 1:
             raise ValueError(
-                f"Both vision towers must give as many patches, got {sorted(patches)}: their features are "
+                f"Both vision towers must have the same number of patches, got {sorted(patches)}: their features are "
                 "concatenated patch by patch."
             )
 
@@ -200,12 +200,12 @@ class OpenVLAConfig(PreTrainedConfig):
         for name in cls.sub_configs:
             if isinstance(kwargs.get(name), dict):
                 merged = (config_dict.get(name) or {}) | kwargs.pop(name)
-                # Names of the stored depth's stages, which another depth does not have.
+                # These name the stages of the stored depth, which another depth does not have.
                 config_dict[name] = {k: v for k, v in merged.items() if k not in ("out_features", "out_indices")}
         return super().from_dict(config_dict, **kwargs)
 
     def _read_published(self, backbone_id: str) -> None:
-        """Fill the sub-configs that a published config leaves to the names of its backbones."""
+        """Fill in the sub-configs that a published config gives by the names of its backbones."""
         if backbone_id not in PUBLISHED_VISION_BACKBONES:
             raise ValueError(
                 f"Unknown `vision_backbone_id` {backbone_id!r}; this package builds "
@@ -222,7 +222,7 @@ class OpenVLAConfig(PreTrainedConfig):
 
     @property
     def vision_configs(self) -> list[PreTrainedConfig]:
-        """The towers' configs, in the order in which their channels and features are concatenated."""
+        """Configs of the towers, in the order in which their channels and features are concatenated."""
         return [config for config in (self.vision_config, self.fused_vision_config) if config is not None]
 
     def vision_layers_built(self, config: PreTrainedConfig) -> int:
@@ -231,7 +231,7 @@ class OpenVLAConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Patches of one image, each a placeholder in `input_ids`."""
+        """Number of patches of one image; each has a placeholder in `input_ids`."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     @property

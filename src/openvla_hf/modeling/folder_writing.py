@@ -1,4 +1,4 @@
-"""Folders that are written whole: an interrupted save leaves the old checkpoint, or one that does not load."""
+"""Write a folder as a whole: an interrupted save leaves the old checkpoint, or one that does not load."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from transformers.utils import CONFIG_NAME
 from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATISTICS_FILE
 
 
-# Begins the names of folders that are being written. The Hub's uploads pass over what begins with "_".
+# Prefix of folders that are being written. Uploads to the Hub skip names that begin with "_".
 UNFINISHED = "_unfinished"
-# Without them nothing loads: they go first and come last.
+# A checkpoint does not load without its config, so configs are removed first and written last.
 CONFIGS = (CONFIG_NAME, ADAPTER_CONFIG)
 WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors")
 INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?P<variant>\.[^.]+)?\.json")
@@ -24,14 +24,14 @@ INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?P<variant>\.[^.]+)?\.jso
 
 @contextmanager
 def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
-    """Give a folder to write files into, which take their places in `folder` at the end.
+    """Yield a folder to write files into, and move them into `folder` at the end.
 
-    Whatever stops the writing leaves `folder` as it was. If the process ends while files take their places, the config
-    is missing and `folder` does not load. Earlier weights and statistics that the new files replace are removed. A
-    whole checkpoint replaces an earlier adapter as well.
+    If the writing fails, `folder` stays as it was. If the process ends while files are moved, the config is missing
+    and `folder` does not load. Earlier weights and statistics that the new files replace are removed. A whole
+    checkpoint replaces an earlier adapter as well.
 
     Args:
-        folder: New or existing; in the latter other files stay.
+        folder: New or existing; other files in an existing folder stay.
 
     Raises:
         OSError: A file can't be written, as on a full disk, or an adapter would be saved beside a whole checkpoint.
@@ -51,14 +51,14 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
             aside.rename(folder)
         elif names:
             _take_places(aside, folder, names)
-    except SafetensorError as error:  # its writer's word for an error of the system
+    except SafetensorError as error:  # how its writer reports errors of the system
         raise OSError(f"{folder} can't be written ({error}): free some space, or give another folder.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _make_readable(aside: Path, names: list[str]) -> None:
-    """Give weights the permissions of any new file: their writer makes files that only their owner can read."""
+    """Give weights the permissions of other new files: their writer makes them readable by the owner only."""
     like = aside / uuid4().hex
     like.touch()
     mode = like.stat().st_mode
@@ -76,7 +76,7 @@ def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
             "another folder."
         )
     stems = {_stem(name) for name in names} - {None}
-    if CONFIG_NAME in configs and stems:  # a whole checkpoint, on which an earlier adapter would act
+    if CONFIG_NAME in configs and stems:  # an earlier adapter would act on this whole checkpoint
         stems.add(_stem(ADAPTER_WEIGHTS))
         (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
     for name in configs:
@@ -91,7 +91,7 @@ def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
 
 
 def _stem(name: str) -> str | None:
-    """What weights files and an index that belong together have in common: "model", "model.fp16", "adapter_model"."""
+    """Common name of weights files and their index: "model", "model.fp16", "adapter_model"; else `None`."""
     if match := INDEX.fullmatch(name):
         return match["stem"] + (match["variant"] or "")
     match = WEIGHTS.fullmatch(name)

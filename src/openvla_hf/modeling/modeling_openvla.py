@@ -1,4 +1,4 @@
-"""OpenVLA: two vision towers, a projector, and a causal language model that writes actions as tokens.
+"""OpenVLA: one or two vision towers, a projector, and a causal language model that predicts actions as tokens.
 
 Shapes: B batch, P image patches, T tokens (image placeholders included), D width, V vocabulary,
 A action dimensions, N action bins.
@@ -63,7 +63,7 @@ class OpenVLACausalLMOutputWithPast(ModelOutput):
 
 
 class OpenVLADinov2Tower(Dinov2WithRegistersModel):
-    """DINOv2 without what OpenVLA never reads: the mask token and the final norm."""
+    """DINOv2 without the mask token and the final norm, which OpenVLA never reads."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -89,7 +89,7 @@ TOWERS: dict[str, type[PreTrainedModel]] = {
 
 
 class OpenVLAPreTrainedModel(PreTrainedModel):
-    """What the modules of OpenVLA share: how they attend, load and are initialised."""
+    """Base class of OpenVLA's modules."""
 
     config_class = OpenVLAConfig
     config: OpenVLAConfig
@@ -106,10 +106,10 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`, for the size that the embedding has.
+        """As `PreTrainedModel.resize_token_embeddings`, but the embedding must keep its size.
 
         Raises:
-            ValueError: The size is another. The action ids are counted from the end of the vocabulary, and would move.
+            ValueError: The size differs: the action ids are counted from the end of the vocabulary, and would move.
         """
         rows = self.config.text_config.vocab_size
         wanted = rows if new_num_tokens is None else new_num_tokens
@@ -117,14 +117,14 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
         if wanted != rows:
             raise ValueError(
-                f"{wanted} token embeddings in place of {rows} would move the action ids, which are counted from the "
+                f"{wanted} token embeddings instead of {rows} would move the action ids, which are counted from the "
                 f"end of the vocabulary: use the {self.config.pad_to_multiple_of} padded rows for new tokens."
             )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
 
 class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
-    """The towers side by side, each built up to the block whose output is read."""
+    """One or two towers, each built up to the block whose output is read."""
 
     main_input_name = "pixel_values"
 
@@ -154,13 +154,13 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
         return [self.featurizer] + ([self.fused_featurizer] if self.config.fused_vision_config is not None else [])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3 * towers, H, W) -> (B, P, sum of the towers' widths): patch tokens only, no final norm."""
+        """(B, 3 * towers, H, W) -> (B, P, sum of the towers' widths), the patch tokens before the final norm."""
         check_pixel_values(self.config, pixel_values)
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1), strict=True):
             if isinstance(tower, tuple(TOWERS.values())):
                 tokens = tower(pixel_values=pixels).last_hidden_state  # type: ignore[operator]
-            else:  # its final norm is still there: read what comes before it
+            else:  # other towers have a final norm: read the hidden states before it
                 tokens = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
             # Class and register tokens come first.
             features.append(tokens[:, -self.config.num_image_tokens :])
@@ -218,7 +218,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         return inputs_embeds.masked_scatter(placeholders, image_features.to(inputs_embeds))
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T) ids with their placeholders, and images, to (B, T, D); unlike `forward`, nothing is checked."""
+        """Embed (B, T) ids as (B, T, D), images in place of their placeholders; unlike `forward`, check nothing."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return inputs_embeds
@@ -243,8 +243,8 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         image_features = None
         if pixel_values is not None:
             if input_ids is None:
-                raise ValueError("`pixel_values` need `input_ids`, whose image placeholders say where they go.")
-            # Counted outside a compiled graph only: counting would break it.
+                raise ValueError("`pixel_values` need `input_ids`, whose placeholders mark the place of the image.")
+            # Not in a compiled graph, which counting would break.
             if not torch.compiler.is_compiling():
                 check_image_tokens(self.config, input_ids, len(pixel_values))
             image_features = self.get_image_features(pixel_values).to(inputs_embeds)
@@ -285,7 +285,7 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         self.model = OpenVLAModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.action_pass: ActionPass = action_pass
-        self.action_caches: dict[tuple, Cache] = {}  # one, for the next call of the same size
+        self.action_caches: dict[tuple, Cache] = {}  # reused by the next call of the same size
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -311,8 +311,8 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
     ) -> OpenVLACausalLMOutputWithPast:
         """Logits (B, T, V), and the loss where `labels` (B, T; -100 is ignored) are given.
 
-        `input_ids` without image placeholders (from the original processor) get them after BOS. `logits_to_keep` says
-        which positions get logits: the last so many, an index of positions, or (B, K), each row's own.
+        `input_ids` without image placeholders (from the original processor) get them after BOS. `logits_to_keep`
+        selects the positions with logits: a number of last positions, an index, or (B, K) positions of each row.
         """
         if pixel_values is not None and input_ids is not None:
             input_ids, attention_mask, labels = insert_image_tokens(self.config, input_ids, attention_mask, labels)

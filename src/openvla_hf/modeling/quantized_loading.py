@@ -1,4 +1,4 @@
-"""What `from_pretrained` adds where weights are quantised: what stays in 16 bits, and clear errors."""
+"""Quantised weights in `from_pretrained`: modules kept in 16 bits, and clear errors."""
 
 import copy
 import logging
@@ -13,21 +13,21 @@ from transformers.quantizers import AutoQuantizationConfig
 KEPT_IN_16_BITS = ("lm_head", "model.vision_backbone", "model.projector")
 """Modules left as they are by default.
 
-The head's rows decide between neighbouring actions. The towers and the projector run once for an action and the
-language model for each of its tokens, so that their quarter of a 4-bit model's bytes costs little time.
+The head decides between neighbouring actions. The towers and the projector are a quarter of a 4-bit model's bytes,
+but cost little time: they run once for an action, the language model once for each token.
 """
 KEPT_FIELDS = {"bitsandbytes": "llm_int8_skip_modules", "torchao": "modules_to_not_convert"}
-"""Quantisation method -> the field of its config that names such modules."""
+"""Quantisation method -> field of its config that names these modules."""
 COMPUTE_CAPABILITY = {"Int4WeightOnlyConfig": (8, 0), "Float8DynamicActivationFloat8WeightConfig": (8, 9)}
-"""Config of torchao -> what its kernels need of a GPU."""
+"""Config of torchao -> compute capability that its kernels need."""
 KERNELS_FOR_CPU = "opaque"
-"""The packing of four bits that needs no GPU."""
-# What bitsandbytes' kernel for CPUs with AVX512-BF16 takes: outputs and inputs of a layer in multiples of these.
+"""Packing of four bits that runs without a GPU."""
+# Outputs and inputs of a layer must be multiples of these for bitsandbytes' kernel on CPUs with AVX512-BF16.
 CPU_KERNEL_OUTPUTS, CPU_KERNEL_INPUTS = 32, 64
 
 
 def with_defaults(quantization_config: Any) -> Any:
-    """The config with `KEPT_IN_16_BITS`, unless it says itself what to keep; `ValueError` where it can't run here."""
+    """Add `KEPT_IN_16_BITS` to a config that does not name modules to keep; `ValueError` if it can't run here."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     refuse_foreign_kernels(quantization_config)
@@ -40,28 +40,27 @@ def with_defaults(quantization_config: Any) -> Any:
 
 
 def refuse_second(repo: Any, stored: Any) -> None:
-    """`ValueError` where weights are to be quantised that are so already."""
+    """`ValueError` if the stored weights are quantised already."""
     if stored is not None:
         raise ValueError(
-            f"{repo} is quantised already: load it without `quantization_config`, or quantise the 16-bit checkpoint "
-            "that it was made from."
+            f"{repo} is quantised already: load it without `quantization_config`, or quantise its 16-bit checkpoint."
         )
 
 
 def refuse_without_gpu(what: str, needed: tuple[int, int] | None) -> None:
-    """`ValueError` where there is no GPU of the compute capability that `what` needs; `None` is for any machine."""
+    """`ValueError` if `what` needs a GPU of a compute capability that is not available; `None` needs no GPU."""
     if needed is None:
         return
     too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < needed
     if too_old or not torch.accelerator.is_available():
         raise ValueError(
-            f"{what} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, and there is none here: take "
-            "'4bit' or 'int8', which run everywhere."
+            f"{what} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, and this machine has none: "
+            "use '4bit' or 'int8', which run everywhere."
         )
 
 
 def refuse_foreign_kernels(config: Any) -> None:
-    """`ValueError` where a quantisation config asks for kernels of a GPU that is not there."""
+    """`ValueError` if a quantisation config needs kernels of a GPU that is not available."""
     if config.quant_method != "torchao" or getattr(config.quant_type, "int4_packing_format", "") == KERNELS_FOR_CPU:
         return
     kind = type(config.quant_type).__name__
@@ -69,7 +68,7 @@ def refuse_foreign_kernels(config: Any) -> None:
 
 
 def missing_package(repo: Any, error: ModuleNotFoundError) -> ImportError | None:
-    """A sentence in place of `error` where the package that reads quantised weights is absent; else `None`."""
+    """Make a clear error if the package that reads quantised weights is not installed; else return `None`."""
     package = (error.name or "").partition(".")[0]
     if package not in KEPT_FIELDS:
         return None
@@ -77,7 +76,11 @@ def missing_package(repo: Any, error: ModuleNotFoundError) -> ImportError | None
 
 
 def prepare_quantized(model: PreTrainedModel) -> None:
-    """Make a model that bitsandbytes has quantised run everywhere and quietly; `ValueError` where none could."""
+    """Make a model that bitsandbytes quantised run on every machine, without warnings at each layer.
+
+    Raises:
+        ValueError: The kernels need a GPU that is not available.
+    """
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return
