@@ -140,7 +140,7 @@ def test_dimensions_are_called_what_the_data_calls_them(make_episode, tmp_path, 
     printed = capsys.readouterr().out
     assert all(name in printed for name in JOINTS)
     assert "Dimension 1 (joint1) reaches 3" in printed
-    with pytest.raises(ValueError, match="2 names were given for the 7 numbers of the action"):
+    with pytest.raises(ValueError, match="The action has 7 numbers, but 2 names"):
         write_lerobot(episodes, tmp_path / "other", action_names=["a", "b"])
 
 

@@ -1,11 +1,11 @@
-"""Episodes written as LeRobot 3.0 or RLDS, frame by frame: memory does not grow with their number."""
+"""Write episodes as LeRobot 3.0 or RLDS, frame by frame, so that memory does not grow with their number."""
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ..new_folder import new_folder
 from .optional_packages import import_extra
+from .readers.lerobot import INFO_FILE
 from .readers.tfrecord import build_example, write_record
 from .statistics import summarize
 
@@ -21,10 +22,12 @@ from .statistics import summarize
 Episodes = Iterable[Iterable[Mapping[str, Any]]]
 
 VIDEO_KEY = "observation.images.front"
+# As in LeRobot, so that every frame is at most one away from a key frame.
 KEY_FRAME_DISTANCE = 2
-"""As LeRobot writes: any frame is at most one away from a key frame."""
+# Codec -> encoder and its quality.
 CODECS = {"h264": ("libx264", "23"), "av1": ("libsvtav1", "30")}
-"""Encoder and quality of each."""
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
 
 def write_lerobot(
@@ -36,112 +39,107 @@ def write_lerobot(
     action_names: Sequence[str] | None = None,
     state_names: Sequence[str] | None = None,
 ) -> Path:
-    """Writes episodes as a LeRobot 3.0 folder with one data file and one video.
+    """Write episodes as a LeRobot 3.0 folder with one data file and one video.
 
     Args:
         episodes: Each an iterable of frames with `image` (H, W, 3) uint8, `instruction`, `action`, and maybe `state`.
         path: New folder.
-        frequency: Frames a second.
+        frequency: Frames per second.
         codec: "h264" or "av1".
         action_names: Names of the action's numbers, such as "dx" or "left_elbow".
         state_names: Names of the state's numbers.
 
     Raises:
-        FileExistsError: the folder has files.
-        ValueError: there are no frames, or as many names as there are numbers are not given.
+        FileExistsError: The folder holds files.
+        ValueError: There are no frames, or the number of names differs from the number of numbers.
     """
     with new_folder(Path(path)) as root:
-        _write_lerobot(episodes, root, frequency, codec, action_names, state_names)
+        _write_lerobot(episodes, root, frequency, codec, {"action": action_names, "state": state_names})
     return Path(path)
 
 
 def _write_lerobot(
-    episodes: Episodes,
-    root: Path,
-    frequency: float,
-    codec: str,
-    action_names: Sequence[str] | None,
-    state_names: Sequence[str] | None,
+    episodes: Episodes, root: Path, frequency: float, codec: str, names: Mapping[str, Sequence[str] | None]
 ) -> None:
-    av = import_extra("av", "data")
-    files = {
-        "data": root / "data/chunk-000/file-000.parquet",
-        "episodes": root / "meta/episodes/chunk-000/file-000.parquet",
-        "video": root / f"videos/{VIDEO_KEY}/chunk-000/file-000.mp4",
-    }
-    for file in files.values():
+    place = {"chunk_index": 0, "file_index": 0}
+    data, video_file = root / DATA_PATH.format(**place), root / VIDEO_PATH.format(video_key=VIDEO_KEY, **place)
+    records_file = root / "meta/episodes/chunk-000/file-000.parquet"
+    for file in (data, video_file, records_file):
         file.parent.mkdir(parents=True)
     tasks: dict[str, int] = {}
     records: list[dict[str, Any]] = []
     numbers: dict[str, list[np.ndarray]] = {}
-    names = {"action": list(action_names or ()), "observation.state": list(state_names or ())}
-    stream, writer, total = None, None, 0
-    encoder, quality = CODECS[codec]
-    with av.open(str(files["video"]), "w") as container:
+    writer, total = None, 0
+    with _VideoWriter(video_file, frequency, codec) as video:
         for index, episode in enumerate(episodes):
             rows: list[dict[str, Any]] = []
             for frame in episode:
-                image = np.asarray(frame["image"])
-                if stream is None:
-                    rate = Fraction(frequency).limit_denominator(1000)
-                    stream = container.add_stream(encoder, rate=rate, options={"crf": quality})
-                    stream.height, stream.width = image.shape[:2]
-                    stream.pix_fmt, stream.codec_context.gop_size = "yuv420p", KEY_FRAME_DISTANCE
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+                video.add(frame["image"])
                 task = tasks.setdefault(frame["instruction"], len(tasks))
                 if not total and not rows:
-                    _check_names(frame, action=action_names, state=state_names)
+                    _check_names(frame, names)
                 rows.append(_lerobot_row(frame, index, len(rows), total + len(rows), task, frequency))
             table = pa.Table.from_pylist(rows)
-            writer = writer or pq.ParquetWriter(files["data"], table.schema)
+            writer = writer or pq.ParquetWriter(data, table.schema)
             writer.write_table(table.cast(writer.schema))
             for name in ("action", "observation.state"):
                 if name in table.column_names:
                     numbers.setdefault(name, []).append(np.array(table[name].to_pylist()))
-            told = list(dict.fromkeys(row["task_index"] for row in rows))
-            records.append(_lerobot_record(index, [list(tasks)[task] for task in told], total, len(rows), frequency))
+            used = list(dict.fromkeys(row["task_index"] for row in rows))
+            records.append(_lerobot_record(index, [list(tasks)[task] for task in used], total, len(rows), frequency))
             total += len(rows)
-        if stream is None or writer is None:
+        if writer is None or not total:
             raise ValueError("There are no frames to write.")
-        container.mux(stream.encode(None))
-        size = (stream.height, stream.width, 3)
     writer.close()
-    pq.write_table(pa.Table.from_pylist(records), files["episodes"])
-    features = {VIDEO_KEY: _lerobot_feature("video", size, ["height", "width", "channel"])}
-    features |= {
-        name: _lerobot_feature("float32", (rows[0].shape[1],), names[name] or None) for name, rows in numbers.items()
-    }
-    features["timestamp"] = _lerobot_feature("float32", (1,))
-    features |= {
-        name: _lerobot_feature("int64", (1,)) for name in ("frame_index", "episode_index", "index", "task_index")
-    }
-    info = {
-        "codebase_version": "v3.0",
-        "robot_type": None,
-        "total_episodes": len(records),
-        "total_frames": total,
-        "total_tasks": len(tasks),
-        "chunks_size": 1000,
-        "data_files_size_in_mb": 100,
-        "video_files_size_in_mb": 200,
-        "fps": frequency,
-        "splits": {"train": f"0:{len(records)}"},
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-        "features": features,
-    }
-    # The instructions are the index: there LeRobot looks for them.
+    pq.write_table(pa.Table.from_pylist(records), records_file)
+    # LeRobot looks for the instructions in the index.
     pd.DataFrame({"task_index": list(tasks.values())}, index=list(tasks)).to_parquet(root / "meta/tasks.parquet")
     stats = {name: summarize(np.concatenate(rows)) | {"count": [total]} for name, rows in numbers.items()}
     (root / "meta/stats.json").write_text(json.dumps(stats, indent=2))
-    (root / "meta/info.json").write_text(json.dumps(info, indent=2))
+    widths = {name: rows[0].shape[1] for name, rows in numbers.items()}
+    counts = {"total_episodes": len(records), "total_frames": total, "total_tasks": len(tasks)}
+    info = _lerobot_info(counts, frequency, _lerobot_features(video.size, widths, names))
+    (root / INFO_FILE).write_text(json.dumps(info, indent=2))
 
 
-def _check_names(frame: Mapping[str, Any], **names: Sequence[str] | None) -> None:
+class _VideoWriter:
+    """Encodes images (H, W, 3) uint8 as a video, whose size is that of the first image."""
+
+    def __init__(self, path: Path, frequency: float, codec: str):
+        self.av = import_extra("av", "data")
+        self.rate = Fraction(frequency).limit_denominator(1000)
+        self.encoder, self.quality = CODECS[codec]
+        self.container = self.av.open(str(path), "w")
+        self.stream: Any = None
+
+    def __enter__(self) -> "_VideoWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.container.mux(self.stream.encode(None))
+        self.container.close()
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Shape of the images."""
+        return self.stream.height, self.stream.width, 3
+
+    def add(self, image: Any) -> None:
+        """Append a frame."""
+        pixels = np.asarray(image)
+        if self.stream is None:
+            self.stream = self.container.add_stream(self.encoder, rate=self.rate, options={"crf": self.quality})
+            self.stream.height, self.stream.width = pixels.shape[:2]
+            self.stream.pix_fmt, self.stream.codec_context.gop_size = "yuv420p", KEY_FRAME_DISTANCE
+        self.container.mux(self.stream.encode(self.av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+
+def _check_names(frame: Mapping[str, Any], names: Mapping[str, Sequence[str] | None]) -> None:
     for key, given in names.items():
         size = np.size(frame[key]) if frame.get(key) is not None else 0
         if given is not None and len(given) != size:
-            raise ValueError(f"{len(given)} names were given for the {size} numbers of the {key}.")
+            raise ValueError(f"The {key} has {size} numbers, but {len(given)} names. Give a name for each number.")
 
 
 def _lerobot_row(
@@ -178,6 +176,35 @@ def _lerobot_record(episode: int, tasks: list[str], start: int, length: int, fre
     }
 
 
+def _lerobot_info(counts: dict[str, int], frequency: float, features: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "codebase_version": "v3.0",
+        "robot_type": None,
+        **counts,
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": frequency,
+        "splits": {"train": f"0:{counts['total_episodes']}"},
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH,
+        "features": features,
+    }
+
+
+def _lerobot_features(
+    size: tuple[int, ...], widths: Mapping[str, int], names: Mapping[str, Sequence[str] | None]
+) -> dict[str, Any]:
+    """Describe the features: images of a size, numbers of these widths with their names, and indices."""
+    named = {column: list(names[column.removeprefix("observation.")] or ()) or None for column in widths}
+    return {
+        VIDEO_KEY: _lerobot_feature("video", size, ["height", "width", "channel"]),
+        **{column: _lerobot_feature("float32", (width,), named[column]) for column, width in widths.items()},
+        "timestamp": _lerobot_feature("float32", (1,)),
+        **{name: _lerobot_feature("int64", (1,)) for name in ("frame_index", "episode_index", "index", "task_index")},
+    }
+
+
 def _lerobot_feature(dtype: str, shape: tuple[int, ...], names: list[str] | None = None) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "names": names}
 
@@ -190,18 +217,18 @@ def write_rlds(
     quality: int = 95,
     version: str = "1.0.0",
 ) -> Path:
-    """Writes episodes as an RLDS folder (`path/version`), with JPEG images, named as the last part of `path`.
+    """Write episodes as an RLDS folder (`path/version`) with JPEG images. The last part of `path` names the dataset.
 
     Args:
-        episodes: As for `write_lerobot`.
+        episodes: See `write_lerobot`.
         path: New folder.
-        episodes_per_file: How many a TFRecord file holds.
-        quality: Of the JPEGs, to 100.
+        episodes_per_file: Number of episodes in a TFRecord file.
+        quality: Quality of the JPEGs, up to 100.
         version: Name of the inner folder.
 
     Raises:
-        FileExistsError: the folder has files.
-        ValueError: there are no frames.
+        FileExistsError: The folder holds files.
+        ValueError: There are no frames.
     """
     with new_folder(Path(path) / version) as root:
         _write_rlds(episodes, root, Path(path).name, episodes_per_file, quality, version)
@@ -209,43 +236,23 @@ def write_rlds(
 
 
 def _write_rlds(episodes: Episodes, root: Path, name: str, episodes_per_file: int, quality: int, version: str) -> None:
-    simplejpeg = import_extra("simplejpeg", "data")
     lengths: list[int] = []
-    sizes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     num_bytes = 0
-    file: BinaryIO | None = None
     for index, episode in enumerate(episodes):
         frames = list(episode)
         if not frames:
             raise ValueError(f"Episode {index} has no frames to write.")
+        payload, shapes = _rlds_example(frames, quality)
         if index % episodes_per_file == 0:
-            if file is not None:
-                file.close()
-            # The number of files is part of their names, and known at the end.
-            file = (root / f"{len(lengths):05d}").open("wb")
             lengths.append(0)
-        images = [np.ascontiguousarray(frame["image"]) for frame in frames]
-        columns = {"steps/action": np.stack([np.asarray(frame["action"], np.float32) for frame in frames])}
-        if frames[0].get("state") is not None:
-            columns["steps/observation/state"] = np.stack([np.asarray(frame["state"], np.float32) for frame in frames])
-        sizes = {"steps/observation/image": images[0].shape} | {key: rows.shape[1:] for key, rows in columns.items()}
-        order = np.arange(len(frames))
-        payload = build_example(
-            {
-                "steps/observation/image": [simplejpeg.encode_jpeg(image, quality=quality) for image in images],
-                "steps/language_instruction": [frame["instruction"].encode() for frame in frames],
-                **columns,
-                "steps/is_first": (order == 0).astype(np.int64),
-                "steps/is_last": (order == len(frames) - 1).astype(np.int64),
-            }
-        )
-        assert file is not None  # opened by the first episode
-        write_record(file, payload)
+        # Files are renamed at the end, since their names contain the number of files.
+        with (root / f"{len(lengths) - 1:05d}").open("ab") as file:
+            write_record(file, payload)
         num_bytes += len(payload)
         lengths[-1] += 1
-    if file is None:
+    if not lengths:
         raise ValueError("There are no frames to write.")
-    file.close()
     for index in range(len(lengths)):
         part = root / f"{index:05d}"
         part.rename(root / f"{name}-train.tfrecord-{index:05d}-of-{len(lengths):05d}")
@@ -257,11 +264,34 @@ def _write_rlds(episodes: Episodes, root: Path, name: str, episodes_per_file: in
     }
     info = {"name": name, "version": version, "fileFormat": "tfrecord", "splits": [split]}
     (root / "dataset_info.json").write_text(json.dumps(info, indent=2))
-    (root / "features.json").write_text(json.dumps(_rlds_features(sizes), indent=2))
+    (root / "features.json").write_text(json.dumps(_rlds_features(shapes), indent=2))
 
 
-def _rlds_features(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The `features.json` of steps whose images and numbers have these shapes."""
+def _rlds_example(frames: Sequence[Mapping[str, Any]], quality: int) -> tuple[bytes, dict[str, tuple[int, ...]]]:
+    """Encode an episode, and return the shapes of its images and numbers too."""
+    simplejpeg = import_extra("simplejpeg", "data")
+    images = [np.ascontiguousarray(frame["image"]) for frame in frames]
+    columns = {"steps/action": np.stack([np.asarray(frame["action"], np.float32) for frame in frames])}
+    if frames[0].get("state") is not None:
+        columns["steps/observation/state"] = np.stack([np.asarray(frame["state"], np.float32) for frame in frames])
+    order = np.arange(len(frames))
+    payload = build_example(
+        {
+            "steps/observation/image": [simplejpeg.encode_jpeg(image, quality=quality) for image in images],
+            "steps/language_instruction": [frame["instruction"].encode() for frame in frames],
+            **columns,
+            "steps/is_first": (order == 0).astype(np.int64),
+            "steps/is_last": (order == len(frames) - 1).astype(np.int64),
+        }
+    )
+    return payload, {
+        "steps/observation/image": images[0].shape,
+        **{key: rows.shape[1:] for key, rows in columns.items()},
+    }
+
+
+def _rlds_features(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Make the `features.json` of steps whose images and numbers have these shapes."""
     package = "tensorflow_datasets.core.features"
 
     def tensor(dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -275,17 +305,17 @@ def _rlds_features(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def features_dict(features: dict[str, Any]) -> dict[str, Any]:
         return {"pythonClassName": f"{package}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
 
-    shape = {"dimensions": [str(size) for size in sizes["steps/observation/image"]]}
+    shape = {"dimensions": [str(size) for size in shapes["steps/observation/image"]]}
     image = {
         "pythonClassName": f"{package}.image_feature.Image",
         "image": {"shape": shape, "dtype": "uint8", "encodingFormat": "jpeg"},
     }
     observation = {"image": image}
-    if "steps/observation/state" in sizes:
-        observation["state"] = tensor("float32", sizes["steps/observation/state"])
+    if "steps/observation/state" in shapes:
+        observation["state"] = tensor("float32", shapes["steps/observation/state"])
     steps = {
         "observation": features_dict(observation),
-        "action": tensor("float32", sizes["steps/action"]),
+        "action": tensor("float32", shapes["steps/action"]),
         "language_instruction": {"pythonClassName": f"{package}.text_feature.Text", "text": {}},
         "is_first": tensor("bool", ()),
         "is_last": tensor("bool", ()),

@@ -1,5 +1,6 @@
 """Frames of a video by their time. Reading in sequence is as fast as decoding."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ DECODE_AHEAD = 8
 
 
 class Video:
-    """An open video, which remembers its position.
+    """An open video, which remembers its position. Its file is closed when the object goes.
 
     Args:
         path: File or URL.
@@ -31,6 +32,8 @@ class Video:
             # FFmpeg reads a local file faster than Python does.
             source = fsspec.open(path, "rb").open() if "://" in path else path
             self.container = self.av.open(source)
+            # A container and its streams refer to each other, so without this it would wait for garbage collection.
+            weakref.finalize(self, self.container.close)
             self.stream = self.container.streams.video[0]
         except (self.av.FFmpegError, IndexError) as error:
             raise BadEpisodeError(f"{path}: no video can be read ({error}).") from error
