@@ -1,7 +1,11 @@
-import numpy as np
-import torch
+import itertools
 
-from openvla_hf.data import Augmentation
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from openvla_hf.data import Augmentation, TrainingStream, from_episodes
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.collator import IGNORED, ActionCollator
@@ -63,21 +67,84 @@ def test_a_few_steps_on_one_batch_lower_the_loss():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_what_is_drawn_depends_on_the_place_in_the_run_alone():
-    """Two batches of 4 are four of 2, two processes' batches of 2, and what a run that goes on draws."""
+@pytest.fixture(scope="module")
+def frames():
+    """Three episodes of five frames, and the view that training takes of each in two epochs."""
+    return from_episodes([fake_episode(seed=seed, steps=5) for seed in range(3)], name="tiny")
+
+
+def views(frames, epoch=0, seed=0, **loader):
+    """The pixels of each frame that a loader gives, by episode and frame."""
+    collate, _ = collator()
+    collate.augment, collate.seed = Augmentation(size=56), seed
+    collate.set_epoch(epoch)
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(len(loader))).tolist()
+    batches = DataLoader(frames, batch_size=4, sampler=order, collate_fn=collate, **loader)
+    pixels = torch.cat([batch["pixel_values"] for batch in batches])
+    plain = frames.with_format(None).select_columns(["episode_index", "frame_index"])
+    return {tuple(plain[index].values()): one for index, one in zip(order, pixels, strict=True)}
+
+
+def differing(one, other):
+    assert one.keys() == other.keys()
+    return sum(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_frame_is_augmented_alike_by_any_number_of_workers_in_any_order(frames, workers):
+    assert differing(views(frames), views(frames, num_workers=workers)) == 0
+
+
+def test_another_epoch_or_seed_augments_every_frame_otherwise(frames):
+    first = views(frames)
+    assert differing(first, views(frames, epoch=1)) == len(frames)
+    assert differing(first, views(frames, seed=1)) == len(frames)
+    assert len({one.numpy().tobytes() for one in first.values()}) == len(frames)
+
+
+def test_workers_that_outlive_an_epoch_augment_the_next_one_otherwise(frames):
     collate, _ = collator()
     collate.augment = Augmentation(size=56)
-    frames = fake_episode(steps=8)
+    loader = DataLoader(frames, batch_size=5, collate_fn=collate, num_workers=1, persistent_workers=True)
+    epochs = []
+    for epoch in (0, 1, 0):
+        collate.set_epoch(epoch)
+        epochs.append(torch.cat([batch["pixel_values"] for batch in loader]))
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1])
 
-    def draw(batches, *start):
-        collate.start(*start)
-        return [view for batch in batches for view in collate.views(batch)]
 
-    whole = draw([frames[:4], frames[4:]])
-    assert not np.array_equal(*(collate.augment(frames[0]["image"]) for _ in range(2)))
-    np.testing.assert_array_equal(draw([frames[i : i + 2] for i in range(0, 8, 2)]), whole)
-    for process in range(2):
-        mine = [i for i in range(8) if i // 2 % 2 == process]
-        drawn = draw([[frames[i] for i in mine[:2]], [frames[i] for i in mine[2:]]], 0, process, 2)
-        np.testing.assert_array_equal(drawn, [whole[i] for i in mine])
-    np.testing.assert_array_equal(draw([frames[4:]], 1), whole[4:])
+def test_a_frame_without_its_place_is_augmented_by_its_image():
+    collate, _ = collator()
+    collate.augment = Augmentation(size=56)
+    one, other = fake_episode(steps=2)
+    assert "episode_index" not in one
+    np.testing.assert_array_equal(collate.view(one), collate.view(dict(one)))
+    frozen = np.full_like(one["image"], 128)
+    frozen[0, 0] = 0
+    assert not np.array_equal(collate.view({"image": frozen}), collate.view({"image": np.full_like(frozen, 128)}))
+    collate.set_epoch(1)
+    assert not np.array_equal(collate.view(other), collate.view(other | {"epoch": 0}))
+
+
+def test_each_pass_over_a_stream_augments_its_frames_otherwise_for_any_readers():
+    """What one reader draws of a stream, two readers draw between them: the same frames, with the same passes."""
+    stream = from_episodes(lambda: [fake_episode(seed=seed, steps=4) for seed in range(4)], streaming=True)
+
+    def passes(rank, ranks, count):
+        drawn = itertools.islice(TrainingStream(stream, rank, ranks), count)
+        return [(row["episode_index"], row["frame_index"], row["epoch"]) for row in drawn]
+
+    alone = passes(0, 1, 32)
+    assert [epoch for *_, epoch in alone] == [0] * 16 + [1] * 16
+    assert sorted(passes(0, 2, 16) + passes(1, 2, 16)) == sorted(alone)
+
+
+def test_augmenting_leaves_other_random_numbers_alone(frames):
+    collate, _ = collator()
+    collate.augment = Augmentation(size=56)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    collate([frames[0]])
+    assert torch.equal(torch.rand(2), expected)

@@ -19,6 +19,7 @@ INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red bloc
 TRAIN = """
 import json, os, sys
 import torch
+from accelerate import PartialState
 from openvla_hf.data import Augmentation, load
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
@@ -33,7 +34,7 @@ class Collator(ActionCollator):
         self.seen.extend((frame["episode_index"], frame["frame_index"]) for frame in frames)
         self.calls += 1
         batch = super().__call__(frames)
-        if "SPOIL" in os.environ and self.process == 1 and self.calls == 3:
+        if "SPOIL" in os.environ and PartialState().process_index == 1 and self.calls == 3:
             batch["pixel_values"] *= float("nan")
         return batch
 

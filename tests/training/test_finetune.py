@@ -23,8 +23,8 @@ from openvla_hf.data import compute_statistics, from_episodes, load, save_statis
 from openvla_hf.data.splits import read_split, split_parts
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.checkpoint_saving import last_checkpoint
 from openvla_hf.training.finetune import FinetuneArguments, TrainingData, build_trainer, finetune
-from openvla_hf.training.trainer import last_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,15 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from safetensors.torch import load_file
 
-from openvla_hf.data import Augmentation, load, write_rlds
+from openvla_hf.data import Augmentation, from_episodes, load, write_rlds
 from openvla_hf.data.images import ImageReader
+from openvla_hf.modeling.folder_writing import UNFINISHED
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.checkpoint_saving import last_checkpoint
 from openvla_hf.training.collator import IGNORED, ActionCollator
 from openvla_hf.training.recipes import recipe
-from openvla_hf.training.trainer import UNFINISHED, ActionTrainer, last_checkpoint, supervised_positions
+from openvla_hf.training.trainer import ActionTrainer, supervised_positions
 
 
 NORM_STATS = {"tiny": {"action": BRIDGE_LIKE_STATS}}
@@ -113,6 +115,17 @@ def test_two_steps_and_resumed_to_four_equals_four_straight(tmp_path, name, iter
     assert losses(second) == losses(straight)
     for key, expected in weights(straight).items():
         assert torch.equal(weights(second)[key], expected), key
+
+
+def test_a_run_learns_the_same_with_any_number_of_workers(tmp_path):
+    data = from_episodes([fake_episode(seed=seed, steps=4) for seed in range(2)], name="tiny")
+    runs = []
+    for workers in (0, 1, 2):  # for two epochs
+        more = {"augment": Augmentation(size=56), "dataloader_num_workers": workers, "save_strategy": "no"}
+        trainer = build(tmp_path / str(workers), dataset=data, **more)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1] == runs[2]
 
 
 def test_a_resumed_run_saves_as_often_as_it_is_told(tmp_path):
@@ -303,9 +316,10 @@ import sys
 import torch
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.training.checkpoint_saving import last_checkpoint
 from openvla_hf.training.collator import ActionCollator
 from openvla_hf.training.recipes import recipe
-from openvla_hf.training.trainer import ActionTrainer, last_checkpoint
+from openvla_hf.training.trainer import ActionTrainer
 
 output, steps = sys.argv[1], int(sys.argv[2])
 tokenizer = tiny_tokenizer()

@@ -113,7 +113,9 @@ def mix_streams(parts: Parts, seed: int = 0) -> FrameStream:
 
 def _read_mixture(readers: list[int], of: int, parts: Parts, seed: int) -> Iterator[Row]:
     # The draws are endless, so only the first reader is ever reached.
-    return draw(parts, readers[0], of, seed)
+    for row in draw(parts, readers[0], of, seed):
+        del row["epoch"]
+        yield row
 
 
 def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0) -> Iterator[Row]:
@@ -143,6 +145,9 @@ def read_endlessly(rows: IterableDataset, reader: int, readers: int) -> Iterator
     readers, each has drawn every frame once, even if shards differ in size. A shuffled stream has a new order in each
     round.
 
+    Yields:
+        Rows, each with the number of its round as `epoch`.
+
     Raises:
         ValueError: The stream has no rows.
     """
@@ -154,7 +159,7 @@ def read_endlessly(rows: IterableDataset, reader: int, readers: int) -> Iterator
             found = False
         for row in _read_group(rows, (reader + turn) % readers, readers, turn):
             found = True
-            yield row
+            yield row | {"epoch": turn}
 
 
 def _read_group(rows: IterableDataset, group: int, groups: int, epoch: int) -> Iterator[Row]:

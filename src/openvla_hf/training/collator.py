@@ -1,33 +1,34 @@
 """Frames to training batches: prompt, action tokens, stop token, and labels on the last two."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from ..modeling.action_tokenizer import ActionTokenizer, check_statistics, normalize, resolve_action_stats
 from ..processing.processing_openvla import OpenVLAProcessor
 
 
 IGNORED = -100
+"""Label of the positions that the loss leaves out."""
 
 
 class ActionCollator:
-    """Builds right-padded batches whose labels are the action tokens and the stop token.
+    """Build right-padded batches whose labels are the action tokens and the stop token.
 
     Args:
         processor: Makes prompts and pixels, as it does for prediction.
-        action_tokenizer: Bins <-> ids of the model that is trained.
+        action_tokenizer: Maps the bins of the trained model to token ids and back.
         stats: Action statistics that normalise the frames' actions.
-        prompt_suffix_token_id: Id between the prompt and the action, of the model's config.
-        norm_stats: In place of `stats`, those of several data sets by name: each frame's `dataset` says whose it is
-            (it may be left out where there is one), and batches get `dataset_index` (B,), its place among them.
-        augment: Image to another view of it, by torch's random numbers. What it draws depends on `seed` and on the
-            frame's place in the run alone: a run that goes on from a checkpoint, or on other processes with the same
-            global batch, draws as it would have.
-        seed: Of `augment`.
+        prompt_suffix_token_id: Id between the prompt and the action, from the model's config.
+        norm_stats: Instead of `stats`, the statistics of several datasets by name. Each frame names its own as
+            `dataset`, which may be left out if there is only one. Batches then get `dataset_index` (B,), the position
+            of each frame's dataset in `norm_stats`.
+        augment: Draws another view of an image from PyTorch's random numbers. The draw depends on `seed`, the epoch
+            and the frame alone, so it is the same in any worker or process, and after a resume.
+        seed: Seed of `augment`.
     """
 
     def __init__(
@@ -47,26 +48,28 @@ class ActionCollator:
         self.norm_stats = check_statistics(norm_stats, "`norm_stats`")
         self.augment = augment
         self.seed = seed
-        self.start()
+        # In shared memory: workers that outlive an epoch have a copy of the collator.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def start(self, batch: int = 0, process: int = 0, processes: int = 1) -> None:
-        """Say which of the run's batches comes next, and in which of how many processes."""
-        self.first_batch, self.process, self.processes, self.batches = batch, process, processes, 0
+    def set_epoch(self, epoch: int) -> None:
+        """Augment differently from now on. A frame that has an `epoch` of its own, as those of a stream, keeps it."""
+        self.epoch.fill_(epoch)
 
     def __call__(self, frames: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Frames (`image`, `instruction`, `action`) to `input_ids`, `attention_mask`, `labels`, `pixel_values`.
+        """Turn frames (`image`, `instruction`, `action`) into a batch of B rows of T tokens.
 
-        Empty frames, which stand for those that a resumed run has used, give an empty batch that is counted.
+        Returns:
+            `input_ids`, `attention_mask` and `labels` (B, T), and `pixel_values` (B, channels, height, width). Empty
+            frames, which stand for those that a resumed run has already used, give an empty batch.
 
         Raises:
             ValueError: An action is not finite or has not as many dimensions as its statistics, or a frame's
                 `dataset` is unknown.
         """
         if not frames[0]:
-            self.batches += 1
             return {}
         inputs = self.processor(
-            self.views(frames),
+            [self.view(frame) for frame in frames],
             text=[self.processor.build_prompt(frame["instruction"]) for frame in frames],
             padding=False,
             return_tensors=None,
@@ -89,25 +92,19 @@ class ActionCollator:
             batch["dataset_index"] = torch.tensor([names.index(frame.get("dataset", names[0])) for frame in frames])
         return batch
 
-    def views(self, frames: Sequence[dict[str, Any]]) -> list[Any]:
-        """The frames' images, augmented where that is wanted."""
-        images = [frame["image"] for frame in frames]
+    def view(self, frame: dict[str, Any]) -> Any:
+        """Return a frame's image, augmented if the collator augments."""
+        image = frame["image"]
         if self.augment is None:
-            return images
-        # Workers take batches in round-robin order, and so do processes.
-        worker = get_worker_info()
-        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        batch = (self.first_batch + self.batches * workers + index) * self.processes + self.process
-        self.batches += 1
-        views = []
+            return image
+        seed = np.random.SeedSequence([self.seed, int(frame.get("epoch", self.epoch)), *_identify(frame)])
         with torch.random.fork_rng(devices=[]):
-            for place, image in enumerate(images, start=batch * len(images)):
-                torch.manual_seed(int(np.random.SeedSequence([self.seed, place]).generate_state(1)[0]))
-                views.append(self.augment(image))
-        return views
+            # On the CPU alone: `torch.manual_seed` would also seed the dropout on a GPU.
+            torch.default_generator.manual_seed(int(seed.generate_state(1)[0]))
+            return self.augment(image)
 
     def encode(self, frame: dict[str, Any]) -> list[int]:
-        """Ids of a frame's action."""
+        """Return the token ids of a frame's action."""
         stats = self.stats
         if self.norm_stats is not None:
             stats = resolve_action_stats(self.norm_stats, frame.get("dataset"))
@@ -115,15 +112,26 @@ class ActionCollator:
         dims = len(stats["q01"])
         if action.shape != (dims,):
             raise ValueError(
-                f"An action of shape {action.shape}{_place(frame)} for statistics of {dims} dimensions: the data's "
-                "robot adapter must give the dimensions that the statistics describe."
+                f"An action has shape {action.shape}{_place(frame)}, but its statistics have {dims} dimensions. Use "
+                "a robot adapter whose actions have the dimensions of the statistics."
             )
         if not np.isfinite(action).all():
             raise ValueError(f"An action{_place(frame)} is not finite: {action.tolist()}.")
         return self.action_tokenizer.encode(normalize(action, stats)).tolist()
 
 
+def _identify(frame: dict[str, Any]) -> list[int]:
+    """Numbers that tell a frame from all others: its dataset, episode and index, or its image if it lacks those."""
+    if "episode_index" in frame and "frame_index" in frame:
+        dataset = zlib.crc32(str(frame.get("dataset", "")).encode())
+        return [dataset, int(frame["episode_index"]), int(frame["frame_index"])]
+    return [zlib.crc32(np.ascontiguousarray(frame["image"]).data)]
+
+
 def _place(frame: dict[str, Any]) -> str:
     """Where a frame comes from, for an error."""
     known = [f"{name.split('_')[0]} {frame[name]}" for name in ("episode_index", "frame_index") if name in frame]
     return f" ({', '.join(known)})" if known else ""
+
+
+__all__ = ["IGNORED", "ActionCollator"]

@@ -28,12 +28,13 @@ from ..modeling.checkpoint_files import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData
+from .checkpoint_saving import last_checkpoint
 from .collator import ActionCollator
 from .interrupt import SaveOnInterrupt
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
 from .runs import check_output, run_settings
-from .trainer import ActionTrainer, last_checkpoint
+from .trainer import ActionTrainer
 
 
 NOT_RECORDED = ("streaming", "shuffle_buffer", "seed")

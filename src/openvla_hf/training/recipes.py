@@ -122,6 +122,7 @@ class Recipe:
             # Each process reads for itself: batches whose prompts differ in length could not be dealt out by one.
             "accelerator_config": {"dispatch_batches": False},
             "report_to": "none",
+            "logging_nan_inf_filter": False,  # the first loss that is not finite ends the run
         }
         fields = {name: value for name, value in fields.items() if value is not None}
         if (metric := overrides.get("metric_for_best_model")) is not None:

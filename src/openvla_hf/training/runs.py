@@ -11,8 +11,8 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoints.model_card import TRAINING_FILE
 from ..modeling.checkpoint_files import ADAPTER_CONFIG
+from .checkpoint_saving import last_checkpoint
 from .recipes import Recipe
-from .trainer import last_checkpoint
 
 
 # Fields that say how the samples of a step are dealt out: a run may go on with others, if their product is the same.

@@ -1,0 +1,102 @@
+"""Checkpoints that are whole: written aside, and named only when every file of them is there.
+
+transformers has no public way to choose where `Trainer` writes a checkpoint, so this module overrides four of its
+private methods (`OVERRIDDEN`). It is the only one that does; `tests/training/test_library_internals.py` says when a
+new version of transformers calls them otherwise.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..modeling.folder_writing import UNFINISHED, written_whole
+
+
+OVERRIDDEN = ("_get_output_dir", "_push_from_checkpoint", "_save", "_save_checkpoint")
+
+
+class WholeCheckpointTrainer(Trainer):
+    """A `Trainer` whose checkpoints are whole or not there, and which says what belongs into them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.writes_aside = False
+
+    def write_policy(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """Write everything that makes a folder a policy.
+
+        Args:
+            folder: An empty folder.
+            state_dict: Weights gathered from several processes; those of the model by default.
+        """
+        raise NotImplementedError
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Called by `Trainer.save_model`, which first gathers weights that FSDP or DeepSpeed has divided."""
+        if self.args.should_save:
+            with written_whole(output_dir or self.args.output_dir) as folder:
+                self.write_policy(folder, state_dict)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Asked by `Trainer._save_checkpoint` for the folder above the checkpoint's."""
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self.writes_aside else run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let `Trainer` save aside, then give the folder its name."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside, final = run_dir / UNFINISHED / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.writes_aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what the writers of files raise on a full disk
+            raise OSError(
+                f"{final} can't be written ({error.__cause__ or error}). Free some space and resume: the checkpoints "
+                "before it are whole."
+            ) from error
+        finally:
+            self.writes_aside = False
+        self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == str(aside):  # in every process: each loads it at the end
+            self.state.best_model_checkpoint = str(final)
+        if self.args.should_save:
+            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+            if final.exists():  # from a run that was resumed at an earlier checkpoint
+                final.rename(run_dir / UNFINISHED / "replaced")
+            aside.rename(final)
+            shutil.rmtree(run_dir / UNFINISHED)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Called by `Trainer._save_checkpoint` too early: a checkpoint is pushed once it has its name."""
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """Return the newest complete checkpoint of a run, or `None` if there is none."""
+    steps = {
+        int(number): path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := path.name.rsplit("-", 1)[1]).isdigit() and (path / TRAINER_STATE_NAME).is_file()
+    }
+    return str(steps[max(steps)]) if steps else None
+
+
+__all__ = ["WholeCheckpointTrainer", "last_checkpoint"]

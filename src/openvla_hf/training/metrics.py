@@ -1,0 +1,74 @@
+"""Action metrics: the share of right action tokens, and the distance of the decoded actions.
+
+Shapes: B batch, K supervised positions of the row that has most, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+
+from ..modeling.action_tokenizer import ActionTokenizer
+from .collator import IGNORED
+
+
+class ActionMetrics:
+    """Count the action tokens of many batches, for all datasets together and for each of several.
+
+    - `action_accuracy`: share of the action tokens that the arg max over the vocabulary gets right.
+    - `action_l1`: mean distance of the decoded, normalised actions.
+
+    Args:
+        tokenizer: Decodes ids into normalised actions.
+        vocabulary: Number of ids.
+        stop_id: Id of the stop token, which does not count.
+        datasets: Names of the datasets.
+    """
+
+    def __init__(self, tokenizer: ActionTokenizer, vocabulary: int, stop_id: int, datasets: Sequence[str]):
+        self.stop_id, self.datasets = stop_id, list(datasets)
+        self.value_of_id = torch.from_numpy(tokenizer.decode(np.arange(vocabulary)))
+        # Of each dataset: number of tokens, number of right ones, sum of distances.
+        self.counts = torch.zeros(len(self.datasets) or 1, 3, dtype=torch.float64)
+
+    def update(self, predicted: torch.Tensor, targets: torch.Tensor, dataset_index: torch.Tensor | None) -> None:
+        """Add a batch.
+
+        Args:
+            predicted: Predicted ids (B, K).
+            targets: Right ids (B, K), or `IGNORED`.
+            dataset_index: Position of each row's dataset (B,); the first by default.
+        """
+        device = targets.device
+        self.value_of_id, self.counts = self.value_of_id.to(device), self.counts.to(device)
+        is_action = targets.ne(IGNORED) & targets.ne(self.stop_id)
+        distance = (self.value_of_id[predicted] - self.value_of_id[targets.clamp(min=0)]).abs()
+        of_rows = torch.stack(
+            [(one * is_action).sum(1).double() for one in (torch.ones_like(distance), predicted == targets, distance)],
+            dim=1,
+        )
+        if dataset_index is None:
+            dataset_index = torch.zeros(len(targets), dtype=torch.long, device=device)
+        self.counts.index_add_(0, dataset_index, of_rows)
+
+    def take(self, prefix: str = "") -> dict[str, float]:
+        """Return the metrics since the last call, over all processes, and start again.
+
+        Args:
+            prefix: Put before each name.
+        """
+        counts = reduce(self.counts, reduction="sum").cpu()
+        self.counts = torch.zeros_like(self.counts)
+        rows = {"": counts.sum(0)}
+        if len(counts) > 1:
+            rows |= {f"/{name}": row for name, row in zip(self.datasets, counts, strict=True)}
+        metrics = {}
+        for name, (tokens, right, distance) in rows.items():
+            if tokens:
+                metrics[f"{prefix}action_accuracy{name}"] = float(right / tokens)
+                metrics[f"{prefix}action_l1{name}"] = float(distance / tokens)
+        return metrics
+
+
+__all__ = ["ActionMetrics"]
