@@ -1,11 +1,11 @@
-"""A training step: ours against plain `Trainer` with the logits of every position; time and peak memory.
+"""Measure the time and the peak memory of a training step, against plain `Trainer` with the logits of every position.
 
     python benchmarks/training.py                              # a small model, for any machine
     python benchmarks/training.py --random 7b --recipe lora    # openvla-7b's size with random weights, on a GPU
 
-Each variant runs in a process of its own, so that its peak memory is its own; the variants take turns. With
-`--random 7b` the share of the matrix rate is given too: the model's arithmetic per second (what checkpointing repeats
-does not count) over that of a large bfloat16 product measured on the same device.
+Each variant runs in a process of its own, so peak memory is measured for it alone; the variants take turns.
+`--random 7b` also prints the share of the matrix rate: the model's operations per second (without those that
+checkpointing repeats) divided by those of a large bfloat16 matrix product on the same device.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from openvla_hf.training.trainer import ActionTrainer
 
 
 WARM_UP_STEPS = 3
-# The small model's embedding is as long as Llama's: full logits cost what they cost there, per width.
+# The small model has Llama's vocabulary size, so full logits cost as much as Llama's in proportion to the width.
 VOCABULARY = 32064
 MATRIX_SIDE = 8192
 
@@ -126,7 +126,10 @@ def measure(args: argparse.Namespace) -> Measured:
 def step_flops(
     model: OpenVLAForActionPrediction, batch_size: int, adapters_only: bool, prompt_tokens: int = 40
 ) -> float:
-    """Of the linear layers; a frozen weight takes part in two of the three products of a trained one."""
+    """Count the operations of the linear layers in a step.
+
+    A trained weight takes part in three matrix products, a frozen one in two.
+    """
     per_weight = 4 if adapters_only else 6
     patches = model.config.num_image_tokens
 
@@ -139,7 +142,7 @@ def step_flops(
 
 
 def matrix_rate() -> float:
-    """Operations a second of a large bfloat16 product."""
+    """Measure the operations per second of a large bfloat16 matrix product."""
     one, other = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
         one @ other
@@ -153,14 +156,16 @@ def matrix_rate() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random", choices=("small", "7b"), default="small", help="size, with random weights")
+    parser.add_argument(
+        "--random", choices=("small", "7b"), default="small", help="size of the model, whose weights are random"
+    )
     parser.add_argument("--recipe", default="lora")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=1, help="processes a variant")
+    parser.add_argument("--repeats", type=int, default=1, help="processes for each variant")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--variant", choices=("ours", "plain"), help="run this one alone, here")
+    parser.add_argument("--variant", choices=("ours", "plain"), help="run this variant alone, in this process")
     args = parser.parse_args()
     if args.variant:
         print(json.dumps(asdict(measure(args))))

@@ -72,7 +72,7 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     result = json.loads(capsys.readouterr().out)
     assert {"loss", "action_accuracy", "eval_action_l1"} <= result["figures"].keys()
     assert run(base, data, output, "--steps", "4") == 2
-    assert "resume it, or give another folder" in capsys.readouterr().err
+    assert "Resume it, or give another folder" in capsys.readouterr().err
     assert run(base, data, output, "--steps", "4", "--resume") == 2  # without the held-out episodes they differ
     assert "was trained with other held-out episodes" in capsys.readouterr().err
     assert run(base, data, output, "--steps", "4", "--eval-share", "0.25", "--resume") == 0
@@ -227,7 +227,7 @@ def test_an_output_folder_that_holds_another_checkpoint_is_refused(base, data, t
     (output / "training.json").unlink()
     before = tree(output)
     assert run(base, data, output, "--steps", "2", "--resume") == 2
-    assert "that is not of this run" in capsys.readouterr().err
+    assert "of another run. Move it to another folder." in capsys.readouterr().err
     assert tree(output) == before
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while training: a checkpoint is saved, and nothing is lost."""
+"""Save a checkpoint when Ctrl-C is pressed, so that no step is lost."""
 
 import os
 import signal
@@ -13,13 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 ECHO = 1.0
-"""Seconds in which a second signal is the same Ctrl-C, which a launcher passes on to processes that got it already."""
+"""Seconds in which a second signal counts as the same Ctrl-C: a launcher sends it again to its processes."""
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ends training after the step in which Ctrl-C is pressed, with a checkpoint; a second Ctrl-C ends it at once.
+    """Save a checkpoint and end training after the step in which Ctrl-C is pressed; a second Ctrl-C ends it at once.
 
-    As a context manager, it handles the signal from entry to exit. Of several processes, all stop after the same step.
+    Use it as a context manager, which handles the signal from entry to exit, and as a callback. Several processes all
+    stop after the same step.
 
     Attributes:
         stopped: Whether training ended because of Ctrl-C.
@@ -33,7 +34,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __enter__(self) -> "SaveOnInterrupt":
         self._previous: Any = None
-        if threading.current_thread() is threading.main_thread():  # elsewhere, signals can't be handled
+        if threading.current_thread() is threading.main_thread():  # Python handles signals there alone
             self._previous = signal.signal(signal.SIGINT, self._request)
         return self
 
@@ -42,23 +43,23 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self._previous)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        # Processes that read data are forked with this handler: they go on until the step has its batches.
+        # Workers of the data loader are forked with this handler. They continue until the step has its batches.
         if self._requested_at is None:
             self._requested_at = time.monotonic()
             if self._announces and os.getpid() == self._process:
-                # Not through `sys.stderr`, which may be in the middle of a write.
+                # A signal may interrupt a write to `sys.stderr`, which then refuses another one.
                 os.write(2, b"\nStopping after this step and saving. Press Ctrl-C again to stop at once.\n")
         elif time.monotonic() - self._requested_at > ECHO:
             raise KeyboardInterrupt
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Let one of the processes tell the user."""
+        """Choose the process that tells the user."""
         self._announces = state.is_world_process_zero
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Save and stop if Ctrl-C was pressed; a run that is complete ends as it would."""
+        """Save and stop if Ctrl-C was pressed before the last step."""
         requested = torch.tensor(float(self._requested_at is not None), device=args.device)
         if reduce(requested, reduction="sum").item() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True

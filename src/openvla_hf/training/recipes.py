@@ -1,6 +1,6 @@
-"""Named recipes: which weights learn, how, and what that takes.
+"""Named recipes: which weights are trained, how, and how much memory that takes.
 
-A recipe is a small dataclass, and every field of it can be overridden: `recipe("lora", lora_rank=64)`.
+A recipe is a small dataclass whose fields can all be overridden: `recipe("lora", lora_rank=64)`.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from .settings import check_metric, check_trackers, check_value
 
 
-# Linear layers that are read, by the last part of their name: both towers, the projector, the language model.
+# Linear layers that actions depend on, by the last part of their names: towers, projector and language model.
 LINEAR_LAYERS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"),
     *("fc1", "fc2", "fc3"),
     *("gate_proj", "up_proj", "down_proj"),
 )
-# What "all-linear" meant when the published adapters were made: the patch embeddings and the LM head as well.
+# The published adapters were made with "all-linear", which also adapted the patch embeddings and the LM head.
 PATCH_EMBEDDINGS = ("projection", "patch_embedding")
 LM_HEAD = ("lm_head",)
 
@@ -38,8 +38,8 @@ LAST_LAYER = ("model.language_model.embed_tokens", "model.language_model.layers[
 
 DTYPES = ("bfloat16", "float16", "float32")
 ADAMW_STATE_BYTES = 8
-# An estimate, in numbers: what goes in and out, and what lies between the layers (norms, rotary positions, gates). A
-# test compares it with what autograd keeps.
+# Numbers that autograd keeps for each input and output feature of a linear layer. The part above 1 is an estimate of
+# what lies between the layers (norms, rotary positions, gates); a test compares it with what autograd really keeps.
 KEPT_PER_FEATURE = 1.3
 GIB = 2**30
 
@@ -48,15 +48,28 @@ GIB = 2**30
 class Recipe:
     """How a policy is fine-tuned.
 
-    lora_rank: Rank of the adapters; 0 trains the weights themselves.
-    lora_targets: Layers that get an adapter, by the end of their name.
-    trained: Modules whose weights are trained when there are no adapters; `layers[-1]` is the last of a list.
-    quantize: Hold the base in 4 bits (NF4), adapters in float32.
-    dtype: Of the weights that stay as they are: bfloat16, float16 or float32. Trained ones are float32. With
-        bfloat16, the arithmetic is bfloat16.
-    batch_size: Samples of one step and process.
-    max_grad_norm: Gradients are clipped to this norm; 0 for none.
-    augment: Random crops and colours, and the centre crop at prediction that belongs to them.
+    Args:
+        lora_rank: Rank of the adapters; 0 trains the weights themselves.
+        lora_alpha: Scale of the adapters, divided by their rank.
+        lora_dropout: Dropout rate of the adapters' input.
+        lora_targets: Layers that get an adapter, by the end of their names.
+        trained: Modules whose weights are trained if there are no adapters; `layers[-1]` is the last of a list.
+        quantize: Whether to hold the base in 4 bits (NF4) and the adapters in float32.
+        dtype: Type of the frozen weights: bfloat16, float16 or float32. Trained weights are float32. With bfloat16,
+            the arithmetic is bfloat16 too.
+        learning_rate: Peak learning rate.
+        lr_scheduler_type: Schedule of the learning rate, by its name in transformers.
+        warmup_steps: Steps in which the learning rate rises from 0.
+        weight_decay: Weight decay of AdamW.
+        max_grad_norm: Norm to which gradients are clipped; 0 for no clipping.
+        batch_size: Samples that one process takes at a time.
+        gradient_accumulation_steps: Batches of one optimizer step.
+        gradient_checkpointing: Whether to compute the activations of each block again in the backward pass.
+        augment: Whether to crop images and change their colours at random, and crop the centre for prediction.
+        seed: Seed of all random numbers of a run.
+
+    Raises:
+        ValueError: A field has a value of the wrong type or out of its range.
     """
 
     lora_rank: int = 0
@@ -84,14 +97,18 @@ class Recipe:
 
     @property
     def uses_adapters(self) -> bool:
-        """Whether an adapter is trained, and the base is left as it is."""
+        """Whether an adapter is trained while the base stays frozen."""
         return self.lora_rank > 0
 
     def training_arguments(self, output_dir: str, **overrides: Any) -> TrainingArguments:
-        """Build `TrainingArguments` of the recipe; any of them can be overridden.
+        """Build the `TrainingArguments` of the recipe.
+
+        Args:
+            output_dir: Folder of the checkpoints.
+            overrides: Arguments of `TrainingArguments`, which override the recipe.
 
         Raises:
-            ValueError: An override has an unknown name or a value that its field can't have.
+            ValueError: An override has an unknown name or an impossible value.
             ImportError: A tracker of `report_to` is not installed.
         """
         annotations = get_type_hints(TrainingArguments)
@@ -100,9 +117,9 @@ class Recipe:
         for name, value in overrides.items():
             check_name(name, [*names, *of_recipe], "setting")
             if name in of_recipe:
-                raise ValueError(f"{name} is a field of the recipe. Give it to `recipe`.")
+                raise ValueError(f"{name} is a field of the recipe. Pass it to `recipe`.")
             check_value(name, value, annotations[name])
-        # transformers renamed it, and warns of the old name.
+        # transformers has renamed the argument and warns about the old name.
         checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
         fields = {
             "per_device_train_batch_size": self.batch_size,
@@ -119,7 +136,7 @@ class Recipe:
             "use_cpu": not torch.accelerator.is_available(),
             "seed": self.seed,
             "remove_unused_columns": False,
-            # Each process reads for itself: batches whose prompts differ in length could not be dealt out by one.
+            # Each process reads its own batches: one process could not split a batch whose prompts differ in length.
             "accelerator_config": {"dispatch_batches": False},
             "report_to": "none",
             "logging_nan_inf_filter": False,  # the first loss that is not finite ends the run
@@ -133,7 +150,7 @@ class Recipe:
         except (ImportError, OSError, TypeError, ValueError) as error:
             given = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
             reason = " ".join(str(error).split())
-            raise ValueError(f"TrainingArguments can't be made of the settings {given}: {reason}") from error
+            raise ValueError(f"TrainingArguments does not accept the settings {given}: {reason}") from error
         check_trackers(args.report_to)
         return args
 
@@ -145,18 +162,18 @@ class Recipe:
         return kwargs
 
     def prepare(self, model: OpenVLAForActionPrediction) -> OpenVLAForActionPrediction | PeftModel:
-        """Add the adapters, or choose the weights that learn.
+        """Add the adapters to a model, or mark the weights to train.
 
         Raises:
-            ValueError: Nothing would be trained, or a module of `trained` is not there.
+            ValueError: Nothing would be trained, or the model lacks a module of `trained`.
         """
         if self.uses_adapters:
             return self._add_adapters(model)
         if not self.trained:
-            raise ValueError("This recipe trains nothing: set `lora_rank`, or name modules in `trained`.")
+            raise ValueError("This recipe trains nothing. Set `lora_rank`, or name modules in `trained`.")
         model.requires_grad_(False)
         for name in self.trained:
-            # Trained in float32: a step at these learning rates is below the resolution of bfloat16.
+            # A step at these learning rates is too small for bfloat16 to resolve.
             find_module(model, name).requires_grad_(True).float()
         return model
 
@@ -189,10 +206,14 @@ RECIPES["qlora"] = dataclasses.replace(RECIPES["lora"], quantize=True, gradient_
 
 
 def recipe(name: str, **overrides: Any) -> Recipe:
-    """A recipe by name, with fields overridden; without a GPU, its `dtype` is float32 by default.
+    """Return a recipe by name. Without a GPU, its `dtype` is float32 unless it is given.
+
+    Args:
+        name: Name of one of `RECIPES`.
+        overrides: Fields to change.
 
     Raises:
-        ValueError: No recipe or no field of that name; the nearest is named. Or a value that its field can't have.
+        ValueError: The recipe or a field is unknown, or a field can't have the value.
     """
     check_name(name, RECIPES, "recipe")
     for override in overrides:
@@ -203,7 +224,11 @@ def recipe(name: str, **overrides: Any) -> Recipe:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module of a dotted name, where `layers[-1]` is the last of a list."""
+    """Return the module of a dotted name, in which `layers[-1]` is the last of a list.
+
+    Raises:
+        ValueError: The model has no such module.
+    """
     is_last = name.endswith("[-1]")
     try:
         module = model.get_submodule(name.removesuffix("[-1]"))
@@ -214,10 +239,17 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes on each device, before it is started.
+    """Estimate of the memory that a recipe needs on each device.
 
-    trainable, parameters: How many weights learn, and how many there are.
-    weights, gradients, optimizer, activations: GiB. What an allocator wastes comes on top, and so does evaluation.
+    The allocator's overhead and evaluation come on top.
+
+    Args:
+        trainable: Number of trained parameters.
+        parameters: Number of all parameters.
+        weights: GiB of the weights.
+        gradients: GiB of the gradients.
+        optimizer: GiB of the optimizer's state.
+        activations: GiB of the activations that the backward pass needs.
     """
 
     trainable: int
@@ -233,12 +265,12 @@ class Cost:
 
 
 def estimate_cost(config: OpenVLAConfig, recipe: Recipe, prompt_tokens: int = 40) -> Cost:
-    """Count a recipe's weights and estimate its memory from the configuration alone, with no weight loaded.
+    """Count the parameters of a recipe and estimate its memory from the configuration, without loading any weights.
 
     Args:
-        config: Of the base.
-        recipe: What is to be trained.
-        prompt_tokens: Of the text, action included; the image's are added.
+        config: Configuration of the base model.
+        recipe: Recipe to estimate.
+        prompt_tokens: Number of text tokens of a sample, including the action. Image tokens are added.
     """
     with torch.device("meta"):
         model: nn.Module = OpenVLAForActionPrediction(config).to(getattr(torch, recipe.dtype))
@@ -251,7 +283,7 @@ def estimate_cost(config: OpenVLAConfig, recipe: Recipe, prompt_tokens: int = 40
     model = recipe.prepare(model)
     parameters = dict(model.named_parameters())
     learning = {name: one for name, one in parameters.items() if one.requires_grad}
-    # The backward pass ends where nothing before it learns.
+    # The backward pass ends at the first part that is trained.
     first = next((i for i, part in enumerate(kept) if any(part in name for name in learning)), 0)
     trainable = sum(one.numel() for one in learning.values())
     gradients = sum(one.numel() * one.element_size() for one in learning.values())
@@ -270,7 +302,7 @@ def estimate_cost(config: OpenVLAConfig, recipe: Recipe, prompt_tokens: int = 40
 
 
 def cost_table(title: str, cost: Cost) -> Table:
-    """Show what is trained, and what memory that takes."""
+    """Make a table of the trained parameters and the memory."""
     table = Table(title=title, show_header=False)
     table.add_row("trainable", f"{cost.trainable:,} of {cost.parameters:,} ({cost.trainable / cost.parameters:.2%})")
     for name in ("weights", "gradients", "optimizer", "activations", "total"):
@@ -279,9 +311,10 @@ def cost_table(title: str, cost: Cost) -> Table:
 
 
 def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
-    """Bytes of a part's forward pass that its backward pass needs.
+    """Estimate the bytes of a part's forward pass that its backward pass needs.
 
-    About what goes in and out of its linear layers. With checkpointing, what goes into its blocks, and one of them.
+    These are mostly the inputs and outputs of its linear layers. With gradient checkpointing, they are the inputs of
+    its blocks and the activations of one block.
     """
     size = getattr(torch, recipe.dtype).itemsize
 

@@ -1,4 +1,4 @@
-"""What identifies a run: the settings that a resumed run must share, and the folder that belongs to it."""
+"""What a run keeps when it is resumed: its settings, its data and its output folder."""
 
 import json
 import os
@@ -15,24 +15,32 @@ from .checkpoint_saving import last_checkpoint
 from .recipes import Recipe
 
 
-# Fields that say how the samples of a step are dealt out: a run may go on with others, if their product is the same.
+# Fields that divide the samples of a step over batches. A resumed run may change them if the samples of a step stay.
 PER_DEVICE = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-# Of `TrainingArguments`: what shapes learning beside a recipe's fields, and by what the best checkpoint is chosen.
+# Arguments of `TrainingArguments` that shape learning beside a recipe's fields, or choose the best checkpoint.
 OF_THE_RUN = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"),
     *("metric_for_best_model", "greater_is_better"),
 )
-# Files that only a dataset has: LeRobot, RLDS (and a folder above its version), `datasets`.
+# Files that only a dataset has: LeRobot, RLDS (also in the folder above a version), `datasets`.
 DATASET_FILES = ("meta/info.json", "features.json", "*/features.json", "state.json")
 # Files that only a checkpoint has.
 CHECKPOINT_FILES = (CONFIG_NAME, ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt")
 
 
 def run_settings(recipe: Recipe, args: TrainingArguments, patience: int | None = None) -> dict[str, Any]:
-    """Name -> value, ready for JSON, of every setting that must not change while a run lasts.
+    """Collect the settings that must stay the same when a run is resumed.
 
-    The optimizer's state holds some of them, so that a new value would be ignored. A change of the others would leave
-    a checkpoint whose record is true of only a part of its training.
+    Some of them are in the optimizer's state, so a new value would be ignored. A change of the others would leave a
+    checkpoint whose record holds for a part of its training only.
+
+    Args:
+        recipe: Recipe of the run.
+        args: Arguments of its trainer.
+        patience: Evaluations without an improvement after which it stops.
+
+    Returns:
+        Name -> value, ready for JSON.
     """
     given = args.to_dict()
     of_recipe = {name: given.get(name, value) for name, value in asdict(recipe).items() if name not in PER_DEVICE}
@@ -43,48 +51,48 @@ def run_settings(recipe: Recipe, args: TrainingArguments, patience: int | None =
 
 
 def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -> str | None:
-    """Make sure that a run may write into a folder.
+    """Check that a run may write into a folder.
 
     Args:
         output: Folder of the run.
-        run: `base_model` and `arguments` (see `run_settings`), as they stand in `training.json`; and where they are
-            known, `weights` (of the data sets) and `held_out` (see `describe_split`).
-        resume: Whether the folder's last checkpoint is to be continued.
+        run: `base_model` and `arguments` (see `run_settings`) as in `training.json`, and, where they are known,
+            `weights` (of the datasets) and `held_out` (see `describe_split`).
+        resume: Whether to continue from the folder's last checkpoint.
 
     Returns:
-        The checkpoint to resume from, with `resume`.
+        The checkpoint to resume from, or `None` without `resume`.
 
     Raises:
-        ValueError: The folder is that of the base, or there is nothing to resume, or it was trained otherwise.
+        ValueError: The folder is that of the base, or it has nothing to resume from, or its run had other settings.
         FileExistsError: The folder is a dataset, or holds a checkpoint that this run would overwrite.
     """
     folder = Path(output)
     if folder.exists() and Path(run["base_model"]).exists() and folder.samefile(run["base_model"]):
-        raise ValueError(f"The output {output} is the base itself, which training would overwrite. Give a new folder.")
+        raise ValueError(f"The output {output} is the base itself. Give a new folder, or training would overwrite it.")
     if any(found for pattern in DATASET_FILES for found in folder.glob(pattern)):
         raise FileExistsError(f"The output {output} is a dataset. Give a new folder.")
     checkpoint = last_checkpoint(output)
     result = sorted(path.name for pattern in CHECKPOINT_FILES for path in folder.glob(pattern))
     if not resume:
         if checkpoint is not None:
-            raise FileExistsError(f"{output} holds checkpoints of another run: resume it, or give another folder.")
+            raise FileExistsError(f"{output} holds checkpoints of another run. Resume it, or give another folder.")
         if result:
             raise FileExistsError(f"{output} holds another checkpoint ({result[0]}). Give another folder.")
         return None
     if checkpoint is None:
-        raise ValueError(f"{output} holds no complete checkpoint to resume from.")
+        raise ValueError(f"{output} has no complete checkpoint to resume from. Leave out `resume` to start a new run.")
     _require_same_run(Path(checkpoint), run)
     if result:
         if not (folder / TRAINING_FILE).is_file():
             raise FileExistsError(
-                f"{output} holds a checkpoint ({result[0]}) that is not of this run. Move it to another folder."
+                f"{output} holds a checkpoint ({result[0]}) of another run. Move it to another folder."
             )
         _require_same_run(folder, run)
     return checkpoint
 
 
 def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Compare a checkpoint's `training.json`, as far as it goes, with a run."""
+    """Raise `ValueError` if `training.json` of a checkpoint contradicts the run."""
     file = checkpoint / TRAINING_FILE
     saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     pairs = {
@@ -112,7 +120,7 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
 
 
 def _place(model_id: str) -> str:
-    """One name for a folder, however it is written."""
+    """Return the real path of a folder, or a Hub id as it is."""
     return os.path.realpath(model_id) if os.path.exists(model_id) else model_id
 
 
