@@ -76,7 +76,7 @@ def test_every_field_can_be_overridden_and_a_wrong_name_is_a_sentence():
         ({"optim_args": 3}, "optim_args must be a string or null, got 3."),
         ({"lr_scheduler_type": "cosin"}, "Unknown lr_scheduler_type 'cosin'. Did you mean 'cosine'?"),
         ({"report_to": "boards"}, "boards is not supported"),
-        ({"metric_for_best_model": "l1"}, "Unknown metric_for_best_model 'l1'. There are loss,"),
+        ({"metric_for_best_model": "l1"}, "Unknown metric_for_best_model 'l1'. Use loss,"),
         ({"adam_beta1": 1.0}, "adam_beta1 must be below 1, got 1.0."),
     ],
 )

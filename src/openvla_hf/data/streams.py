@@ -187,6 +187,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
     """The frames that one rank of a training run draws endlessly from a stream, for a `DataLoader`.
 
     Each worker decodes only the frames that it yields. All workers of all ranks draw every frame equally often.
+    Each frame has the number of the pass over its data as `epoch`.
 
     Args:
         stream: Frames.

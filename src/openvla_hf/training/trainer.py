@@ -207,7 +207,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         if self.accelerator.scaler is not None:  # it skips the steps whose gradients overflow
             return
         # Clipping to infinity changes nothing, and gives the norm over all processes, however they share the model.
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), math.inf)
         if norm is not None:  # DeepSpeed does not always know it
             self._require_finite(float(norm), "gradient norm", when)
 
