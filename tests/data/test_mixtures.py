@@ -77,7 +77,7 @@ def test_streams_of_any_origin_mix(make_episode, tmp_path):
 def test_bad_mixtures_are_told(make_episode, tmp_path):
     table = from_episodes([make_episode(0)])
     stream = from_episodes(lambda: [make_episode(0)], streaming=True)
-    with pytest.raises(ValueError, match="tables or of streams"):
+    with pytest.raises(ValueError, match="combine tables and streams"):
         mix([(table, 1.0), (stream, 1.0)])
     with pytest.raises(ValueError, match="above 0"):
         mix([(table, 0.0)])

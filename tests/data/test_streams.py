@@ -170,7 +170,7 @@ def test_a_stream_of_unknown_size_in_a_mixture_needs_its_number_of_frames(write,
         with pytest.raises(ValueError, match=rf"number of frames of {name} is not known.*num_frames"):
             mix([(made, 1.0, 6), (stream, 1.0)])
     assert len(take(mix([(made, 1.0, 6), (stored, 1.0, 12)]), 20)) == 20
-    with pytest.raises(ValueError, match="mix all data sets at once"):
+    with pytest.raises(ValueError, match="Mix all datasets at once"):
         mix([(mix([(made, 1.0, 6)]), 1.0), (stored, 1.0, 12)])
 
 

@@ -522,7 +522,7 @@ def test_a_data_set_is_not_given_twice(base, tmp_path, capsys):
 
 def test_data_sets_of_one_name_are_not_taken_together():
     parts = [from_episodes([fake_episode(seed=seed)], name="kitchen") for seed in range(2)]
-    with pytest.raises(ValueError, match="Two data sets are called 'kitchen'"):
+    with pytest.raises(ValueError, match="Two datasets are called 'kitchen'"):
         split_parts(parts, None, 0.0, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""Image augmentation for training, as the original's: a random crop and random colours."""
+"""Image augmentation for training, like the original's: a random crop and random colours."""
 
 import copy
 import math
@@ -12,9 +12,10 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Draws another view of an image at every call, from torch's random numbers, so that a resumed run draws the same.
+    """Draw a random view of an image at each call, from torch's random numbers.
 
-    The image is resized first; then each step has its own draw and is clipped to [0, 1], in this order.
+    The image is resized first. Then the steps follow in the order of the arguments, each with its own draw, and with
+    the result clipped to [0, 1].
 
     Args:
         size: Pixels along a side of the result.
@@ -25,7 +26,7 @@ class Augmentation:
         hue: Largest shift, in turns of the colour circle.
 
     Raises:
-        ValueError: the area is not in (0, 1].
+        ValueError: `crop_area` is not in (0, 1].
     """
 
     size: int = 224
@@ -37,10 +38,10 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_area <= 1:
-            raise ValueError(f"crop_area is a fraction in (0, 1], not {self.crop_area}.")
+            raise ValueError(f"crop_area must be in (0, 1], got {self.crop_area}.")
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
-        """An RGB image, uint8 (H, W, 3), to uint8 (size, size, 3)."""
+        """Augment an RGB image, uint8 (H, W, 3), to uint8 (size, size, 3)."""
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
         picture = picture.convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
         left, top, brightness, contrast, saturation, hue = torch.rand(6, dtype=torch.float64).tolist()
@@ -49,7 +50,7 @@ class Augmentation:
             x, y = left * (self.size - side), top * (self.size - side)
             box = (x, y, x + side, y + side)
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        # Planes of one channel each: arithmetic on them takes half the time.
+        # Arithmetic on planes of one channel each takes half the time.
         levels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1), np.float32) / 255
         np.clip(levels + (2 * brightness - 1) * self.brightness, 0, 1, out=levels)
         mean = levels.mean((1, 2), keepdims=True)
@@ -58,9 +59,9 @@ class Augmentation:
         return np.rint(levels * 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
     def for_prediction(self, processor: Any) -> Any:
-        """A copy of the processor that crops the centre as the random crops did on average.
+        """Copy the processor with a centre crop of the same area as the random crops.
 
-        Save this one with the checkpoint: then prediction sees what training saw, and nobody has to remember it.
+        Saved with the checkpoint, it shows the model the same scale in prediction as in training.
         """
         processor = copy.deepcopy(processor)
         processor.image_processor.center_crop_area = self.crop_area if self.crop_area < 1 else None
@@ -72,7 +73,7 @@ def _between(bounds: tuple[float, float], draw: float) -> float:
 
 
 def _change_colour(levels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-    """RGB levels (3, H, W) in [0, 1] with the saturation (of HSV) scaled and the hue shifted by turns."""
+    """Scale the saturation (of HSV) of RGB levels (3, H, W) in [0, 1], and shift their hue by turns."""
     red, green, blue = levels
     value = levels.max(0)
     chroma = value - levels.min(0)
@@ -83,10 +84,10 @@ def _change_colour(levels: np.ndarray, saturation: float, hue: float) -> np.ndar
         np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     sector += 6 * hue
-    # Saturation is the chroma's share of the value, at most 1.
+    # Saturation is chroma divided by value, so chroma is at most the value.
     chroma = np.minimum(chroma * saturation, value)
     changed = np.empty_like(levels)
-    # Each channel falls from the value by the chroma, by how far the hue is from it.
+    # Each channel lies below the value by a part of the chroma that grows with its distance from the hue.
     for channel, offset in zip(changed, (5, 3, 1), strict=True):
         place = sector + offset
         place -= 6 * np.floor(place / 6)

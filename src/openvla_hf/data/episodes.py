@@ -20,6 +20,8 @@ FEW_EPISODES = 100
 
 # `{"bytes": encoded image or None, "path": its place or None}`, as `datasets.Image` stores it.
 ImageReference = Mapping[str, Any]
+# Episodes that Python code makes, each of frames as `from_episodes` takes them.
+Episodes = Iterable[Iterable[Mapping[str, Any]]]
 
 logger = logging.getLogger(__name__)
 
@@ -199,4 +201,12 @@ def _check_each(check: Callable[[Any], Any], columns: dict[str, Any], source: st
             raise BadEpisodeError(f"{source}, frame {frame}: {error}") from error
 
 
-__all__ = ["BadEpisodeError", "ImageReference", "Losses", "RecordedEpisode", "usable_columns", "usable_rows"]
+__all__ = [
+    "BadEpisodeError",
+    "Episodes",
+    "ImageReference",
+    "Losses",
+    "RecordedEpisode",
+    "usable_columns",
+    "usable_rows",
+]

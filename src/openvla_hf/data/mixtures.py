@@ -1,4 +1,4 @@
-"""Several data sets as one, drawn from by weight."""
+"""Mixtures: several datasets as one, drawn from by weight."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +13,9 @@ from .loading import load
 from .streams import FrameStream, mix_streams
 
 
+# Mixture -> the names of its folders and their weights, each of which multiplies the number of frames.
 MIXTURES: dict[str, dict[str, float]] = {
-    # What openvla-7b was trained on; the weights multiply the size of each data set.
+    # The training data of openvla-7b.
     "oxe_magic_soup_plus_minus": {
         **dict.fromkeys(
             (
@@ -53,33 +54,32 @@ MIXTURES: dict[str, dict[str, float]] = {
         "dobbe": 0.2,
     }
 }
-"""Weights by the folder's name, under the mixture's."""
 
 
 def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed: int = 0) -> Frames:
-    """Interleave data sets of one kind, all tables or all streams.
+    """Interleave datasets that are all tables or all streams.
 
     A weight multiplies the number of frames, as in the mixtures of Open X-Embodiment: with all weights 1, every frame
-    is as likely as any other, whichever data set it is from.
+    of every dataset is equally likely.
 
     Args:
-        parts: Data sets with weights. A stream whose metadata does not say how many frames it has needs their number
+        parts: Datasets with their weights. A stream whose metadata do not give its number of frames needs this number
             as a third item.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
-        Of tables, a table in which every frame is at least once. Of streams, one without an end.
+        For tables, a table that contains every frame at least once. For streams, an endless stream.
 
     Raises:
-        ValueError: There are no parts, a weight is not above 0, tables are mixed with streams, or the number of frames
-            of a stream is not known.
+        ValueError: There are no parts, a weight is not positive, tables are mixed with streams, or the number of
+            frames of a stream is unknown.
     """
     frames, weights = [part[0] for part in parts], [part[1] for part in parts]
     if not parts or not min(weights) > 0:
-        raise ValueError("A mixture needs at least one data set, each with a weight above 0.")
+        raise ValueError("A mixture needs at least one dataset, and every weight must be above 0.")
     tables = [isinstance(part, Dataset) for part in frames]
     if any(tables) != all(tables):
-        raise ValueError("A mixture is of tables or of streams: load all with streaming=True, or none.")
+        raise ValueError("A mixture can't combine tables and streams. Load all datasets with streaming=True, or none.")
     sizes = [
         len(part[0]) if isinstance(part[0], Dataset) else _count(number, *part) for number, part in enumerate(parts)
     ]
@@ -91,15 +91,15 @@ def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed:
 
 
 def _count(number: int, stream: IterableDataset, weight: float, num_frames: int | None = None) -> int:
-    """Frames of a part that is a stream."""
+    """Return the number of frames of a stream."""
     name = f"part {number}"
     if isinstance(stream, FrameStream):
         if stream.parts:
-            raise ValueError("A mixture of streams has no end, so it cannot be a part: mix all data sets at once.")
+            raise ValueError("A mixture of streams is endless and can't be part of another. Mix all datasets at once.")
         name, num_frames = repr(stream.name), num_frames or stream.num_frames
     if not num_frames:
         raise ValueError(
-            f"The number of frames of {name} is not known, and its weight multiplies it. Save its "
+            f"The number of frames of {name} is not known, but its weight multiplies it. Save "
             "dataset_statistics.json beside its files, or give num_frames to `mix` or `load_mixture`."
         )
     return num_frames
@@ -113,17 +113,17 @@ def load_mixture(
     num_frames: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Frames:
-    """Load the data sets of a mixture from the folders of their names in `folder`, and mix them.
+    """Load the datasets of a mixture from folders of their names, and mix them.
 
     Args:
         mixture: Name of one of `MIXTURES`, or weights by name.
-        folder: Folder or URL.
-        seed: Of the draws.
-        num_frames: With `streaming`, frames by name where the metadata does not say; see `mix`.
-        options: Of `load`.
+        folder: Folder or URL that holds the datasets' folders.
+        seed: Seed of the draws.
+        num_frames: With `streaming`, numbers of frames by name where the metadata do not give them; see `mix`.
+        options: Options of `load`.
 
     Raises:
-        ValueError: There is no such mixture, or the number of frames of a stream is not known.
+        ValueError: The mixture is unknown, or the number of frames of a stream is.
     """
     if isinstance(mixture, str):
         check_name(mixture, MIXTURES, "mixture")

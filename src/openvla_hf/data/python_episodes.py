@@ -1,22 +1,19 @@
 """Frames of episodes that Python code makes."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import IterableDataset
 
 from .adapters import Robot
 from .columns import stack_rows
-from .episodes import BadEpisodeError, Losses, RecordedEpisode, usable_columns, usable_rows
+from .episodes import BadEpisodeError, Episodes, Losses, RecordedEpisode, usable_columns, usable_rows
 from .frames import Frames, note_action
 from .images import ImageReader, encode_png
 from .robots import resolve_robot
 from .streams import FrameStream
 from .table_cache import cached_table, make_key
-
-
-Episodes = Iterable[Iterable[Mapping[str, Any]]]
 
 
 def from_episodes(

@@ -1,4 +1,4 @@
-"""Which frames train and which evaluate: whole episodes held out, and samples that are spread over a data set."""
+"""Which frames train and which evaluate: held-out episodes, and samples spread over a dataset."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,24 +11,27 @@ from .streams import FrameStream
 
 
 def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) -> tuple[Any, Any]:
-    """Training and evaluation frames: whole episodes are held out, so that no frame has a neighbour on the other side.
+    """Split frames into training and evaluation by whole episodes, since neighbouring frames are nearly equal.
 
     Args:
         data: Frames with `episode_index`.
-        eval_share: Share of the episodes that is held out; 0 for none.
-        seed: Of the draw.
+        eval_share: Share of the episodes to hold out; 0 for none.
+        seed: Seed of the draw.
+
+    Returns:
+        Training frames, and evaluation frames or `None`.
 
     Raises:
-        ValueError: A stream can't be split, nor a single episode.
+        ValueError: The data are a stream, or have a single episode.
     """
     if eval_share <= 0:
         return data, None
     if isinstance(data, IterableDataset):
-        raise ValueError("A stream can't be split: give the evaluation data by themselves, or load without streaming.")
+        raise ValueError("A stream can't be split. Give the evaluation data separately, or load without streaming.")
     episodes = _column(data, "episode_index")
     numbers = np.random.default_rng(seed).permutation(np.unique(episodes))
     if len(numbers) < 2:
-        raise ValueError("There is one episode, so none can be held out: set `eval_share` to 0.")
+        raise ValueError("There is only one episode, so none can be held out. Set `eval_share` to 0.")
     held_out = np.isin(episodes, numbers[: max(1, round(eval_share * len(numbers)))])
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
 
@@ -36,25 +39,25 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
 def split_parts(
     parts: Sequence[Dataset | IterableDataset], weights: Sequence[float] | None, eval_share: float, seed: int
 ) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
-    """Split each of several data sets, and mix what trains.
+    """Split each of several datasets, and mix their training frames.
 
     Args:
-        parts: Frames of each data set.
-        weights: Of each in the mixture that trains (see `mix`); 1 each by default. Evaluation takes each held-out
-            frame once.
+        parts: Frames of each dataset.
+        weights: Weights of the datasets in the training mixture (see `mix`), by default 1 each. Evaluation takes each
+            held-out frame once.
         eval_share: See `read_split`.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         Training frames, evaluation frames or `None`, and the record of what is held out (see `describe_split`).
 
     Raises:
-        ValueError: Two data sets have one name, so that their statistics would be taken together; or see `read_split`.
+        ValueError: Two datasets have one name and would share statistics, or a dataset can't be split.
     """
     names = [dataset_name(part) for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Two data sets are called {twice[0]!r}: give each a name of its own with `name`.")
+        raise ValueError(f"Two datasets are called {twice[0]!r}. Give each its own name with `name`.")
     splits = [read_split(part, eval_share, seed) for part in parts]
     train = [part for part, _ in splits]
     weights = weights or [1.0] * len(parts)
@@ -69,19 +72,19 @@ def split_parts(
 
 
 def dataset_name(data: Dataset | IterableDataset) -> str:
-    """Return the name of the data set that frames are of, or an empty text where there are no frames."""
+    """Return the name of the frames' dataset, or an empty text if there are no frames."""
     return data.name if isinstance(data, FrameStream) else "".join(_column(data, "dataset")[:1])
 
 
 def describe_split(data: Dataset, held_out: Dataset) -> dict[str, dict[str, Any]]:
-    """Record which episodes of a data set were held out, for `held_out_frames`.
+    """Record which episodes of a dataset were held out, for `held_out_frames`.
 
     Args:
         data: All frames.
-        held_out: Those that `read_split` kept for evaluation.
+        held_out: The frames that `read_split` kept for evaluation.
 
     Returns:
-        Data set -> `episodes` (the numbers of those held out), and `frames`, the count of all frames.
+        By dataset, `episodes`, the numbers of the held-out ones, and `frames`, the number of all frames.
     """
     names, numbers = _column(held_out, "dataset"), _column(held_out, "episode_index")
     all_names = _column(data, "dataset")
@@ -98,11 +101,11 @@ def held_out_frames(data: Dataset, split: dict[str, dict[str, Any]]) -> Dataset:
     """Select the frames of the episodes that were held out.
 
     Args:
-        data: All frames of one data set, read as they were for training.
-        split: From `describe_split`.
+        data: All frames of one dataset, loaded as for training.
+        split: Record from `describe_split`.
 
     Raises:
-        ValueError: None of its episodes were held out, or it is not the data set that was split.
+        ValueError: No episodes of this dataset were held out, or the frames differ from those of training.
     """
     name = str(data[0]["dataset"])
     if name not in split:
@@ -110,16 +113,16 @@ def held_out_frames(data: Dataset, split: dict[str, dict[str, Any]]) -> Dataset:
     expected = split[name]["frames"]
     if len(data) != expected:
         raise ValueError(
-            f"{name} has {len(data)} frames, but {expected} when training held out some of its episodes. Read it as "
-            "for training (robot, camera, every, drop_idle)."
+            f"{name} has {len(data)} frames, but had {expected} in training. Load it as for training, with the same "
+            "robot, camera, every and drop_idle."
         )
     return data.select(np.flatnonzero(np.isin(_column(data, "episode_index"), split[name]["episodes"])))
 
 
 def sample_frames(data: Dataset, count: int, seed: int = 0) -> Dataset:
-    """Select `count` frames, the same for the same seed, that are spread evenly over the episodes.
+    """Select `count` frames that are spread evenly over the dataset and depend only on the seed.
 
-    One frame is drawn from each of `count` stretches of equal length, so that long episodes give more than short ones.
+    One frame is drawn from each of `count` stretches of equal length, so longer episodes give more frames.
     """
     if count >= len(data):
         return data
@@ -129,7 +132,7 @@ def sample_frames(data: Dataset, count: int, seed: int = 0) -> Dataset:
 
 
 def sample_episodes(data: Dataset, count: int, seed: int = 0) -> Dataset:
-    """Select the frames of `count` episodes, the same for the same seed."""
+    """Select the frames of `count` episodes, which depend only on the seed."""
     numbers = _column(data, "episode_index")
     drawn = np.random.default_rng(seed).permutation(np.unique(numbers))[:count]
     return data.select(np.flatnonzero(np.isin(numbers, drawn)))

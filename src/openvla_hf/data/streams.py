@@ -37,11 +37,15 @@ class FrameStream(IterableDataset):
         num_frames: Number of frames in one pass, or `None` where the metadata do not say.
         losses: Says whether damaged images are skipped, and records them.
         cache_key: Returns a name of the stream's content, under which its statistics are cached.
-        parts: For a mixture, its streams with their shares of the draws. `rows` are then endless.
         shuffle_buffer: Number of rows to hold and draw from; 0 keeps the order.
         seed: Seed of the shuffling and of a mixture's draws.
         images: Reads the images.
+
+    Attributes:
+        parts: The streams of a mixture with their shares of the draws; its rows are endless. Otherwise empty.
     """
+
+    parts: Parts = ()
 
     def __init__(
         self,
@@ -50,7 +54,6 @@ class FrameStream(IterableDataset):
         num_frames: int | None = None,
         losses: Losses | None = None,
         cache_key: Callable[[], str] | None = None,
-        parts: Parts = (),
         shuffle_buffer: int = 0,
         seed: int = 0,
         images: ImageReader | None = None,
@@ -64,7 +67,7 @@ class FrameStream(IterableDataset):
             frames = frames.filter(_is_frame)
         super().__init__(**constructor_arguments(frames))
         self.rows, self.name, self.num_frames, self.cache_key = rows, name, num_frames, cache_key
-        self.parts, self.seed = tuple(parts), seed
+        self.seed = seed
 
     def repeat(self, num_times: int | None) -> IterableDataset:
         """Repeat the stream as `datasets` does, but with a different order for each pass over a shuffled stream."""
@@ -108,7 +111,9 @@ def mix_streams(parts: Parts, seed: int = 0) -> FrameStream:
     noted = [part.losses for part, _ in parts if isinstance(part, FrameStream)]
     totals = [losses.total for losses in noted if losses.total is not None]
     losses = Losses(max((one.limit for one in noted), default=0.0), sum(totals) if len(totals) == len(parts) else None)
-    return FrameStream(rows, "mixture", losses=losses, parts=parts, seed=seed)
+    mixture = FrameStream(rows, "mixture", losses=losses, seed=seed)
+    mixture.parts = tuple(parts)
+    return mixture
 
 
 def _read_mixture(readers: list[int], of: int, parts: Parts, seed: int) -> Iterator[Row]:

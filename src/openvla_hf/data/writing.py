@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..new_folder import new_folder
+from .episodes import Episodes
 from .optional_packages import import_extra
 from .readers.lerobot import INFO_FILE
 from .readers.tfrecord import build_example, write_record
 from .statistics import summarize
 
-
-Episodes = Iterable[Iterable[Mapping[str, Any]]]
 
 VIDEO_KEY = "observation.images.front"
 # As in LeRobot, so that every frame is at most one away from a key frame.
