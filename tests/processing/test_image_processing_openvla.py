@@ -154,8 +154,8 @@ def test_a_batch_equals_its_images(processor, images):
         ([[1, 2], [3, 4]], TypeError, "cannot be a int"),
         (b"bytes", TypeError, "cannot be a bytes"),
         ("pick up the red block", ValueError, "'pick up the red block' is not a file"),
-        ([], ValueError, "empty list"),
-        ([np.zeros((4, 4, 3), np.uint8), []], ValueError, "empty list"),
+        ([], ValueError, "list of images is empty"),
+        ([np.zeros((4, 4, 3), np.uint8), []], ValueError, "list of images is empty"),
         (np.zeros((1, 1, 4, 4, 3)), ValueError, "shape"),
         (np.zeros((2, 5, 5)), ValueError, r"shape \(2, 5, 5\) is not an image"),
         (np.zeros((0, 5, 3)), ValueError, "is not an image"),
@@ -221,7 +221,7 @@ def test_pixels_of_uncertain_scale_are_refused(processor, image, error, message)
 
 @pytest.mark.parametrize("mode", ["I", "F", "I;16", "I;16B", "La"])
 def test_pil_modes_without_a_fixed_white_are_refused(processor, mode):
-    with pytest.raises(ValueError, match=f"The image has mode '{mode}', which does not say what is white: scale it"):
+    with pytest.raises(ValueError, match=f"The image has mode '{mode}', which has no fixed white level: scale it"):
         processor(Image.new(mode, (8, 8)))
 
 
@@ -239,7 +239,7 @@ def test_other_pil_modes_are_those_of_the_original(processor, images, mode):
 
 
 def test_an_empty_pil_image_is_refused(processor):
-    with pytest.raises(ValueError, match=r"The image is empty: its size is 0 x 5 pixels\."):
+    with pytest.raises(ValueError, match=r"The image is empty \(0 x 5 pixels\)\."):
         processor(Image.new("RGB", (0, 5)))
 
 
@@ -400,11 +400,11 @@ def test_a_url_without_an_image_is_an_error(processor, web):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_resize_strategy": "stretch"}, "is none of"),
+        ({"image_resize_strategy": "stretch"}, "Unknown `image_resize_strategy` 'stretch'"),
         ({"size": {"shortest_edge": 224}}, "height and a width"),
         ({"center_crop_area": 0.0}, r"fraction in \(0, 1\]"),
         ({"resample": "lanczos"}, "resample='lanczos' is not a filter: pass one of PIL's or 'lanczos3'"),
-        ({"image_mean": [0.5, 0.5, 0.5]}, "for 1 towers, image_std for 2"),
+        ({"image_mean": [0.5, 0.5, 0.5]}, "for 1 towers, but `image_std` for 2"),
         ({"image_resize_strategy": "letterbox", "size": (224, 320)}, "square"),
     ],
 )

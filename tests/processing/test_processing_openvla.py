@@ -277,7 +277,7 @@ def test_a_placeholder_in_a_whole_prompt_is_refused(processor, tokenizer, images
     assert (processor(prompt, images[0])["input_ids"] == processor.image_token_id).sum() == 256  # here it is text
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     own = OpenVLAProcessor(processor.image_processor, tokenizer, num_image_tokens=4)
-    with pytest.raises(ValueError, match="contains '<image>', which this tokenizer reads as a placeholder"):
+    with pytest.raises(ValueError, match="contains '<image>', which this tokenizer reads as an image placeholder"):
         own(prompt, images[0])
     expanded = own("<image>" * 4 + own.build_prompt("open"), images[0], add_image_tokens=False)
     assert torch.equal(expanded["input_ids"], own(images[0], instruction="open")["input_ids"])
@@ -308,18 +308,18 @@ def test_padding_and_truncation(processor, images):
     [
         (("image",), {"instruction": ""}, ValueError, "instruction is empty"),
         (("image",), {"instruction": " <image> "}, ValueError, "instruction is empty"),
-        (("image",), {"instruction": ["open", "open"]}, ValueError, "2 texts do not go with 1 images"),
+        (("image",), {"instruction": ["open", "open"]}, ValueError, "Got 2 texts for 1 images"),
         (("image", "image"), {"instruction": "open"}, TypeError, "Too many arguments"),
-        ((["image", "image"],), {"instruction": ["open"]}, ValueError, "1 texts do not go with 2 images"),
-        (("image",), {"instruction": 3}, TypeError, "A text is a str or a list of them, not 3"),
-        (("image",), {"instruction": []}, TypeError, "A text is a str"),
-        (("image",), {}, ValueError, "An image and a text are needed"),
-        (("open",), {}, ValueError, "An image and a text are needed"),
-        ((), {"instruction": "open"}, ValueError, "An image and a text are needed"),
+        ((["image", "image"],), {"instruction": ["open"]}, ValueError, "Got 1 texts for 2 images"),
+        (("image",), {"instruction": 3}, TypeError, "A text must be a str or a list of them, got 3"),
+        (("image",), {"instruction": []}, TypeError, "A text must be a str"),
+        (("image",), {}, ValueError, "An image or a text is missing"),
+        (("open",), {}, ValueError, "An image or a text is missing"),
+        ((), {"instruction": "open"}, ValueError, "An image or a text is missing"),
         ((PURE_PROMPT, "no_file.png"), {}, ValueError, "'no_file.png' is not a file"),
         (("image",), {"instruction": "open", "text": "open"}, ValueError, "not both"),
         (("image",), {"instruction": "open", "truncation": True, "max_length": 256}, ValueError, "leaves no room"),
-        (("", "image"), {}, ValueError, "The text is empty: give a whole prompt, or instruction= to fill"),
+        (("", "image"), {}, ValueError, "The text is empty: give a whole prompt, or `instruction=` to fill"),
         (("image",), {"text": " \n"}, ValueError, "The text is empty"),
         ((["image"] * 2,), {"text": [PURE_PROMPT, ""]}, ValueError, "The text is empty"),
     ],
@@ -333,7 +333,7 @@ def test_errors(processor, images, args, kwargs, error, message):
 
 
 def test_bad_fields(processor, tokenizer):
-    with pytest.raises(ValueError, match=r"has no \{instruction\} to fill"):
+    with pytest.raises(ValueError, match=r"must contain '.instruction.', got"):
         OpenVLAProcessor(processor.image_processor, tokenizer, prompt_template="Do it!")
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):

@@ -15,7 +15,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.int8, tor
 
 
 def as_tensor(name: str, value: Any) -> torch.Tensor:
-    """Turn the lists and arrays that a processor gives without `return_tensors="pt"` into a tensor.
+    """Convert to a tensor what a processor returns without `return_tensors="pt"`: lists and arrays.
 
     Raises:
         ValueError: The value does not hold numbers, its rows differ in length, or its tensor is sparse or on "meta".
@@ -43,7 +43,7 @@ def prepare_prompts(
     for each check.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         input_ids: (B, T) integers, with or without image placeholders, padded on either side.
         attention_mask: (B, T), 1 for tokens and 0 for padding; `None` for rows without padding.
 
@@ -185,7 +185,7 @@ def check_prompt_length(config: OpenVLAConfig, attention_mask: torch.Tensor, num
     Raises:
         ValueError: The longest prompt leaves too little room.
     """
-    # Language models without a table or a range of positions have no such field.
+    # Language models without a limit on positions lack this field.
     limit = getattr(config.text_config, "max_position_embeddings", None)
     room = attention_mask.shape[1] if limit is None else limit - num_new_tokens + 1  # the last token is not read
     if attention_mask.shape[1] > room and (longest := int(attention_mask.sum(1).max())) > room:
@@ -199,7 +199,7 @@ def check_pixel_values(config: OpenVLAConfig, pixel_values: torch.Tensor) -> Non
     """Check the shape of images (B, 3 * towers, H, W) against every tower.
 
     Raises:
-        ValueError: The number of channels, the height or the width is another.
+        ValueError: The number of channels, the height or the width is wrong.
     """
     towers = config.vision_configs
     for side in {tower.image_size for tower in towers}:
@@ -240,9 +240,9 @@ def insert_image_tokens(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Put the image placeholders after BOS in (B, T) ids that have none, and grow mask and labels with them."""
+    """Insert the image placeholders after BOS in (B, T) ids that have none, and extend mask and labels with them."""
     patches, length = config.num_image_tokens, input_ids.shape[1]
-    if torch.compiler.is_compiling():  # values can't be looked at: ids no longer than an image have no placeholders
+    if torch.compiler.is_compiling():  # values can't be read: ids no longer than an image have no placeholders
         has_placeholders = length > patches
     else:
         has_placeholders = bool((input_ids == config.image_token_id).any())

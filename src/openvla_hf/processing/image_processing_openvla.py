@@ -1,4 +1,4 @@
-"""Camera images to the `pixel_values` of OpenVLA, by PIL and numpy alone."""
+"""Prepare camera images for OpenVLA, with PIL and numpy only."""
 
 import base64
 import inspect
@@ -35,7 +35,7 @@ LANCZOS3 = "lanczos3"
 DINOV2_MEAN, DINOV2_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
-# Modes of PIL whose levels have a fixed meaning. "I", "F" and the 16-bit ones have no fixed white, and PIL clips them.
+# Modes of PIL with a fixed white level. "I", "F" and the 16-bit modes have none, and PIL clips them.
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 # Bicubic resizing overshoots an edge by up to an eighth of the range. An image that reaches further below 0 is more
 # likely normalised to [-1, 1].
@@ -46,7 +46,7 @@ MIN_FLOAT_LEVEL = 16
 URL_TIMEOUT = 30.0
 MAX_DOWNLOAD = 64 * 2**20
 DOWNLOAD_CHUNK = 2**16
-# What PIL's decoders raise for files that are damaged, truncated or closed.
+# Errors of PIL's decoders for files that are damaged, truncated or closed.
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, AssertionError, EOFError,
     struct.error, zlib.error,
@@ -61,7 +61,7 @@ IMAGE_HELP = (
 
 
 class OpenVLAImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """What `from_pretrained` may override beside the fields that all image processors know."""
+    """Fields that `from_pretrained` may override, besides those of all image processors."""
 
     image_resize_strategy: ResizeStrategy
     letterbox_fill: Sequence[int]
@@ -70,7 +70,7 @@ class OpenVLAImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 class OpenVLAImageProcessor(BaseImageProcessor):
-    """Resizes an image once and normalises it for each vision tower.
+    """Resize an image once and normalise it for each vision tower.
 
     The defaults are those of openvla-7b. A published `preprocessor_config.json` is read into the same fields.
 
@@ -105,19 +105,23 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     ):
         super().__init__()
         if image_resize_strategy not in get_args(ResizeStrategy):
-            raise ValueError(f"image_resize_strategy {image_resize_strategy!r} is none of {get_args(ResizeStrategy)}.")
+            options = ", ".join(map(repr, get_args(ResizeStrategy)))
+            raise ValueError(f"Unknown `image_resize_strategy` {image_resize_strategy!r}: give one of {options}.")
         if center_crop_area is not None and not 0 < center_crop_area <= 1:
-            raise ValueError(f"center_crop_area is a fraction in (0, 1], not {center_crop_area}.")
+            raise ValueError(f"`center_crop_area` must be a fraction in (0, 1], got {center_crop_area}.")
         self.image_resize_strategy = image_resize_strategy
         self.size = dict(get_size_dict(size))
         if set(self.size) != {"height", "width"}:
-            raise ValueError(f"size is a height and a width, not {self.size}.")
+            raise ValueError(f"`size` must be a height and a width, got {self.size}.")
         if image_resize_strategy != "resize-naive" and self.size["height"] != self.size["width"]:
-            raise ValueError(f"{image_resize_strategy!r} makes square images, but size is {self.size}.")
+            raise ValueError(f"{image_resize_strategy!r} gives square images, but `size` is {self.size}.")
         self.image_mean = np.reshape(image_mean, (-1, 3)).tolist()
         self.image_std = np.reshape(image_std, (-1, 3)).tolist()
         if len(self.image_mean) != len(self.image_std):
-            raise ValueError(f"image_mean is for {len(self.image_mean)} towers, image_std for {len(self.image_std)}.")
+            raise ValueError(
+                f"`image_mean` is for {len(self.image_mean)} towers, but `image_std` for {len(self.image_std)}: give "
+                "one list of three for each tower."
+            )
         if isinstance(resample, str) and resample != LANCZOS3:
             raise ValueError(f"resample={resample!r} is not a filter: pass one of PIL's or {LANCZOS3!r}.")
         self.resample = resample if isinstance(resample, str) else int(resample)
@@ -128,21 +132,21 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads `processor_config.json`, or `preprocessor_config.json` of a checkpoint without it."""
-        # Where the Hub withholds the first, transformers would read the second, which may say something else.
+        """Read `processor_config.json`, or `preprocessor_config.json` of a checkpoint without it."""
+        # If the Hub refuses the first file, transformers would read the second, which may differ.
         find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **select_hub_kwargs(kwargs))
         return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the processor from a config of ours or a published one; keys of neither are left out."""
+        """Build the processor from our config or a published one; unknown keys are dropped."""
         if image_processor_dict.get("image_processor_type") == "PrismaticImageProcessor":
             image_processor_dict = read_published_config(image_processor_dict)
         fields = inspect.signature(cls.__init__).parameters
         return super().from_dict({k: v for k, v in image_processor_dict.items() if k in fields}, **kwargs)
 
     def preprocess(self, images: ImageInput, return_tensors: str | TensorType | None = "pt") -> BatchFeature:
-        """Turns one image or a batch of any sizes into `pixel_values`.
+        """Convert one image or a batch of any sizes to `pixel_values`.
 
         The EXIF orientation of a photo is not applied, as in the original: a path, a URL and an open PIL image of the
         same file give the same pixels.
@@ -155,7 +159,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 - floats of 0 to 1; bicubic overshoot of up to 1/8 on either side is clipped,
                 - floats of 0 to 255 with a maximum of at least 16.
 
-                Anything else has no certain brightness and is refused: booleans, integers of 0 and 1, images that
+                Anything else has an uncertain brightness and is refused: booleans, integers of 0 and 1, images that
                 are normalised already, and PIL's modes "I", "F" and "I;16".
             return_tensors: "pt", "np", or `None` for numpy.
 
@@ -163,9 +167,9 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             `pixel_values` (B, 3 * towers, height, width), float32; numpy with `return_tensors=None`.
 
         Raises:
-            ValueError: something that holds no image, or one of uncertain brightness or of too many pixels.
-            TypeError: something of another type.
-            OSError: a file or a URL that cannot be read: it is damaged, or does not answer in time.
+            ValueError: an input does not hold an image, its brightness is uncertain, or it has too many pixels.
+            TypeError: an input has another type.
+            OSError: a file or URL cannot be read: it is damaged, or does not answer in time.
         """
         sized = [np.asarray(self.resize(image)) for image in iterate_images(images)]
         levels = np.ascontiguousarray(np.stack(sized).transpose(0, 3, 1, 2))  # (B, 3, H, W), uint8
@@ -176,14 +180,14 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Brings an RGB image of any size to `size`, and applies the centre crop if one is set."""
+        """Resize an RGB image to `size`, and apply the centre crop if one is set."""
         height, width = self.size["height"], self.size["width"]
         if self.image_resize_strategy == "resize-naive":
             image = self._resample(image, width, height)
         else:
             if self.image_resize_strategy == "letterbox":
                 image = self._pad_to_square(image)
-            # As torchvision's: the long side is cut to a whole pixel, the crop's offset is rounded.
+            # As in torchvision: the long side is rounded down, the crop's offset to the nearest pixel.
             short = min(image.size)
             scaled = (image.width * width // short, image.height * height // short)
             _refuse_huge(scaled)
@@ -208,21 +212,21 @@ class OpenVLAImageProcessor(BaseImageProcessor):
 
 
 def read_published_config(published: dict[str, Any]) -> dict[str, Any]:
-    """Translates a `PrismaticImageProcessor` config.
+    """Translate a `PrismaticImageProcessor` config.
 
     The stored `tvf_*` values are what the original applies after a reload; `means`, `stds` and the strategy's
     name may disagree with them and are not read.
 
     Raises:
-        ValueError: the `tvf_*` values are missing, or the towers take differently resized images, which no
-            released checkpoint does.
+        ValueError: the `tvf_*` values are missing, or the towers need differently resized images, as in no released
+            checkpoint.
     """
     missing = {"tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox"} - {*published}
     if missing:
         raise ValueError(f"The published image processor config lacks {sorted(missing)}.")
     resizes, crops = published["tvf_resize_params"], published["tvf_crop_params"]
     if any(resize != resizes[0] for resize in resizes) or any(crop != crops[0] for crop in crops):
-        raise ValueError("The towers of this checkpoint want differently resized images; one size is supported.")
+        raise ValueError("The towers of this checkpoint need differently resized images, but one size is supported.")
     short_side_only = isinstance(resizes[0]["size"], int) or len(resizes[0]["size"]) == 1
     letterbox = published["tvf_do_letterbox"]
     config = {
@@ -236,16 +240,16 @@ def read_published_config(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def iterate_images(images: Any) -> Iterator[Image.Image]:
-    """Yields every image of any accepted input as RGB, see `OpenVLAImageProcessor.preprocess`.
+    """Yield every image of any accepted input as RGB, see `OpenVLAImageProcessor.preprocess`.
 
     Raises:
-        ValueError: an array, a string or a PIL image that holds no image, or one of uncertain brightness.
-        TypeError: something of another type.
-        OSError: a file or a URL that cannot be read.
+        ValueError: an array, string or PIL image does not hold an image, or its brightness is uncertain.
+        TypeError: an input has another type.
+        OSError: a file or URL cannot be read.
     """
     if isinstance(images, (list, tuple)):
         if not images:
-            raise ValueError(f"There is no image in an empty list; {IMAGE_HELP}.")
+            raise ValueError(f"The list of images is empty; {IMAGE_HELP}.")
         for image in images:
             yield from iterate_images(image)
     elif isinstance(images, Image.Image):
@@ -262,7 +266,7 @@ def iterate_images(images: Any) -> Iterator[Image.Image]:
 
 
 def _open(source: str) -> Image.Image:
-    """Reads a path, a URL or base64 text as RGB. The EXIF orientation is not applied, as for a PIL image."""
+    """Read a path, a URL or base64 text as RGB, without its EXIF orientation, as for a PIL image."""
     name = repr(source if len(source) < 80 else f"{source[:40]}...{source[-40:]}")
     file: str | io.BytesIO
     if source.lower().startswith(("http://", "https://")):
@@ -290,7 +294,7 @@ def _open(source: str) -> Image.Image:
 
 
 def _download(url: str, name: str) -> bytes:
-    """Content of a URL; the time and the number of bytes that it may take are bounded."""
+    """Download a URL, within limits of time and size."""
     deadline = time.monotonic() + URL_TIMEOUT
     content = bytearray()
     try:
@@ -304,23 +308,23 @@ def _download(url: str, name: str) -> bytes:
     except (OSError, HTTPException, ValueError) as error:
         cause: Any = error
         if isinstance(error, HTTPError):
-            error.close()  # it is also the answer
+            error.close()  # the error is also the response
         elif isinstance(error, URLError):
-            cause = error.reason  # what went wrong before the answer
+            cause = error.reason
         problem = f"no answer within {URL_TIMEOUT:g} seconds" if isinstance(cause, TimeoutError) else cause
         raise OSError(f"{name} could not be downloaded: {problem}. Check the address and the network.") from error
     return bytes(content)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decodes a PIL image. Its mode and size are known, and checked, before that."""
+    """Decode a PIL image, after checks of its mode and size."""
     if image.mode not in IMAGE_MODES:
         raise ValueError(
-            f"{name} has mode {image.mode!r}, which does not say what is white: scale it to levels of 0 to 255 and "
+            f"{name} has mode {image.mode!r}, which has no fixed white level: scale it to levels of 0 to 255 and "
             "convert it to mode 'L' or 'RGB'."
         )
     if 0 in image.size:
-        raise ValueError(f"{name} is empty: its size is {image.width} x {image.height} pixels.")
+        raise ValueError(f"{name} is empty ({image.width} x {image.height} pixels).")
     _refuse_huge(image.size)
     try:
         image.load()
@@ -331,7 +335,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _refuse_huge(size: tuple[int, int]) -> None:
-    """Keeps a small file from taking all memory; PIL itself only warns up to twice its limit."""
+    """Keep a small file from taking all memory; PIL itself only warns up to twice its limit."""
     if Image.MAX_IMAGE_PIXELS is not None and math.prod(size) > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"An image of {size[0]} x {size[1]} pixels is too large: {_shrink()}.")
 
@@ -354,7 +358,7 @@ def _from_array(array: np.ndarray) -> Iterator[Image.Image]:
 
 
 def _to_levels(pixels: np.ndarray) -> np.ndarray:
-    """Pixels of any accepted scale to uint8. The scale is that of the whole array, so a batch has one."""
+    """Convert pixels of any accepted scale to uint8. A batch has one scale, that of the whole array."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind not in "iuf":
@@ -377,15 +381,16 @@ def _to_levels(pixels: np.ndarray) -> np.ndarray:
 
 
 def select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keeps the arguments that say where a file is."""
+    """Keep the arguments that locate a file."""
     return {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
 
 
 def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
-    """Path of a checkpoint's file, downloaded if need be, or `None` where there is none.
+    """Path of a checkpoint's file, downloaded if need be, or `None` if there is none.
 
-    A file of a repository counts as absent where the Hub says so (HTTP 404), or the cache has a record of it. In
-    offline mode a file that is not in the cache counts as absent too.
+    A file of a repository counts as absent if the Hub answers HTTP 404, or the cache has a record of that answer. In
+    offline mode a file that is not in the cache counts as absent too: a cache that `snapshot_download` filled has no
+    such records, and published checkpoints have no `processor_config.json`.
 
     Raises:
         OSError: The Hub refuses the file or does not answer.
@@ -396,7 +401,7 @@ def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | 
         return cached_file(source, name, **hub_kwargs)
     except (OSError, httpx.HTTPError) as error:
         cause = error.__cause__ if isinstance(error, OSError) else error
-        if cause is None:  # the folder or the repository lacks it
+        if cause is None:  # the folder or the repository lacks the file
             return None
         if not isinstance(cause, (LocalEntryNotFoundError, httpx.HTTPError)):
             raise
@@ -404,7 +409,7 @@ def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | 
             return None
         path = os.path.join(hub_kwargs.get("subfolder") or "", name)
         options = {key: hub_kwargs.get(key) for key in ("cache_dir", "revision")}
-        if try_to_load_from_cache(str(source), path, **options) is not None:  # a record that there is none
+        if try_to_load_from_cache(str(source), path, **options) is not None:  # a record of HTTP 404
             return None
         raise OSError(
             f"Cannot read {name} of {source}: the Hub refuses the file or does not answer "

@@ -1,4 +1,4 @@
-"""Prompt template and camera images to the inputs of OpenVLA."""
+"""Prepare instructions and camera images as the inputs of OpenVLA."""
 
 import json
 import os
@@ -23,7 +23,7 @@ VICUNA_PROMPT = (
     f"USER: {QUESTION} {{instruction}}? ASSISTANT:"
 )
 
-# The first row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
+# The row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
 IMAGE_TOKEN_ID = 32001
 
 
@@ -47,9 +47,9 @@ RETURN_TYPES = ("pt", "np", None)
 
 
 class OpenVLAProcessor(ProcessorMixin):
-    r"""Images and instructions to `input_ids`, `attention_mask` and `pixel_values`.
+    r"""Convert images and instructions to `input_ids`, `attention_mask` and `pixel_values`.
 
-    An image becomes `num_image_tokens` placeholders after the BOS token; the model puts its features there.
+    An image takes `num_image_tokens` placeholders after the BOS token, which the model replaces by its features.
 
     ```python
     inputs = processor(image, instruction="pick up the red block")  # fills the checkpoint's prompt template
@@ -86,9 +86,11 @@ class OpenVLAProcessor(ProcessorMixin):
     ):
         super().__init__(image_processor, tokenizer)
         if "{instruction}" not in prompt_template:
-            raise ValueError(f"prompt_template has no {{instruction}} to fill: {prompt_template!r}.")
+            raise ValueError(f"`prompt_template` must contain '{{instruction}}', got {prompt_template!r}.")
         if tokenizer.pad_token is None:
-            raise ValueError("The tokenizer has no pad token: tokenizer.add_special_tokens({'pad_token': '<PAD>'}).")
+            raise ValueError(
+                "The tokenizer has no pad token: call `tokenizer.add_special_tokens({'pad_token': '<PAD>'})`."
+            )
         tokenizer.padding_side = "left"
         self.prompt_template = prompt_template
         self.lowercase_instruction = lowercase_instruction
@@ -109,16 +111,16 @@ class OpenVLAProcessor(ProcessorMixin):
         add_image_tokens: bool = True,
         **kwargs: Unpack[OpenVLAProcessorKwargs],
     ) -> BatchFeature:
-        """Prepares a batch of one image and one text each.
+        """Prepare a batch with one image and one text each.
 
         Args:
             *args: the images with `instruction=`; else text and images in either order (if both are strings,
                 the text comes first, as in the original).
             images: one image or a batch of them, see `OpenVLAImageProcessor`.
-            text: whole prompts, taken as they are. A text without the prompt template's words gives a warning.
-            instruction: what the robot is to do, put into the prompt template. One str serves a whole batch. A final
-                full stop gives a warning unless `strip_full_stop` is set.
-            add_image_tokens: whether to put the placeholders in; without them the model inserts the images.
+            text: whole prompts, which are not changed. A text without the prompt template's words gives a warning.
+            instruction: task of the robot, put into the prompt template. One str serves a whole batch. A final full
+                stop gives a warning unless `strip_full_stop` is set.
+            add_image_tokens: whether to insert the placeholders; if not, the model inserts them.
             **kwargs: options, flat or in `text_kwargs`, as in other processors of transformers:
 
                 - padding: `True` (the default) to the longest, `"max_length"`, or `False`.
@@ -140,8 +142,8 @@ class OpenVLAProcessor(ProcessorMixin):
         images, text = self._sort_arguments(args, images, text, instruction)
         if instruction is None and not all(map(self._follows_template, as_list(text))):
             warnings.warn(
-                f"The text does not follow this checkpoint's prompt template {self.prompt_template!r} and is taken as "
-                "it is. To fill the template, call processor(images, instruction=...).",
+                f"The text does not follow this checkpoint's prompt template {self.prompt_template!r}. To fill the "
+                "template, call processor(images, instruction=...).",
                 stacklevel=2,
             )
         if not (instruction is None or self.strip_full_stop) and any(
@@ -157,8 +159,8 @@ class OpenVLAProcessor(ProcessorMixin):
         prompts = as_list(text) * batch_size if isinstance(text, str) else as_list(text)
         if len(prompts) != batch_size:
             raise ValueError(
-                f"{len(prompts)} texts do not go with {batch_size} images: give one image for each text, "
-                "or a single text (a str) for all images."
+                f"Got {len(prompts)} texts for {batch_size} images: give one image for each text, or a single text (a "
+                "str) for all images."
             )
         text_inputs = self._encode(prompts, self.num_image_tokens if add_image_tokens else 0, text_kwargs)
         return BatchFeature(
@@ -171,8 +173,8 @@ class OpenVLAProcessor(ProcessorMixin):
         rows = self.tokenizer(prompts, verbose=False)["input_ids"]
         if placeholders and any(self.image_token_id in row for row in rows):
             raise ValueError(
-                f"The text contains {self.image_token!r}, which this tokenizer reads as a placeholder of the image. "
-                "Leave it out: the processor puts the image's placeholders in."
+                f"The text contains {self.image_token!r}, which this tokenizer reads as an image placeholder. Leave "
+                "it out: the processor inserts the placeholders."
             )
         max_length = text_kwargs.get("max_length")
         if text_kwargs["truncation"]:
@@ -229,46 +231,45 @@ class OpenVLAProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     def build_prompt(self, instruction: str) -> str:
-        """Fills the prompt template, for prediction and training alike.
+        """Fill the prompt template, for prediction and training alike.
 
         Raises:
             ValueError: the instruction is empty, or a whole prompt already.
             TypeError: the instruction is not a string.
         """
         if not isinstance(instruction, str):
-            raise TypeError(f"An instruction is a str, not {type(instruction).__name__}.")
-        # Refused instead of a warning: a prompt within a prompt is never what the model was trained on.
+            raise TypeError(f"An instruction must be a str, got {type(instruction).__name__}.")
+        # An error rather than a warning: no model is trained on a prompt within a prompt.
         if self._is_whole_prompt(instruction):
             raise ValueError(
                 f"The instruction is a whole prompt already: {instruction!r:.200}. Pass a whole prompt as `text=`, or "
-                "only what the robot is to do as `instruction=`."
+                "only the task as `instruction=`."
             )
         if self.lowercase_instruction:
             instruction = instruction.lower()
-        # The name of the placeholder is not a word of the instruction: the original takes it out as well. Where one is
-        # taken out, its surroundings may form another.
+        # The placeholder's name is removed, as in the original. A removal may form another one.
         while self.image_token in instruction:
             instruction = instruction.replace(self.image_token, "")
         instruction = instruction.strip()
         if self.strip_full_stop:
             instruction = instruction.rstrip(". ")
         if not instruction:
-            raise ValueError("The instruction is empty; say what the robot is to do, e.g. 'pick up the red block'.")
+            raise ValueError("The instruction is empty: give a task, such as 'pick up the red block'.")
         return self.prompt_template.replace("{instruction}", instruction)
 
     def _template_parts(self) -> tuple[str, str]:
-        """What a prompt says before and after the instruction."""
+        """Text of the prompt template before and after the instruction."""
         before, _, after = self.prompt_template.partition("{instruction}")
         return before.strip(), after.strip()
 
     def _follows_template(self, text: str) -> bool:
-        """Whether a text has the words of the template around an instruction; more may follow."""
+        """Whether a text has the template's words around an instruction; more text may follow."""
         before, after = self._template_parts()
         start = text.find(before)
         return start >= 0 and text.find(after, start + len(before)) >= 0
 
     def _is_whole_prompt(self, instruction: str) -> bool:
-        """Whether the template, or a published one, seems to be filled already, whatever the case."""
+        """Whether an instruction looks like a filled template, ours or a published one, in any case."""
         before, after = (part.lower() for part in self._template_parts())
         instruction = instruction.strip().lower()
         if QUESTION.lower() in instruction:
@@ -278,9 +279,9 @@ class OpenVLAProcessor(ProcessorMixin):
     def _sort_arguments(
         self, args: tuple[Any, ...], images: Any, text: Any, instruction: Any
     ) -> tuple[Any, str | list[str]]:
-        """Finds the images and the prompts among the accepted forms of a call."""
+        """Find the images and the prompts among the accepted forms of a call."""
         if instruction is not None and text is not None:
-            raise ValueError("Give instruction= (fills the template) or text= (a whole prompt), not both.")
+            raise ValueError("Give `instruction=` (fills the template) or `text=` (a whole prompt), not both.")
         rest = list(args)
         if rest and text is None and instruction is None:
             text_second = len(rest) == 2 and not is_text(rest[0]) and is_text(rest[1])
@@ -294,16 +295,15 @@ class OpenVLAProcessor(ProcessorMixin):
         texts = text if instruction is None else instruction
         if images is None or texts is None:
             raise ValueError(
-                "An image and a text are needed: "
-                "processor(images, instruction=...) or processor(prompt, images). "
-                "For one alone use processor.image_processor or processor.tokenizer."
+                "An image or a text is missing: call processor(images, instruction=...) or processor(prompt, images). "
+                "For one alone, use processor.image_processor or processor.tokenizer."
             )
         if not is_text(texts):
-            raise TypeError(f"A text is a str or a list of them, not {texts!r:.80}.")
+            raise TypeError(f"A text must be a str or a list of them, got {texts!r:.80}.")
         if instruction is None:
             if not all(each.strip() for each in as_list(texts)):
                 raise ValueError(
-                    "The text is empty: give a whole prompt, or instruction= to fill the prompt template."
+                    "The text is empty: give a whole prompt, or `instruction=` to fill the prompt template."
                 )
             return images, texts
         is_single = isinstance(texts, str)
@@ -317,9 +317,9 @@ class OpenVLAProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads our `processor_config.json`, or derives the fields from a published `config.json`."""
+        """Read our `processor_config.json`, or derive the fields from a published `config.json`."""
         hub_kwargs = select_hub_kwargs(kwargs)
-        find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_kwargs)  # an error where the Hub withholds it
+        find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_kwargs)  # raises if the Hub refuses the file
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "prompt_template" not in fields:
             config_file = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_kwargs)
@@ -335,8 +335,8 @@ class OpenVLAProcessor(ProcessorMixin):
         processor_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        # Not the Auto classes: they ask whether to trust the code that the published files name, and make
-        # the tokenizer a LlamaTokenizer, which splits some texts differently from the tokenizer.json.
+        # Not by the Auto classes: for published files they ask whether to trust remote code, and build a
+        # LlamaTokenizer, which splits some texts differently from the tokenizer.json.
         return [
             OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **select_hub_kwargs(kwargs)),
@@ -344,10 +344,10 @@ class OpenVLAProcessor(ProcessorMixin):
 
 
 def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Derives the processor's fields from a published `config.json`.
+    """Derive the processor's fields from a published `config.json`.
 
-    The language model decides the prompt: one that began as Vicuna (openvla-7b-v01) speaks its chat format.
-    The image tokens are the patches: by the image's size and the patch size in the names of the towers.
+    A language model that was Vicuna before (openvla-7b-v01) has Vicuna's chat prompt. The number of image tokens
+    follows from the image size and the patch size in the towers' names.
     """
     fields: dict[str, Any] = {}
     if language_model := config.get("llm_backbone_id"):
@@ -359,7 +359,7 @@ def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_list(texts: str | Sequence[str]) -> list[str]:
-    """A text or a batch of texts as a batch."""
+    """Make a list of a text or a batch of texts."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 
