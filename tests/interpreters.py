@@ -6,7 +6,8 @@
         print(process.output())
 
 Nothing of Hugging Face and nothing of this package is imported before the fork, so the variables that they read
-at import are those of the new process. PyTorch's and Python's own (`CXX`, `PYTHONIOENCODING`) need a real start.
+at import are those of the new process. Those of PyTorch (`CXX`) and of Python itself need a real start, except
+`PYTHONIOENCODING`.
 """
 
 import gc
@@ -14,6 +15,7 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -57,17 +59,19 @@ class Process:
 
 
 class Interpreters:
-    """Starts processes; `folder` takes what they write."""
+    """Starts processes; `folder` takes what they write. What the imports before the fork wrote is each one's."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.started = 0
+        self._imported = folder / "imported"
 
     def __enter__(self) -> Self:
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._imported.open("w"),
             text=True,
             start_new_session=True,
         )
@@ -87,9 +91,9 @@ class Interpreters:
         """Start what `python *arguments` would: `-c code`, `-m module` or a script, in a session of its own."""
         self.started += 1
         folder = self.folder / str(self.started)
-        folder.mkdir(parents=True)
+        folder.mkdir()
         job = {"start": arguments, "env": env, "cwd": os.getcwd(), "folder": str(folder)}
-        return Process(self.ask(job), self, folder)
+        return Process(self.ask(job | {"imported": str(self._imported)}), self, folder)
 
     def run(self, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, env=env)
@@ -103,7 +107,11 @@ def serve() -> list[str]:
         if "wait" in request:
             pid, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif not (answer := os.fork()):
+            print(json.dumps(answer), flush=True)
+            continue
+        (Path(request["folder"]) / "stdout").touch()
+        shutil.copy(request["imported"], Path(request["folder"]) / "stderr")
+        if not (answer := os.fork()):
             become(request)
             return request["start"]
         print(json.dumps(answer), flush=True)
@@ -120,6 +128,8 @@ def become(job: dict[str, Any]) -> None:
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
+    if encoding := os.environ.get("PYTHONIOENCODING"):
+        sys.stdout.reconfigure(encoding=encoding)
 
 
 def run(kind: str, *arguments: str) -> None:

@@ -2,8 +2,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
@@ -257,53 +256,51 @@ def test_json_never_holds_a_number_that_json_does_not_have(value, capsys):
     assert capsys.readouterr().out == ""
 
 
-def command_line(*arguments, **env):
-    """Start a command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "openvla_hf.cli", *map(str, arguments)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def command_line(interpreters):
+    """Starts a command in a process of its own."""
+
+    def start(*arguments, **env):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | env
+        return interpreters.start("-m", "openvla_hf.cli", *map(str, arguments), env=environment)
+
+    return start
 
 
-def test_a_terminal_without_unicode_gets_escapes(policy):
+def test_a_terminal_without_unicode_gets_escapes(policy, command_line):
     frame = ["--image", policy / "frame.png", "--instruction", "pousse le dé “rouge”"]
     process = command_line("predict", "--model", policy, *frame, PYTHONIOENCODING="ascii")
-    output, error = process.communicate()
-    assert process.returncode == 0, error
-    assert "pousse le d\\xe9 \\u201crouge\\u201d" in output
-    assert output.isascii()
+    assert process.wait() == 0, process.errors()
+    assert "pousse le d\\xe9 \\u201crouge\\u201d" in process.output()
+    assert process.output().isascii()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["lora", "qlora"])
-def test_fine_tuning_says_nothing_of_what_others_deprecate(recipe, policy, tmp_path):
+def test_fine_tuning_says_nothing_of_what_others_deprecate(recipe, policy, command_line, tmp_path):
     if recipe == "qlora":
         pytest.importorskip("bitsandbytes")
     write_lerobot([fake_episode(steps=6)], tmp_path / "kitchen")
     small = ["--steps", "1", "--workers", "0", "--set", "batch_size=2", "lora_rank=2"]
     data = ["--data", tmp_path / "kitchen", "--output", tmp_path / "out", "--recipe", recipe]
     process = command_line("finetune", "--model", policy, *data, *small)
-    error = process.communicate()[1]
-    assert process.returncode == 0, error
+    assert process.wait() == 0, process.errors()
+    error = process.errors()
     assert "deprecated" not in error
     assert "Warning" not in error
     assert "incompatible" not in error
     assert "Failed to load" not in error
 
 
-def test_ctrl_c_ends_a_command_in_one_line():
+def test_ctrl_c_ends_a_command_in_one_line(command_line):
     process = command_line("evaluate", "--episodes", "5000", "--batch-size", "1")
-    assert "done" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert output == ""
-    assert error.splitlines()[-1] == "openvla-hf: Interrupted."
-    assert "Traceback" not in error
+    while process.poll() is None and "done" not in process.errors():
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    assert process.output() == ""
+    assert process.errors().splitlines()[-1] == "openvla-hf: Interrupted."
+    assert "Traceback" not in process.errors()
 
 
 def test_demo_writes_pictures_and_evaluate_counts(policy, capsys, tmp_path):

@@ -5,10 +5,9 @@ import io
 import itertools
 import json
 import logging
+import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from functools import partial
@@ -524,10 +523,11 @@ print(len(from_episodes(episodes, cache_key="same")))
 """
 
 
-def test_processes_that_start_together_make_a_table_once(tmp_path):
-    command = [sys.executable, "-c", MAKE, str(tmp_path / "shared")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate()[0].split() for process in processes]
+def test_processes_that_start_together_make_a_table_once(interpreters, tmp_path):
+    command = ["-c", MAKE, str(tmp_path / "shared")]
+    processes = [interpreters.start(*command, env=dict(os.environ)) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    told = [process.output().split() for process in processes]
     assert sorted(told, key=len) == [["4"], ["made"] * 4 + ["4"]]
 
 

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -69,7 +67,7 @@ def test_frames_that_a_mixture_draws_again_count_once(make_episode):
     assert compute_statistics(mixture) == compute_statistics(one) | compute_statistics(other)
 
 
-def test_statistics_of_a_table_are_kept(episodes, tmp_path, cache):
+def test_statistics_of_a_table_are_kept(episodes, tmp_path, cache, run_python):
     write_rlds(episodes, tmp_path / "arm")
     first = compute_statistics(load(tmp_path / "arm", ARM))
     (kept,) = cache.glob("statistics-*.json")
@@ -81,8 +79,7 @@ def test_statistics_of_a_table_are_kept(episodes, tmp_path, cache):
         "from openvla_hf.data import Gripper, Robot, compute_statistics, load\n"
         "print(compute_statistics(load(sys.argv[2], Robot('arm', gripper=Gripper()))))"
     )
-    arguments = [sys.executable, "-c", program, str(cache.parent), str(tmp_path / "arm")]
-    assert "'kept'" in subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert "'kept'" in run_python(program, cache.parent, tmp_path / "arm").stdout
     write_rlds(episodes[:3], tmp_path / "other")
     assert compute_statistics(load(tmp_path / "other", ARM, name="arm"))["arm"]["num_trajectories"] == 3
 

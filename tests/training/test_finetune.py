@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -352,26 +350,23 @@ def test_a_missing_tracker_is_said_before_any_data_is_read(base, tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_continue(base, data, tmp_path, capsys, workers):
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_continue(base, data, tmp_path, interpreters, workers):
     output = tmp_path / "out"
     common = ["--model", str(base), "--data", str(data), "--output", str(output), "--json", "--workers", workers]
     quick = ["--save-steps", "3", "--logging-steps", "1", "--keep", "100", "--set", *SETTINGS]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "openvla_hf.cli", "finetune", *common, "--steps", "100000", *quick],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    command = ["-m", "openvla_hf.cli", "finetune", *common, "--steps", "100000", *quick]
+    process = interpreters.start(*command, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     while process.poll() is None and last_checkpoint(output) is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the processes that read data, too
-    printed = process.communicate()
-    assert process.returncode == 130, printed
-    assert "Traceback" not in printed[1]
-    assert printed[0] == ""
+    assert process.wait() == 130, process.errors()
+    printed = process.errors()
+    assert "Traceback" not in printed
+    assert process.output() == ""
     checkpoint = last_checkpoint(output)
     step = int(checkpoint.rsplit("-", 1)[1])
-    assert f"Stopped after step {step}, saved as {checkpoint}." in printed[1]
-    assert "--resume" in printed[1]
+    assert f"Stopped after step {step}, saved as {checkpoint}." in printed
+    assert "--resume" in printed
     assert not (output / "adapter_model.safetensors").exists()
     assert main(["finetune", *common, "--steps", str(step + 1), "--resume", *quick]) == 0
     assert last_checkpoint(output) == str(output / f"checkpoint-{step + 1}")

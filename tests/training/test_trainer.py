@@ -3,8 +3,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -340,21 +338,20 @@ trainer.train(resume_from_checkpoint=last_checkpoint(output))
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(tmp_path, run_python):
+def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(tmp_path, interpreters, run_python):
     steps = 12
     rng = np.random.default_rng()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     for run in range(3):
-        command = [sys.executable, "-c", TRAIN, str(tmp_path / "killed"), str(steps)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = interpreters.start("-c", TRAIN, str(tmp_path / "killed"), str(steps), env=environment)
         begun = last_checkpoint(tmp_path / "killed")
         while process.poll() is None:
             is_saving = (tmp_path / "killed" / UNFINISHED).exists()
             if is_saving and last_checkpoint(tmp_path / "killed") != begun and rng.random() < 0.01:
-                process.send_signal(signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(float(rng.uniform(0, 0.002)))
-        assert process.wait() == -signal.SIGKILL or run, process.stderr.read()
+        assert process.wait() == -signal.SIGKILL or run, process.errors()
         whole = last_checkpoint(tmp_path / "killed")
         assert len(load_file(f"{whole}/model.safetensors")) > 10
     run_python(TRAIN, tmp_path / "killed", steps)
