@@ -23,7 +23,7 @@ def warnings_of(episodes, robot=ARM):
     return " ".join(examine(from_episodes(episodes, robot, name="arm"), robot)[0].warnings)
 
 
-def test_a_sound_data_set_is_ready(make_episode, tmp_path):
+def test_a_sound_dataset_is_ready(make_episode, tmp_path):
     write_lerobot([make_episode(index, steps=8) for index in range(6)], tmp_path / "arm", frequency=5.0)
     report, frames = examine(tmp_path / "arm", ARM)
     assert report.warnings == []
@@ -56,7 +56,7 @@ def test_each_fault_is_found(make_episode, tmp_path):
     write_rlds([*sound, make_episode(9, instruction="")], tmp_path / "silent")
     assert "6 frames have no instruction" in " ".join(examine(tmp_path / "silent", ARM)[0].warnings)
     write_lerobot(sound, tmp_path / "fast", frequency=10.0)
-    assert "at 10 Hz, the robot 'arm' at 5 Hz" in " ".join(examine(tmp_path / "fast", ARM)[0].warnings)
+    assert "at 10 Hz, but the robot 'arm' is at 5 Hz" in " ".join(examine(tmp_path / "fast", ARM)[0].warnings)
     sound[1][2]["action"][0] = np.nan
     write_rlds(sound, tmp_path / "broken")
     report, _ = examine(tmp_path / "broken", ARM)
@@ -90,7 +90,7 @@ def test_absolute_actions_are_recognised_by_the_state(tmp_path):
     for robot in (joints, replace(joints, as_delta=True)):
         assert "target" not in warnings_about(targets, robot)
         assert "movements" not in warnings_about(targets, robot)
-    assert "do not follow the state: are they movements" in warnings_about(movements, joints)
+    assert "do not follow the state. Are they movements" in warnings_about(movements, joints)
     assert "movements already" in warnings_about(movements, replace(joints, as_delta=True))
 
 
@@ -176,7 +176,7 @@ def test_a_robot_without_a_gripper_is_not_asked_for_one(make_episode):
 
 
 def test_another_number_of_dimensions_than_the_model_s_is_told(make_episode):
-    with pytest.raises(ValueError, match="7 dimensions, the model's statistics 2"):
+    with pytest.raises(ValueError, match="7 dimensions, but the model's statistics have 2"):
         examine(from_episodes([make_episode(0)]), stats={"q01": [0, 0], "q99": [1, 1]})
 
 

@@ -1,7 +1,7 @@
-"""Is this data set ready to train on? What the frames say about themselves, and what a model makes of them."""
+"""Check whether a dataset is ready to train on, from its numbers, some of its images, and a model's errors on it."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,32 +24,51 @@ from ..modeling.action_tokenizer import ActionTokenizer, normalize
 
 
 N_BINS = 256
+# Episodes with fewer frames are too short to show a task.
 SHORT_EPISODE = 5
-"""Frames: fewer say little about a task."""
-IDLE_SHARE, DUPLICATE_SHARE, CLIPPED_SHARE = 0.2, 0.2, 0.05
-"""Of the frames, from which on it is worth a word."""
+# Shares of the frames above which there is a warning.
+IDLE_SHARE, DUPLICATE_SHARE, CLIPPED_SHARE, MOTIONLESS_SHARE = 0.2, 0.2, 0.05, 0.1
+# An action is a target, not a movement, if it is nearer to the state than this share of the state's deviation.
 FOLLOWS = 0.5
-"""An action nearer to the state than this share of the state's deviation is a target, not a movement."""
-MOTIONLESS_SHARE = 0.1
-"""Of the frames before the robot starts to move, from which on it is worth a word."""
+# Two images are equal if their mean difference in levels is below this: compression changes a still image by less.
 SAME_IMAGE = 0.1
-"""Mean difference in levels below which two images are one: compression moves a still image by less."""
+# An action this many times its usual range outside that range is probably a recording error.
 FAR_OUT = 10.0
-"""An action this many times outside its quantiles is a mistake in the recording, as a rule."""
+# Largest relative difference between the rates of the data and of the robot.
+RATE_TOLERANCE = 0.05
 
 
 @dataclass
 class Report:
-    """What was found; rates are shares in [0, 1], lists of numbers have one for each action dimension.
+    """What `examine` has found. Rates are shares in [0, 1]; lists of numbers have one entry per action dimension.
 
-    warnings: What should be looked at before training, a sentence each.
-    idle: Share of the actions that move nothing.
-    names: Of the action's dimensions; `None` where neither the data nor the robot's space name them.
-    follows_state: Dimensions whose action is about where the state is, as a target's.
-    motionless_start: Share of the frames before the state of their episode changes; `None` where there is no state.
-    clipped: Share of the values outside the quantiles that are mapped to [-1, 1] (or outside the model's).
-    histograms: Counts in the 256 bins of the action tokens, lowest first, for each dimension.
-    model: `token_accuracy` and `l1` (normalised) of a model on frames of the data, where one was given.
+    Attributes:
+        name: Name of the dataset.
+        robot: Name of the adapter that read it.
+        episodes: Number of usable episodes.
+        frames: Number of frames.
+        instructions: Number of different instructions.
+        shortest_episode: Length in frames.
+        median_episode: Length in frames.
+        longest_episode: Length in frames.
+        bad_episodes: Why each unusable episode was skipped.
+        frames_without_instruction: Number of frames that were left out because they have no instruction.
+        idle: Share of the actions that move nothing.
+        duplicates: Share of the compared images that equal the image before.
+        lowest: Smallest value.
+        highest: Largest value.
+        q01: First percentile.
+        q99: 99th percentile.
+        clipped: Share of the values outside the quantiles (the data's, or the model's) that are mapped to [-1, 1].
+        unused_dimensions: Dimensions that never change.
+        gripper_open: Share of the gripper values that mean open; `None` without a gripper.
+        frequency: Actions per second; `None` if unknown.
+        names: Names of the dimensions; `None` if neither the data nor the robot's space gives them.
+        follows_state: Dimensions whose action is close to the state, as a target's.
+        motionless_start: Share of the frames before the state of their episode changes; `None` without states.
+        histograms: Counts in the 256 bins of the action tokens, lowest first, for each dimension.
+        model: `frames`, `token_accuracy` and `l1` (normalised) of a model on the data, if one was given.
+        warnings: One sentence or two for each problem to look at before training.
     """
 
     name: str
@@ -80,7 +99,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return asdict(self)
 
 
@@ -96,7 +115,7 @@ def examine(
     max_images: int = 500,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Report, Dataset]:
-    """Examines a data set: all of its numbers, and some of its images.
+    """Examine a dataset: all of its numbers, and some of its images.
 
     Args:
         data: See `load`.
@@ -105,15 +124,15 @@ def examine(
         camera: See `load`.
         every: See `load`.
         drop_idle: See `load`.
-        stats: Action statistics that will normalise the actions (a model's); the data set's own by default.
-        max_images: How many images are compared with the next one.
-        progress: Called with the number of images read and their total.
+        stats: Action statistics that will normalise the actions, such as a model's; the dataset's own by default.
+        max_images: Number of images that are compared with the next one.
+        progress: Called with the number of compared images and their total.
 
     Returns:
         The report, and the frames.
 
     Raises:
-        ValueError: the data has no usable frame, or another number of action dimensions than `stats`.
+        ValueError: If the data has no usable frame, or its actions have another number of dimensions than `stats`.
     """
     losses = Losses(limit=1.0)
     source = open_source(data, split, streaming=False)
@@ -123,71 +142,130 @@ def examine(
     if not len(frames):
         reason = f" The first reason: {losses.bad_episodes[0]}" if losses.bad_episodes else ""
         raise ValueError(f"{name} has no usable frame.{reason}")
-    own = compute_statistics(frames)[name]["action"]
-    table = frames.select_columns(["action", "state", "episode_index", "instruction"]).with_format("arrow")[:]
-    actions = matrix(table["action"], "action")
-    states = None if table["state"].null_count else matrix(table["state"], "state")
-    episode_of = table["episode_index"].to_numpy()
-    if stats is not None and len(stats["q01"]) != actions.shape[1]:
+    numbers = _Numbers.of(frames)
+    if stats is not None and len(stats["q01"]) != numbers.dims:
         raise ValueError(
-            f"{name} has actions of {actions.shape[1]} dimensions, the model's statistics {len(stats['q01'])}."
+            f"The actions of {name} have {numbers.dims} dimensions, but the model's statistics have "
+            f"{len(stats['q01'])}. Give data of the model's robot."
         )
-    used = stats or own
-    low, high = np.array(used["q01"]), np.array(used["q99"])
-    scaled = np.array(used.get("mask", [True] * len(low)))
-    outside = (actions < low) | (actions > high)
-    starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
-    lengths = np.diff(np.append(starts, len(actions)))
-    bins = ActionTokenizer().bins
-    histograms = [
-        np.bincount(np.digitize(column, bins) - 1, minlength=N_BINS).tolist() for column in normalize(actions, used).T
-    ]
-    source_frequency = None if isinstance(source, Dataset) else source.frequency
-    follows = np.empty(0, int) if states is None else _follow_state(actions, states, adapter)
-    space = adapter.standard_space
-    if space is None and _are_most(follows, actions, adapter):
-        space = TARGETS[-1]
-    grippers = adapter.gripper_dimensions(actions.shape[1])
-    episodes = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    idle = [find_idle(actions[each], None if states is None else states[each], space, grippers) for each in episodes]
-    frequency = source_frequency or adapter.frequency
-    names = None
+    own = compute_statistics(frames)[name]["action"]
+    recorded_rate = names = None
     if not isinstance(source, Dataset):
+        recorded_rate = source.frequency
         names = adapter.name_dimensions(source.numbers, source.dimension_names)
+    rate = recorded_rate or adapter.frequency
     report = Report(
         name=name,
         robot=adapter.name,
-        episodes=len(lengths),
-        frames=len(actions),
-        instructions=len(set(table["instruction"].to_pylist())),
-        shortest_episode=int(lengths.min()),
-        median_episode=float(np.median(lengths)),
-        longest_episode=int(lengths.max()),
         bad_episodes=losses.bad_episodes,
         frames_without_instruction=losses.without_instruction,
-        idle=float(np.concatenate(idle).mean()),
-        duplicates=_duplicates(frames, episode_of, max_images, progress),
+        duplicates=_duplicates(frames, numbers.episode_of, max_images, progress),
         lowest=own["min"],
         highest=own["max"],
         q01=own["q01"],
         q99=own["q99"],
-        clipped=np.where(scaled, outside.mean(0), 0.0).tolist(),
-        unused_dimensions=np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
-        gripper_open=float((actions[:, grippers] > GRIPPER_OPEN).mean()) if grippers else None,
-        frequency=frequency / adapter.every if frequency else None,
-        names=names if names and len(names) == actions.shape[1] else name_by_space(space, actions.shape[1]),
-        follows_state=follows.tolist(),
-        motionless_start=None if states is None else _motionless_start(states, episodes),
-        histograms=histograms,
+        frequency=rate / adapter.every if rate else None,
+        **_count(numbers),
+        **_compare_with_bins(numbers.actions, stats or own),
+        **_judge_motion(numbers, adapter, names),
     )
-    report.warnings = _warnings(report, adapter, actions, starts, source_frequency)
+    report.warnings = _warnings(report, adapter, numbers, recorded_rate)
     return report, frames
 
 
-def _follow_state(actions: np.ndarray, states: np.ndarray, robot: Robot) -> np.ndarray:
-    """The dimensions, other than grippers', whose action is nearer to the state than the state is to its own mean.
+@dataclass
+class _Numbers:
+    """Everything in the frames except images: N frames of A action dimensions and S state dimensions.
 
-    An action that was made relative to the state follows its reverse where it was a movement already.
+    Attributes:
+        actions: (N, A).
+        states: (N, S), or `None` if a frame has none.
+        episode_of: Episode of each frame, (N,).
+        instructions: Of each frame.
+    """
+
+    actions: np.ndarray
+    states: np.ndarray | None
+    episode_of: np.ndarray
+    instructions: list[str]
+
+    @classmethod
+    def of(cls, frames: Dataset) -> "_Numbers":
+        table = frames.select_columns(["action", "state", "episode_index", "instruction"]).with_format("arrow")[:]
+        return cls(
+            actions=matrix(table["action"], "action"),
+            states=None if table["state"].null_count else matrix(table["state"], "state"),
+            episode_of=table["episode_index"].to_numpy(),
+            instructions=table["instruction"].to_pylist(),
+        )
+
+    @property
+    def dims(self) -> int:
+        return self.actions.shape[1]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First frame of each episode, (E,)."""
+        return np.flatnonzero(np.concatenate(([True], self.episode_of[1:] != self.episode_of[:-1])))
+
+    @property
+    def episodes(self) -> list[slice]:
+        """Frames of each episode."""
+        ends = [*self.starts[1:].tolist(), len(self.actions)]
+        return [slice(start, end) for start, end in zip(self.starts.tolist(), ends, strict=True)]
+
+
+def _count(numbers: _Numbers) -> dict[str, Any]:
+    """Count episodes, frames and instructions, as fields of a report."""
+    lengths = [episode.stop - episode.start for episode in numbers.episodes]
+    return {
+        "episodes": len(lengths),
+        "frames": len(numbers.actions),
+        "instructions": len(set(numbers.instructions)),
+        "shortest_episode": min(lengths),
+        "median_episode": float(np.median(lengths)),
+        "longest_episode": max(lengths),
+    }
+
+
+def _compare_with_bins(actions: np.ndarray, stats: dict[str, Any]) -> dict[str, Any]:
+    """Compare actions (N, A) with the range and the bins of the action tokens, as fields of a report."""
+    low, high = np.array(stats["q01"]), np.array(stats["q99"])
+    scaled = np.array(stats.get("mask", [True] * len(low)))
+    outside = (actions < low) | (actions > high)
+    bins = ActionTokenizer().bins
+    return {
+        "clipped": np.where(scaled, outside.mean(0), 0.0).tolist(),
+        "unused_dimensions": np.flatnonzero(np.ptp(actions, axis=0) == 0).tolist(),
+        "histograms": [
+            np.bincount(np.digitize(column, bins) - 1, minlength=N_BINS).tolist()
+            for column in normalize(actions, stats).T
+        ],
+    }
+
+
+def _judge_motion(numbers: _Numbers, robot: Robot, names: list[str] | None) -> dict[str, Any]:
+    """Compare actions with states, and find idle frames and the gripper's values, as fields of a report."""
+    actions, states, episodes = numbers.actions, numbers.states, numbers.episodes
+    follows = np.empty(0, int) if states is None else _follow_state(actions, states, robot)
+    space = robot.standard_space
+    if space is None and _are_most(follows, actions, robot):
+        space = TARGETS[-1]
+    grippers = robot.gripper_dimensions(numbers.dims)
+    idle = [find_idle(actions[each], None if states is None else states[each], space, grippers) for each in episodes]
+    return {
+        "idle": float(np.concatenate(idle).mean()),
+        "follows_state": follows.tolist(),
+        "motionless_start": None if states is None else _motionless_start(states, episodes),
+        "gripper_open": float((actions[:, grippers] > GRIPPER_OPEN).mean()) if grippers else None,
+        "names": names if names and len(names) == numbers.dims else name_by_space(space, numbers.dims),
+    }
+
+
+def _follow_state(actions: np.ndarray, states: np.ndarray, robot: Robot) -> np.ndarray:
+    """Find the dimensions, except grippers, whose action is nearer to the state than the state is to its own mean.
+
+    If an action that was a movement already was made relative to the state, it follows the state's reverse.
     """
     shared = min(actions.shape[1], states.shape[1])
     actions, states = actions[:, :shared], states[:, :shared]
@@ -197,13 +275,13 @@ def _follow_state(actions: np.ndarray, states: np.ndarray, robot: Robot) -> np.n
 
 
 def _are_most(dimensions: np.ndarray, actions: np.ndarray, robot: Robot) -> bool:
-    """Whether these are at least half of the dimensions that change, grippers left out."""
+    """Return whether these are at least half of the dimensions that change, without grippers."""
     changing = np.setdiff1d(np.flatnonzero(np.ptp(actions, axis=0)), robot.gripper_dimensions(actions.shape[1]))
     return len(dimensions) > 0 and 2 * len(dimensions) >= len(changing)
 
 
 def _motionless_start(states: np.ndarray, episodes: Sequence[slice]) -> float:
-    """Share of the frames before the state of their episode first differs from where it began."""
+    """Return the share of the frames before the state of their episode first differs from its start."""
     ranges = np.ptp(np.quantile(states, (0.01, 0.99), axis=0), axis=0)
     motionless = 0
     for each in episodes:
@@ -214,11 +292,11 @@ def _motionless_start(states: np.ndarray, episodes: Sequence[slice]) -> float:
 
 
 def _duplicates(frames: Dataset, episode_of: np.ndarray, limit: int, progress: Callable[[int, int], None]) -> float:
-    """Share of images that are the next one of their episode again, in up to `limit` pairs in a few long runs."""
+    """Return the share of images that equal the next one of their episode, among up to `limit` pairs."""
     pairs = np.flatnonzero(episode_of[:-1] == episode_of[1:])
     if not len(pairs):
         return 0.0
-    # Runs rather than single pairs: a video is read fastest in sequence.
+    # Runs of consecutive pairs, because a video is read fastest in sequence.
     runs = np.array_split(pairs, min(len(pairs), 10))
     chosen = np.concatenate([run[: max(1, limit // len(runs))] for run in runs])
     same, previous = 0, (-1, np.empty(0))
@@ -231,83 +309,103 @@ def _duplicates(frames: Dataset, episode_of: np.ndarray, limit: int, progress: C
     return same / len(chosen)
 
 
-def _warnings(
-    report: Report, robot: Robot, actions: np.ndarray, starts: np.ndarray, source_frequency: float | None
-) -> list[str]:
-    warnings = []
+def _warnings(report: Report, robot: Robot, numbers: _Numbers, recorded_rate: float | None) -> list[str]:
+    return [
+        *_warn_of_episodes(report),
+        *_warn_of_motion(report, robot, numbers.actions),
+        *_warn_of_values(report),
+        *_warn_of_gripper(report, robot, numbers),
+        *_warn_of_rate(report, robot, recorded_rate),
+    ]
+
+
+def _warn_of_episodes(report: Report) -> Iterator[str]:
     if report.bad_episodes:
-        count = len(report.bad_episodes)
-        warnings.append(f"{count} episode(s) can't be used, the first: {report.bad_episodes[0]}")
+        yield f"{len(report.bad_episodes)} episode(s) cannot be used. The first reason: {report.bad_episodes[0]}"
     if report.frames_without_instruction:
-        warnings.append(f"{report.frames_without_instruction} frames have no instruction and are left out.")
+        yield f"{report.frames_without_instruction} frames have no instruction and are left out."
     if report.shortest_episode < SHORT_EPISODE:
-        warnings.append(f"The shortest episode has {report.shortest_episode} frames: was it cut?")
+        yield f"The shortest episode has {report.shortest_episode} frames. Was it cut?"
+    if report.duplicates > DUPLICATE_SHARE:
+        yield f"{report.duplicates:.0%} of the images equal the one before. Does the camera lag?"
+
+
+def _warn_of_motion(report: Report, robot: Robot, actions: np.ndarray) -> Iterator[str]:
     if report.idle > IDLE_SHARE:
-        warnings.append(f"{report.idle:.0%} of the actions move nothing: a policy learns to stand still from them.")
+        yield f"{report.idle:.0%} of the actions move nothing. A policy learns to stand still from them."
     if report.motionless_start is not None and report.motionless_start > MOTIONLESS_SHARE:
-        warnings.append(
-            f"{report.motionless_start:.0%} of the frames come before the robot starts to move: consider "
+        yield (
+            f"{report.motionless_start:.0%} of the frames come before the robot starts to move. Consider "
             "drop_idle=True (--drop-idle)."
         )
     if _are_most(np.array(report.follows_state), actions, robot):
-        warnings += _warn_of_targets(report, robot)
+        yield from _warn_of_targets(report, robot)
     elif robot.standard_space in TARGETS and report.motionless_start is not None:
-        warnings.append(
-            f"The robot {robot.name!r} says that actions are {robot.standard_space}, but they do not follow the "
-            "state: are they movements?"
+        yield (
+            f"The robot {robot.name!r} declares its actions as {robot.standard_space}, but they do not follow the "
+            "state. Are they movements?"
         )
-    if report.duplicates > DUPLICATE_SHARE:
-        warnings.append(f"{report.duplicates:.0%} of the images equal the one before: does the camera lag?")
+
+
+def _warn_of_targets(report: Report, robot: Robot) -> Iterator[str]:
+    """Warn if most dimensions follow the state, but the robot does not declare targets."""
+    if robot.takes_difference:
+        yield f"The recorded actions seem to be movements already, but the robot {robot.name!r} takes them as targets."
+    elif robot.standard_space not in TARGETS:
+        declared = f"the robot {robot.name!r} declares {robot.standard_space}" if robot.standard_space else ""
+        yield (
+            f"The action is close to the state in the dimensions {report.follows_state}, as a target is"
+            f"{declared and f', but {declared}'}. Give a robot with space='joint_positions' or "
+            "space='end_effector_pose'."
+        )
+
+
+def _warn_of_values(report: Report) -> Iterator[str]:
     if report.unused_dimensions:
-        warnings.append(f"The action dimensions {report.unused_dimensions} never change; they are trained to be 0.")
+        yield f"The action dimensions {report.unused_dimensions} never change; they are trained to be 0."
     for dimension, share in enumerate(report.clipped):
         if share > CLIPPED_SHARE:
-            label = _label(report, dimension)
-            warnings.append(f"{share:.0%} of the actions in {label} are clipped by the statistics.")
-    span = np.array(report.q99) - np.array(report.q01)
-    far = np.maximum(np.array(report.highest) - report.q99, np.array(report.q01) - report.lowest) > FAR_OUT * span
+            yield f"The statistics clip {share:.0%} of the values of {_label(report, dimension)}."
+    q01, q99 = np.array(report.q01), np.array(report.q99)
+    span = q99 - q01
+    far = np.maximum(np.array(report.highest) - q99, q01 - np.array(report.lowest)) > FAR_OUT * span
     for dimension in np.flatnonzero(far & (span > 0)).tolist():
         value = max((report.lowest[dimension], report.highest[dimension]), key=abs)
-        reached = f"{_label(report, dimension)} reaches {value:g}, far outside its usual range: a recording error?"
-        warnings.append(reached[0].upper() + reached[1:])
-    if grippers := robot.gripper_dimensions(actions.shape[1]):
-        begin_open = float((actions[starts][:, grippers] > GRIPPER_OPEN).mean())
+        label = _label(report, dimension)
+        yield f"{label[0].upper()}{label[1:]} reaches {value:g}, far outside its usual range. Is it a recording error?"
+
+
+def _warn_of_gripper(report: Report, robot: Robot, numbers: _Numbers) -> Iterator[str]:
+    if grippers := robot.gripper_dimensions(numbers.dims):
+        begin_open = float((numbers.actions[numbers.starts][:, grippers] > GRIPPER_OPEN).mean())
         if begin_open < 0.5:
-            warnings.append(f"Only {begin_open:.0%} of the episodes begin with an open gripper: is its sign right?")
+            yield f"Only {begin_open:.0%} of the episodes begin with an open gripper. Is its sign right?"
         if report.gripper_open in (0.0, 1.0):
-            warnings.append(f"The gripper is always {'open' if report.gripper_open else 'closed'}.")
-    elif robot.gripper is None and actions.shape[1] == len("xyzrpyg") and robot.standard_space not in JOINTS:
-        warnings.append("Nothing says what the gripper's values mean: give a robot whose adapter does, if it has one.")
-    if source_frequency and robot.frequency and abs(source_frequency / robot.frequency - 1) > 0.05:
-        warnings.append(f"The data is at {source_frequency:g} Hz, the robot {robot.name!r} at {robot.frequency:g} Hz.")
+            yield f"The gripper is always {'open' if report.gripper_open else 'closed'}."
+    elif robot.gripper is None and numbers.dims == len("xyzrpyg") and robot.standard_space not in JOINTS:
+        yield (
+            "It is unknown what the gripper's values mean. If the robot has a gripper, give an adapter that declares "
+            "it."
+        )
+
+
+def _warn_of_rate(report: Report, robot: Robot, recorded_rate: float | None) -> Iterator[str]:
+    if recorded_rate and robot.frequency and abs(recorded_rate / robot.frequency - 1) > RATE_TOLERANCE:
+        yield f"The data is at {recorded_rate:g} Hz, but the robot {robot.name!r} is at {robot.frequency:g} Hz."
     if report.frequency is None:
-        warnings.append("Nothing says how many actions a second there are; act at the rate of the recording.")
-    return warnings
+        yield "The number of actions per second is unknown. Act at the rate of the recording."
 
 
 def _label(report: Report, dimension: int) -> str:
     return f"dimension {dimension}" + (f" ({report.names[dimension]})" if report.names else "")
 
 
-def _warn_of_targets(report: Report, robot: Robot) -> list[str]:
-    """What it means that most dimensions follow the state."""
-    if robot.takes_difference:
-        return [f"The recorded actions seem to be movements already, but {robot.name!r} takes them for targets."]
-    if robot.standard_space in TARGETS:
-        return []
-    said = "" if robot.standard_space is None else f", but the robot {robot.name!r} says {robot.standard_space}"
-    return [
-        f"The action is about where the state is in the dimensions {report.follows_state}, as a target is{said}: give "
-        "a robot with space='joint_positions' or space='end_effector_pose'."
-    ]
-
-
 def report_tables(report: Report, names: Sequence[str]) -> list[Table]:
-    """The figures for a person; `names` are those of the action's dimensions."""
+    """Make tables of a report; `names` are those of the action's dimensions."""
     facts = Table(title=f"{report.name}, read as {report.robot!r}", show_header=False)
     for fact in (
         ("episodes, frames, instructions", f"{report.episodes}, {report.frames}, {report.instructions}"),
-        ("frames an episode", f"{report.shortest_episode} / {report.median_episode:g} / {report.longest_episode}"
+        ("frames per episode", f"{report.shortest_episode} / {report.median_episode:g} / {report.longest_episode}"
                               "  (shortest, median, longest)"),
         ("frequency", f"{report.frequency:g} Hz" if report.frequency else "unknown"),
         ("idle actions", f"{report.idle:.1%}"),
@@ -332,21 +430,21 @@ def report_tables(report: Report, names: Sequence[str]) -> list[Table]:
 
 
 def plot_actions(report: Report, path: str | os.PathLike, names: Sequence[str] | None = None) -> Path:
-    """Draws how often each of the 256 bins is used, a panel for each dimension."""
+    """Draw how often each of the 256 bins is used, with a panel for each dimension, into an image file."""
     pyplot = import_extra("matplotlib.pyplot", "data")
     count = len(report.histograms)
     figure, axes = pyplot.subplots(
         count, 1, figsize=(8, 1.3 * count), sharex=True, squeeze=False, layout="constrained"
     )
-    # The last bin holds 1 alone.
+    # The last bin contains only the value 1.
     edges = np.append(np.linspace(-1, 1, N_BINS), 1 + 2 / N_BINS)
     for dimension, (axis, counts) in enumerate(zip(axes[:, 0], report.histograms, strict=True)):
         axis.stairs(counts, edges, fill=True)
-        # A logarithm above one frame and linear below, so that the bars stand on 0 and one frame is seen.
+        # Logarithmic above one frame and linear below, so that bars start at 0 and a single frame is visible.
         axis.set_yscale("symlog", linthresh=1, linscale=0.5)
         axis.set_ylim(bottom=0)
         axis.set_ylabel(names[dimension] if names else f"action {dimension}")
-    axes[-1, 0].set_xlabel("normalised action; a bar is a token")
+    axes[-1, 0].set_xlabel("normalised action; each bar is a token")
     figure.suptitle(f"{report.name}: {report.frames} frames")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
