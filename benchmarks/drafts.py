@@ -1,10 +1,9 @@
-"""How often the last action's tokens are right for the next one, on a policy's own rollouts in the tabletop.
+"""Measure how often the last action's tokens are right for the next one, on a policy's rollouts in the tabletop.
 
 python benchmarks/drafts.py --model outputs/tabletop --observations 2000 --json
 
-One robot acts with an `ActionStream`. On each frame that it sees, plain `predict_action` is timed in turn with it, and
-both must give the tokens of `generate`, as must one more prediction, with a draft that is right, wrong, random, too
-short or too long in turn.
+One robot acts with an `ActionStream`. On each frame, plain `predict_action` is timed too, and both must give the
+tokens of `generate`. So must one more prediction, whose draft is right, wrong, random, too short and too long in turn.
 """
 
 import argparse
@@ -19,41 +18,23 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import LogitsProcessorList
 
 from openvla_hf.cli.common import default_model, load
-from openvla_hf.modeling.action_decoding import ActionIdsOnly
-from openvla_hf.modeling.model_inputs import prepare_prompts
+from openvla_hf.evaluation.latency import generate_action_ids, prepare_inputs
 from openvla_hf.tabletop.env import TabletopEnv
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED
 
 
-def generate(model: Any, inputs: Any, steps: int) -> np.ndarray:
-    """Greedy action ids (1, steps) by `generate`."""
-    end_id = model.config.action_vocab_end
-    input_ids, mask = prepare_prompts(model.config, inputs["input_ids"], inputs["attention_mask"])
-    ids = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        pixel_values=inputs["pixel_values"].to(model.device, model.dtype),
-        max_new_tokens=steps,
-        min_new_tokens=steps,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([ActionIdsOnly(end_id - model.config.n_action_bins, end_id)]),
-    )
-    return ids[:, -steps:].cpu().numpy()
-
-
 def draft(kind: int, right: np.ndarray, model: Any, rng: np.random.Generator) -> np.ndarray:
-    """A guess at ids (1, A): right, wrong, random, too short, too long."""
-    end_id, bins = model.config.action_vocab_end, model.config.n_action_bins
-    wrong = end_id - bins + (right - end_id + bins + 1) % bins
-    guesses = [right, wrong, rng.integers(end_id - bins, end_id, right.shape), right[:, :3], np.tile(right, 2)]
+    """Make a draft for ids (1, A): right, wrong, random, too short, too long."""
+    first_id, end_id = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
+    wrong = first_id + (right - first_id + 1) % (end_id - first_id)
+    guesses = [right, wrong, rng.integers(first_id, end_id, right.shape), right[:, :3], np.tile(right, 2)]
     return guesses[kind % len(guesses)]
 
 
 def measure(model: Any, processor: Any, observations: int, unnorm_key: str | None, quiet: bool) -> dict[str, Any]:
-    """Act until so many frames are seen, and count passes, seconds and tokens that differ."""
+    """Act on a number of frames, and count passes, seconds and frames whose tokens differ."""
     rng, env, stream = np.random.default_rng(0), TabletopEnv(), model.action_stream(unnorm_key)
     steps = model.get_action_dim(unnorm_key)
     passes: Counter[int] = Counter()
@@ -74,7 +55,7 @@ def measure(model: Any, processor: Any, observations: int, unnorm_key: str | Non
                 predictions[name] = stream.predict_action(**inputs, return_details=True)
             seconds[name].append(time.perf_counter() - start)
         passes[stream.forward_passes] += 1
-        right = generate(model, inputs, steps)
+        right = generate_action_ids(model, prepare_inputs(model, inputs), steps)
         guess = draft(number, right, model, rng)
         predictions["draft"] = model.predict_action(
             **inputs, unnorm_key=unnorm_key, return_details=True, draft_token_ids=guess
@@ -95,7 +76,7 @@ def measure(model: Any, processor: Any, observations: int, unnorm_key: str | Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 if any token differed."""
+    """Run the benchmark, and return exit status 1 if any token differed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id (default: the tabletop policy that ships with the package)")
     parser.add_argument("--observations", type=int, default=2000, help="frames to act on (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""How long an action takes: `openvla-hf bench`, from a checkout.
+"""Measure how long an action takes: runs `openvla-hf bench` in a checkout.
 
 python benchmarks/latency.py --random tiny
 python benchmarks/latency.py --help

@@ -1,7 +1,7 @@
-"""What each format costs: bytes of a 7B policy, time of an action, and where the time of 8 bits goes.
+"""Measure what each format costs: bytes of a 7B policy, time of an action, and the operations of 8 bits.
 
-python benchmarks/quantization.py weights            # on the meta device, and checked on a shallow 7B that is loaded
-python benchmarks/quantization.py layers             # one layer in each format, and what 8 bits spend their time on
+python benchmarks/quantization.py weights            # computed for 7B, and checked on a shallow model that is loaded
+python benchmarks/quantization.py layers             # one layer in each format, and the slowest operations of 8 bits
 python benchmarks/quantization.py actions --size 7b --compile --format 4bit 8bit  # whole actions, on a GPU
 """
 
@@ -26,9 +26,7 @@ from transformers import AutoModel
 
 import openvla_hf  # noqa: F401 - registers the Auto classes
 from openvla_hf.checkpoints.quantize import FORMATS, expected_weight_bytes, quantization, weight_bytes
-from openvla_hf.evaluation.latency import INSTRUCTION, RANDOM_SIZES, peak_memory, random_model, seconds
-from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
-from openvla_hf.testing import BRIDGE_LIKE_STATS
+from openvla_hf.evaluation.latency import INSTRUCTION, RANDOM_SIZES, peak_memory, random_config, random_model, seconds
 
 
 # (inputs, outputs) of the language model's layers, and rows: a token, and a prompt with its image.
@@ -37,17 +35,8 @@ ROWS = (1, 276)
 VARIANTS = [(None, False)] + [(name, towers) for name in FORMATS for towers in (False, True)]
 
 
-def full_size(**text: int) -> OpenVLAConfig:
-    """The config of openvla-7b, with some of its language model's fields replaced."""
-    return OpenVLAConfig(
-        vision_backbone_id="dinosiglip-vit-so-224px",
-        text_config=RANDOM_SIZES["7b"]["text_config"] | text,
-        norm_stats={"random": {"action": BRIDGE_LIKE_STATS}},
-    )
-
-
 def runs_here(name: str | None, towers: bool = False) -> bool:
-    """Whether the package and the GPU that a format needs are there."""
+    """Return whether the package and the GPU that a format needs are available."""
     try:
         return name is None or quantization(name, towers=towers) is not None
     except (ImportError, ValueError):
@@ -59,8 +48,8 @@ def label(name: str | None, towers: bool, dtype: torch.dtype = torch.bfloat16) -
 
 
 def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Bytes of the weights: computed for 7B, and for a shallow one computed and loaded."""
-    full, shallow = full_size(), full_size(num_hidden_layers=1)
+    """Count the bytes of the weights: computed for 7B, and computed and loaded for a shallow model."""
+    full, shallow = random_config("7b"), random_config("7b", {"num_hidden_layers": 1})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         AutoModel.from_config(shallow, dtype=torch.bfloat16).save_pretrained(folder)
@@ -83,13 +72,13 @@ def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call in milliseconds, after two that don't count."""
+    """Return the median time of a call in milliseconds, after two calls that are not counted."""
     times = [seconds(run, torch.device(device)) for _ in range(repeats + 2)]
     return 1e3 * statistics.median(times[2:])
 
 
 def quantized_layers(plain: nn.Linear, device: str) -> dict[str, nn.Module]:
-    """A linear layer of the CPU in the formats of bitsandbytes, with the settings of `quantization`."""
+    """Convert a linear layer on the CPU to the formats of bitsandbytes, with the settings of `quantization`."""
     import bitsandbytes as bnb
 
     sizes = plain.in_features, plain.out_features
@@ -104,8 +93,8 @@ def quantized_layers(plain: nn.Linear, device: str) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time of one layer, and the operations that 8 bits are made of."""
-    # It says at every call that it casts to float16.
+    """Time one layer, and list the operations of 8 bits."""
+    # bitsandbytes logs its cast to float16 at every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     rows = []
     for part, (inputs, outputs) in LAYERS.items():
@@ -132,7 +121,7 @@ def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
 def time_actions(
     folder: str, name: str | None, towers: bool, inputs: dict[str, torch.Tensor], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Load a format and act in it."""
+    """Load a format, and time its actions."""
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     start = time.perf_counter()
     config = None if name is None else quantization(name, towers=towers, dtype=dtype)
@@ -151,7 +140,7 @@ def time_actions(
 
 
 def actions(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time of `predict_action`, weights and memory of a policy of random weights."""
+    """Measure time, weights and memory of `predict_action` with random weights."""
     model, processor = random_model(args.size, torch.bfloat16, args.device)
     inputs = processor(np.zeros((256, 256, 3), np.uint8), instruction=INSTRUCTION)
     rows: list[dict[str, Any]] = []

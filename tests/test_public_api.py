@@ -158,7 +158,7 @@ API = {
         Latency(device, threads, dtype, versions, parameters, weight_bytes, bandwidth, matmul, repeats, batches)
         latency_tables(result)
         measure_latency(model, processor, unnorm_key, batch_sizes, repeats, compile_passes, instruction, progress)
-        random_model(size, dtype, device)
+        random_model(size, dtype, device, text_config)
     """,
     "openvla_hf.evaluation.open_loop": """
         OpenLoopReport(dataset, episodes, frames, mean_absolute_error, l1, token_accuracy, gripper_agreement)

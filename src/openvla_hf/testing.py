@@ -1,4 +1,4 @@
-"""Small things that are built offline in milliseconds: for tests, notebooks and docstring examples."""
+"""Build tiny models, processors and episodes offline in milliseconds, for tests, notebooks and examples."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,11 +28,11 @@ BRIDGE_LIKE_STATS: dict[str, Any] = {
 def tiny_tokenizer(
     texts: Iterable[str] = ("pick up the red block",), merges: int = 64, phrases: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in the layout of OpenVLA's: text, 256 action ids, `<PAD>`, `<image>`.
+    """Build a byte-level BPE tokenizer in the layout of OpenVLA's: text, 256 action ids, `<PAD>`, `<image>`.
 
     Args:
         texts: Instructions whose words become tokens.
-        merges: Tokens beyond the 256 bytes and the three special ones; fewer where the texts give no more.
+        merges: Largest number of tokens beyond the 256 bytes and the three special tokens.
         phrases: Groups of words that are one token each.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -75,19 +75,19 @@ def tiny_config(
     fused: bool = True,
     norm_stats: dict[str, Any] | None = None,
 ) -> OpenVLAConfig:
-    """A configuration of the real classes at a size that runs in milliseconds.
+    """Build a config of the real classes at a size that runs in milliseconds.
 
     Args:
-        tokenizer: Whose ids it uses; `tiny_tokenizer()` by default.
-        image_size: Pixels along a side of the input of both towers.
+        tokenizer: Tokenizer whose ids the config uses; `tiny_tokenizer()` by default.
+        image_size: Pixels along a side of both towers' input.
         patch_size: Pixels along a side of a patch.
         vision_width: Width of each tower; the MLPs are four times as wide.
-        vision_layers: Published depth of each tower, of which the last block is not built.
+        vision_layers: Published depth of each tower; the last block is not built.
         text_width: Width of the language model.
-        text_layers: Its layers.
-        heads: Attention heads of each part.
-        fused: Two towers (DINOv2 and SigLIP) or SigLIP alone.
-        norm_stats: Action statistics; one data set named "tiny" by default.
+        text_layers: Layers of the language model.
+        heads: Attention heads of the language model and of each tower.
+        fused: Whether there are two towers (DINOv2 and SigLIP), or SigLIP alone.
+        norm_stats: Action statistics; those of one dataset named "tiny" by default.
     """
     tokenizer = tokenizer or tiny_tokenizer()
     tower = {
@@ -133,7 +133,7 @@ def tiny_config(
 def tiny_processor(
     tokenizer: PreTrainedTokenizerFast | None = None, config: OpenVLAConfig | None = None
 ) -> OpenVLAProcessor:
-    """The processor that goes with `tiny_config`, both built from `tokenizer` by default."""
+    """Build the processor for a `tiny_config`; the config is made for `tokenizer` by default."""
     tokenizer = tokenizer or tiny_tokenizer()
     config = config or tiny_config(tokenizer)
     image_processor = OpenVLAImageProcessor(size=config.vision_config.image_size)
@@ -150,7 +150,7 @@ def tiny_processor(
 def fake_episode(
     seed: int = 0, steps: int = 5, instruction: str = "pick up the red block", size: int = 64
 ) -> list[dict[str, Any]]:
-    """Frames of a made-up episode: `image` (size, size, 3) uint8, `instruction`, `action` (7,) float64."""
+    """Make the frames of a random episode: `image` (size, size, 3) uint8, `instruction`, `action` (7,) float64."""
     rng = np.random.default_rng(seed)
     low, high = np.array(BRIDGE_LIKE_STATS["q01"]), np.array(BRIDGE_LIKE_STATS["q99"])
     actions = rng.uniform(low, high, size=(steps, len(low)))

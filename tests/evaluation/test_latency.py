@@ -37,6 +37,13 @@ def test_random_models_have_the_size_of_their_name(size, billions):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_a_random_model_can_be_shallower_and_its_size_stays_as_it_is():
+    shallow, _ = random_model("7b", device="meta", text_config={"num_hidden_layers": 2})
+    assert len(shallow.model.language_model.layers) == 2
+    full, _ = random_model("7b", device="meta")
+    assert len(full.model.language_model.layers) == 32
+
+
 def test_an_unknown_size():
     with pytest.raises(
         ValueError, match=r"Unknown size '70b'\. Did you mean '7b'\? Choose from '7b', '0\.5b', 'tiny'"

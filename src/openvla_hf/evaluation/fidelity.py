@@ -1,16 +1,16 @@
-"""What quantising changes: the actions of each format beside those of 16 bits, its memory, its time.
+"""Measure what quantising changes: each format's actions, memory and time beside those of 16 bits.
 
     results = compare("outputs/kitchen", ["4bit", "8bit"], frames)
 
 A frame is a dict with `image` and `instruction`, as `openvla_hf.data` gives them.
 """
 
-import functools
 import gc
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..checkpoints.quantize import quantization, weight_bytes
+from ..data.frames import import_extra
 from ..data.gripper import GRIPPER_OPEN
 from ..modeling.quantized_loading import refuse_second
 from .latency import peak_memory
 
 
+# The tabletop's frames change little from one to the next: one of this many is taken.
 FRAMES_APART = 5
-"""Of the tabletop's frames, which change little from one to the next, one in so many is taken."""
 
 Observation = Mapping[str, Any]
 
@@ -36,19 +37,21 @@ Observation = Mapping[str, Any]
 class Fidelity:
     """One format beside 16 bits, over the same observations.
 
-    format: Name of the format; the first, "16-bit" unless a baseline is named, is what the others are compared with.
-    towers: Whether the vision towers and the projector are quantised too.
-    observations: How many.
-    token_agreement: Share of the action tokens that are the same.
-    action_agreement: Share of the observations whose tokens all are.
-    l1: Mean absolute difference of each action dimension, in the robot's units.
-    gripper_flips: Share of the observations that open what 16 bits close, or the reverse.
-    success: Share of the tabletop episodes solved; `None` without episodes.
-    lost: Episodes solved in 16 bits and not in this format.
-    won: Episodes solved in this format and not in 16 bits.
-    weight_bytes: Of the weights and scales.
-    peak_bytes: The weights, and the most that predicting holds beside them; `None` where nobody counts.
-    latency: Median seconds of `predict_action` for one observation.
+    Attributes:
+        format: Name of the format. The others are compared with the first: "16-bit", or the baseline if one is given.
+        towers: Whether the vision towers and the projector are quantised too.
+        observations: Number of observations.
+        token_agreement: Share of the action tokens that are equal.
+        action_agreement: Share of the observations whose action tokens are all equal.
+        l1: Mean absolute difference of each action dimension, in the robot's units.
+        gripper_flips: Share of the observations on which a gripper opens instead of closing, or the reverse.
+        success: Share of the tabletop episodes solved; `None` without episodes.
+        lost: Number of episodes solved in 16 bits and not in this format.
+        won: Number of episodes solved in this format and not in 16 bits.
+        weight_bytes: Bytes of the weights and scales.
+        peak_bytes: Bytes of the weights plus the most that a prediction holds beside them; `None` where they cannot be
+            counted.
+        latency: Median seconds of `predict_action` for one observation.
     """
 
     format: str
@@ -68,18 +71,15 @@ class Fidelity:
     @property
     def label(self) -> str:
         """Name in tables and plots."""
-        return f"{self.format} + towers" if self.towers else self.format
+        return _label(self.format, self.towers)
 
 
-@dataclass
-class _Answers:
-    token_ids: np.ndarray
-    actions: np.ndarray
-    latency: float
+def _label(name: str, towers: bool) -> str:
+    return f"{name} + towers" if towers else name
 
 
 def tabletop_observations(count: int, first_seed: int | None = None) -> Iterator[Observation]:
-    """Frames of the expert's episodes on the tabletop, from unseen seeds on."""
+    """Yield `count` frames of the expert's episodes on the tabletop, with unseen seeds from `first_seed` on."""
     from ..tabletop.env import TabletopEnv
     from ..tabletop.expert import rollout_expert
     from ..tabletop.rollouts import FIRST_UNSEEN_SEED
@@ -92,41 +92,6 @@ def tabletop_observations(count: int, first_seed: int | None = None) -> Iterator
     )
     for frame in itertools.islice(frames, count):
         yield {"image": frame.image, "instruction": frame.instruction}
-
-
-def _answer(
-    model: Any,
-    processor: Any,
-    observations: Sequence[Observation],
-    unnorm_key: str | None,
-    tell: Callable[[], None] = lambda: None,
-) -> _Answers:
-    token_ids, actions, seconds = [], [], []
-    for observation in observations:
-        inputs = processor(observation["image"], instruction=observation["instruction"])
-        start = time.perf_counter()
-        details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
-        seconds.append(time.perf_counter() - start)
-        token_ids.append(details.token_ids[0])
-        actions.append(details.actions[0])
-        tell()
-    return _Answers(np.stack(token_ids), np.stack(actions), float(np.median(seconds)))
-
-
-def _solve(
-    model: Any, processor: Any, episodes: int, unnorm_key: str | None, tell: Callable[[], None]
-) -> dict[int, bool]:
-    """Seed of the episode -> whether it is solved."""
-    if not episodes:
-        return {}
-    from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
-
-    seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + episodes)
-    solved = {}
-    for episode in run_episodes(load_policy(model, processor, unnorm_key), seeds):
-        solved[episode.seed] = episode.success
-        tell()
-    return solved
 
 
 def compare(
@@ -142,86 +107,157 @@ def compare(
     baseline: str | None = None,
     on_progress: Callable[[str], None] = lambda label: None,
 ) -> list[Fidelity]:
-    """Predict the same observations in 16 bits and in each format.
+    """Predict the actions of the same observations in 16 bits and in each format.
 
     Args:
         checkpoint: Folder or Hub id of a 16- or 32-bit policy.
         formats: Names that `openvla_hf.checkpoints.quantize.quantization` knows.
         observations: Frames with `image` and `instruction`.
         towers: Whether to quantise the vision towers and the projector too; both values give a row each.
-        unnorm_key: Whose statistics give the robot's units, if the policy knows several.
-        device: Such as "cuda"; by default the first GPU, or the CPU where there is none.
-        dtype: Of the arithmetic and of what is not quantised; with float32, formats are compared with 32 bits.
-        episodes: Of the tabletop, to measure success.
-        baseline: Format to compare the others with instead of 16 bits, for a GPU that can't hold those.
+        unnorm_key: Name of the action statistics, if the policy has several.
+        device: Such as "cuda"; by default the first GPU, or the CPU if there is none.
+        dtype: Of the arithmetic and of the weights that are not quantised; with float32, formats are compared with 32
+            bits.
+        episodes: Number of tabletop episodes to measure success on.
+        baseline: Format to compare the others with instead of 16 bits, for a GPU that cannot hold those.
         on_progress: Called with the label of the format after each observation and each episode.
 
     Returns:
         16 bits (or the baseline) first, then one entry for each format and value of `towers`.
 
     Raises:
-        ValueError: No observations, an unknown format, one that this machine can't run, or a quantised checkpoint.
-        ImportError: A format's package is not installed.
+        ValueError: If there are no observations, a format is unknown or cannot run on this machine, or the checkpoint
+            is quantised already.
+        ImportError: If the package of a format is not installed.
     """
     frames = list(observations)
     if not frames:
         raise ValueError("There is nothing to compare on: give at least one observation.")
     refuse_second(checkpoint, getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Make every config before the first model is loaded, so that a format that cannot run fails at once.
     first = baseline or f"{8 * dtype.itemsize}-bit"
-    variants = [(first, False), *itertools.product(formats, towers)]
-    # All of them before the first is loaded: what can't run is said at once.
-    configs = [
-        quantization(baseline, dtype=dtype) if baseline else None,
-        *(quantization(name, towers=each, dtype=dtype) for name, each in variants[1:]),
-    ]
+    variants = [(first, False, quantization(baseline, dtype=dtype) if baseline else None)]
+    for name, with_towers in itertools.product(formats, towers):
+        variants.append((name, with_towers, quantization(name, towers=with_towers, dtype=dtype)))
+
     processor = AutoProcessor.from_pretrained(checkpoint)
     results: list[Fidelity] = []
-    expected: _Answers | None = None
-    should_solve: dict[int, bool] = {}
-    for (name, with_towers), config in zip(variants, configs, strict=True):
+    expected: _Measurement | None = None
+    for name, with_towers, config in variants:
         model = AutoModel.from_pretrained(checkpoint, dtype=dtype, device_map=device, quantization_config=config)
-        tell = functools.partial(on_progress, f"{name} + towers" if with_towers else name)
-        answer = functools.partial(_answer, model, processor, unnorm_key=unnorm_key)
-        answer(frames[:1])  # what the first call makes, and later ones use, is no part of a format
-        beside = peak_memory(functools.partial(answer, frames[:1]), model.device)
-        answers = answer(frames, tell=tell)
-        solved = _solve(model, processor, episodes, unnorm_key, tell)
-        if not results:
-            expected, should_solve = answers, solved
-        assert expected is not None  # the first answers are
-        # Dimensions that the statistics leave as they are: open or closed, no distance.
-        gripper = ~np.asarray(model.get_action_stats(unnorm_key).get("mask", True), dtype=bool)
-        gripper = np.broadcast_to(gripper, answers.actions.shape[1:])
-        same = answers.token_ids == expected.token_ids
-        opened, should_open = (one.actions[:, gripper] > GRIPPER_OPEN for one in (answers, expected))
-        weights = weight_bytes(model)
-        results.append(
-            Fidelity(
-                format=name,
-                towers=with_towers,
-                observations=len(frames),
-                token_agreement=float(same.mean()),
-                action_agreement=float(same.all(axis=1).mean()),
-                l1=np.abs(answers.actions - expected.actions).mean(axis=0).tolist(),
-                gripper_flips=float((opened != should_open).any(axis=1).mean()),
-                success=float(np.mean(list(solved.values()))) if solved else None,
-                lost=sum(should_solve[seed] and not solved[seed] for seed in solved) if solved else None,
-                won=sum(solved[seed] and not should_solve[seed] for seed in solved) if solved else None,
-                weight_bytes=weights,
-                peak_bytes=None if beside is None else weights + max(beside, 0),
-                latency=answers.latency,
-            )
-        )
-        del model, answer
+        policy = _Policy(model, processor, unnorm_key, partial(on_progress, _label(name, with_towers)))
+        measured = policy.measure(frames, episodes)
+        expected = expected or measured
+        results.append(_fidelity(name, with_towers, measured, expected))
+        del model, policy
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return results
 
 
+@dataclass
+class _Measurement:
+    """What one format gives on N observations with A action dimensions, and on the episodes.
+
+    Attributes:
+        token_ids: (N, A).
+        actions: (N, A), in the robot's units.
+        gripper: Which dimensions are grippers, (A,).
+        solved: Seed of each episode -> whether it is solved.
+        latency: Median seconds of a prediction.
+        weight_bytes: Bytes of the weights and scales.
+        activation_bytes: Bytes that a prediction holds beside them; `None` where they cannot be counted.
+    """
+
+    token_ids: np.ndarray
+    actions: np.ndarray
+    gripper: np.ndarray
+    solved: dict[int, bool]
+    latency: float
+    weight_bytes: int
+    activation_bytes: int | None
+
+
+@dataclass
+class _Policy:
+    """A model in one format; `tell` is called after each observation and each episode."""
+
+    model: Any
+    processor: Any
+    unnorm_key: str | None
+    tell: Callable[[], None]
+
+    def measure(self, frames: Sequence[Observation], episodes: int) -> _Measurement:
+        """Predict the actions of all frames, and play the episodes."""
+        self.predict(frames[0])  # builds caches that later calls share
+        activations = peak_memory(partial(self.predict, frames[0]), self.model.device)
+        token_ids, actions, seconds = [], [], []
+        for frame in frames:
+            details, duration = self.predict(frame)
+            token_ids.append(details.token_ids[0])
+            actions.append(details.actions[0])
+            seconds.append(duration)
+            self.tell()
+        # Dimensions that are not normalised are grippers: open or closed, not a distance.
+        normalised = np.asarray(self.model.get_action_stats(self.unnorm_key).get("mask", True), dtype=bool)
+        return _Measurement(
+            token_ids=np.stack(token_ids),
+            actions=np.stack(actions),
+            gripper=np.broadcast_to(~normalised, actions[0].shape),
+            solved=self.solve(episodes),
+            latency=float(np.median(seconds)),
+            weight_bytes=weight_bytes(self.model),
+            activation_bytes=None if activations is None else max(activations, 0),
+        )
+
+    def predict(self, frame: Observation) -> tuple[Any, float]:
+        """Return the details of one prediction, and its duration in seconds."""
+        inputs = self.processor(frame["image"], instruction=frame["instruction"])
+        start = time.perf_counter()
+        details = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, return_details=True)
+        return details, time.perf_counter() - start
+
+    def solve(self, episodes: int) -> dict[int, bool]:
+        """Play unseen episodes of the tabletop: seed -> whether it is solved."""
+        if not episodes:
+            return {}
+        from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
+
+        seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + episodes)
+        solved = {}
+        for rollout in run_episodes(load_policy(self.model, self.processor, self.unnorm_key), seeds):
+            solved[rollout.seed] = rollout.success
+            self.tell()
+        return solved
+
+
+def _fidelity(name: str, towers: bool, measured: _Measurement, expected: _Measurement) -> Fidelity:
+    """Compare the measurement of one format with that of 16 bits or the baseline."""
+    same = measured.token_ids == expected.token_ids
+    opened, should_open = (one.actions[:, expected.gripper] > GRIPPER_OPEN for one in (measured, expected))
+    solved, should_solve = measured.solved, expected.solved
+    activations = measured.activation_bytes
+    return Fidelity(
+        format=name,
+        towers=towers,
+        observations=len(measured.actions),
+        token_agreement=float(same.mean()),
+        action_agreement=float(same.all(axis=1).mean()),
+        l1=np.abs(measured.actions - expected.actions).mean(axis=0).tolist(),
+        gripper_flips=float((opened != should_open).any(axis=1).mean()),
+        success=float(np.mean(list(solved.values()))) if solved else None,
+        lost=sum(should_solve[seed] and not solved[seed] for seed in solved) if solved else None,
+        won=sum(solved[seed] and not should_solve[seed] for seed in solved) if solved else None,
+        weight_bytes=measured.weight_bytes,
+        peak_bytes=None if activations is None else measured.weight_bytes + activations,
+        latency=measured.latency,
+    )
+
+
 def table(results: Sequence[Fidelity], names: Sequence[str]) -> Table:
-    """The figures for a person, a format a column; `names` are those of the action dimensions."""
+    """Make a table with one column for each format; `names` are those of the action dimensions."""
 
     def size(count: int | None) -> str:
         return "-" if count is None else decimal(count)
@@ -252,49 +288,57 @@ def plot(results: Sequence[Fidelity], path: str | Path, names: Sequence[str]) ->
     """Draw agreement and success against memory, and the difference of each action dimension, into an image file.
 
     Args:
-        results: Of `compare`.
-        path: Such as `fidelity.png`.
-        names: Of the action dimensions.
+        results: What `compare` returns.
+        path: Image file, such as `fidelity.png`.
+        names: Names of the action dimensions.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ModuleNotFoundError as error:
-        raise ImportError("The plot needs matplotlib: run `pip install matplotlib`.") from error
+    matplotlib_figure = import_extra("matplotlib.figure", "quantize")
     baseline, *quantized = results
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = matplotlib_figure.Figure(figsize=(11, 4), layout="constrained")
     memory, difference = figure.subplots(1, 2, width_ratios=(2, 3))
-    for place, result in enumerate(results):
-        megabytes = result.weight_bytes / 1e6
-        # Rings of different sizes: none covers another, even where the figures are equal.
-        ring = {"s": 45 * (len(results) - place), "facecolors": "none", "edgecolors": f"C{place}", "linewidths": 2}
-        memory.scatter(megabytes, 100 * result.token_agreement, **ring)
-        if result.success is not None:
-            memory.scatter(megabytes, 100 * result.success, marker="s", **ring)
-    memory.margins(x=0.12, y=0.12)
-    memory.set(xlabel="weights (MB)", ylabel="%")
+    _plot_memory(memory, results)
+    _plot_differences(difference, quantized, names)
     memory.set_title(
         f"○  tokens as in {baseline.format}" + ("   □  episodes solved" if baseline.success is not None else ""),
         fontsize=10,
     )
-    for place, result in enumerate(quantized, start=1):
-        shift = (place - len(results) / 2) / (2 * len(results))
-        difference.scatter(np.arange(len(names)) + shift, result.l1, color=f"C{place}", clip_on=False, zorder=3)
-    difference.set_xticks(range(len(names)), names)
-    difference.set_title("L1, in the robot's units", fontsize=10)
-    # Metres and radians are far apart: a logarithm, that ends in a linear part so that 0 has a place.
-    if positive := [value for result in quantized for value in result.l1 if value > 0]:
-        difference.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
-    difference.margins(y=0.1)
-    difference.set_ylim(bottom=0)
-    difference.grid(axis="y", alpha=0.3)
-    handles = [Line2D([], [], color=f"C{place}", marker="o", linestyle="none") for place in range(len(results))]
+    lines = import_extra("matplotlib.lines", "quantize")
+    handles = [lines.Line2D([], [], color=f"C{place}", marker="o", linestyle="none") for place in range(len(results))]
     labels = [result.label for result in results]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(results), fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _plot_memory(axes: Any, results: Sequence[Fidelity]) -> None:
+    """Draw agreement and success against memory."""
+    for place, result in enumerate(results):
+        megabytes = result.weight_bytes / 1e6
+        # Rings of different sizes, so that equal figures do not hide one another.
+        ring = {"s": 45 * (len(results) - place), "facecolors": "none", "edgecolors": f"C{place}", "linewidths": 2}
+        axes.scatter(megabytes, 100 * result.token_agreement, **ring)
+        if result.success is not None:
+            axes.scatter(megabytes, 100 * result.success, marker="s", **ring)
+    axes.margins(x=0.12, y=0.12)
+    axes.set(xlabel="weights (MB)", ylabel="%")
+
+
+def _plot_differences(axes: Any, quantized: Sequence[Fidelity], names: Sequence[str]) -> None:
+    """Draw the difference of each action dimension."""
+    count = len(quantized) + 1
+    for place, result in enumerate(quantized, start=1):
+        shift = (place - count / 2) / (2 * count)
+        axes.scatter(np.arange(len(names)) + shift, result.l1, color=f"C{place}", clip_on=False, zorder=3)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_title("L1, in the robot's units", fontsize=10)
+    # Metres and radians differ in magnitude, so the axis is logarithmic, with a linear part for 0.
+    if positive := [value for result in quantized for value in result.l1 if value > 0]:
+        axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
 
 
 __all__ = ["Fidelity", "compare", "plot", "table", "tabletop_observations"]

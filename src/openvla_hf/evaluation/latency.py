@@ -1,4 +1,4 @@
-"""How long an action takes, where the time goes, and how far that is from what the device can do.
+"""Measure how long an action takes, its parts, and how far they are from the limits of the device.
 
 Shapes: B batch, P image patches, T tokens of the prompt (placeholders included), A action dimensions.
 """
@@ -6,7 +6,7 @@ Shapes: B batch, P image patches, T tokens of the prompt (placeholders included)
 import copy
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from rich.table import Table
-from transformers import LogitsProcessorList
+from transformers import AutoModel, LogitsProcessorList
 from transformers.initialization import no_init_weights
 
 from ..modeling.action_decoding import ActionIdsOnly, action_pass
@@ -28,6 +28,7 @@ from ..processing.processing_openvla import OpenVLAProcessor
 from ..testing import BRIDGE_LIKE_STATS, tiny_processor, tiny_tokenizer
 
 
+# Calls of each variant that are not counted.
 WARM_UP = 2
 INSTRUCTION = "put the red block on the yellow plate"
 
@@ -40,11 +41,12 @@ SMALL_TOWERS: dict[str, dict[str, Any]] = {
         "intermediate_size": 269,
     },
 }
+# Fields of the sub-configs of models with random weights.
 RANDOM_SIZES: dict[str, dict[str, Any]] = {
     # openvla-7b.
     "7b": {"text_config": {"max_position_embeddings": 2048}},
-    # Half a billion parameters in the language model's layers, small towers and 16 patches: reading weights takes most
-    # of the time, as at 7B on a GPU, also on a CPU, where 256 patches would be bound by arithmetic.
+    # Half a billion parameters in the language model's layers, small towers and 16 patches. Reading weights takes most
+    # of the time, as at 7B on a GPU. With 256 patches a CPU would be bound by arithmetic.
     "0.5b": {
         "vision_config": SMALL_TOWERS["vision_config"] | {"image_size": 56},
         "fused_vision_config": SMALL_TOWERS["fused_vision_config"] | {"image_size": 56},
@@ -69,27 +71,49 @@ RANDOM_SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
-# What the device's own speed is measured with: too much to be cached, and soon done.
+# Sizes for measuring the device's own speed: too large for its caches, and quick to run.
 BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 MATMUL_WIDTH = {"cpu": 1024, "cuda": 8192}
 
 
-def random_model(
-    size: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
-    """A model of one of `RANDOM_SIZES` with random weights, made on the device in its dtype, and its processor.
+def random_config(size: str, text_config: Mapping[str, Any] | None = None) -> OpenVLAConfig:
+    """Make the config of one of `RANDOM_SIZES`.
+
+    Args:
+        size: Key of `RANDOM_SIZES`.
+        text_config: Fields of the language model's config to override, such as `{"num_hidden_layers": 2}`.
 
     Raises:
-        ValueError: Unknown size.
+        ValueError: If the size is unknown.
     """
     check_name(size, RANDOM_SIZES, "size")
-    config = OpenVLAConfig(
-        vision_backbone_id="dinosiglip-vit-so-224px",
-        norm_stats={"random": {"action": BRIDGE_LIKE_STATS}},
-        **copy.deepcopy(RANDOM_SIZES[size]),
+    sizes = copy.deepcopy(RANDOM_SIZES[size])
+    sizes["text_config"] |= text_config or {}
+    return OpenVLAConfig(
+        vision_backbone_id="dinosiglip-vit-so-224px", norm_stats={"random": {"action": BRIDGE_LIKE_STATS}}, **sizes
     )
+
+
+def random_model(
+    size: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    text_config: Mapping[str, Any] | None = None,
+) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    """Make a model with random weights, directly on the device and in its dtype, and its processor.
+
+    Args:
+        size: Key of `RANDOM_SIZES`.
+        dtype: Of the weights.
+        device: Where the weights are.
+        text_config: Fields of the language model's config to override, such as `{"num_hidden_layers": 2}`.
+
+    Raises:
+        ValueError: If the size is unknown.
+    """
+    config = random_config(size, text_config)
     with torch.device(device), no_init_weights():
-        model = OpenVLAForActionPrediction._from_config(config, dtype=dtype).eval()
+        model = AutoModel.from_config(config, dtype=dtype).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -97,7 +121,7 @@ def random_model(
                 parameter.normal_(std=0.02)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    # Words that are a token each, as most are in Llama's vocabulary.
+    # With enough merges most words are one token each, as in Llama's vocabulary.
     return model, tiny_processor(tiny_tokenizer([INSTRUCTION], merges=500), config)
 
 
@@ -105,13 +129,13 @@ def random_model(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to do."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long one call takes until the device is done."""
+    """Time one call, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -120,7 +144,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure_bandwidth(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes that the device reads from its memory in a second: the best of copies and products with a vector."""
+    """Measure the bytes per second that the device reads: the best of copies and products with a vector."""
     source = torch.ones(BANDWIDTH_BYTES[device.type] // dtype.itemsize // 4096, 4096, dtype=dtype, device=device)
     target, vector = torch.empty_like(source), torch.ones(4096, dtype=dtype, device=device)
     copied = min(seconds(lambda: target.copy_(source), device) for _ in range(6))
@@ -129,14 +153,14 @@ def measure_bandwidth(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations in a second of the product of two square matrices."""
+    """Measure the floating-point operations per second in the product of two square matrices."""
     width = MATMUL_WIDTH[device.type]
     matrix = torch.ones(width, width, dtype=dtype, device=device)
     return 2 * width**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(6))
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes that a call holds at a time beyond what is held before it; `None` where nobody counts them."""
+    """Measure the most bytes that a call holds beyond those held before; `None` where they cannot be counted."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,7 +173,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
         return int(line.split()[1]) * 1024
 
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
@@ -160,9 +184,9 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
 
 @dataclass
 class Work:
-    """What one pass reads and computes at least: weights, and two operations for each weight and token.
+    """The least that one pass reads and computes: its weights, and two operations for each weight and token.
 
-    Attention and activations are left out: they add little at these lengths, and a floor may be too low.
+    Attention and activations are left out. They add little at these lengths, and a lower bound may be too low.
     """
 
     weight_bytes: int
@@ -170,18 +194,18 @@ class Work:
 
     @classmethod
     def of(cls, parameters: Sequence[torch.Tensor], tokens: int) -> "Work":
-        """Every parameter is read once, and multiplied with each of the tokens."""
+        """Count the work of parameters that are read once and multiplied with each of the tokens."""
         return cls(sum(p.nbytes for p in parameters), 2 * tokens * sum(p.numel() for p in parameters))
 
     def seconds(self, bandwidth: float, matmul: float) -> float:
-        """At best, when reading and computing overlap."""
+        """Return the least seconds, reached when reading and computing overlap."""
         return max(self.weight_bytes / bandwidth, self.operations / matmul)
 
 
 def floor(
     model: OpenVLAForActionPrediction, batch: int, prompt: int, steps: int, bandwidth: float, matmul: float
 ) -> dict[str, float]:
-    """Seconds that the parts of an action take at least: vision, prefill, decode; and with an accepted draft."""
+    """Return the least seconds of an action's parts (vision, prefill, decode), in total and with an accepted draft."""
     base = model.model
     vision = [*base.vision_backbone.parameters(), *base.projector.parameters()]
     embedding = base.get_input_embeddings().weight
@@ -205,15 +229,18 @@ def floor(
 
 @dataclass
 class BatchLatency:
-    """Figures for one batch size, all in seconds.
+    """Figures for one batch size, in seconds.
 
-    parts: Medians of processor, vision, prefill and decode of `predict_action`.
-    floor: See `floor`.
-    timings: `{variant: {"median", "p95", "hz", "speedup"}}`; `hz` counts actions of all rows, `speedup` is that over
-        plain `generate`.
-    forward_passes: `{variant: passes of the language model}`.
-    same_tokens: Whether `generate`, held to the action ids, gives the tokens of every variant.
-    peak_bytes: What one `predict_action` holds beyond the weights; `None` where it can't be told.
+    Attributes:
+        batch_size: Observations in a call.
+        prompt_tokens: Tokens of the prompt, image placeholders included.
+        parts: Medians of processor, vision, prefill and decode of `predict_action`.
+        floor: See `floor`.
+        timings: `{variant: {"median", "p95", "hz", "speedup"}}`; `hz` counts the actions of all rows, `speedup` is
+            relative to plain `generate`.
+        forward_passes: `{variant: passes of the language model}`.
+        same_tokens: Whether every variant gives the tokens of `generate` restricted to the action ids.
+        peak_bytes: Bytes that one `predict_action` holds beyond the weights; `None` where they cannot be counted.
     """
 
     batch_size: int
@@ -228,11 +255,19 @@ class BatchLatency:
 
 @dataclass
 class Latency:
-    """What `measure_latency` gives.
+    """The result of `measure_latency`.
 
-    weight_bytes: Of all weights.
-    bandwidth: Bytes a second, measured.
-    matmul: Operations a second, measured.
+    Attributes:
+        device: Name of the device.
+        threads: CPU threads that PyTorch uses.
+        dtype: Of the weights.
+        versions: Of torch and transformers.
+        parameters: Number of weights.
+        weight_bytes: Bytes of all weights.
+        bandwidth: Bytes per second that the device reads, measured.
+        matmul: Floating-point operations per second, measured.
+        repeats: Counted calls of each variant.
+        batches: Figures for each batch size.
     """
 
     device: str
@@ -248,10 +283,10 @@ class Latency:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Return the name of a GPU, or the kind of CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    # "AVX2", "AVX512", ...: what the CPU computes with says more than its name.
+    # The instruction set ("AVX2", "AVX512") says more about speed than the CPU's name.
     return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
 
 
@@ -267,17 +302,17 @@ def measure_latency(
     instruction: str = INSTRUCTION,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Latency:
-    """Time `predict_action`, with a draft and without, beside `generate`; repeats of all variants take turns.
+    """Time `predict_action` with and without a draft, beside `generate`; the variants take turns.
 
     Args:
-        model: On the device that is measured.
-        processor: Of the same checkpoint.
-        unnorm_key: Whose number of action dimensions counts, if the model knows several.
+        model: A policy on the device to measure.
+        processor: Its processor.
+        unnorm_key: Name of the action statistics whose dimensions are predicted, if the model has several.
         batch_sizes: Observations in a call.
-        repeats: Of each variant.
-        compile_passes: Time `compile_for_actions` too.
-        instruction: What each observation is told.
-        progress: Told what happens next.
+        repeats: Counted calls of each variant.
+        compile_passes: Whether to time `compile_for_actions` too.
+        instruction: The instruction for each observation.
+        progress: Called with the name of each step before it starts.
     """
     device, dtype = model.device, model.dtype
     progress("device")
@@ -294,119 +329,173 @@ def measure_latency(
         repeats=repeats,
     )
     for batch_size in batch_sizes:
-        result.batches.append(
-            _measure_batch(
-                model, processor, unnorm_key, batch_size, compile_passes, instruction, result, progress=progress
-            )
-        )
+        calls = _Calls(model, processor, unnorm_key, batch_size, instruction)
+        result.batches.append(_measure_batch(calls, result, compile_passes, progress))
     return result
 
 
-def _measure_batch(
-    model: OpenVLAForActionPrediction,
-    processor: OpenVLAProcessor,
-    unnorm_key: str | None,
-    batch_size: int,
-    compile_passes: bool,
-    instruction: str,
-    result: Latency,
-    progress: Callable[[str], None],
-) -> BatchLatency:
-    device, config = model.device, model.config
-    stats = model.get_action_stats(unnorm_key)
-    steps = model.get_action_dim(unnorm_key)
-    first_dimension = {name: values[:1] for name, values in stats.items() if isinstance(values, list)}
-    images = list(np.random.default_rng(0).integers(0, 256, (batch_size, 256, 256, 3), np.uint8))
-
-    def process() -> Any:
-        return processor(images, instruction=[instruction] * batch_size)
-
-    inputs = process()
-    input_ids, mask = prepare_prompts(config, inputs["input_ids"], inputs["attention_mask"])
-    inputs = {
-        "input_ids": input_ids.to(device),
-        "attention_mask": mask.to(device),
-        "pixel_values": inputs["pixel_values"].to(device, model.dtype),
+def prepare_inputs(model: OpenVLAForActionPrediction, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Lay out a processor's output for `generate`, on the device and in the dtype of the model."""
+    input_ids, mask = prepare_prompts(model.config, inputs["input_ids"], inputs["attention_mask"])
+    return {
+        "input_ids": input_ids.to(model.device),
+        "attention_mask": mask.to(model.device),
+        "pixel_values": inputs["pixel_values"].to(model.device, model.dtype),
     }
 
-    def predict(**options: Any) -> Any:
-        return model.predict_action(**inputs, **{"stats": stats} | options)
 
-    def generate(**options: Any) -> torch.Tensor:
-        return model.generate(**inputs, do_sample=False, max_new_tokens=steps, min_new_tokens=steps, **options)
+def generate(
+    model: OpenVLAForActionPrediction, inputs: Mapping[str, torch.Tensor], steps: int, **options: Any
+) -> torch.Tensor:
+    """Generate `steps` tokens greedily from the output of `prepare_inputs`."""
+    return model.generate(**inputs, do_sample=False, max_new_tokens=steps, min_new_tokens=steps, **options)
 
-    progress(f"batch of {batch_size}: memory and tokens")
-    peak_bytes = peak_memory(predict, device)
+
+def generate_action_ids(
+    model: OpenVLAForActionPrediction, inputs: Mapping[str, torch.Tensor], steps: int
+) -> np.ndarray:
+    """Generate action ids (B, steps) greedily from the output of `prepare_inputs`."""
     action_ids = model.action_tokenizer
     only_actions = LogitsProcessorList([ActionIdsOnly(action_ids.first_id, action_ids.vocab_end)])
-    generated = generate(logits_processor=only_actions)[:, -steps:].cpu().numpy()
-    draft = predict(return_details=True).token_ids
+    return generate(model, inputs, steps, logits_processor=only_actions)[:, -steps:].cpu().numpy()
 
-    variants: dict[str, Callable[[], Any]] = {
-        "processor": process,
-        "vision": lambda: model.get_image_features(inputs["pixel_values"]),
-        "first token": lambda: predict(stats=first_dimension),
-        "generate": generate,
-        "predict_action": predict,
-        "accepted draft": lambda: predict(draft_token_ids=draft),
-    }
-    details = {
-        "predict_action": predict(return_details=True),
-        "accepted draft": predict(return_details=True, draft_token_ids=draft),
-    }
-    if compile_passes:
-        progress(f"batch of {batch_size}: compiling")
+
+class _Calls:
+    """The calls that are timed for one batch of random images with the same instruction."""
+
+    def __init__(
+        self,
+        model: OpenVLAForActionPrediction,
+        processor: OpenVLAProcessor,
+        unnorm_key: str | None,
+        batch_size: int,
+        instruction: str,
+    ):
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.stats = model.get_action_stats(unnorm_key)
+        self.steps = model.get_action_dim(unnorm_key)
+        self.images = list(np.random.default_rng(0).integers(0, 256, (batch_size, 256, 256, 3), np.uint8))
+        self.instructions = [instruction] * batch_size
+        self.inputs = prepare_inputs(model, self.process())
+
+    def process(self) -> Any:
+        return self.processor(self.images, instruction=self.instructions)
+
+    def see(self) -> torch.Tensor:
+        return self.model.get_image_features(self.inputs["pixel_values"])
+
+    def generate(self) -> torch.Tensor:
+        return generate(self.model, self.inputs, self.steps)
+
+    def predict(self, **options: Any) -> Any:
+        return self.model.predict_action(**self.inputs, **{"stats": self.stats} | options)
+
+    def predict_first_dimension(self) -> Any:
+        return self.predict(
+            stats={name: values[:1] for name, values in self.stats.items() if isinstance(values, list)}
+        )
+
+    def compile(self) -> Callable[..., Any]:
+        """Compile the passes, and return `predict` with them, which gives `None` where the model falls back."""
+        model = self.model
         plain = model.action_pass, model.action_caches
         model.compile_for_actions()
         compiled = model.action_pass, model.action_caches
+        model.action_pass, model.action_caches = plain
 
         def predict_compiled(**options: Any) -> Any:
             model.action_pass, model.action_caches = compiled
-            prediction = predict(**options)
+            prediction = self.predict(**options)
             fell_back = model.action_pass is action_pass
             model.action_pass, model.action_caches = plain
             return None if fell_back else prediction
 
-        options: dict[str, dict[str, Any]] = {"compiled": {}, "compiled, accepted draft": {"draft_token_ids": draft}}
-        for name, arguments in options.items():
-            if (prediction := predict_compiled(return_details=True, **arguments)) is not None:
-                details[name] = prediction
-                variants[name] = partial(predict_compiled, **arguments)
+        return predict_compiled
 
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(-WARM_UP, result.repeats):
-        progress(f"batch of {batch_size}: repeat {max(repeat, 0) + 1} of {result.repeats}")
-        for name, call in variants.items():
-            times[name].append(seconds(call, device))
-    median = {name: float(np.median(values[WARM_UP:])) for name, values in times.items()}
-    timings = {
-        name: {
-            "median": median[name],
-            "p95": float(np.percentile(times[name][WARM_UP:], 95)),
-            "hz": batch_size / median[name],
-            "speedup": median["generate"] / median[name],
-        }
-        for name in ("generate", *details)
+
+def _measure_batch(
+    calls: _Calls, result: Latency, compile_passes: bool, progress: Callable[[str], None]
+) -> BatchLatency:
+    def tell(what: str) -> None:
+        progress(f"batch of {calls.batch_size}: {what}")
+
+    device = calls.model.device
+    tell("memory and tokens")
+    peak_bytes = peak_memory(calls.predict, device)
+    generated = generate_action_ids(calls.model, calls.inputs, calls.steps)
+    draft = calls.predict(return_details=True).token_ids
+
+    predictions: dict[str, Callable[..., Any]] = {
+        "predict_action": calls.predict,
+        "accepted draft": partial(calls.predict, draft_token_ids=draft),
     }
+    if compile_passes:
+        tell("compiling")
+        predict_compiled = calls.compile()
+        predictions["compiled"] = predict_compiled
+        predictions["compiled, accepted draft"] = partial(predict_compiled, draft_token_ids=draft)
+    details = {name: predict(return_details=True) for name, predict in predictions.items()}
+    details = {name: prediction for name, prediction in details.items() if prediction is not None}
+
+    variants = {
+        "processor": calls.process,
+        "vision": calls.see,
+        "first token": calls.predict_first_dimension,
+        "generate": calls.generate,
+        **{name: predictions[name] for name in details},
+    }
+    times = _take_turns(variants, result.repeats, device, tell)
+    prompt_tokens = calls.inputs["input_ids"].shape[1]
     return BatchLatency(
-        batch_size=batch_size,
-        prompt_tokens=input_ids.shape[1],
-        parts={
-            "processor": median["processor"],
-            "vision": median["vision"],
-            "prefill": median["first token"] - median["vision"],
-            "decode": median["predict_action"] - median["first token"],
-        },
-        floor=floor(model, batch_size, input_ids.shape[1], steps, result.bandwidth, result.matmul),
-        timings=timings,
+        batch_size=calls.batch_size,
+        prompt_tokens=prompt_tokens,
+        parts=_parts(times),
+        floor=floor(calls.model, calls.batch_size, prompt_tokens, calls.steps, result.bandwidth, result.matmul),
+        timings=_timings({name: times[name] for name in ("generate", *details)}, calls.batch_size),
         forward_passes={name: prediction.forward_passes for name, prediction in details.items()},
         same_tokens=all(np.array_equal(prediction.token_ids, generated) for prediction in details.values()),
         peak_bytes=peak_bytes,
     )
 
 
+def _take_turns(
+    variants: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, tell: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Time all variants in turn, and return the seconds of each, without those of the warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(-WARM_UP, repeats):
+        tell(f"repeat {max(repeat, 0) + 1} of {repeats}")
+        for name, call in variants.items():
+            times[name].append(seconds(call, device))
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def _parts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Divide the median time of an action into its parts."""
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    return {
+        "processor": median["processor"],
+        "vision": median["vision"],
+        "prefill": median["first token"] - median["vision"],
+        "decode": median["predict_action"] - median["first token"],
+    }
+
+
+def _timings(times: Mapping[str, Sequence[float]], batch_size: int) -> dict[str, dict[str, float]]:
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    return {
+        name: {
+            "median": median[name],
+            "p95": float(np.percentile(values, 95)),
+            "hz": batch_size / median[name],
+            "speedup": median["generate"] / median[name],
+        }
+        for name, values in times.items()
+    }
+
+
 def latency_tables(result: Latency) -> list[Table]:
-    """The figures for a person."""
+    """Make a table of the device and one for each batch size."""
 
     def ms(value: float) -> str:
         return f"{1e3 * value:.1f}"

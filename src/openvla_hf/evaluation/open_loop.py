@@ -1,4 +1,4 @@
-"""How near a policy comes to recorded actions: it predicts each from the recorded image, and never acts."""
+"""Measure how near a policy comes to recorded actions. It predicts them from recorded images and never acts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +15,17 @@ from ..modeling.action_tokenizer import normalize
 
 @dataclass(frozen=True)
 class OpenLoopReport:
-    """The distance of predicted from recorded actions, over `frames` frames of `episodes` episodes.
+    """The distance between predicted and recorded actions.
 
-    mean_absolute_error: One number for each action dimension, in the robot's units.
-    l1: Mean absolute error of the normalised actions, over all dimensions.
-    token_accuracy: Share of the action tokens that equal those of the recorded action.
-    gripper_agreement: Share of the frames on which the gripper is opened or closed as recorded; None where the data
-        don't say which dimension is the gripper.
+    Attributes:
+        dataset: Name of the dataset.
+        episodes: Number of episodes that the frames are from.
+        frames: Number of frames.
+        mean_absolute_error: One number for each action dimension, in the robot's units.
+        l1: Mean absolute error of the normalised actions, over all dimensions.
+        token_accuracy: Share of the action tokens that equal those of the recorded action.
+        gripper_agreement: Share of the frames on which the gripper is opened or closed as recorded; `None` if the data
+            does not say which dimension is the gripper.
     """
 
     dataset: str
@@ -33,7 +37,7 @@ class OpenLoopReport:
     gripper_agreement: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return asdict(self)
 
 
@@ -49,21 +53,21 @@ def evaluate_open_loop(
     batch_size: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> OpenLoopReport:
-    """Predict the action of recorded frames, and measure how far it is from the recorded one.
+    """Predict the actions of recorded frames, and measure their distance from the recorded ones.
 
     Args:
         model: A policy.
         processor: Its processor.
-        frames: Of one data set, as `openvla_hf.data.load` gives them.
-        unnorm_key: Statistics of the actions; by default those of the data set's name, if the model has them.
+        frames: Frames of one dataset, as `openvla_hf.data.load` gives them.
+        unnorm_key: Name of the action statistics; by default the dataset's name, if the model has statistics for it.
         max_episodes: Largest number of episodes to evaluate on, drawn by `seed`; all by default.
         max_frames: Largest number of frames to evaluate on, spread over the episodes; all by default.
-        seed: Of the samples.
-        batch_size: Frames a prediction.
-        progress: Called with the number of frames done and their total.
+        seed: Seed of the samples.
+        batch_size: Frames in a batch.
+        progress: Called with the number of evaluated frames and their total.
 
     Raises:
-        ValueError: There are no frames, or their actions have not as many dimensions as the policy's.
+        ValueError: If there are no frames, or their actions have another number of dimensions than the policy's.
     """
     if not len(frames):
         raise ValueError("There are no frames to evaluate on.")
@@ -75,42 +79,56 @@ def evaluate_open_loop(
     dataset = str(first["dataset"])
     if unnorm_key is None and dataset in model.norm_stats:
         unnorm_key = dataset
-    stats = model.get_action_stats(unnorm_key)
-    dims = len(stats["q01"])
+    dims = len(model.get_action_stats(unnorm_key)["q01"])
     if len(first["action"]) != dims:
         raise ValueError(
             f"{dataset} has actions of {len(first['action'])} dimensions, but the policy's have {dims}. Give data "
             "of the policy's robot, or the adapter that reads them as in training."
         )
     grippers = np.flatnonzero(~np.asarray(first["action_mask"], dtype=bool))
-    episodes: set[int] = set()
-    errors, distances, equal, agree = [], [], [], []
+    compared, episodes = [], set()
     for start in range(0, len(frames), batch_size):
         batch = [frames[index] for index in range(start, min(start + batch_size, len(frames)))]
-        inputs = processor([frame["image"] for frame in batch], instruction=[frame["instruction"] for frame in batch])
-        details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
-        recorded = np.stack([frame["action"] for frame in batch])
-        predicted, token_ids = np.asarray(details.actions), np.asarray(details.token_ids)
-        expected = normalize(recorded, stats)
-        errors.append(np.abs(predicted - recorded))
-        distances.append(np.abs(model.action_tokenizer.decode(token_ids) - expected))
-        equal.append(token_ids == model.action_tokenizer.encode(expected))
-        agree.append((predicted[:, grippers] > GRIPPER_OPEN) == (recorded[:, grippers] > GRIPPER_OPEN))
+        compared.append(_compare(model, processor, batch, unnorm_key, grippers))
         episodes.update(frame["episode_index"] for frame in batch)
         progress(start + len(batch), len(frames))
+    errors, distances, equal, agree = (np.concatenate(values) for values in zip(*compared, strict=True))
     return OpenLoopReport(
         dataset=dataset,
         episodes=len(episodes),
         frames=len(frames),
-        mean_absolute_error=np.concatenate(errors).mean(0).tolist(),
-        l1=float(np.concatenate(distances).mean()),
-        token_accuracy=float(np.concatenate(equal).mean()),
-        gripper_agreement=float(np.concatenate(agree).mean()) if len(grippers) else None,
+        mean_absolute_error=errors.mean(0).tolist(),
+        l1=float(distances.mean()),
+        token_accuracy=float(equal.mean()),
+        gripper_agreement=float(agree.mean()) if len(grippers) else None,
+    )
+
+
+def _compare(
+    model: Any, processor: Any, batch: Sequence[dict[str, Any]], unnorm_key: str | None, grippers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Predict the actions of B frames and compare them with the recorded ones.
+
+    Returns:
+        Absolute errors in the robot's units and normalised, (B, A) each, which tokens are equal, (B, A), and which
+        grippers agree, (B, G).
+    """
+    stats = model.get_action_stats(unnorm_key)
+    inputs = processor([frame["image"] for frame in batch], instruction=[frame["instruction"] for frame in batch])
+    details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
+    recorded = np.stack([frame["action"] for frame in batch])
+    predicted, token_ids = np.asarray(details.actions), np.asarray(details.token_ids)
+    expected = normalize(recorded, stats)
+    return (
+        np.abs(predicted - recorded),
+        np.abs(model.action_tokenizer.decode(token_ids) - expected),
+        token_ids == model.action_tokenizer.encode(expected),
+        (predicted[:, grippers] > GRIPPER_OPEN) == (recorded[:, grippers] > GRIPPER_OPEN),
     )
 
 
 def open_loop_table(title: str, report: OpenLoopReport, names: Sequence[str]) -> Table:
-    """Show a report; `names` are those of the action's dimensions."""
+    """Make a table of a report; `names` are those of the action's dimensions."""
     table = Table(title=title, show_header=False)
     table.add_row("episodes, frames", f"{report.episodes}, {report.frames}", end_section=True)
     for name, error in zip(names, report.mean_absolute_error, strict=True):
