@@ -21,8 +21,8 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..checkpoints.quantize import quantization, weight_bytes
-from ..data.frames import import_extra
 from ..data.gripper import GRIPPER_OPEN
+from ..data.optional_packages import import_extra
 from ..modeling.quantized_loading import refuse_second
 from .latency import peak_memory
 

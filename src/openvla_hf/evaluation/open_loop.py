@@ -86,7 +86,8 @@ def evaluate_open_loop(
             "of the policy's robot, or the adapter that reads them as in training."
         )
     grippers = np.flatnonzero(~np.asarray(first["action_mask"], dtype=bool))
-    compared, episodes = [], set()
+    compared = []
+    episodes: set[int] = set()
     for start in range(0, len(frames), batch_size):
         batch = [frames[index] for index in range(start, min(start + batch_size, len(frames)))]
         compared.append(_compare(model, processor, batch, unnorm_key, grippers))
