@@ -5,13 +5,13 @@ from openvla_hf.data.images import ImageReader
 
 @pytest.fixture(autouse=True)
 def cache(cache):
-    """Every test of this folder has a cache of its own."""
+    """Give each test in this folder its own cache."""
     return cache
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Every image reference that is decoded in this process."""
+    """List the image references that are decoded in this process."""
     references = []
     read = ImageReader.read
     monkeypatch.setattr(

@@ -46,7 +46,7 @@ def test_colours_change_as_in_hsv(saturation, hue):
 
 
 def test_the_crop_keeps_its_share_of_the_area_wherever_it_falls():
-    # The red level is the column, the green one the row: a view tells where it was cut.
+    # Red is the column and green the row, so the colours of a view show where it was cut.
     ramp = np.linspace(0, 255, 224).round().astype(np.uint8)
     picture = np.stack([np.tile(ramp, (224, 1)), np.tile(ramp[:, None], (1, 224)), np.zeros((224, 224), np.uint8)], -1)
     crop = Augmentation(**NOTHING | {"crop_area": 0.9})

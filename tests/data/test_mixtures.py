@@ -21,7 +21,7 @@ def test_formats_mix_by_weight_and_size(make_episode, tmp_path):
     write_lerobot([make_episode(index, steps=20) for index in range(1)], tmp_path / "small")
     mixture = load_mixture({"large": 1.0, "small": 3.0}, tmp_path)
     counts = Counter(mixture["dataset"])
-    # 60 frames at weight 1 and 20 at weight 3 are drawn alike; each is drawn at least once.
+    # 60 frames of weight 1 and 20 of weight 3 are drawn equally often, and each frame at least once.
     assert 0.6 < counts["large"] / counts["small"] < 1.6
     for name, size in (("large", 60), ("small", 20)):
         drawn = {(f["episode_index"], f["frame_index"]) for f in mixture if f["dataset"] == name}

@@ -1,4 +1,4 @@
-"""Every format gives the frames that were written, as a table and as a stream."""
+"""Tables and streams give the frames that were written, in every format."""
 
 import gzip
 import io
@@ -46,7 +46,7 @@ from openvla_hf.testing import fake_episode
 
 SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "data"
 STEPS = 6  # of each of the five episodes
-# Mean difference in levels that lossy images show.
+# Largest mean difference in levels of lossy images.
 LOSSY = 6.0
 
 FORMATS = {
@@ -83,7 +83,7 @@ def test_a_table_holds_the_frames_that_were_written(written, episodes):
         np.testing.assert_array_equal(frame["state"], truth["state"])
         assert frame["image"].shape == (64, 96, 3)
         assert frame["image"].dtype == np.uint8
-        # A bar that is one step off differs by far more.
+        # If the bar is one step off, the difference is far larger.
         assert np.abs(frame["image"].astype(float) - truth["image"]).mean() < LOSSY
 
 
@@ -127,7 +127,7 @@ def test_ranks_and_workers_share_the_frames_without_overlap(written):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_start_while_videos_are_open(make_episode, tmp_path, start):
-    """More videos than a process keeps open: a worker closes those that it found open, and must not wait for ever."""
+    """With more videos than a process keeps open, a worker must drop those of its parent without waiting forever."""
     count = OPEN_VIDEOS + 2
     for index in range(count):
         write_lerobot([make_episode(index, steps=3)], tmp_path / f"arm{index}")
@@ -186,7 +186,7 @@ def test_lerobot_s_instructions_are_read_from_a_column_too(episodes, tmp_path):
 
 
 class CountingFileSystem(LocalFileSystem):
-    """Local files, with how often each was opened: a parquet file's footer is read whenever it is."""
+    """Local files that count how often each is opened, which reads the footer of a parquet file."""
 
     cachable = False
 
@@ -204,7 +204,7 @@ def test_the_footer_of_a_lerobot_file_is_read_once_however_many_episodes_it_hold
     count = 12
     write_lerobot([make_episode(index) for index in range(count)], tmp_path / "arm")
     data = tmp_path / "arm/data/chunk-000/file-000.parquet"
-    if row_group is not None:  # an episode over several row groups, and all in one
+    if row_group is not None:  # an episode in several row groups, or all episodes in one
         pq.write_table(pq.read_table(data), data, row_group_size=row_group)
     fs = CountingFileSystem()
     source = LeRobotSource(fs, str(tmp_path / "arm"))
@@ -229,7 +229,7 @@ def test_the_rows_of_a_lerobot_episode_may_lie_apart(episodes, tmp_path):
 
 
 def add_to_rlds(folder, descriptions, values):
-    """Gives the steps of a written RLDS folder more features: what they are, and the values of an episode."""
+    """Add features to the steps of a written RLDS folder: their descriptions, and the values of each episode."""
     path = next(folder.rglob("features.json"))
     features = json.loads(path.read_text())
     steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
@@ -293,7 +293,7 @@ def test_a_depth_image_is_refused_as_camera(episodes, tmp_path, caplog):
             with pytest.raises(ValueError, match=message):
                 load(tmp_path / name, camera="depth", streaming=streaming)
     with caplog.at_level(logging.WARNING):
-        assert len(load(tmp_path / "rlds")) == 5 * STEPS, "the only other camera is taken"
+        assert len(load(tmp_path / "rlds")) == 5 * STEPS, "the only other camera is read"
     assert "'depth' (it is an image of uint16" in caplog.text
 
 
@@ -404,7 +404,7 @@ def test_large_row_groups_of_images_are_told(episodes, tmp_path, monkeypatch, ca
         monkeypatch.setattr(lerobot, "LARGE_GROUP", limit)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            load(tmp_path / "arm", skip_bad_episodes=told)  # a table of its own
+            load(tmp_path / "arm", skip_bad_episodes=told)  # makes another table
         assert (f"{file.name}: the images are in row groups" in caplog.text) == told
 
 
@@ -554,7 +554,7 @@ def test_actions_are_never_converted_twice(episodes):
             load(frames, robot)
         with pytest.raises(ValueError, match="convert their actions a second time"):
             load(from_episodes(lambda: episodes, poses, streaming=True), robot)
-    again = load(frames, "tabletop", name="episodes")  # takes movements as they are, to the last digit
+    again = load(frames, "tabletop", name="episodes")  # keeps movements unchanged
     assert all(identical(one, other) for one, other in zip(again, frames, strict=True))
 
 
@@ -583,7 +583,7 @@ def test_an_episode_that_never_moves_gives_no_frame_without_its_pauses(make_epis
     assert set(frames["episode_index"]) == {1}
 
 
-# Damage: each names the file and the record, and can be skipped.
+# Damaged data: the error names the file and the record, and the episode can be skipped.
 
 
 def tfrecord(folder):
@@ -605,7 +605,7 @@ def test_a_truncated_tfrecord(episodes, tmp_path, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load(tmp_path / "arm", skip_bad_episodes=True)
-    assert "skipped: 1" in caplog.text, "a kept table tells of what it lacks as well"
+    assert "skipped: 1" in caplog.text, "a cached table also reports what it lacks"
     streamed = load(tmp_path / "arm", streaming=True, skip_bad_episodes=True)
     assert {frame["episode_index"] for frame in streamed} == {0, 1, 3, 4}
 
@@ -705,12 +705,12 @@ def test_an_image_that_is_none(episodes, tmp_path):
 
 @pytest.fixture
 def damaged_frame(episodes, tmp_path):
-    """An RLDS folder in which the first image of episode 1 has a good header and cannot be decoded."""
+    """Write an RLDS folder in which the first image of episode 1 has a valid header but can't be decoded."""
     write_rlds(episodes, tmp_path / "arm")
     file = tfrecord(tmp_path / "arm")
     with file.open("rb") as stored:
         records = [payload for _, payload in read_records(stored, str(file))]
-    # The entropy-coded part of the first image, after its last header (start of scan), is overwritten.
+    # Overwrite the entropy-coded part of the first image, after its last header (start of scan).
     scan = records[1].find(b"\xff\xda") + 14
     records[1] = records[1][:scan] + b"\xff\xd9" * 20 + records[1][scan + 40 :]
     with file.open("wb") as damaged:
@@ -849,7 +849,7 @@ def test_skipped_episodes_are_those_whose_frames_are_damaged(damaged_frame, capl
     assert {frame["episode_index"] for frame in table} == {0, 2, 3, 4}
     assert "Skipped bad episode 1: " in caplog.text
     assert "record 1, frame 0: " in caplog.text
-    # Of a stream, the episode is half read when the frame is met: that frame alone is left out.
+    # A stream has already given other frames of the episode, so only the damaged frame is left out.
     stream = load(folder, streaming=True, skip_bad_episodes=True)
     keys = [(frame["episode_index"], frame["frame_index"]) for frame in [*stream, *stream]]
     assert keys == 2 * [(index, step) for index in range(5) for step in range(STEPS) if (index, step) != (1, 0)]
@@ -858,7 +858,7 @@ def test_skipped_episodes_are_those_whose_frames_are_damaged(damaged_frame, capl
     assert (1, 0) not in [(frame["episode_index"], frame["frame_index"]) for frame in trained]
 
 
-def test_damaged_images_of_a_plain_data_set_are_skipped(episodes, decoded):
+def test_damaged_images_of_a_plain_dataset_are_skipped(episodes, decoded):
     rows = [
         {**frame, "episode_index": i, "frame_index": t} for i, e in enumerate(episodes) for t, frame in enumerate(e)
     ]
@@ -906,7 +906,7 @@ def test_missing_files_are_skipped_up_to_a_limit(episodes, tmp_path, caplog, wri
         list(load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=True))
     with caplog.at_level(logging.WARNING):
         frames = load(tmp_path / "arm", streaming=streaming, skip_bad_episodes=1.0)
-        # An h264 or AV1 file holds all five episodes, a TFRecord file the first two.
+        # The video holds all five episodes, and the TFRecord file the first two.
         assert len(list(frames)) == (3 * STEPS if "tfrecord" in file.name else 0)
     assert f"Skipped bad episode {2 if 'tfrecord' in file.name else 5}: " in caplog.text
 
@@ -928,7 +928,7 @@ def test_an_episode_whose_image_function_fails_to_read_is_bad(episodes, streamin
     with pytest.raises(BadEpisodeError, match=r"frame(_index)? 2: the chunk is damaged"):
         list(from_episodes(lambda: episodes, streaming=streaming))
     kept = list(from_episodes(lambda: episodes, streaming=streaming, skip_bad_episodes=0.5))
-    # Of a stream, the damaged frame alone is left out.
+    # In a stream, only the damaged frame is left out.
     assert len(kept) == (5 * STEPS - 1 if streaming else 4 * STEPS)
 
 
@@ -950,7 +950,7 @@ def test_an_episode_with_an_action_of_another_size_is_bad(episodes, action, prob
         assert set(read(skip_bad_episodes=0.5)["episode_index"]) == {0, 2, 3, 4}
 
 
-# The samples, which other libraries wrote.
+# Samples that other libraries wrote.
 
 
 @pytest.fixture(scope="module")
@@ -961,8 +961,8 @@ def samples():
 
 
 @pytest.mark.parametrize("folder", ["lerobot_v3_h264", "lerobot_v3_libsvtav1", "lerobot_v21_av1"])
-def test_samples_of_lerobot_hold_the_frames_of_the_plain_data_set(samples, folder):
-    # The plain one keeps MetaWorld's own gripper command: -1 = open, 1 = closed.
+def test_samples_of_lerobot_hold_the_frames_of_the_plain_dataset(samples, folder):
+    # The plain dataset has MetaWorld's gripper commands: -1 = open, 1 = closed.
     metaworld = Robot("metaworld", gripper=Gripper(open=-1.0, closed=1.0))
     plain = load(samples / "hf_parquet", robot=metaworld)
     frames = load(samples / folder)
@@ -977,7 +977,7 @@ def test_samples_of_lerobot_hold_the_frames_of_the_plain_data_set(samples, folde
         assert error < LOSSY < of_a_wrong_one
 
 
-def test_samples_of_tfds_hold_the_frames_of_the_plain_data_set(samples):
+def test_samples_of_tfds_hold_the_frames_of_the_plain_dataset(samples):
     plain = load(samples / "hf_parquet", robot=Robot("metaworld", gripper=Gripper(open=-1.0, closed=1.0)))
     of = {}
     for index, (text, frame) in enumerate(zip(plain["instruction"], plain["frame_index"], strict=True)):

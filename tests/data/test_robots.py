@@ -14,7 +14,7 @@ def standardize(robot, action, state=None):
     return robot.standardize(columns, len(action))
 
 
-def test_a_registered_robot_is_found_by_its_name_and_by_its_data_set_s():
+def test_a_registered_robot_is_found_by_its_name_and_by_its_dataset_s():
     arm = register_robot(Robot("test_arm", camera="wrist", gripper=Gripper(open=0.0, closed=0.8)))
     assert "test_arm" in registered_robots()
     assert resolve_robot("test_arm", "anything") is arm
@@ -58,7 +58,7 @@ def test_an_absolute_pose_becomes_the_movement_to_it(rotation):
             return matrix_to_euler(matrix)
         if rotation == "rotation_6d":
             return np.concatenate([matrix[..., 0], matrix[..., 1]], -1)
-        # The angle's cosine is in the trace, its axis in what is antisymmetric.
+        # The trace gives the angle, and the antisymmetric part the axis.
         angle = np.arccos((np.trace(matrix, axis1=-2, axis2=-1) - 1) / 2)[:, None]
         axis = np.stack([matrix[:, 2, 1] - matrix[:, 1, 2], matrix[:, 0, 2] - matrix[:, 2, 0],
                          matrix[:, 1, 0] - matrix[:, 0, 1]], -1) / (2 * np.sin(angle))  # fmt: skip
@@ -93,7 +93,7 @@ def test_bridge_takes_the_reached_pose_and_drops_the_first_step_and_the_last():
     kept, actions, states = standardize(BRIDGE, action, state)
     assert kept.tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(actions[:, :6], state[2:, :6] - state[1:-1, :6])
-    # What lies between open and closed counts as what the gripper becomes.
+    # Values between open and closed count as the end that the gripper reaches next.
     assert actions[:, -1].tolist() == [1.0, 0.0, 0.0, 0.0]
     np.testing.assert_array_equal(states, state[1:-1])
     with pytest.raises(ValueError, match="at least 3 frames"):
@@ -271,7 +271,7 @@ def test_idle_frames_are_dropped_but_not_a_gripper_that_moves_slowly():
     kept, actions, _ = standardize(robot, action)
     assert kept.tolist() == [0, 1, 4, 5, 6, 7, 8]
     np.testing.assert_array_equal(actions, action[kept])
-    # A target that stays is idle only while the robot stands still.
+    # An unchanged target is idle only while the robot stands still.
     target = np.array([0.0, 0.0, 0.5, 0.5, 0.5, 0.5])[:, None]
     state = np.array([0.0, 0.0, 0.0, 0.3, 0.5, 0.5])[:, None]
     joints = Robot("arm", space="joint_positions", drop_idle=True)

@@ -56,7 +56,7 @@ def test_statistics_of_a_stream_decode_no_image(episodes, tmp_path, decoded):
     assert found["arm"]["action"]["q99"] == expected["arm"]["action"]["q99"]
     assert found["arm"]["num_transitions"] == 30
     next(iter(stream))
-    assert decoded, "who reads frames afterwards has their images"
+    assert decoded, "reading frames afterwards still decodes images"
 
 
 def test_frames_that_a_mixture_draws_again_count_once(make_episode):
@@ -72,7 +72,7 @@ def test_statistics_of_a_table_are_kept(episodes, tmp_path, cache, run_python):
     first = compute_statistics(load(tmp_path / "arm", ARM))
     (kept,) = cache.glob("statistics-*.json")
     assert json.loads(kept.read_text()) == first
-    # What another process finds there is what it gets.
+    # Another process reads what is cached.
     kept.write_text(json.dumps({"arm": {"action": {"q01": []}, "note": "kept"}}))
     program = (
         "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
@@ -110,7 +110,7 @@ def test_no_frames_is_an_error():
 
 
 def count_reads(monkeypatch):
-    """Every file that is opened as a stream of TFRecords."""
+    """List the files that are read as TFRecords."""
     read = []
     read_records = rlds.read_records
     monkeypatch.setattr(rlds, "read_records", lambda file, path: read.append(path) or read_records(file, path))
@@ -131,7 +131,7 @@ def test_statistics_of_a_stream_are_kept_until_its_files_change(episodes, tmp_pa
     assert statistics() == first
     alone = compute_statistics(load(tmp_path / "arm", ARM, streaming=True, shuffle_buffer=4))
     assert alone["arm"]["action"]["q99"] == first["arm"]["action"]["q99"]
-    assert len(read) == 11, "those of the stream alone are computed once more"
+    assert len(read) == 11, "the statistics of the stream alone are computed separately"
     (tmp_path / "other" / "1.0.0").rename(tmp_path / "other" / "0.9.0")
     write_rlds(episodes, tmp_path / "new")
     (tmp_path / "new" / "1.0.0").rename(tmp_path / "other" / "1.0.0")
@@ -173,7 +173,7 @@ def test_names_of_dimensions_come_along_with_the_statistics(make_episode, tmp_pa
         write_lerobot([make_episode(0), make_episode(1)], tmp_path / name, action_names=names)
         parts.append(load(tmp_path / name, streaming=streaming))
     mixture = mix([(part, 1.0) for part in parts])
-    for _ in range(2):  # computed, and from the cache
+    for _ in range(2):  # first computed, then from the cache
         statistics = compute_statistics(mixture)
         assert {name: one["action"].get("names") for name, one in statistics.items()} == {
             "named": NAMES,

@@ -1,4 +1,4 @@
-"""Streams in training: who draws what, how often, and what is decoded for it."""
+"""Streams in training: which reader draws which frames, how often, and which images are decoded."""
 
 import itertools
 from collections import Counter
@@ -32,13 +32,13 @@ def take(stream, count):
 
 @pytest.fixture
 def without_images(monkeypatch):
-    """Counts of many draws need no images."""
+    """Skip decoding in tests that only count draws."""
     monkeypatch.setattr(ImageReader, "read", lambda reader, reference: None)
 
 
 @pytest.fixture
 def write(make_episode, tmp_path):
-    """Writes files with an episode of each length."""
+    """Write one file for each episode, with the given lengths."""
 
     def write(*lengths, name="arm"):
         episodes = [make_episode(index, steps=steps) for index, steps in enumerate(lengths)]
@@ -69,7 +69,7 @@ def test_readers_draw_every_frame_equally(write, without_images, readers, length
     due = passes * readers
     assert len(drawn) == total
     if shuffle_buffer and len(lengths) < readers:
-        # Readers that share a shard have drawn it in another order each time: equal on average.
+        # Readers that share a shard draw it in a new order each time, so counts are equal on average.
         assert Counter(episode for episode, _ in drawn.elements()) == {
             episode: due * length for episode, length in enumerate(lengths)
         }
@@ -92,7 +92,7 @@ def test_workers_of_ranks_draw_every_frame_equally(write, files):
     drawn = Counter()
     for rank in range(2):
         loader = DataLoader(TrainingStream(stream, rank, 2, 4), batch_size=4, num_workers=2, collate_fn=keys)
-        # Two batches in turn of each worker are a pass of its own: five frames of batches for each file.
+        # A pass is five batches for each file, and each of the two workers makes one pass.
         for batch in itertools.islice(loader, 2 * 5 * files):
             drawn.update(batch)
     assert set(drawn.values()) == {4}
@@ -174,7 +174,7 @@ def test_a_stream_of_unknown_size_in_a_mixture_needs_its_number_of_frames(write,
         mix([(mix([(made, 1.0, 6)]), 1.0), (stored, 1.0, 12)])
 
 
-def test_the_card_of_a_plain_data_set_tells_its_number_of_frames(episodes, tmp_path):
+def test_the_card_of_a_plain_dataset_tells_its_number_of_frames(episodes, tmp_path):
     folder = tmp_path / "plain"
     folder.mkdir()
     rows = [frame for each in episodes for frame in each]
@@ -250,7 +250,7 @@ def test_workers_evaluate_each_stream_of_a_mixture_once(write):
 
 @pytest.fixture
 def damaged(make_episode):
-    """A stream whose first frame and one in the middle can't be read."""
+    """Make a stream in which the first frame and one in the middle can't be read."""
 
     def read_damaged_chunk():
         raise OSError("the chunk is damaged")

@@ -35,7 +35,7 @@ class Robot:
         action_dim: Number of dimensions that the recorded action must have.
         rotation: How the numbers after the position encode a rotation, one of `ROTATIONS`. It is converted to Euler
             angles.
-        relative: Deprecated: `relative=False` means `space="end_effector_pose"`.
+        relative: Older form of `space`: `relative=False` means `space="end_effector_pose"`.
         gripper: What the gripper's values mean. Statistics then leave its dimensions unscaled.
         frequency: Recorded actions per second. The robot acts at this rate divided by `every`.
         space: What the numbers of the recorded action are. By default this is unknown, and they are kept as recorded.

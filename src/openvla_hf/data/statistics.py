@@ -47,7 +47,8 @@ def compute_statistics(frames: Frames) -> dict[str, Any]:
 
     The statistics of a table are cached, and so are those of a LeRobot or RLDS stream from `load` until its files
     change. Those of a stream from `from_episodes` are cached if it has a `cache_key`. Any other stream, such as one of
-    parquet files or of a dataset that is already loaded, is read again at each call. No image of these is decoded.
+    parquet files or of a dataset that is already loaded, is read again at each call. Images are not decoded, except in
+    streams that operations of `datasets`, such as `map`, made from others.
 
     Args:
         frames: Frames from `load`, `from_episodes` or `mix`. Each stream of a mixture is read once.

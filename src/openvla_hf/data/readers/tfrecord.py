@@ -40,7 +40,7 @@ def open_records(file: BinaryIO) -> tuple[BinaryIO, bool]:
     """Return the records of an open file, decompressed if it is a GZIP file, and whether it is one."""
     start = file.read(HEADER.size)
     file.seek(0)
-    # The length of a first record may begin with the same two bytes, but then its checksum is right.
+    # The length of a first record may begin with the same two bytes, but then its checksum matches.
     if not start.startswith(GZIP) or (len(start) == HEADER.size and masked_crc(start[:8]) == HEADER.unpack(start)[1]):
         return file, False
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)), True
