@@ -1,1 +1,1 @@
-"""Rollouts, environments, reports."""
+"""Checks of data, open-loop errors, latency, and fidelity of quantised formats."""

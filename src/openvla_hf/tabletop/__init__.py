@@ -1,1 +1,1 @@
-"""A small simulated robot, and the policy that ships for it."""
+"""A small simulated table, its expert, and the policy that ships for it."""

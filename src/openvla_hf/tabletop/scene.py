@@ -1,8 +1,8 @@
-"""What stands on the table, and how it looks: the state of a tabletop scene and its drawing with PIL.
+"""The state of a tabletop scene, and its drawing with PIL.
 
-World frame, in metres: x to the right in the image, y away from the camera, z up; the origin is the middle of
-the table's top. One fixed camera looks down from the front, so a single frame shows the whole state: the
-gripper's shadow gives its height, its fingers and its lamp say whether it is closed.
+The world frame is in metres: x points to the right in the image, y away from the camera, z up. The origin is the
+middle of the table's top. One fixed camera looks down from the front. A single frame shows the whole state: the
+gripper's shadow shows its height, and its fingers and its lamp show whether it is closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ __all__ = ["COLOURS", "GOAL_KINDS", "SHAPES", "Goal", "Scene", "TableGripper", "
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
 
+# Pixels along a side.
 IMAGE_SIZE = 224
+# Half extents in x and y, metres.
 TABLE_HALF = (0.25, 0.20)
 
 COLOURS: dict[str, Rgb] = {
@@ -30,15 +32,16 @@ COLOURS: dict[str, Rgb] = {
     "blue": (40, 96, 220),
     "yellow": (250, 204, 28),
 }
-#: Shape -> (radius in the xy plane, height), metres.
+# Shape -> (radius in the xy plane, height), metres.
 SHAPES: dict[str, tuple[float, float]] = {
     "cube": (0.024, 0.048),
     "ball": (0.025, 0.050),
     "cylinder": (0.023, 0.050),
 }
-#: Goal -> (half extent, thickness), metres.
+# Goal -> (half extent, thickness), metres.
 GOAL_KINDS: dict[str, tuple[float, float]] = {"plate": (0.058, 0.006), "mat": (0.055, 0.002)}
 
+# Distances of the open and closed fingers from the middle of the hand, and the fingers' length, metres.
 FINGER_OPEN = 0.042
 FINGER_CLOSED = 0.007
 FINGER_LENGTH = 0.054
@@ -46,7 +49,7 @@ FINGER_LENGTH = 0.054
 
 @dataclass(eq=False)
 class TableObject:
-    """A thing to grasp or push. `position` is its bottom's centre, float64 of shape (3,), in metres."""
+    """An object to grasp or push. `position` is the centre of its bottom, float64 (3,), metres."""
 
     colour: str
     shape: str
@@ -54,28 +57,28 @@ class TableObject:
 
     @property
     def name(self) -> str:
-        """What an instruction calls it, e.g. `"red cube"`."""
+        """The object's name in instructions, such as `"red cube"`."""
         return f"{self.colour} {self.shape}"
 
     @property
     def radius(self) -> float:
-        """Extent from its axis, metres."""
+        """Radius in the xy plane, metres."""
         return SHAPES[self.shape][0]
 
     @property
     def height(self) -> float:
-        """Extent along z, metres."""
+        """Height, metres."""
         return SHAPES[self.shape][1]
 
     @property
     def top(self) -> float:
-        """Height of its top above the table, metres."""
+        """Height of the top above the table, metres."""
         return float(self.position[2]) + self.height
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A flat place to put things on, lying on the table at `(x, y)` metres."""
+    """A flat place to put objects on. Its centre is at `(x, y)` metres."""
 
     colour: str
     kind: str
@@ -84,28 +87,28 @@ class Goal:
 
     @property
     def name(self) -> str:
-        """What an instruction calls it, e.g. `"yellow plate"`."""
+        """The goal's name in instructions, such as `"yellow plate"`."""
         return f"{self.colour} {self.kind}"
 
     @property
     def xy(self) -> np.ndarray:
-        """Its centre, shape (2,), metres."""
+        """The centre, (2,), metres."""
         return np.array([self.x, self.y])
 
     @property
     def half(self) -> float:
-        """Radius of a plate, half the side of a mat, metres."""
+        """Radius of a plate, or half the side of a mat, metres."""
         return GOAL_KINDS[self.kind][0]
 
     @property
     def thickness(self) -> float:
-        """Height of its surface above the table, metres."""
+        """Height of the surface above the table, metres."""
         return GOAL_KINDS[self.kind][1]
 
 
 @dataclass(eq=False)
 class TableGripper:
-    """The hand: `position` is the point between its fingertips, shape (3,), metres; it always points down."""
+    """The hand, which always points down. `position` is the point between the fingertips, (3,), metres."""
 
     position: np.ndarray
     is_open: bool = True
@@ -114,7 +117,7 @@ class TableGripper:
 
 @dataclass(eq=False)
 class Scene:
-    """All that one frame shows."""
+    """Everything that a frame shows."""
 
     objects: list[TableObject]
     goals: list[Goal]
@@ -132,28 +135,28 @@ def draw_scene(scene: Scene) -> np.ndarray:
         _draw_object_shadow(draw, thing)
     _draw_gripper_shadow(draw, gripper, 0.0)
 
-    # Painter's order: what stands on the table, then what is above it, each far to near. The hand comes right
-    # after what lies between its fingers.
+    # Painter's order: objects on the table, then objects above it, each far to near. The hand comes right after the
+    # object between its fingers.
     layers: list[tuple[tuple[bool, float], Callable[[], None]]] = [
         (_order(thing.position), partial(_DRAW_SHAPE[thing.shape], draw, thing)) for thing in scene.objects
     ]
     layers.append((_order(gripper.position, -0.015, -0.012), partial(_draw_gripper, draw, gripper)))
     below = _highest_below(scene)
-    if below is not None:  # the shadow falls on this object, not only on the table
+    if below is not None:  # the shadow falls on this object too
         shadow = partial(_draw_gripper_shadow, draw, gripper, below.top, radius=0.014)
         layers.append((_order(below.position, 0.0, -1e-6), shadow))
     for _, paint in sorted(layers, key=lambda layer: layer[0]):
         paint()
-    return np.array(image.reduce(_SUPERSAMPLE))  # a copy: PIL lends a read-only buffer
+    return np.array(image.reduce(_SUPERSAMPLE))  # a copy, because PIL's buffer is read-only
 
 
 def _order(position: np.ndarray, shift_z: float = 0.0, shift_y: float = 0.0) -> tuple[bool, float]:
-    """Where something at `position` comes in painter's order, if it stands on the table or clear above it."""
+    """Return the sort key of a position in painter's order."""
     return float(position[2]) + shift_z > 0.03, -float(position[1]) - shift_y
 
 
 def _highest_below(scene: Scene) -> TableObject | None:
-    """The object right below the open space under the hand, or below what it holds."""
+    """Return the highest object below the hand, or below the object that it holds."""
     gripper = scene.gripper
     column = [
         thing
@@ -176,15 +179,15 @@ _HORIZON = 146.0 * _SUPERSAMPLE
 
 
 def _project(x: float, y: float, z: float) -> Point:
-    """World metres -> canvas pixels."""
+    """Project world metres to canvas pixels."""
     scale = _FOCAL / (_DISTANCE + y * _COS - z * _SIN)
     return _CANVAS / 2 + x * scale, _HORIZON - (y * _SIN + z * _COS) * scale
 
 
 def image_positions(scene: Scene) -> dict[str, tuple[float, float]]:
-    """Where the camera sees each thing: `{name: (u, v)}`, from the upper left corner in fractions of the image.
+    """Return where the camera sees each thing: `{name: (u, v)}`, in fractions of the image from the upper left corner.
 
-    Beside objects and goals, "open gripper" or "closed gripper" is the point between the fingertips, and "shadow"
+    Besides objects and goals, "open gripper" or "closed gripper" is the point between the fingertips, and "shadow" is
     the point on the table below it.
     """
     gripper = scene.gripper
@@ -204,17 +207,17 @@ _CIRCLE = [(math.cos(2 * math.pi * k / 28), math.sin(2 * math.pi * k / 28)) for 
 
 
 def _disc(x: float, y: float, z: float, radius: float) -> list[Point]:
-    """The outline of a horizontal disc, counter-clockwise as seen from above, from the +x side on."""
+    """Outline a horizontal disc, counter-clockwise as seen from above, starting on the +x side."""
     return [_project(x + radius * c, y + radius * s, z) for c, s in _CIRCLE]
 
 
 def _square(x: float, y: float, z: float, half_x: float, half_y: float) -> list[Point]:
-    """Corners of a horizontal rectangle: near left, near right, far right, far left."""
+    """Return the corners of a horizontal rectangle: near left, near right, far right, far left."""
     return [_project(x + sx * half_x, y + sy * half_y, z) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
 def _mix(colour: Rgb, other: Rgb, share: float) -> Rgb:
-    """`colour` with `share` (0 to 1) of `other` in it."""
+    """Mix `share` (0 to 1) of `other` into `colour`."""
     r, g, b = (round(a + (o - a) * share) for a, o in zip(colour, other, strict=True))
     return r, g, b
 
@@ -228,7 +231,7 @@ _INK: Rgb = (24, 22, 30)
 
 @cache
 def _backdrop() -> Image.Image:
-    """The wall and the bare table: the same in every frame, so drawn once."""
+    """Draw the wall and the empty table once, because they are the same in every frame."""
     wall_top, wall_bottom = (236, 239, 242), (214, 220, 226)
     image = Image.new("RGB", (_CANVAS, _CANVAS))
     draw = ImageDraw.Draw(image, "RGBA")
@@ -270,7 +273,7 @@ def _draw_goal(draw: ImageDraw.ImageDraw, goal: Goal) -> None:
 
 
 def _draw_object_shadow(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
-    """A soft shadow, right below: it tightens as the object comes down."""
+    """Draw a soft shadow right below an object; it is smaller the lower the object is."""
     x, y, z = (float(value) for value in thing.position)
     spread = 1.12 + min(z, 0.1) * 2.0
     for grow, alpha in ((1.28, 26), (1.12, 38), (0.95, 52)):
@@ -281,7 +284,7 @@ def _draw_cube(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
     x, y, z = (float(value) for value in thing.position)
     colour, half = COLOURS[thing.colour], thing.radius
     bottom, top = _square(x, y, z, half, half), _square(x, y, z + thing.height, half, half)
-    # Off the middle of the image the camera sees one of the flanks too.
+    # Beside the middle of the image, the camera sees one of the sides too.
     if x > 0:
         draw.polygon([bottom[0], bottom[3], top[3], top[0]], fill=_mix(colour, _INK, 0.30))
     else:
@@ -295,9 +298,9 @@ def _draw_cylinder(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
     x, y, z = (float(value) for value in thing.position)
     colour = COLOURS[thing.colour]
     bottom, top = _disc(x, y, z, thing.radius), _disc(x, y, z + thing.height, thing.radius)
-    near = [*range(14, 28), 0]  # the half of the rim that faces the camera, left to right
+    near = [*range(14, 28), 0]  # the half of the rim that faces the camera, from left to right
     for start in range(0, 14, 2):
-        # Lit from the left: brightest a little off the left edge, dark on the right.
+        # Lit from the left: brightest near the left edge, dark on the right.
         share = abs(start - 3) / 11
         strip = near[start : start + 3]
         wall = [bottom[k] for k in strip] + [top[k] for k in reversed(strip)]
@@ -318,7 +321,7 @@ def _draw_ball(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
 
 
 def _dot(draw: ImageDraw.ImageDraw, u: float, v: float, radius: float, size: float, fill: Rgb) -> None:
-    """One layer of a ball: the smaller, the further towards the light at the upper left."""
+    """Draw one layer of a ball; smaller layers are nearer to the light at the upper left."""
     u, v, extent = u - radius * (1 - size) * 0.42, v - radius * (1 - size) * 0.52, radius * size
     draw.ellipse([u - extent, v - extent, u + extent, v + extent], fill=fill)
 
@@ -355,7 +358,7 @@ def _draw_gripper(draw: ImageDraw.ImageDraw, gripper: TableGripper) -> None:
     _box(draw, x, y, palm, wrist, max(spread + 0.008, 0.02), 0.010, _STEEL)
     _box(draw, x, y, palm - 0.002, wrist, 0.016, 0.012, _LAMP_OPEN if gripper.is_open else _LAMP_CLOSED)
 
-    # The shaft keeps its width in the image, so that it hides little where it comes near the camera.
+    # The shaft has a fixed width in the image, so that it hides little near the camera.
     _draw_rod(draw, _project(x, y, wrist), _project(x, y, 0.62), _STEEL)
     for k in range(4):
         ends = [_project(x, y, wrist + 0.013 * edge) for edge in (k, k + 1)]
@@ -363,7 +366,7 @@ def _draw_gripper(draw: ImageDraw.ImageDraw, gripper: TableGripper) -> None:
 
 
 def _draw_rod(draw: ImageDraw.ImageDraw, foot: Point, head: Point, colour: Rgb, width: int = 14) -> None:
-    """An upright rod, lit from the left."""
+    """Draw an upright rod, lit from the left."""
     draw.line([foot, head], fill=_mix(colour, _INK, 0.25), width=width)
     draw.line([(foot[0] - 3, foot[1]), (head[0] - 3, head[1])], fill=_mix(colour, _WHITE, 0.30), width=width // 3)
 
@@ -378,7 +381,7 @@ def _box(
     half_y: float,
     colour: Rgb,
 ) -> None:
-    """An upright box's front and top."""
+    """Draw the front and the top of an upright box."""
     bottom, top = _square(x, y, low, half_x, half_y), _square(x, y, high, half_x, half_y)
     draw.polygon([bottom[0], bottom[1], top[1], top[0]], fill=_mix(colour, _INK, 0.15))
     draw.polygon(top, fill=_mix(colour, _WHITE, 0.25))
