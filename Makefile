@@ -11,7 +11,7 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks lint format clean
+.PHONY: help demo test test-fast test-oldest test-notebooks docs lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-oldest: $(OLDEST)/.stamp  ## run the model's tests on the oldest versions t
 test-notebooks: $(VENV)/.stamp  ## run the notebooks; SAVE_OUTPUTS=1 also writes their outputs into them
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) --dist load notebooks
 
+docs: $(VENV)/.stamp  ## build the manual into site/, where a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 lint: $(VENV)/.stamp  ## check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -42,7 +45,7 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff format
 
 clean:  ## remove the virtual environments and the caches
-	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: pyproject.toml constraints.txt

@@ -1,61 +1,30 @@
 """docs/walkthrough.md, run block by block: a 14-dimensional robot at 50 Hz from its recordings to the Hub."""
 
 import json
-import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_server import HubServer
-
-from openvla_hf.testing import BRIDGE_LIKE_STATS
+from pages import ROOT, small_hub, walk
 
 
-PAGE = (Path(__file__).parents[1] / "docs/walkthrough.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r'```(python|bash)(?: title="([\w.]+)")?\n(.*?)```', re.DOTALL)
 DIMENSIONS, HELD_OUT = 14, 2
 # A tiny model on a CPU: a few steps instead of thousands.
-SMALLER = {"finetune": "--steps 4 --save-steps 2 --logging-steps 1 --workers 0 --set batch_size=2 lora_rank=2"}
+SMALLER = {
+    "finetune": "--steps 4 --save-steps 2 --logging-steps 1 --workers 0 --set batch_size=2 lora_rank=2 use_cpu=true"
+}
 
-
-@pytest.fixture
-def run(tiny, tmp_path, monkeypatch):
-    """Run a command in a folder of its own, and beside it a Hub that has a small openvla-7b."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    with HubServer(tmp_path / "hub") as server:
-        for one in tiny(norm_stats={"bridge_orig": {"action": BRIDGE_LIKE_STATS}}):
-            one.save_pretrained(server.root / "openvla/openvla-7b")
-        for name, value in {**server.env, "HF_HOME": str(tmp_path / "home")}.items():
-            monkeypatch.setenv(name, value)
-
-        def run(*command: str) -> str:
-            result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-            assert result.returncode == 0, f"{command}\n{result.stderr}"
-            return result.stdout
-
-        run.hub = server
-        yield run
+__all__ = ["small_hub"]
 
 
 @pytest.mark.slow
-def test_the_walk_from_recordings_to_the_hub_runs_as_it_is_written(run):
-    told = []  # by each command, as JSON
-    for language, title, code in BLOCK.findall(PAGE):
-        if title:
-            Path(title).write_text(code)
-        elif language == "python":
-            run(
-                "-c", code if "predict_action" not in code else f"{code}\nprint(action.shape, left.shape, right.shape)"
-            )
-        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
-            program, *arguments = shlex.split(line)
-            if program == "openvla-hf":
-                small = shlex.split(SMALLER.get(arguments[0], ""))
-                told.append((arguments[0], json.loads(run("-m", "openvla_hf.cli", *arguments, *small, "--json"))))
+def test_the_walk_from_recordings_to_the_hub_runs_as_it_is_written(small_hub):
+    walked = walk(
+        ROOT / "docs/walkthrough.md",
+        lambda arguments: [*arguments, *SMALLER.get(arguments[0], "").split(), "--json"],
+    )
+    assert [walked.names[name].shape for name in ("action", "left", "right")] == [(14,), (7,), (7,)]
+    told = [(arguments[0], json.loads(printed)) for arguments, printed in walked.printed]
     assert [command for command, _ in told] == ["doctor", "doctor", "finetune", "evaluate", "predict", "push"]
     (_, at_50_hz), (_, at_10_hz), _, (_, evaluation), (_, prediction), _ = told
 
@@ -80,7 +49,7 @@ def test_the_walk_from_recordings_to_the_hub_runs_as_it_is_written(run):
     low[[6, 13]], high[[6, 13]] = -1, 1  # not scaled
     assert ((low <= prediction["action"]) & (prediction["action"] <= high)).all()
 
-    pushed = run.hub.files("someone/openvla-7b-two-arms")
+    pushed = small_hub.files("someone/openvla-7b-two-arms")
     assert {
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -1,20 +1,19 @@
 """Every Python block of the page on data runs, one after the other, on small data in the layouts that it names."""
 
 import io
-import re
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import zarr
+from pages import ROOT, small_hub, walk
 from PIL import Image
 
-from openvla_hf.data import robots
 
-
-PAGE = Path(__file__).parents[2] / "docs/data.md"
 STEPS = 12
+
+__all__ = ["small_hub"]
 
 
 def make_image(step):
@@ -65,15 +64,11 @@ def write_diffusion_policy(path):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_the_blocks_of_the_page_run_one_after_the_other(tmp_path, monkeypatch, compressed):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(robots, "_REGISTRY", dict(robots._REGISTRY))
-    write_aloha(tmp_path / "aloha_demos", compressed)
-    write_robomimic(tmp_path / "lift.hdf5")
-    write_diffusion_policy(tmp_path / "pusht.zarr")
-    names = {"__name__": "page"}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, names)
+def test_the_blocks_of_the_page_run_one_after_the_other(small_hub, compressed):
+    write_aloha(Path("aloha_demos"), compressed)
+    write_robomimic("lift.hdf5")
+    write_diffusion_policy("pusht.zarr")
+    names = walk(ROOT / "docs/data.md", lambda arguments: arguments if arguments[1] == "lab/kitchen" else None).names
 
     aloha = list(names["stream"])
     assert [frame["frame_index"] for frame in aloha] == [0, 5, 10] * 2

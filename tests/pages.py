@@ -1,0 +1,151 @@
+"""The code blocks of the README and of the docs, and how tests run them.
+
+Blocks run in the order of the page, in this process. Beside them is a stand-in for the Hub with small versions of the
+repositories that the pages name. A shell reads the blocks of commands, so variables and line continuations are bash's.
+"""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from PIL import Image
+
+from openvla_hf.cli import build_parser, main
+from openvla_hf.data import robots, write_lerobot
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What stands for `...` in a command.
+RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "outputs/kitchen"]
+# Functions that record a command instead of running it; `python -c` prints a value and runs.
+RECORD = """
+record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
+for program in openvla-hf accelerate pip make hf; do eval "$program() { record $program \\"\\$@\\"; }"; done
+python() { if [ "$1" = -c ]; then "$INTERPRETER" "$@"; else record python "$@"; fi; }
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the file that its title names, and its text."""
+
+    language: str
+    title: str
+    code: str
+
+
+def read_blocks(page: Path) -> list[Block]:
+    """Find the fenced blocks of a page."""
+    found = re.findall(
+        r'^```(\w+)(?: title="([\w.]+)")?\n(.*?)^```$', page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    return [Block(*one) for one in found]
+
+
+def read_commands(code: str, variables: dict[str, str] | None = None) -> list[list[str]]:
+    """Have bash read a block, and give the arguments of each command in it without running any."""
+    recorded = Path("recorded")
+    environment = {**os.environ, **(variables or {}), "RECORDED": str(recorded), "INTERPRETER": sys.executable}
+    subprocess.run(["bash", "-euc", f"set +u\n{RECORD}{code}"], env=environment, check=True)
+    words = iter(recorded.read_text().split("\0")[:-1] if recorded.exists() else [])
+    recorded.unlink(missing_ok=True)
+    return [[next(words) for _ in range(int(count))] for count in words]
+
+
+def fill_in(arguments: list[str]) -> list[str]:
+    """The arguments of `openvla-hf`, with a run in place of `...`, on a machine without a GPU."""
+    filled = [word for argument in arguments for word in (RUN if argument == "..." else [argument])]
+    return ["cpu" if word == "cuda" else word for word in filled]
+
+
+def run_command(*arguments: str) -> str:
+    """Run `openvla-hf` in this process, and give what it prints."""
+    printed, complaint = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
+        status = main(arguments)
+    assert status == 0, f"openvla-hf {' '.join(arguments)}\n{complaint.getvalue()}"
+    return printed.getvalue()
+
+
+def check_command(program: str, *arguments: str) -> None:
+    """Check a command that does not run here: its options are known, and the files that it names are there."""
+    if program == "openvla-hf":
+        build_parser().parse_args(fill_in(list(arguments)))
+    elif program == "accelerate":
+        assert (ROOT / "src/openvla_hf/configs" / Path(arguments[2]).name).is_file(), arguments
+        check_command("openvla-hf", *arguments[arguments.index("openvla_hf.cli") + 1 :])
+    elif program == "make":
+        subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif program == "python" and arguments[0] == "-m":
+        assert Path(ROOT, "src", *arguments[1].split(".")).with_suffix(".py").is_file(), arguments
+    elif program == "python":
+        text = (ROOT / arguments[0]).read_text(encoding="utf-8")
+        for option in arguments[1:]:
+            assert not option.startswith("--") or f'"{option}"' in text, arguments
+    elif program == "pip":
+        assert arguments[0] == "install", arguments
+    else:
+        assert (program, *arguments) == ("hf", "auth", "login")
+
+
+@dataclass
+class Walk:
+    """A walk through a page: the names that its Python blocks define, and what each command printed."""
+
+    names: dict[str, Any]
+    printed: list[tuple[list[str], str]]
+
+
+@pytest.fixture
+def small_hub(tiny, owner, tmp_path, monkeypatch) -> HubServer:
+    """The repositories that the pages name, small, and `frame.png` in the folder where their code runs."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(robots, "_REGISTRY", dict(robots._REGISTRY))  # pages register robots
+    monkeypatch.chdir(tmp_path / "work")
+    Image.fromarray(fake_episode(steps=1)[0]["image"]).save("frame.png")
+    keys = ("bridge_orig", "fractal20220817_data", "libero_spatial")
+    model, processor = tiny(norm_stats={key: {"action": BRIDGE_LIKE_STATS} for key in keys})
+    for repository in ("openvla-7b", "openvla-7b-finetuned-libero-spatial"):
+        for one in (model, processor):
+            one.save_pretrained(owner.root / "openvla" / repository)
+    for name in ("kitchen", "workshop"):
+        episodes = [fake_episode(seed=seed, steps=6) for seed in range(3)]
+        write_lerobot(episodes, owner.root / "datasets/lab" / name)
+    return owner
+
+
+def walk(page: Path, runs: Callable[[list[str]], list[str] | None], **names: Any) -> Walk:
+    """Go through a page: run its Python blocks, and run or check its commands.
+
+    Args:
+        page: The page.
+        runs: Gives the arguments with which a command of `openvla-hf` runs, or `None` to check its options only.
+        names: What the Python blocks find defined.
+    """
+    names = {"__name__": "page", **names}
+    printed = []
+    for block in read_blocks(page):
+        if block.title:
+            Path(block.title).write_text(block.code)
+        elif block.language == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(block.code, str(page), "exec"), names)
+        elif block.language == "bash":
+            for program, *arguments in read_commands(block.code):
+                ready = runs(fill_in(arguments)) if program == "openvla-hf" else None
+                if ready is None:
+                    check_command(program, *arguments)
+                else:
+                    printed.append((ready, run_command(*ready)))
+    return Walk(names, printed)

@@ -1,0 +1,111 @@
+"""The README and the docs keep what they promise: code that runs, commands that exist, links that lead somewhere."""
+
+import importlib
+import json
+import re
+import tomllib
+
+import pytest
+from pages import PAGES, ROOT, small_hub, walk
+from PIL import Image
+
+
+README = ROOT / "README.md"
+# These have tests of their own, which look at what comes of the blocks.
+ELSEWHERE = {"walkthrough.md", "data.md"}
+OTHERS = [page for page in PAGES if page != README and page.name not in ELSEWHERE]
+# A tiny model on a CPU: two steps instead of thousands.
+SMALLER = {
+    "finetune": "--steps 2 --workers 0 --set dtype=float32 batch_size=2 lora_rank=2 use_cpu=true --json".split()
+}
+# Beginnings of the commands that run; the options of the others are checked.
+RUNS = {
+    "README.md": ("predict", "doctor", "finetune", "merge", "quantize", "push", "info"),
+    "quickstart.md": ("predict", "evaluate", "info"),
+    "finetuning.md": (
+        "finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora",
+        "evaluate --model outputs/kitchen",
+        "merge",
+    ),
+    "hub.md": ("push", "info", "export"),
+    "robots.md": ("predict", "info"),
+}
+
+__all__ = ["small_hub"]
+
+
+def page_id(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def runs_on(page):
+    """Says with which arguments a page's commands run here."""
+
+    def runs(arguments):
+        if not " ".join(arguments).startswith(RUNS.get(page.name, ())):
+            return None
+        return [*arguments, *SMALLER.get(arguments[0], "").split()]
+
+    return runs
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_readme_run_one_after_the_other(small_hub):
+    walked = walk(README, runs_on(README))
+    names = walked.names
+    assert (names["action"].shape, names["action"].dtype) == ((7,), "float64")
+    assert names["details"].probabilities.shape == (2, 7, 256)
+    assert Image.open("frame.png").size == (224, 224)
+    assert [arguments[0] for arguments, _ in walked.printed] == list(RUNS["README.md"])
+    pushed = small_hub.files("someone/openvla-7b-kitchen")
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "openvla/openvla-7b"
+    assert "datasets:\n- lab/kitchen" in pushed["README.md"].decode()
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=page_id)
+def test_the_blocks_of_a_page_run_one_after_the_other(page, small_hub):
+    walk(page, runs_on(page), image=Image.open("frame.png"))
+
+
+def test_links_of_the_readme_lead_to_files_of_the_repository():
+    links = [
+        link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text(encoding="utf-8")) if "://" not in link
+    ]
+    assert len(links) > 10
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_what_the_readme_names_is_there():
+    text = README.read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"sim", "data", "quantize"} <= project["optional-dependencies"].keys()
+    tree = re.findall(r"^  ([\w/.]+(?:, [\w/.]+)*)\s{2,}", text[text.index("src/openvla_hf/\n") :], re.MULTILINE)
+    files = [name for names in tree for name in names.split(", ")]
+    assert len(files) > 10
+    for name in files:
+        assert (ROOT / "src/openvla_hf" / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_cell_of_a_table_holds_a_command(page):
+    for line in page.read_text(encoding="utf-8").splitlines():
+        assert not re.match(r"\|.*`(openvla-hf|python|accelerate|pip|make|taskset) ", line), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_lines_of_prose_wrap_at_120_columns(page):
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        # A row of a table and a link can't be broken.
+        assert len(line) <= 120 or line.startswith("|") or "](http" in line, f"{page_id(page)}:{number}"
+
+
+@pytest.mark.parametrize("module", ["openvla_hf", "openvla_hf.data", "openvla_hf.testing"])
+def test_the_reference_describes_every_public_name(module):
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
+    described = {line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: ")}
+    if f"::: {module}\n" in pages:
+        return
+    # Another name of a class of transformers, and a table of published weights.
+    missing = {*importlib.import_module(module).__all__} - described - {"AutoModelForVision2Seq", "MIXTURES"}
+    assert not missing
