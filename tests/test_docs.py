@@ -3,33 +3,34 @@
 import importlib
 import json
 import re
+import shutil
 import tomllib
 
 import pytest
-from pages import PAGES, ROOT, small_hub, walk
+from pages import PAGES, ROOT, fill_in, read_blocks, run_command, small_hub, walk
 from PIL import Image
 
 
 README = ROOT / "README.md"
 # These have tests of their own, which look at what comes of the blocks.
 ELSEWHERE = {"walkthrough.md", "data.md"}
-OTHERS = [page for page in PAGES if page != README and page.name not in ELSEWHERE]
+OTHERS = [page for page in PAGES if page != README and page.name not in ELSEWHERE and read_blocks(page)]
 # A tiny model on a CPU: two steps instead of thousands.
-SMALLER = {
-    "finetune": "--steps 2 --workers 0 --set dtype=float32 batch_size=2 lora_rank=2 use_cpu=true --json".split()
-}
+SMALLER = {"finetune": "--steps 2 --workers 0 --set dtype=float32 batch_size=2 lora_rank=2 use_cpu=true --json"}
 # Beginnings of the commands that run; the options of the others are checked.
 RUNS = {
     "README.md": ("predict", "doctor", "finetune", "merge", "quantize", "push", "info"),
-    "quickstart.md": ("predict", "evaluate", "info"),
+    "quickstart.md": ("predict", "info"),
     "finetuning.md": (
         "finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora",
         "evaluate --model outputs/kitchen",
         "merge",
     ),
-    "hub.md": ("push", "info", "export"),
+    "hub.md": ("push", "info"),
     "robots.md": ("predict", "info"),
 }
+# Pages that take up where the one on fine-tuning ends.
+FINETUNED = {"hub.md"}
 
 __all__ = ["small_hub"]
 
@@ -38,15 +39,14 @@ def page_id(page):
     return page.relative_to(ROOT).as_posix()
 
 
+def make_smaller(arguments):
+    return [*arguments, *SMALLER.get(arguments[0], "").split()]
+
+
 def runs_on(page):
     """Says with which arguments a page's commands run here."""
-
-    def runs(arguments):
-        if not " ".join(arguments).startswith(RUNS.get(page.name, ())):
-            return None
-        return [*arguments, *SMALLER.get(arguments[0], "").split()]
-
-    return runs
+    beginnings = RUNS.get(page.name, ())
+    return lambda arguments: make_smaller(arguments) if " ".join(arguments).startswith(beginnings) else None
 
 
 @pytest.mark.slow
@@ -64,6 +64,12 @@ def test_the_blocks_of_the_readme_run_one_after_the_other(small_hub):
 
 @pytest.mark.parametrize("page", OTHERS, ids=page_id)
 def test_the_blocks_of_a_page_run_one_after_the_other(page, small_hub):
+    if page.name in FINETUNED:
+        run_command(*make_smaller(fill_in(["finetune", "..."])))
+        run_command("merge", "outputs/kitchen", "outputs/kitchen-merged")
+    if page.name == "finetuning.md":
+        run_command(*make_smaller([*fill_in(["finetune", "..."]), "--output", "adapter"]))
+        shutil.copytree("adapter", small_hub.root / "someone/openvla-7b-adapter", ignore=shutil.ignore_patterns("check*"))
     walk(page, runs_on(page), image=Image.open("frame.png"))
 
 
@@ -106,6 +112,6 @@ def test_the_reference_describes_every_public_name(module):
     described = {line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: ")}
     if f"::: {module}\n" in pages:
         return
-    # Another name of a class of transformers, and a table of published weights.
+    # The first is another name of a class of transformers, the second is a table.
     missing = {*importlib.import_module(module).__all__} - described - {"AutoModelForVision2Seq", "MIXTURES"}
     assert not missing
