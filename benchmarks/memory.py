@@ -5,10 +5,11 @@ python benchmarks/memory.py --layers 2
 
 import argparse
 
+from PIL import Image
+
 from openvla_hf import OpenVLAConfig, OpenVLAForActionPrediction
 from openvla_hf.evaluation.latency import INSTRUCTION, peak_memory
 from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_processor, tiny_tokenizer
-from PIL import Image
 
 
 def main() -> None:

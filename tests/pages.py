@@ -32,6 +32,7 @@ RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "ou
 RECORD = """
 record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
 for program in openvla-hf accelerate pip make hf; do eval "$program() { record $program \\"\\$@\\"; }"; done
+taskset() { shift 2; "$@"; }
 python() { if [ "$1" = -c ]; then "$INTERPRETER" "$@"; else record python "$@"; fi; }
 """
 
@@ -125,12 +126,15 @@ def small_hub(tiny, owner, tmp_path, monkeypatch) -> HubServer:
     return owner
 
 
-def walk(page: Path, runs: Callable[[list[str]], list[str] | None], **names: Any) -> Walk:
+def walk(
+    page: Path, runs: Callable[[list[str]], list[str] | None], smaller: dict[str, str] | None = None, **names: Any
+) -> Walk:
     """Go through a page: run its Python blocks, and run or check its commands.
 
     Args:
         page: The page.
         runs: Gives the arguments with which a command of `openvla-hf` runs, or `None` to check its options only.
+        smaller: Texts in Python blocks -> what stands for them, to make a run small.
         names: What the Python blocks find defined.
     """
     names = {"__name__": "page", **names}
@@ -139,8 +143,11 @@ def walk(page: Path, runs: Callable[[list[str]], list[str] | None], **names: Any
         if block.title:
             Path(block.title).write_text(block.code)
         elif block.language == "python":
+            code = block.code
+            for text, replacement in (smaller or {}).items():
+                code = code.replace(text, replacement)
             with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(block.code, str(page), "exec"), names)
+                exec(compile(code, str(page), "exec"), names)
         elif block.language == "bash":
             for program, *arguments in read_commands(block.code):
                 ready = runs(fill_in(arguments)) if program == "openvla-hf" else None
