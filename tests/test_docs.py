@@ -29,7 +29,10 @@ RUNS = {
     "hub.md": ("push", "info"),
     "robots.md": ("predict", "info"),
 }
-SMALLER_PYTHON = {'"max_steps": 2000': '"max_steps": 2, "batch_size": 2, "use_cpu": True, "logging_steps": 1'}
+SMALLER_PYTHON = {
+    '"max_steps": 2000': '"max_steps": 2, "batch_size": 2, "use_cpu": True, "logging_steps": 1',
+    'random_model("7b"': 'random_model("tiny"',
+}
 # Pages that take up where the one on fine-tuning ends.
 FINETUNED = {"hub.md"}
 
