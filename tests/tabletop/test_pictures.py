@@ -5,10 +5,8 @@ import pytest
 from PIL import Image
 
 from openvla_hf.evaluation.fidelity import Fidelity, plot
+from openvla_hf.tabletop import pictures, rollouts
 
-
-pictures = pytest.importorskip("openvla_hf.tabletop.pictures", exc_type=ImportError)
-rollouts = pytest.importorskip("openvla_hf.tabletop.rollouts", exc_type=ImportError)
 
 LONG = "put the yellow cube into the red bowl that stands beside the wall"
 NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
