@@ -116,13 +116,17 @@ API = {
     "openvla_hf.training.arguments": """
         FinetuneArguments(model, output, data, statistics, recipe, settings, model_kwargs, resume, eval_share,
             eval_frames, eval_data, keep_best, patience)
+        TrainingData(source, options, weight)
     """,
     "openvla_hf.training.collator": """
         ActionCollator(processor, action_tokenizer, stats, prompt_suffix_token_id, norm_stats, augment, seed)
     """,
     "openvla_hf.training.finetune": """
+        FinetuneResult(figures, history)
         build_trainer(arguments)
+        check_run(arguments)
         finetune(arguments)
+        train(trainer, resume)
     """,
     "openvla_hf.training.recipes": """
         RECIPES

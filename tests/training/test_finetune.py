@@ -322,6 +322,7 @@ def test_ready_statistics_without_those_of_the_data_are_refused_by_file_and_name
     [
         ([1.0, 2.0], None, "was trained with --weights 1.0 2.0, and a resumed run can't leave it out."),
         (None, ["1", "2"], "was trained without --weights, and a resumed run can't change it to [1.0, 2.0]."),
+        ([1.0, 1.0], ["1", "2"], "was trained without --weights, and a resumed run can't change it to [1.0, 2.0]."),
     ],
 )
 def test_other_weights_are_refused_on_resume_before_any_data_is_read(base, tmp_path, capsys, before, now, told):

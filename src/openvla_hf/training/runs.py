@@ -106,7 +106,8 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
             "of them, or start a new run in another folder."
         )
     if "weights" in saved and "weights" in run:
-        pairs["weights"] = saved["weights"], run["weights"]
+        equal = set(saved["weights"] or ()) == {1}  # as without weights
+        pairs["weights"] = None if equal else saved["weights"], run["weights"]
     if "base_model" in saved:
         pairs["base_model"] = _place(saved["base_model"]), _place(run["base_model"])
     for name, (before, now) in pairs.items():
