@@ -8,19 +8,13 @@ from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.tabletop.env import MAX_STEP
 from openvla_hf.tabletop.expert import ACTION_GRID
+from openvla_hf.tabletop.teaching import CLOSED, NAMES, OPEN, SEEN, Acting, Seeing, in_patches
 from openvla_hf.tabletop.train_policy import (
-    CLOSED,
-    NAMES,
-    OPEN,
-    SEEN,
     UNNORM_KEY,
-    Acting,
     GuidedCollator,
-    Seeing,
     TrainPolicyArguments,
     build,
     demonstrations,
-    in_patches,
     instructions,
     seed_ranges,
     train,
