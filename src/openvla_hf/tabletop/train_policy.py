@@ -13,9 +13,9 @@ teach first what pretraining would give:
    the patch of its object; from the action to the names, the gripper and its shadow), and positions are read from the
    hidden states.
 
-The extra heads and losses (`teaching.py`) are discarded: the result is a plain policy. The expert's episodes are generated during
-training and each is used once, so nothing is stored and nothing repeats. Running the command again with the same
-output folder resumes from the last checkpoint.
+The extra heads and losses (`teaching.py`) are discarded: the result is a plain policy. The expert's episodes are
+generated during training and each is used once, so nothing is stored and nothing repeats. Running the command again
+with the same output folder resumes from the last checkpoint.
 """
 
 import argparse
