@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
 from .. import auto  # noqa: F401 - makes the Auto classes know OpenVLA
 from ..modeling.checkpoint_files import STATISTICS_FILE
@@ -26,6 +25,7 @@ from ..new_folder import new_folder, require_new_folder
 from ..processing.image_processing_openvla import LANCZOS3, OpenVLAImageProcessor
 from ..processing.processing_openvla import PURE_PROMPT, VICUNA_PROMPT, OpenVLAProcessor
 from .describe import describe, refuse_adapter
+from .transformers_internals import revert_weight_conversion
 
 
 # The version of transformers that the original runs on; what its LlamaConfig has by default is not stored.

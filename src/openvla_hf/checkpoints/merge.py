@@ -102,8 +102,7 @@ def merge_layers(model: OpenVLAForActionPrediction) -> None:
         delta = sum(layer.get_delta_weight(each).float() for each in layer.active_adapters)  # type: ignore[attr-defined]
         weight.copy_((weight.float() + delta).to(weight.dtype))  # summed in float32, rounded once
         model.set_submodule(name, plain)
-    model._hf_peft_config_loaded = False
-    del model.peft_config
+    model.delete_adapter(list(model.peft_config))
 
 
 def _relative(logits: torch.Tensor, expected: torch.Tensor) -> float:

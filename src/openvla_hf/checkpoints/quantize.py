@@ -18,26 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig, local_torch_dtype
+from transformers import AutoConfig, AutoModel, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..modeling.checkpoint_files import CheckpointFiles, unreadable_weights
-from ..modeling.checkpoint_loading import (
-    read_statistics,
-    refuse_foreign_files,
-    refuse_foreign_weights,
-    refuse_oft,
-)
+from ..modeling.checkpoint_loading import read_statistics, refuse_foreign_files, refuse_oft
 from ..modeling.configuration_openvla import OpenVLAConfig
 from ..modeling.known_names import check_name
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
 from ..new_folder import new_folder, require_new_folder
+from .transformers_internals import PartLoader, local_torch_dtype
 
 
 SHARD_BYTES = 2 * 10**9
@@ -225,55 +217,16 @@ def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
     return groups
 
 
-class _Loaded:
-    """The part of a state dict that is in memory, as quantisers ask for it."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.tensors = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.tensors
-
-
 def _quantized_groups(
-    model: PreTrainedModel, quantizer: Any, groups: list[tuple[str, list[str]]], dtype: torch.dtype, source: Any
+    loader: PartLoader, groups: list[tuple[str, list[str]]]
 ) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, str]]]:
-    """Quantise each group as `from_pretrained` would, and let go of it: (tensors, metadata of their file).
-
-    `model` is on the meta device and has the quantiser's layers.
-    """
-    empty = dict(model.named_parameters())
-    load_config = LoadStateDictConfig(
-        pretrained_model_name_or_path=str(source),
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        hf_quantizer=quantizer,
-        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
-    )
-    total = None
+    """Give the quantised tensors of each group and the metadata of their file, and free the group before the next."""
     for path, names in groups:
         # Opened for each group: what has been read of a file stays in memory until it is closed.
         with safe_open(path, framework="pt") as file:
-            group = {name: file.get_slice(name) for name in names}
-            info, _ = convert_and_load_state_dict_in_model(model, group, load_config)
-            if info.conversion_errors:
-                raise ValueError(f"{source} can't be quantised: {next(iter(info.conversion_errors.values()))}")
-            if total is None:
-                total = info
-            total.missing_keys &= info.missing_keys
-            total.unexpected_keys |= info.unexpected_keys
-            loaded = _Loaded(model)
-            tensors, metadata = quantizer.get_state_dict_and_metadata(loaded)
-            tensors = loaded.tensors if tensors is None else tensors
-            yield {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata
-            del group, loaded, tensors
-        for name, parameter in empty.items():
-            module, leaf = get_module_from_name(model, name)
-            module._parameters[leaf] = parameter
-    model._adjust_missing_and_unexpected_keys(total)
-    assert total is not None  # a model has parts
-    refuse_foreign_weights(source, total.missing_keys, total.unexpected_keys)
+            yield loader.load({name: file.get_slice(name) for name in names})
+        loader.release()
+    loader.check_complete()
 
 
 def quantize(
@@ -318,41 +271,51 @@ def quantize(
     refuse_foreign_files(files)
     config = config or AutoConfig.from_pretrained(source, **hub_kwargs)
     refuse_second(source, getattr(config, "quantization_config", None))
+    model, quantizer = _empty_model(config, name, towers, dtype)
+    model.norm_stats = read_statistics(files, model.norm_stats)
+    processor = AutoProcessor.from_pretrained(source, **hub_kwargs)
+    groups = _groups(_weight_files(files), shard_bytes)
+    with new_folder(destination) as folder:
+        model.save_pretrained(folder, state_dict={})  # config, code and statistics
+        processor.save_pretrained(folder)
+        _write_weights(folder, PartLoader(model, quantizer, dtype, source), groups, on_progress)
+    return destination
+
+
+def _empty_model(config: OpenVLAConfig, name: str, towers: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """Build a model without weights whose layers are those of the format, and the quantiser of transformers."""
     quantizer = AutoHfQuantizer.from_config(quantization(name, towers=towers), pre_quantized=False)
     quantizer.validate_environment()
     # The layers that the quantiser puts in take the default type for their biases.
     with torch.device("meta"), local_torch_dtype(dtype):
-        model = OpenVLAForActionPrediction._from_config(config, dtype=dtype)
+        model = AutoModel.from_config(config, dtype=dtype)
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": "cpu"})
-    processor = AutoProcessor.from_pretrained(source, **hub_kwargs)
+    model.config.quantization_config = quantizer.quantization_config
+    return model, quantizer
 
-    with new_folder(destination) as folder:
-        # Config, code and statistics, without weights.
-        model.config.quantization_config = quantizer.quantization_config
-        model.norm_stats = read_statistics(files, model.norm_stats)
-        model.save_pretrained(folder, state_dict={})
-        processor.save_pretrained(folder)
 
-        groups = _groups(_weight_files(files), shard_bytes)
-        weight_map: dict[str, str] = {}
-        total_size = 0
-        metadata: dict[str, str] = {"format": "pt"}
-        part = 0
-        for tensors, part_metadata in _quantized_groups(model, quantizer, groups, dtype, source):
-            part += 1  # noqa: SIM113 - `enumerate` would keep the tensors of the last part
-            # torchao lists all tensors there: readers take the last file's list.
-            known, new = (json.loads(each.get("tensor_names", "[]")) for each in (metadata, part_metadata))
-            metadata |= part_metadata | ({"tensor_names": json.dumps(known + new)} if known + new else {})
-            file_name = f"model-{part:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SAFE_WEIGHTS_NAME
-            save_file(tensors, folder / file_name, metadata)
-            weight_map |= dict.fromkeys(tensors, file_name)
-            total_size += sum(tensor.nbytes for tensor in tensors.values())
-            on_progress(part, len(groups))
-            del tensors  # before the next ones are made
-        if len(groups) > 1:
-            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return destination
+def _write_weights(
+    folder: Path, loader: PartLoader, groups: list[tuple[str, list[str]]], on_progress: Callable[[int, int], None]
+) -> None:
+    """Write one file for each group, and the index if there are several."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    metadata: dict[str, str] = {"format": "pt"}
+    part = 0
+    for tensors, part_metadata in _quantized_groups(loader, groups):
+        part += 1  # noqa: SIM113 - `enumerate` would keep the tensors of the last part
+        # torchao lists all tensors there: readers take the last file's list.
+        known, new = (json.loads(each.get("tensor_names", "[]")) for each in (metadata, part_metadata))
+        metadata |= part_metadata | ({"tensor_names": json.dumps(known + new)} if known + new else {})
+        file_name = f"model-{part:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SAFE_WEIGHTS_NAME
+        save_file(tensors, folder / file_name, metadata)
+        weight_map |= dict.fromkeys(tensors, file_name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+        on_progress(part, len(groups))
+        del tensors  # before the next ones are made
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 __all__ = ["FORMATS", "Format", "expected_weight_bytes", "quantization", "quantize", "weight_bytes"]

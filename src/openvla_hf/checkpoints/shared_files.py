@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..modeling.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATISTICS_FILE, CheckpointFiles
@@ -18,6 +17,7 @@ from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from .describe import CheckpointInfo
 from .model_card import RUN_FILES
+from .transformers_internals import custom_object_save
 
 
 # Everything else in a folder stays there: what has no name of a checkpoint's file may be private.
