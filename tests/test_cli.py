@@ -195,7 +195,7 @@ def test_an_adapter_is_to_be_merged_first(command, capsys, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b", "peft_type": "LORA"}')
     (tmp_path / "adapter_model.safetensors").touch()
     error = refusal(capsys, *command.format(tmp_path).split())
-    assert error.startswith(f"openvla-hf: {tmp_path} is an adapter: merge it first with `openvla-hf merge {tmp_path}")
+    assert error.startswith(f"openvla-hf: {tmp_path} is an adapter. Merge it first with `openvla-hf merge {tmp_path}")
 
 
 @pytest.mark.parametrize("command", ["doctor {0}", "finetune --model {0} --data {0} --output {1}"])

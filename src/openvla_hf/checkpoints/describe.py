@@ -1,26 +1,24 @@
-"""What a checkpoint is, told by its configs and the headers of its weights files."""
+"""Describe a checkpoint from its configs and the headers of its weights files."""
 
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, hf_api
 
 from ..modeling.action_tokenizer import action_dim, check_statistics
 from ..modeling.checkpoint_files import (
     ADAPTER_CONFIG,
     HUB_ERRORS,
     STATISTICS_FILE,
+    CheckpointFiles,
     hub_error,
-    read_json,
     unreadable_weights,
 )
 from ..modeling.checkpoint_loading import OFT_FILES, named_base, statistics_in_file
@@ -32,21 +30,22 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 @dataclass
 class CheckpointInfo:
-    """A checkpoint, by its configs and the headers of its weights files.
+    """What `describe` finds out about a checkpoint.
 
-    layout: "openvla-hf" (ours), "published" (the original's), "adapter", or "openvla-oft".
-    files: Name -> size in bytes.
-    vision_towers: One line each; empty for an adapter, whose base has them.
-    language_model: One line, or `None` for an adapter.
-    action_dims: Statistics key -> number of action dimensions.
-    dtype: Of most weights.
-    quantization: Method and bits, or `None`.
-    parameters: Stored weights; `None` where quantisation packs several into one number.
-    size: Bytes of the weights files.
-    base_model: What an adapter belongs to, or `None` where its config does not say so.
-    has_code: Whether it loads without this package, by `trust_remote_code=True`.
-    statistics: As in `dataset_statistics.json`; empty for an adapter that acts with those of its base.
-    statistics_file: The file that they are from, or `None`.
+    Attributes:
+        layout: "openvla-hf" (of this package), "published" (of the original code), "adapter" or "openvla-oft".
+        files: File name -> size in bytes.
+        vision_towers: A line for each vision tower. Empty for an adapter.
+        language_model: A line, or `None` for an adapter.
+        action_dims: Statistics key -> number of action dimensions.
+        dtype: Data type of most weights.
+        quantization: Quantisation method and bits, or `None`.
+        parameters: Number of stored weights, or `None` if quantisation packs several weights into one number.
+        size: Size of the weights files in bytes.
+        base_model: Base of an adapter, or `None` if its config does not name one.
+        has_code: Whether the checkpoint loads without this package, with `trust_remote_code=True`.
+        statistics: Content of `dataset_statistics.json`. Empty for an adapter that uses those of its base.
+        statistics_file: File that holds the statistics, or `None`.
     """
 
     layout: str
@@ -65,21 +64,21 @@ class CheckpointInfo:
 
 
 def describe(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> CheckpointInfo:
-    """Say what a checkpoint is without loading its weights.
+    """Describe a checkpoint without loading its weights.
 
     Args:
-        source: Folder or Hub id; offline, what is in the cache of it.
+        source: Folder or Hub id. Offline, the files in the cache are described.
         revision: Branch, tag or commit of a Hub id.
-        token: For a private repository; the stored one by default.
+        token: Token for a private repository. Defaults to the stored one.
 
     Raises:
-        ValueError: It is not an OpenVLA checkpoint, has no weights in safetensors files, or its configs or statistics
-            are damaged.
-        OSError: It can't be found or read.
+        ValueError: The source is not an OpenVLA checkpoint, has no weights in safetensors files, or its configs or
+            statistics are damaged.
+        OSError: The source can't be found or read.
     """
-    place = _open(source, revision, token)
-    config = place.read_json(CONFIG_NAME) or {}
-    adapter = place.read_json(ADAPTER_CONFIG)
+    files = CheckpointFiles.locate(source, revision=revision, token=token)
+    config = files.read_json(CONFIG_NAME) or {}
+    adapter = files.read_json(ADAPTER_CONFIG)
     if adapter is None and config.get("model_type") != OpenVLAConfig.model_type:
         raise ValueError(
             f"{source} is not an OpenVLA checkpoint: its {CONFIG_NAME} "
@@ -89,107 +88,85 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
                 else "is missing or does not name a model."
             )
         )
-    weights = [name for name in place.files if name.endswith(".safetensors")]
+    sizes = _sizes(files)
+    weights = [name for name in sizes if name.endswith(".safetensors")]
     if not weights:
-        raise ValueError(f"{source} has no weights in safetensors files, and no others are read.")
-    counts: Counter[str] = Counter()
-    for name in weights:
-        for dtype, count in place.read_header(name):
-            counts[dtype] += count
+        raise ValueError(f"{source} has no safetensors files. Save the model again with `save_pretrained`.")
+    counts: Counter[str] = sum((_count_weights(files, name) for name in weights), Counter())
     model = OpenVLAConfig.from_dict(config) if adapter is None else None
-    # As in loading: the file beside the weights comes first.
-    in_file = statistics_in_file(place.read_json(STATISTICS_FILE), source)
+    # The file beside the weights takes precedence, as it does when loading.
+    in_file = statistics_in_file(files.read_json(STATISTICS_FILE), source)
     in_config = check_statistics(model.norm_stats, f"{CONFIG_NAME} of {source}") if model and not in_file else None
     quantization = _quantization(config.get("quantization_config"))
     statistics = in_file or in_config or {}
     return CheckpointInfo(
-        layout=_layout(place.files, config, adapter),
-        files=place.files,
+        layout=_layout(sizes, config, adapter),
+        files=sizes,
         vision_towers=[_tower(tower) for tower in model.vision_configs] if model else [],
         language_model=_language_model(model.text_config) if model else None,
         action_dims={key: action_dim(one["action"]) for key, one in statistics.items()},
         dtype=DTYPES.get(counts.most_common(1)[0][0], counts.most_common(1)[0][0]),
         quantization=quantization,
         parameters=None if quantization else counts.total(),
-        size=sum(place.files[name] for name in weights),
+        size=sum(sizes[name] for name in weights),
         base_model=named_base(adapter) if adapter else None,
-        has_code=adapter is None and "configuration_openvla.py" in place.files,
+        has_code=adapter is None and "configuration_openvla.py" in sizes,
         statistics=statistics,
         statistics_file=STATISTICS_FILE if in_file else CONFIG_NAME if in_config else None,
     )
 
 
 def refuse_adapter(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> None:
-    """Require whole weights, for a step that an adapter alone can't take.
+    """Require a whole checkpoint, for steps that do not work on an adapter alone.
 
     Raises:
-        ValueError: It is an adapter.
-        OSError: It can't be found or read.
+        ValueError: The source is an adapter.
+        OSError: The source can't be found or read.
     """
-    place = _open(source, revision, token)
-    if CONFIG_NAME not in place.files and ADAPTER_CONFIG in place.files:
-        raise ValueError(f"{source} is an adapter: merge it first with `openvla-hf merge {source} NEW_FOLDER`.")
+    names = CheckpointFiles.locate(source, revision=revision, token=token).names
+    if CONFIG_NAME not in names and ADAPTER_CONFIG in names:
+        raise ValueError(f"{source} is an adapter. Merge it first with `openvla-hf merge {source} NEW_FOLDER`.")
 
 
-def _open(source: str | os.PathLike, revision: str | None, token: str | None) -> "_Folder | _Repository":
-    if not Path(source).is_dir() and constants.is_offline_mode():
-        try:
-            source = snapshot_download(str(source), revision=revision, local_files_only=True)
-        except HUB_ERRORS as error:
-            raise hub_error(str(source), "the files", error) from error
-    return _Folder(Path(source)) if Path(source).is_dir() else _Repository(str(source), revision, token)
+def _sizes(files: CheckpointFiles) -> dict[str, int]:
+    """Return the names and sizes in bytes of the files of a folder, of a repository, or of its part in the cache."""
+    if not _is_remote(files):
+        paths = {name: files.find(name) for name in sorted(files.names)}
+        return {name: os.path.getsize(path) for name, path in paths.items() if path is not None}
+    try:
+        found = hf_api().model_info(str(files.source), files_metadata=True, **_at_commit(files))
+    except HUB_ERRORS as error:
+        raise hub_error(str(files.source), "the files", error) from error
+    return {file.rfilename: file.size or 0 for file in found.siblings or []}
 
 
-@dataclass
-class _Folder:
-    path: Path
-
-    @property
-    def files(self) -> dict[str, int]:
-        return {entry.name: entry.stat().st_size for entry in sorted(self.path.iterdir()) if entry.is_file()}
-
-    def read_json(self, name: str) -> Any:
-        path = self.path / name
-        return read_json(path) if path.is_file() else None
-
-    def read_header(self, name: str) -> list[tuple[str, int]]:
-        """(dtype, number of values) of every tensor of a weights file."""
-        try:
-            with safe_open(self.path / name, "pt") as file:
-                slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 - no dict
-                return [(tensor.get_dtype(), prod(tensor.get_shape())) for tensor in slices]
-        except SafetensorError as error:
-            raise unreadable_weights(self.path / name, error) from error
+def _count_weights(files: CheckpointFiles, name: str) -> Counter[str]:
+    """Count the values of each data type in a weights file, from its header alone."""
+    counts: Counter[str] = Counter()
+    try:
+        if _is_remote(files):
+            header = hf_api().parse_safetensors_file_metadata(str(files.source), name, **_at_commit(files))
+            for tensor in header.tensors.values():
+                counts[tensor.dtype] += prod(tensor.shape)
+        else:
+            with safe_open(files.find(name), "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dictionary
+                    tensor = file.get_slice(key)
+                    counts[tensor.get_dtype()] += prod(tensor.get_shape())
+    except (SafetensorError, SafetensorsParsingError) as error:
+        raise unreadable_weights(f"{files.source}/{name}", error) from error
+    except HUB_ERRORS as error:
+        raise hub_error(str(files.source), name, error) from error
+    return counts
 
 
-class _Repository:
-    def __init__(self, repo_id: str, revision: str | None, token: str | None):
-        self.api = HfApi(token=token)
-        try:
-            found = self.api.model_info(repo_id, revision=revision, files_metadata=True)
-        except HUB_ERRORS as error:
-            raise hub_error(repo_id, "the files", error) from error
-        self.files = {one.rfilename: one.size or 0 for one in found.siblings or []}
-        self.repo_id, self.commit = repo_id, found.sha
+def _is_remote(files: CheckpointFiles) -> bool:
+    """Whether the files are on the Hub, and not in a folder or in the cache alone."""
+    return files.is_whole and not os.path.isdir(str(files.source))
 
-    def read_json(self, name: str) -> Any:
-        if name not in self.files:
-            return None
-        try:
-            path = hf_hub_download(self.repo_id, name, revision=self.commit, token=self.api.token)
-        except HUB_ERRORS as error:
-            raise hub_error(self.repo_id, name, error) from error
-        return read_json(path)
 
-    def read_header(self, name: str) -> list[tuple[str, int]]:
-        """(dtype, number of values) of every tensor of a weights file."""
-        try:
-            header = self.api.parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
-        except SafetensorsParsingError as error:
-            raise unreadable_weights(f"{self.repo_id}/{name}", error) from error
-        except HUB_ERRORS as error:
-            raise hub_error(self.repo_id, name, error) from error
-        return [(tensor.dtype, prod(tensor.shape)) for tensor in header.tensors.values()]
+def _at_commit(files: CheckpointFiles) -> dict[str, Any]:
+    return {"revision": files.hub_kwargs["revision"], "token": files.hub_kwargs.get("token")}
 
 
 def _layout(files: dict[str, int], config: dict[str, Any], adapter: dict[str, Any] | None) -> str:
