@@ -122,3 +122,13 @@ def test_the_reference_describes_every_public_name(module):
     # The first is another name of a class of transformers, the second is a table.
     missing = {*importlib.import_module(module).__all__} - described - {"AutoModelForVision2Seq", "MIXTURES"}
     assert not missing
+
+
+def test_the_errors_that_the_docs_explain_are_those_of_the_code():
+    code = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code).replace("`", "").replace("{CONFIG_NAME}", "config.json")
+    explained = re.findall(r"^### `(.+)`$", (ROOT / "docs/errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(explained) > 10
+    for error in explained:
+        for part in error.split("..."):
+            assert part.strip(" :,") in code, error
