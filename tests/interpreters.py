@@ -6,8 +6,7 @@
         print(process.output())
 
 Nothing of Hugging Face and nothing of this package is imported before the fork, so the variables that they read
-at import are those of the new process. Those of PyTorch (`CXX`) and of Python itself need a real start, except
-`PYTHONIOENCODING`.
+at import are those of the new process. Of what PyTorch and Python read when they start, `PYTHONIOENCODING` alone is.
 """
 
 import gc

@@ -1,4 +1,5 @@
 import copy
+import functools
 import os
 import pickle
 import shutil
@@ -482,10 +483,32 @@ def test_a_copy_of_a_compiled_model_compiles_by_itself(policy):
         assert other.action_pass.mode == "max-autotune-no-cudagraphs"
 
 
+@pytest.fixture
+def small_policy(policy):
+    """As `policy`, with as few layers as there can be: a compiler takes a while for each."""
+    return functools.partial(policy, vision_layers=2, text_layers=1)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
-def test_compiled_passes_give_the_same(policy):
-    model, processor = policy()
+def test_a_pass_in_code_for_this_machine_gives_the_same(small_policy):
+    model, processor = small_policy(fused=False)
+    inputs = processor(images(1), instruction=INSTRUCTIONS[0])
+    plain = predict(model, inputs)
+    model.compile_for_actions()
+    with torch._inductor.config.patch(compile_threads=1):  # more of them take longer to start than they save here
+        details = predict(model, inputs, draft_token_ids=plain.token_ids)
+    assert model.action_pass is not action_pass, "it compiled nothing"
+    assert details.forward_passes == 1
+    assert np.array_equal(details.token_ids, plain.token_ids)
+    assert np.abs(details.probabilities - plain.probabilities).max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_passes_give_the_same(small_policy, monkeypatch):
+    # Every graph is captured and run. The test above has code generated, which takes most of the time.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model, processor = small_policy()
     observations = [processor(image, instruction=text) for image, text in zip(images(2), INSTRUCTIONS, strict=False)]
     expected = [predict(model, inputs) for inputs in observations]
     model.compile_for_actions()
@@ -509,9 +532,12 @@ def test_compiled_passes_give_the_same(policy):
 NO_COMPILER = """
 import sys, warnings
 import numpy as np
+import torch._inductor.config
 from transformers import AutoModel, AutoProcessor
 import openvla_hf
 
+torch._inductor.config.cpp.cxx = (None, "/no/compiler")
+torch._inductor.config.compile_threads = 1
 model, processor = AutoModel.from_pretrained(sys.argv[1]), AutoProcessor.from_pretrained(sys.argv[1])
 inputs = processor(np.zeros((64, 64, 3), np.uint8), instruction="open")
 expected = model.predict_action(**inputs)
@@ -525,10 +551,10 @@ print([str(one.message) for one in caught if "without compilation" in str(one.me
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_warns_once_and_goes_on(policy, run_fresh_python, tmp_path):
-    model, processor = policy()
+def test_without_a_compiler_it_warns_once_and_goes_on(small_policy, run_python, tmp_path):
+    model, processor = small_policy(fused=False)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     cache = str(tmp_path / "inductor")
-    result = run_fresh_python(NO_COMPILER, tmp_path / "model", CXX="/no/compiler", TORCHINDUCTOR_CACHE_DIR=cache)
+    result = run_python(NO_COMPILER, tmp_path / "model", TORCHINDUCTOR_CACHE_DIR=cache)
     assert result.stdout.count("Actions are predicted without compilation, since it failed: ") == 1
