@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import importlib.util
 import logging.handlers
 import os
 import resource
@@ -33,20 +34,40 @@ def pytest_addoption(parser):
         help="compare with the full recordings of the original code in DIR, and run the tests that need these; "
         "see tests/parity/README.md",
     )
+    parser.addoption(
+        "--samples",
+        metavar="DIR",
+        type=os.path.abspath,
+        help="run the tests that read the datasets in DIR, which other libraries wrote; see CONTRIBUTING.md",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that need the full recordings, unless `--golden` says where they are."""
-    if config.getoption("golden") is None:
-        needing = [item for item in items if "golden" in item.fixturenames]
-        items[:] = [item for item in items if item not in needing]
-        config.hook.pytest_deselected(items=needing)
+    """Deselect the tests that need `--golden`, `--samples` or torchao where these are missing."""
+    missing = {name for name in ("golden", "samples") if config.getoption(name) is None}
+    if importlib.util.find_spec("torchao") is None:
+        missing.add("torchao")
+    needing = [item for item in items if missing.intersection(item.fixturenames)]
+    items[:] = [item for item in items if item not in needing]
+    config.hook.pytest_deselected(items=needing)
 
 
 @pytest.fixture(scope="session")
 def golden(pytestconfig) -> Path:
     """The folder of the full recordings. A test with this fixture runs only with `--golden`."""
     return Path(pytestconfig.getoption("golden"))
+
+
+@pytest.fixture(scope="session")
+def samples(pytestconfig) -> Path:
+    """The folder of datasets that other libraries wrote. A test with this fixture runs only with `--samples`."""
+    return Path(pytestconfig.getoption("samples"))
+
+
+@pytest.fixture(scope="session")
+def torchao():
+    """torchao, which `dev` does not install. A test with this fixture runs only where torchao is installed."""
+    return importlib.import_module("torchao")
 
 
 @pytest.fixture(scope="session")

@@ -465,9 +465,8 @@ def test_a_format_for_gpus_says_so(name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_config_whose_kernels_need_a_gpu_says_so(policy):
-    torchao = pytest.importorskip("torchao.quantization")
-    config = TorchAoConfig(torchao.Int4WeightOnlyConfig(group_size=32))
+def test_a_config_whose_kernels_need_a_gpu_says_so(policy, torchao):
+    config = TorchAoConfig(torchao.quantization.Int4WeightOnlyConfig(group_size=32))
     with pytest.raises(ValueError, match=r"Int4WeightOnlyConfig needs a GPU .* take '4bit' or 'int8'"):
         AutoModel.from_pretrained(policy.folder, quantization_config=config)
 

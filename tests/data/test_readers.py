@@ -44,7 +44,6 @@ from openvla_hf.data.robots import GENERIC
 from openvla_hf.testing import fake_episode
 
 
-SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "data"
 STEPS = 6  # of each of the five episodes
 # Largest mean difference in levels of lossy images.
 LOSSY = 6.0
@@ -951,13 +950,6 @@ def test_an_episode_with_an_action_of_another_size_is_bad(episodes, action, prob
 
 
 # Samples that other libraries wrote.
-
-
-@pytest.fixture(scope="module")
-def samples():
-    if not SAMPLES.is_dir():
-        pytest.skip(f"no samples of other writers at {SAMPLES}")
-    return SAMPLES
 
 
 @pytest.mark.parametrize("folder", ["lerobot_v3_h264", "lerobot_v3_libsvtav1", "lerobot_v21_av1"])
