@@ -1,4 +1,4 @@
-"""The command line: a file a command, each with a docstring, an `EXAMPLE`, `add_arguments(parser)` and `run(args)`."""
+"""The command line. Each command is a file with a docstring, an `EXAMPLE`, `add_arguments(parser)` and `run(args)`."""
 
 import argparse
 import functools
@@ -16,7 +16,7 @@ from . import bench, demo, doctor, evaluate, export, finetune, info, merge, pred
 
 COMMANDS = (demo, evaluate, record, predict, bench, info, push, export, finetune, doctor, merge, quantize)
 USER_ERROR, INTERRUPTED = 2, 130
-"""Exit statuses; a shell gives the second to what Ctrl-C ends."""
+"""Exit statuses. Shells use the second for programs that Ctrl-C ends."""
 
 EXAMPLES = """examples:
   openvla-hf demo
@@ -31,19 +31,19 @@ EXAMPLES = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line: a list of every option would hide what is wrong."""
+    """A parser with errors of one line: a list of every option would hide what is wrong."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with the message."""
         self.exit(USER_ERROR, f"{self.prog}: {message}\n")
 
     def in_flags(self, message: str) -> str:
-        """Name by its flag each option that a message names as a Python argument, such as `eval_share=0.1`."""
+        """Replace the Python arguments that a message names, such as `eval_share=0.1`, by their flags."""
         for action in self._actions:
             name = action.dest
             value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w-]*(?:\.\w+)*"""
             forms = [rf"`{name}(?:=(?P<quoted>[^`]*))?`", rf"(?<![\w/.-]){name}=(?P<bare>{value})"]
-            if "_" in name:  # no English word
+            if "_" in name:  # not an English word
                 forms.append(rf"(?<![\w/.-]){name}(?![\w/-]|\.\w)")
             if action.option_strings:
                 message = re.sub("|".join(forms), functools.partial(_as_flag, action.option_strings[-1]), message)
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 def _as_flag(flag: str, found: re.Match[str]) -> str:
     groups = found.groupdict()
     value = (groups["quoted"] or groups["bare"] or "").strip("'\"")
-    if value.startswith("["):  # of an option with several values
+    if value.startswith("["):  # an option with several values
         value = " ".join(one.strip(" '\"") for one in value[1:-1].split(","))
     return flag if value in ("", "True") else f"{flag} {value}"
 
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of every command with its options."""
     parser = Parser(
         prog="openvla-hf",
-        description="OpenVLA in today's Hugging Face ecosystem.",
+        description="Run, fine-tune, evaluate and share OpenVLA policies.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,15 +77,17 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(run=command.run, in_flags=sub.in_flags)
         command.add_arguments(sub)
-        sub.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output, and nothing else"
+        )
     return parser
 
 
 def silence_others() -> None:
-    """Leave out, one by one, the messages of other libraries that call for nothing from the user."""
-    # peft reads an attribute of models under its old name.
+    """Hide messages of other libraries that the user can do nothing about."""
+    # peft reads an attribute of models by its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # bitsandbytes has a faster kernel for some CPUs in a package of its own.
+    # bitsandbytes suggests another package for faster kernels on some CPUs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_kernels)
 
 
@@ -97,14 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 2 for an error of the user's, which is told in a sentence on standard error, and 130 after
-        Ctrl-C.
+        The exit status: 2 after a user error, with a message on standard error, and 130 after Ctrl-C.
     """
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silence_others()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As standard error does: what a terminal can't show is written as an escape.
+        # Characters that the terminal can't show are escaped, as on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.run(args)
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = args.in_flags(str(error))
     except ModuleNotFoundError:
         raise
-    except ImportError as error:  # a package of an extra: the message says which
+    except ImportError as error:  # a package of an extra is missing, which the message names
         message = str(error)
     else:
         return 0

@@ -1,4 +1,4 @@
-"""Time an action, beside plain `generate` and what the device could do."""
+"""Measure the time of an action, and compare it with plain `generate` and the device's limits."""
 
 import argparse
 from dataclasses import asdict
@@ -11,17 +11,27 @@ EXAMPLE = "bench --random 0.5b --batch-sizes 1 8"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured = parser.add_mutually_exclusive_group()
-    measured.add_argument("--model", type=checkpoint, help="folder or Hub id (default: the tabletop policy)")
-    measured.add_argument("--random", choices=("7b", "0.5b", "tiny"), help="a model of this size with random weights")
-    parser.add_argument("--unnorm-key", help="whose number of action dimensions counts, if the model knows several")
-    parser.add_argument(
-        "--batch-sizes", nargs="+", type=positive, default=[1], help="observations a call (default: 1)"
+    measured.add_argument(
+        "--model", type=checkpoint, help="folder or Hub id of a policy (default: the tabletop policy)"
     )
-    parser.add_argument("--repeats", type=positive, default=20, help="of each way (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="time compiled passes too; compiling takes minutes")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES,
-                     help="(default: the checkpoint's, or bfloat16 on a GPU)")  # fmt: skip
-    parser.add_argument("--device", type=device, help="such as cuda (default: the CPU)")
+    measured.add_argument(
+        "--random", choices=("7b", "0.5b", "tiny"), help="use a model of this size with random weights"
+    )
+    parser.add_argument(
+        "--unnorm-key", help="statistics that give the number of action dimensions, if the model has several"
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=positive, default=[1], help="observations per call (default: 1)"
+    )
+    parser.add_argument("--repeats", type=positive, default=20, help="number of timed calls (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also time compiled passes. Compiling takes minutes")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="data type (default: that of the checkpoint, or bfloat16 on a GPU)",
+    )
+    parser.add_argument("--device", type=device, help="device such as cuda (default: the CPU)")
 
 
 def run(args: argparse.Namespace) -> None:

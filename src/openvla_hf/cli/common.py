@@ -18,12 +18,12 @@ from rich.text import Text
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Placements over several devices, by the names that `from_pretrained` gives them.
+# Values of `device_map` that spread a model over several devices.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-# Options that say how a data set is read.
+# Options for reading a dataset.
 READING = ("robot", "split", "camera", "every", "drop_idle")
 UNLIMITED = 10_000
-"""Columns of output that is not read on a terminal."""
+"""Width of output that does not go to a terminal."""
 
 
 # Options
@@ -32,32 +32,45 @@ UNLIMITED = 10_000
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a policy to act with."""
     parser.add_argument(
-        "--model", type=checkpoint, help="folder or Hub id (default: the tabletop policy that ships with the package)"
+        "--model",
+        type=checkpoint,
+        help="folder or Hub id of the policy (default: the tabletop policy that ships with the package)",
     )
-    parser.add_argument("--unnorm-key", help="whose statistics give the robot's units, if the model knows several")
-    parser.add_argument("--device", type=device_map, help="such as cuda or auto (default: the CPU)")
+    parser.add_argument("--unnorm-key", help="statistics to use, if the model has several")
+    parser.add_argument(
+        "--device", type=device_map, help="device such as cuda, or auto to choose one (default: the CPU)"
+    )
 
 
 def add_data_arguments(
-    parser: Any, split: str | None = "train", split_help: str = "(default: %(default)s)", nargs: str | None = None
+    parser: Any,
+    split: str | None = "train",
+    split_help: str = "split of the dataset (default: %(default)s)",
+    nargs: str | None = None,
 ) -> None:
-    """Add the options that say how a data set is read, to a parser or to a group of its options.
+    """Add the options for reading a dataset, to a parser or to a group of its options.
 
-    With `nargs="+"`, several data sets are read, and the robot and the camera may differ between them.
+    With `nargs="+"`, several datasets are read, and the robot and the camera may differ between them.
     """
-    parser.add_argument("--robot", nargs=nargs,
-                        help="name of the adapter that reads it (default: the data set's own or generic)")  # fmt: skip
-    parser.add_argument("--robots", type=file, metavar="FILE", help="Python file of your own that registers robots")
+    parser.add_argument(
+        "--robot", nargs=nargs, help="robot that reads the dataset (default: the dataset's own, or generic)"
+    )
+    parser.add_argument("--robots", type=file, metavar="FILE", help="Python file that registers robots of your own")
     parser.add_argument("--split", default=split, help=split_help)
-    parser.add_argument("--camera", nargs=nargs, help="the image to read, if there are several")
-    parser.add_argument("--every", type=positive, metavar="N",
-                        help="recorded frames that become one, such as 5 for 10 Hz of 50 Hz (default: 1)")  # fmt: skip
-    parser.add_argument("--drop-idle", action="store_true", default=None,
-                        help="leave out frames whose action moves nothing")  # fmt: skip
+    parser.add_argument("--camera", nargs=nargs, help="camera to read, if there are several")
+    parser.add_argument(
+        "--every",
+        type=positive,
+        metavar="N",
+        help="merge N recorded frames into one, such as 5 to get 10 Hz from 50 Hz (default: 1)",
+    )
+    parser.add_argument(
+        "--drop-idle", action="store_true", default=None, help="skip frames whose action does not move the robot"
+    )
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Parse `NAME=VALUE`, where the value is JSON or else text."""
+    """Parse `NAME=VALUE`, where the value is JSON or plain text."""
     name, found, value = text.partition("=")
     if not found:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
@@ -76,12 +89,12 @@ def weight(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """Parse a whole number from 1 on."""
+    """Parse a whole number of at least 1."""
     return _at_least(1, text)
 
 
 def natural(text: str) -> int:
-    """Parse a whole number from 0 on."""
+    """Parse a whole number of at least 0."""
     return _at_least(0, text)
 
 
@@ -93,7 +106,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 def share(text: str) -> float:
-    """Parse a part of a whole: at least 0 and below 1."""
+    """Parse a fraction: at least 0 and below 1."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
@@ -116,7 +129,7 @@ def checkpoint(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """Parse a device that PyTorch can use here."""
+    """Parse a device that PyTorch can use on this machine."""
     import torch
 
     try:
@@ -136,7 +149,7 @@ def device(text: str) -> str:
 
 
 def device_map(text: str) -> str:
-    """Parse a device, or a way to place a model over several."""
+    """Parse a device, or a strategy for several devices."""
     return text if text in DEVICE_MAPS else device(text)
 
 
@@ -149,14 +162,14 @@ def adapter(text: str) -> str:
 
 
 def file(text: str) -> str:
-    """Parse the path of a file that is there."""
+    """Parse the path of an existing file."""
     if not os.path.isfile(text):
         raise argparse.ArgumentTypeError(f"There is no file {text!r}.")
     return text
 
 
 def file_or_folder(text: str) -> str:
-    """Parse the path of a file or a folder that is there."""
+    """Parse the path of an existing file or folder."""
     if not os.path.exists(text):
         raise argparse.ArgumentTypeError(f"There is no file {text!r}.")
     return text
@@ -174,7 +187,7 @@ def image(text: str) -> str:
     except UnidentifiedImageError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not an image that PIL can read.") from error
     except (OSError, Image.DecompressionBombError):
-        pass  # the processor says what is wrong with an image
+        pass  # the processor reports what is wrong with the image
     return text
 
 
@@ -186,7 +199,7 @@ def load(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
 
-    import openvla_hf  # noqa: F401 - makes the Auto classes know OpenVLA
+    import openvla_hf  # noqa: F401 - registers OpenVLA with the Auto classes
 
     logging.disable_progress_bar()
     model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device)
@@ -201,10 +214,10 @@ def default_model() -> str:
 
 
 def register_robots(args: argparse.Namespace) -> None:
-    """Run the Python file of --robots, which registers robots, and check that the names in --robot are known.
+    """Run the Python file of --robots, which registers robots, and check the names in --robot.
 
     Raises:
-        ValueError: No robot has a name that was given.
+        ValueError: A name in --robot is unknown.
     """
     from ..data.feature_names import find_name
     from ..data.robots import registered_robots
@@ -216,16 +229,17 @@ def register_robots(args: argparse.Namespace) -> None:
 
 
 def refuse_options(args: argparse.Namespace, reason: str, *options: str) -> None:
-    """Raise `ValueError` if one of the options was given, which have no effect here."""
+    """Raise `ValueError` if an option was given that has no effect here."""
     for option in options:
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')} {reason}.")
 
 
 def dimension_names(count: int, known: Sequence[str] | None = None) -> Sequence[str]:
-    """Name the dimensions of an action by what is known, or else like published checkpoints, which say nothing.
+    """Name the dimensions of an action.
 
-    Seven dimensions without names are then those of an end effector, others are numbers.
+    Seven dimensions without known names are those of an end effector, as in published checkpoints. Others are
+    numbered.
     """
     if known is not None and len(known) == count:
         return known
@@ -236,7 +250,7 @@ def dimension_names(count: int, known: Sequence[str] | None = None) -> Sequence[
 
 
 def console(stderr: bool = False, quiet: bool = False) -> Console:
-    """Make a console that wraps lines for a terminal only, and takes brackets in texts and paths as they are."""
+    """Make a console that wraps lines only on a terminal, and prints brackets in texts and paths as they are."""
     made = Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
     if not made.is_terminal:
         made.width = UNLIMITED
@@ -244,7 +258,7 @@ def console(stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def print_table(table: Table, stderr: bool = False) -> None:
-    """Print a table; its title may be wider than the table is."""
+    """Print a table. Its title may be wider than the table."""
     out = console(stderr)
     if isinstance(table.title, str) and not out.is_terminal:
         table.title = Text(table.title, style="table.title", no_wrap=True, overflow="ignore")

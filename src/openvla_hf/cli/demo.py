@@ -1,4 +1,4 @@
-"""Run unseen episodes and write a picture strip and a GIF."""
+"""Run unseen tabletop episodes, and save a strip of pictures and a GIF."""
 
 import argparse
 from pathlib import Path
@@ -31,4 +31,4 @@ def run(args: argparse.Namespace) -> None:
         print_json({"results": results, "strip": str(strip), "gif": str(gif)})
         return
     print_table(success_table(f"{len(episodes)} unseen episodes", results))
-    print(f"Watch {gif}, look at {strip}")
+    print(f"GIF: {gif}; pictures: {strip}")

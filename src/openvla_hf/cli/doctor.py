@@ -1,4 +1,4 @@
-"""Say whether a data set is ready to train on, and how near a model comes to it."""
+"""Check whether a dataset is ready for training, and how close a model's actions come to it."""
 
 import argparse
 
@@ -21,12 +21,16 @@ EXAMPLE = "doctor lab/kitchen --robot libero --plot actions.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="folder, URL or Hub id: LeRobot, RLDS, or datasets with images")
+    parser.add_argument("data", help="folder, URL or Hub id of a dataset: LeRobot, RLDS, or `datasets` with images")
     add_data_arguments(parser)
-    parser.add_argument("--model", type=checkpoint, help="folder or Hub id of a policy to try on the frames")
-    parser.add_argument("--unnorm-key", help="whose statistics the policy uses, if it knows several")
-    parser.add_argument("--frames", type=positive, default=64, help="that the policy acts on (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="picture of the action histograms with the 256 bins")
+    parser.add_argument(
+        "--model", type=checkpoint, help="folder or Hub id of a policy to compare with the recorded actions"
+    )
+    parser.add_argument("--unnorm-key", help="statistics to use, if the model has several")
+    parser.add_argument(
+        "--frames", type=positive, default=64, help="number of frames that the policy acts on (default: %(default)s)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="save a plot of the action histograms with the 256 bins")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,19 +42,33 @@ def run(args: argparse.Namespace) -> None:
     register_robots(args)
     model, processor = load(args.model) if args.model else (None, None)
     stats = model.get_action_stats(args.unnorm_key) if model is not None else None
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console(stderr=True),
-                  disable=args.json, transient=True) as progress:  # fmt: skip
+    with Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=console(stderr=True),
+        disable=args.json,
+        transient=True,
+    ) as progress:
         images, acting = (progress.add_task(what, total=None, visible=False) for what in ("images", "predictions"))
         report, frames = examine(
-            args.data, args.robot, split=args.split, camera=args.camera, every=args.every,
-            drop_idle=args.drop_idle, stats=stats,
+            args.data,
+            args.robot,
+            split=args.split,
+            camera=args.camera,
+            every=args.every,
+            drop_idle=args.drop_idle,
+            stats=stats,
             progress=lambda done, total: progress.update(images, completed=done, total=total, visible=True),
-        )  # fmt: skip
+        )
         if model is not None:
             found = evaluate_open_loop(
-                model, processor, frames, args.unnorm_key, max_frames=args.frames,
+                model,
+                processor,
+                frames,
+                args.unnorm_key,
+                max_frames=args.frames,
                 progress=lambda done, total: progress.update(acting, completed=done, total=total, visible=True),
-            )  # fmt: skip
+            )
             report.model = {"frames": found.frames, "token_accuracy": found.token_accuracy, "l1": found.l1}
     names = dimension_names(len(report.q01), report.names)
     if args.plot:

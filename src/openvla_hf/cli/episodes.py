@@ -1,4 +1,4 @@
-"""What `demo` and `evaluate` share: running the tabletop's episodes."""
+"""Running tabletop episodes, for `demo` and `evaluate`."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -11,18 +11,21 @@ if TYPE_CHECKING:
 
 
 def add_episode_arguments(
-    parser: argparse.ArgumentParser, episodes: int | None, episodes_help: str = "(default: %(default)s)"
+    parser: argparse.ArgumentParser,
+    episodes: int | None,
+    episodes_help: str = "number of episodes (default: %(default)s)",
 ) -> None:
-    """Add the options that name the policy and its episodes, of which there are `episodes` by default."""
+    """Add the options that choose the policy and its episodes. `episodes` is the default of --episodes."""
     add_policy_arguments(parser)
     parser.add_argument("--episodes", type=positive, default=episodes, help=episodes_help)
-    parser.add_argument("--batch-size", type=positive, default=16,
-                        help="observations at a time (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--task", nargs="+", help="put, push, stack or lift (default: put and push)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, help="episodes that run at a time (default: %(default)s)"
+    )
+    parser.add_argument("--task", nargs="+", help="tasks: put, push, stack or lift (default: put and push)")
 
 
 def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0) -> "list[Rollout]":
-    """Run the episodes of one condition, telling of each as it ends; the first `keep` keep their frames."""
+    """Run the episodes of one condition and print the outcome of each. The first `keep` episodes keep their frames."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
@@ -32,17 +35,24 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
     episodes: list[Rollout] = []
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         TextColumn("success {task.fields[success]}"),
-    )  # fmt: skip
+    )
     tasks = args.task or ("put", "push")
     with Progress(*columns, console=console(stderr=True), disable=args.json) as progress:
         bar = progress.add_task(condition, total=len(seeds), success="-")
         first = set(seeds[:keep])
         for episode in run_episodes(
-            policy, seeds, tasks=tasks, condition=condition, batch_size=args.batch_size,
+            policy,
+            seeds,
+            tasks=tasks,
+            condition=condition,
+            batch_size=args.batch_size,
             keep_frames=first.__contains__,
-        ):  # fmt: skip
+        ):
             episodes.append(episode)
             verdict = "[green]done[/]    " if episode.success else "[red]not done[/]"
             progress.console.print(f"{verdict} {episode.steps:3d} steps  {episode.instruction}", markup=True)

@@ -1,4 +1,4 @@
-"""Measure success on the tabletop, or the distance from recorded actions with --data."""
+"""Measure a policy's success on the tabletop, or its distance from recorded actions with --data."""
 
 import argparse
 from pathlib import Path
@@ -25,14 +25,24 @@ TABLETOP_EPISODES = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_episode_arguments(parser, None, f"({TABLETOP_EPISODES} on the tabletop, all of --data by default)")
-    parser.add_argument("--condition", nargs="+", choices=("as told", "swapped", "black"),
-                        help="on the tabletop: as told, with the target's name exchanged, with a black image "
-                        "(default: all)")  # fmt: skip
-    parser.add_argument("--data", help="recorded episodes: folder, URL or Hub id (default: the tabletop)")
-    parser.add_argument("--frames", type=positive, help="of --data, spread over the episodes (default: 1000)")
-    recorded = "(default: as for training, of which the episodes that it held out)"
-    add_data_arguments(parser, split=None, split_help=f"all episodes of this split {recorded}")
+    add_episode_arguments(
+        parser, None, f"number of episodes (default: {TABLETOP_EPISODES} on the tabletop, all of --data)"
+    )
+    parser.add_argument(
+        "--condition",
+        nargs="+",
+        choices=("as told", "swapped", "black"),
+        help="conditions on the tabletop: the instruction as told, with the target's name swapped, or with a "
+        "black image (default: all)",
+    )
+    parser.add_argument(
+        "--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)"
+    )
+    parser.add_argument(
+        "--frames", type=positive, help="number of frames of --data, spread over the episodes (default: 1000)"
+    )
+    recorded = "(default: the split of the training, and of it the held-out episodes)"
+    add_data_arguments(parser, split=None, split_help=f"evaluate on all episodes of this split {recorded}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,7 +85,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
             f"{model_id} does not say which episodes its training held out. Give --split (such as --split train) to "
             "evaluate on all episodes of a split."
         )
-    # What is not given is read as for training.
+    # Options that are not given default to those of the training.
     reading = _reading_of(args.data, training.get("reading", {}))
     adapter = reading.pop("adapter", None)
     if adapter is not None and args.robot in (None, reading["robot"]):
@@ -86,13 +96,24 @@ def _run_on_data(args: argparse.Namespace) -> None:
     if args.split is None:
         frames = held_out_frames(frames, held_out)
     model, processor = load(model_id, device=args.device)
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console(stderr=True),
-                  disable=args.json, transient=True) as progress:  # fmt: skip
+    with Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=console(stderr=True),
+        disable=args.json,
+        transient=True,
+    ) as progress:
         bar = progress.add_task("frames", total=None)
         report = evaluate_open_loop(
-            model, processor, frames, args.unnorm_key, max_episodes=args.episodes, max_frames=args.frames or 1000,
-            batch_size=args.batch_size, progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )  # fmt: skip
+            model,
+            processor,
+            frames,
+            args.unnorm_key,
+            max_episodes=args.episodes,
+            max_frames=args.frames or 1000,
+            batch_size=args.batch_size,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
     which = args.split or "held out"
     action_dim = len(report.mean_absolute_error)
     names = dimension_names(action_dim, read_action_names(frames, report.dataset, action_dim))
@@ -104,10 +125,10 @@ def _run_on_data(args: argparse.Namespace) -> None:
 
 
 def _reading_of(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How training read a data set: by its path, or by the last part of it where the data were moved."""
+    """Find the options with which training read a dataset, by its path, or by its name if it was moved."""
     if len(readings) <= 1:
         return dict(next(iter(readings.values()), {"split": "train"}))
     moved = [known for known in readings if Path(known).name == Path(data).name]
     if data not in readings and len(moved) != 1:
-        raise ValueError(f"{data} is not one of the data sets that training read: {', '.join(readings)}.")
+        raise ValueError(f"{data} is not one of the training datasets. Choose from {', '.join(readings)}.")
     return dict(readings[data if data in readings else moved[0]])

@@ -1,4 +1,4 @@
-"""Write a checkpoint in the published layout, for the original code and other engines."""
+"""Write a checkpoint in the published layout, for the original code and inference engines."""
 
 import argparse
 
@@ -10,8 +10,10 @@ EXAMPLE = "export outputs/kitchen-merged outputs/kitchen-published"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id of a 16- or 32-bit checkpoint")
-    parser.add_argument("destination", help="empty or new folder")
-    parser.add_argument("--max-shard-size", default="7GB", help="of one weights file (default: %(default)s)")
+    parser.add_argument("destination", help="new or empty folder")
+    parser.add_argument(
+        "--max-shard-size", default="7GB", help="largest size of a weights file (default: %(default)s)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
 

@@ -1,4 +1,4 @@
-"""Say what a checkpoint is, without loading its weights."""
+"""Describe a checkpoint without loading its weights."""
 
 import argparse
 from dataclasses import asdict
@@ -12,7 +12,7 @@ EXAMPLE = "info openvla/openvla-7b"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
+    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id of a checkpoint or adapter")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         "quantisation": found.quantization,
         "parameters": found.parameters and f"{found.parameters:,}",
         "weights": f"{found.size / 1e9:.3f} GB",
-        "brings its code": "yes" if found.has_code else "no",
+        "includes its code": "yes" if found.has_code else "no",
     }
     for name, value in rows.items():
         if value:

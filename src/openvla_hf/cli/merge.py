@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, and check that nothing else changes."""
+"""Merge an adapter into its base, and check that the model's outputs stay the same."""
 
 import argparse
 
@@ -10,14 +10,16 @@ EXAMPLE = "merge outputs/kitchen outputs/kitchen-merged"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "adapter", type=adapter, help="folder or Hub id of an adapter, ours or one published for the original code"
+        "adapter", type=adapter, help="folder or Hub id of an adapter of this package or of the original code"
     )
-    parser.add_argument("output", help="empty or new folder")
+    parser.add_argument("output", help="new or empty folder")
     parser.add_argument(
-        "--base", type=checkpoint, help="folder or Hub id of the 16-bit base (default: what the adapter names)"
+        "--base", type=checkpoint, help="folder or Hub id of the 16-bit base (default: the one that the adapter names)"
     )
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: the base's)")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one weights file (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the base)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="largest size of a weights file (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

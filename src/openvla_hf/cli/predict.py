@@ -14,13 +14,13 @@ EXAMPLE = 'predict --image frame.png --instruction "push the red ball to the lef
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser)
-    parser.add_argument("--image", type=image, required=True, help="file or URL of the camera's image")
-    parser.add_argument("--instruction", required=True, help="what the robot is to do")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: the checkpoint's)")
+    parser.add_argument("--image", type=image, required=True, help="file or URL of the camera image")
+    parser.add_argument("--instruction", required=True, help="what the robot should do")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the checkpoint)")
 
 
 def run(args: argparse.Namespace) -> None:
-    # The processor refuses such an image: one message is enough.
+    # The processor refuses such an image, so no warning is needed.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     model, processor = load(args.model or default_model(), args.dtype, args.device)
     inputs = processor(args.image, instruction=args.instruction)
@@ -29,9 +29,16 @@ def run(args: argparse.Namespace) -> None:
     chosen = details.probabilities[0].max(-1)
     names = dimension_names(len(action), model.get_action_stats(args.unnorm_key).get("names"))
     if args.json:
-        print_json({"instruction": args.instruction, "names": list(names), "action": action.tolist(),
-                          "normalized_action": details.normalized_actions[0].tolist(),
-                          "token_ids": token_ids.tolist(), "probabilities": chosen.tolist()})  # fmt: skip
+        print_json(
+            {
+                "instruction": args.instruction,
+                "names": list(names),
+                "action": action.tolist(),
+                "normalized_action": details.normalized_actions[0].tolist(),
+                "token_ids": token_ids.tolist(),
+                "probabilities": chosen.tolist(),
+            }
+        )
         return
     table = Table(title=args.instruction)
     for column in ("", "value", "normalised", "token", "probability"):

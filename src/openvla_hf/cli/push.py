@@ -1,4 +1,4 @@
-"""Push a policy or an adapter to the Hub, with code, statistics and model card."""
+"""Push a policy or an adapter to the Hub, with its code, statistics and model card."""
 
 import argparse
 
@@ -10,14 +10,18 @@ EXAMPLE = "push outputs/kitchen someone/openvla-7b-kitchen --private"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a saved policy or adapter")
-    parser.add_argument("repo_id", help="such as someone/openvla-7b-kitchen; made if it does not exist")
-    parser.add_argument("--base-model", help="Hub id of what was fine-tuned (default: what the adapter or run names)")
-    parser.add_argument("--dataset", nargs="+", help="Hub ids of what it was trained on (default: what the run names)")
-    parser.add_argument("--license", help="(default: that of the base model)")
+    parser.add_argument("repo_id", help="Hub id such as someone/openvla-7b-kitchen, created if it does not exist")
+    parser.add_argument(
+        "--base-model", help="Hub id of the base model (default: the one that the adapter or the run names)"
+    )
+    parser.add_argument(
+        "--dataset", nargs="+", help="Hub ids of the training data (default: those that the run names)"
+    )
+    parser.add_argument("--license", help="license (default: that of the base model)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch, made if it does not exist (default: main)")
+    parser.add_argument("--revision", help="branch, created if it does not exist (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--message", default="Upload OpenVLA policy", help="of the commit (default: %(default)s)")
+    parser.add_argument("--message", default="Upload OpenVLA policy", help="commit message (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

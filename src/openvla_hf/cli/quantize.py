@@ -29,32 +29,49 @@ EXAMPLE = "quantize openvla/openvla-7b openvla-7b-4bit --bits 4"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", type=checkpoint, help="folder or Hub id of a 16- or 32-bit checkpoint")
-    parser.add_argument("destination", nargs="?", help="new folder")
+    parser.add_argument("destination", nargs="?", help="new folder for the quantised checkpoint")
     formats = parser.add_mutually_exclusive_group()
-    formats.add_argument("--bits", type=int, choices=(4, 8), help="4 or 8, by bitsandbytes (default: 4)")
+    formats.add_argument("--bits", type=int, choices=(4, 8), help="bits of a bitsandbytes format (default: 4)")
     formats.add_argument(
-        "--format", nargs="+", metavar="FORMAT", help="4bit, 8bit, int4, int8 or float8; a report takes several"
+        "--format",
+        nargs="+",
+        metavar="FORMAT",
+        help="4bit, 8bit, int4, int8 or float8. A report takes several formats",
     )
     parser.add_argument(
-        "--towers", action="store_true", help="quantise vision towers and projector too; a report compares both"
+        "--towers",
+        action="store_true",
+        help="also quantise the vision towers and the projector. A report compares both",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     report = parser.add_argument_group("report")
-    report.add_argument("--report", action="store_true", help="compare the actions with those of 16 bits instead")
-    report.add_argument("--data", help="data set of any known format (default: the tabletop's frames)")
-    add_data_arguments(report, split=None, split_help="(default: train)")
-    report.add_argument("--frames", type=positive, default=200, help="observations (default: %(default)s)")
-    report.add_argument("--episodes", type=natural, default=0, help="on the tabletop, for success (default: none)")
+    report.add_argument(
+        "--report",
+        action="store_true",
+        help="compare the actions with those of the 16-bit checkpoint, and write no checkpoint",
+    )
+    report.add_argument(
+        "--data", help="folder, URL or Hub id of a dataset to compare on (default: frames of the tabletop)"
+    )
+    add_data_arguments(report, split=None, split_help="split of the dataset (default: train)")
+    report.add_argument("--frames", type=positive, default=200, help="number of observations (default: %(default)s)")
+    report.add_argument(
+        "--episodes", type=natural, default=0, help="also run this many episodes on the tabletop (default: none)"
+    )
     report.add_argument(
         "--baseline",
         metavar="FORMAT",
-        help="to compare with (default: 16 bits), such as 8bit on a GPU that can't hold them",
+        help="format to compare with, such as 8bit if the GPU can't hold 16 bits (default: 16 bits)",
     )
-    report.add_argument("--unnorm-key", help="whose statistics give the robot's units, if there are several")
-    report.add_argument("--device", type=device, help="such as cuda (default: the first GPU, else the CPU)")
-    report.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
-                        help="of the arithmetic and of what is not quantised (default: %(default)s)")  # fmt: skip
-    report.add_argument("--output", default="outputs/fidelity", help="folder (default: %(default)s)")
+    report.add_argument("--unnorm-key", help="statistics to use, if the model has several")
+    report.add_argument("--device", type=device, help="device such as cuda (default: the first GPU, or the CPU)")
+    report.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="data type of the arithmetic and of the weights that are not quantised (default: %(default)s)",
+    )
+    report.add_argument("--output", default="outputs/fidelity", help="folder for the report (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if args.report:
         if args.destination is not None:
             raise ValueError(
-                f"A report writes no checkpoint: leave out {args.destination!r}, or leave out --report to write it."
+                f"A report writes no checkpoint. Leave out {args.destination!r}, or leave out --report to write it."
             )
         if args.data is None:
             refuse_options(args, "is for recorded data: give --data", "robots", *READING)
@@ -77,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     refuse_options(args, "is for a report: give --report", "data", "robots", *READING)
     formats = args.format or [f"{args.bits or 4}bit"]
     if args.source is None or args.destination is None or len(formats) != 1:
-        raise ValueError("Name a checkpoint, a new folder and one format, or ask for a --report.")
+        raise ValueError("Give a checkpoint, a new folder and one format, or --report.")
     from rich.progress import Progress
 
     from ..checkpoints.quantize import quantize
@@ -134,10 +151,17 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     ) as progress:
         bar = progress.add_task("", total=(len(frames) + args.episodes) * (1 + len(formats) * len(towers)))
         results = compare(
-            source, formats, frames, towers=towers, unnorm_key=args.unnorm_key, device=args.device,
-            dtype=getattr(torch, args.dtype), episodes=args.episodes, baseline=args.baseline,
+            source,
+            formats,
+            frames,
+            towers=towers,
+            unnorm_key=args.unnorm_key,
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+            episodes=args.episodes,
+            baseline=args.baseline,
             on_progress=lambda label: progress.update(bar, advance=1, description=label),
-        )  # fmt: skip
+        )
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) for result in results]
@@ -149,4 +173,4 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
         print_json({"model": source, "observations": len(frames), "results": rows})
         return
     print_table(table(results, names))
-    print(f"Look at {output / 'fidelity.png'}; the same in {output / 'fidelity.json'}")
+    print(f"Plot: {output / 'fidelity.png'}; data: {output / 'fidelity.json'}")

@@ -1,4 +1,4 @@
-"""Record demonstrations of the tabletop's expert as a data set to fine-tune on."""
+"""Record demonstrations of the tabletop's expert as a dataset for fine-tuning."""
 
 import argparse
 
@@ -9,11 +9,15 @@ EXAMPLE = "record demos/tabletop_lift --task lift --episodes 500"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("destination", help="new folder; its name is that of the data set")
-    parser.add_argument("--task", nargs="+", required=True, help="put, push, stack or lift")
-    parser.add_argument("--episodes", type=positive, default=500, help="(default: %(default)s)")
-    parser.add_argument("--first-seed", type=natural, default=0, help="of the episodes (default: %(default)s)")
-    parser.add_argument("--format", choices=("lerobot", "rlds"), default="lerobot", help="(default: %(default)s)")
+    parser.add_argument("destination", help="new folder, whose name becomes the name of the dataset")
+    parser.add_argument("--task", nargs="+", required=True, help="tasks: put, push, stack or lift")
+    parser.add_argument("--episodes", type=positive, default=500, help="number of episodes (default: %(default)s)")
+    parser.add_argument(
+        "--first-seed", type=natural, default=0, help="seed of the first episode (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--format", choices=("lerobot", "rlds"), default="lerobot", help="format of the dataset (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,9 +27,11 @@ def run(args: argparse.Namespace) -> None:
     from ..tabletop.expert import record_demonstrations
 
     seeds = track(
-        range(args.first_seed, args.first_seed + args.episodes), "recording", console=console(stderr=True),
+        range(args.first_seed, args.first_seed + args.episodes),
+        "recording",
+        console=console(stderr=True),
         disable=args.json,
-    )  # fmt: skip
+    )
     episodes = record_demonstrations(args.task, seeds)
     if args.format == "rlds":
         written = write_rlds(episodes, args.destination)
