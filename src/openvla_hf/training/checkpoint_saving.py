@@ -1,7 +1,7 @@
 """Checkpoints that are whole: written aside, and named only when every file of them is there.
 
 transformers has no public way to choose where `Trainer` writes a checkpoint, so this module overrides four of its
-private methods (`OVERRIDDEN`). It is the only one that does; `tests/training/test_library_internals.py` says when a
+private methods (`OVERRIDDEN`). It is the only one that does; `tests/training/test_trainer_internals.py` says when a
 new version of transformers calls them otherwise.
 """
 
