@@ -26,7 +26,8 @@ from transformers import AutoModel
 
 import openvla_hf  # noqa: F401 - registers the Auto classes
 from openvla_hf.checkpoints.quantize import FORMATS, expected_weight_bytes, quantization, weight_bytes
-from openvla_hf.evaluation.latency import INSTRUCTION, RANDOM_SIZES, peak_memory, random_config, random_model, seconds
+from openvla_hf.evaluation.latency import peak_memory, seconds
+from openvla_hf.evaluation.random_models import INSTRUCTION, RANDOM_SIZES, random_config, random_model
 
 
 # (inputs, outputs) of the language model's layers, and rows: a token, and a prompt with its image.

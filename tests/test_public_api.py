@@ -162,12 +162,14 @@ API = {
         Latency(device, threads, dtype, versions, parameters, weight_bytes, bandwidth, matmul, repeats, batches)
         latency_tables(result)
         measure_latency(model, processor, unnorm_key, batch_sizes, repeats, compile_passes, instruction, progress)
-        random_model(size, dtype, device, text_config)
     """,
     "openvla_hf.evaluation.open_loop": """
         OpenLoopReport(dataset, episodes, frames, mean_absolute_error, l1, token_accuracy, gripper_agreement)
         evaluate_open_loop(model, processor, frames, unnorm_key, max_episodes, max_frames, seed, batch_size, progress)
         open_loop_table(title, report, names)
+    """,
+    "openvla_hf.evaluation.random_models": """
+        random_model(size, dtype, device, text_config)
     """,
     "openvla_hf.tabletop.env": """
         MAX_STEP

@@ -11,14 +11,13 @@ from rich.console import Console
 
 from openvla_hf.cli import main
 from openvla_hf.evaluation.latency import (
-    RANDOM_SIZES,
     Work,
     floor,
     latency_tables,
     measure_latency,
     peak_memory,
-    random_model,
 )
+from openvla_hf.evaluation.random_models import RANDOM_SIZES, random_model
 
 
 STEPS = 7

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..evaluation.latency import latency_tables, measure_latency, random_model
+    from ..evaluation.latency import latency_tables, measure_latency
+    from ..evaluation.random_models import random_model
 
     with console(stderr=True, quiet=args.json).status("loading") as status:
         if args.random is not None:

@@ -7,19 +7,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, StaticCache
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from .model_inputs import INTEGERS, as_tensor
 
-
-if TYPE_CHECKING:
-    from .modeling_openvla import OpenVLAForActionPrediction
 
 ActionPass = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """`action_pass` or `CompiledActionPass`."""
@@ -58,7 +55,7 @@ class ActionIdsOnly(LogitsProcessor):
 
 
 def decode_actions(
-    model: "OpenVLAForActionPrediction",
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     pixel_values: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -82,7 +79,7 @@ def decode_actions(
         return decoding.verify(decoding.as_draft(draft_token_ids), torch.tensor(dims, device=input_ids.device))
 
 
-def _takes_additive_masks(model: "OpenVLAForActionPrediction", length: int) -> bool:
+def _takes_additive_masks(model: PreTrainedModel, length: int) -> bool:
     """Whether every layer attends to all of `length` tokens before it, under a mask that is added."""
     # transformers has a public setter for the attention implementation, but no public getter.
     if model.config.text_config._attn_implementation not in MASKED_ATTENTION:
@@ -100,7 +97,7 @@ def attention_reach(text_config: PreTrainedConfig) -> int:
 
 
 def _decode_by_generate(
-    model: "OpenVLAForActionPrediction",
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     pixel_values: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -159,7 +156,7 @@ def _decode_by_generate(
 
 
 def action_pass(
-    model: "OpenVLAForActionPrediction",
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     pixel_values: torch.Tensor | None,
     mask: torch.Tensor,
@@ -241,7 +238,7 @@ class CompiledActionPass:
 
     def __call__(
         self,
-        model: "OpenVLAForActionPrediction",
+        model: PreTrainedModel,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         mask: torch.Tensor,
@@ -277,7 +274,7 @@ class _Decoding:
 
     def __init__(
         self,
-        model: "OpenVLAForActionPrediction",
+        model: PreTrainedModel,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor,

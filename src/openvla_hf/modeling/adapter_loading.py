@@ -62,18 +62,8 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
         ValueError: A weight matches no layer or has another shape, or a layer that the config names lacks its weights.
         OSError: The weights file is damaged.
     """
-    config = read_json(config_file)
-    check_adapter_config(config, config_file)
-    try:
-        source = load_file(weights_file)
-    except SafetensorError as error:
-        raise unreadable_weights(weights_file, error) from error
+    config, source = _read_adapter(config_file, weights_file)
     published = is_published(list(source))
-    for patterns in ("alpha_pattern", "rank_pattern"):
-        if published and config.get(patterns):
-            raise ValueError(
-                f"{config_file} has a {patterns!r} for the original's layers, which can't be translated. Remove it."
-            )
     unread = [re.compile(pattern) for pattern in model.model.vision_backbone._keys_to_ignore_on_load_unexpected or ()]
     layers = dict(model.named_modules())
     adapted: dict[str, torch.Tensor] = {}
@@ -123,6 +113,22 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     save_file(adapted, folder / ADAPTER_WEIGHTS)
     return whole
+
+
+def _read_adapter(config_file: str, weights_file: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Config and weights of an adapter, if the names of its layers can be translated."""
+    config = read_json(config_file)
+    check_adapter_config(config, config_file)
+    try:
+        source = load_file(weights_file)
+    except SafetensorError as error:
+        raise unreadable_weights(weights_file, error) from error
+    for patterns in ("alpha_pattern", "rank_pattern"):
+        if is_published(list(source)) and config.get(patterns):
+            raise ValueError(
+                f"{config_file} has a {patterns!r} for the original's layers, which can't be translated. Remove it."
+            )
+    return config, source
 
 
 def _check_sides(weights_file: str, adapted: dict[str, torch.Tensor], wanted: set[str]) -> None:
