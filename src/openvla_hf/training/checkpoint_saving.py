@@ -1,8 +1,8 @@
-"""Checkpoints that are whole: written aside, and named only when every file of them is there.
+"""Complete checkpoints: each is written to a temporary folder and gets its name when all of its files are there.
 
 transformers has no public way to choose where `Trainer` writes a checkpoint, so this module overrides four of its
-private methods (`OVERRIDDEN`). It is the only one that does; `tests/training/test_trainer_internals.py` says when a
-new version of transformers calls them otherwise.
+private methods (`OVERRIDDEN`). No other module does. `tests/training/test_trainer_internals.py` fails when a version
+of transformers changes them.
 """
 
 import os
@@ -24,34 +24,34 @@ OVERRIDDEN = ("_get_output_dir", "_push_from_checkpoint", "_save", "_save_checkp
 
 
 class WholeCheckpointTrainer(Trainer):
-    """A `Trainer` whose checkpoints are whole or not there, and which says what belongs into them."""
+    """A `Trainer` that writes complete checkpoints, with the files that `write_policy` writes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.writes_aside = False
 
     def write_policy(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Write everything that makes a folder a policy.
+        """Write all files that the policy needs into an empty folder.
 
         Args:
-            folder: An empty folder.
-            state_dict: Weights gathered from several processes; those of the model by default.
+            folder: Folder to write into.
+            state_dict: Weights that were gathered from several processes; those of the model by default.
         """
         raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Called by `Trainer.save_model`, which first gathers weights that FSDP or DeepSpeed has divided."""
+        """Write the policy. `Trainer.save_model` calls this after it has gathered weights that processes shard."""
         if self.args.should_save:
             with written_whole(output_dir or self.args.output_dir) as folder:
                 self.write_policy(folder, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Asked by `Trainer._save_checkpoint` for the folder above the checkpoint's."""
+        """Return the parent folder of the checkpoints, which `Trainer._save_checkpoint` asks for."""
         run_dir = super()._get_output_dir(trial)
         return os.path.join(run_dir, UNFINISHED) if self.writes_aside else run_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let `Trainer` save aside, then give the folder its name."""
+        """Let `Trainer` save the checkpoint in a temporary folder, then give the folder its name."""
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside, final = run_dir / UNFINISHED / name, run_dir / name
@@ -63,8 +63,8 @@ class WholeCheckpointTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # what the writers of files raise on a full disk
             raise OSError(
-                f"{final} can't be written ({error.__cause__ or error}). Free some space and resume: the checkpoints "
-                "before it are whole."
+                f"{final} can't be written ({error.__cause__ or error}). Free some disk space and resume: the earlier "
+                "checkpoints are complete."
             ) from error
         finally:
             self.writes_aside = False
@@ -86,7 +86,7 @@ class WholeCheckpointTrainer(Trainer):
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Called by `Trainer._save_checkpoint` too early: a checkpoint is pushed once it has its name."""
+        """Do nothing yet: `Trainer._save_checkpoint` calls this before the checkpoint has its name."""
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:

@@ -1,4 +1,4 @@
-"""transformers.Trainer for policies: loss on the action tokens, action metrics, complete checkpoints.
+"""A `transformers.Trainer` for policies: loss on the action tokens, action metrics, complete checkpoints.
 
 Shapes: B batch, T tokens, K supervised positions of the row that has most, V vocabulary.
 """
@@ -26,15 +26,15 @@ from .metrics import ActionMetrics
 
 
 class ActionTrainer(WholeCheckpointTrainer):
-    """Fine-tune a policy on frames; everything that `Trainer` and `TrainingArguments` can do stays as it is.
+    """Fine-tune a policy on frames, with everything that `Trainer` and `TrainingArguments` offer.
 
     - Only supervised positions go through the LM head, and the loss is the mean over the action tokens (and stop
       tokens) of all processes and accumulated batches together.
     - `action_accuracy` and `action_l1` (see `ActionMetrics`) are logged in training and evaluation, and for each
       dataset if there are several.
-    - A stream starts over where it ends, so steps are counted and not epochs. All workers of all processes draw its
-      frames equally often, and a resumed run passes over the frames that it has used without decoding them.
-    - Training stops at the first loss or gradient that is not finite, and weights that make the loss so are not saved.
+    - A stream restarts when it is exhausted, so its runs are measured in steps and not in epochs. All workers of all
+      processes draw its frames equally often, and a resumed run skips the frames it has used without decoding them.
+    - Training stops at the first loss or gradient that is not finite. Weights whose loss is not finite are not saved.
     - A checkpoint is complete: adapter or model, statistics, processor and the record of the run. It is written aside
       and gets its name when nothing is missing, so a run that is killed resumes from a whole checkpoint.
 
@@ -90,7 +90,7 @@ class ActionTrainer(WholeCheckpointTrainer):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer.get_train_dataloader`; the processes share a stream by frames and not by whole files."""
+        """Make the loader of the training data. Processes share a stream frame by frame instead of file by file."""
         if not isinstance(self.train_dataset, datasets.IterableDataset):
             return super().get_train_dataloader()
         args = self.args
@@ -101,7 +101,11 @@ class ActionTrainer(WholeCheckpointTrainer):
         return self._prepare_stream(DataLoader(stream, batch_size, collate_fn=self.data_collator, **settings))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As `Trainer.get_eval_dataloader`, without augmentation; the processes share a stream by frames."""
+        """Make a loader of evaluation data, without augmentation. Processes share a stream frame by frame.
+
+        Args:
+            eval_dataset: Frames, or the name of one of several sets; `self.eval_dataset` by default.
+        """
         args = self.args
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
@@ -125,7 +129,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         }
 
     def _prepare_stream(self, loader: DataLoader) -> DataLoader:
-        """As `Accelerator.prepare`, which would divide between the processes what is this process's own already."""
+        """Prepare a loader of this process's share of a stream; `Accelerator.prepare` would divide it again."""
         return prepare_data_loader(
             loader,
             self.accelerator.device,
@@ -172,19 +176,23 @@ class ActionTrainer(WholeCheckpointTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """As `Trainer.training_step`; the loss is checked when the gradients of the step are complete."""
+        """Compute the gradients of a batch, and add its loss to the step's for `check_step`."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss.to(loss.device) + loss
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, with the action metrics of the steps since the last one."""
+        """Log figures, with the action metrics of the training steps since the last log."""
         if "loss" in logs:
             logs = logs | self.training_metrics.take()
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`, with the action metrics."""
+        """Evaluate, with the action metrics.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self.evaluation_metrics.take(f"{metric_key_prefix}_"))
         loss = output.metrics.get(f"{metric_key_prefix}_loss", 0.0)
@@ -194,19 +202,19 @@ class ActionTrainer(WholeCheckpointTrainer):
     # Runs that diverge
 
     def check_step(self) -> None:
-        """Stop all processes before the optimizer's step if a loss or a gradient of one is not finite.
+        """Check the loss and the gradients of a step before the optimizer uses them.
 
         Raises:
-            ValueError: It is not finite; the message names the step and the last good checkpoint.
+            ValueError: One of them is not finite, in any process. The message names the last good checkpoint.
         """
         when = f"at step {self.state.global_step + 1}"
-        # A loss that is not finite in one process must stop all of them.
+        # If the loss of one process is not finite, all processes must stop.
         loss = float(self.accelerator.reduce(self._step_loss, reduction="sum"))
         self._step_loss = torch.zeros_like(self._step_loss)
         self._require_finite(loss, "loss", when)
         if self.accelerator.scaler is not None:  # it skips the steps whose gradients overflow
             return
-        # Clipping to infinity changes nothing, and gives the norm over all processes, however they share the model.
+        # Clipping to infinity changes nothing and returns the norm, also where processes shard the model.
         norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), math.inf)
         if norm is not None:  # DeepSpeed does not always know it
             self._require_finite(float(norm), "gradient norm", when)
@@ -224,13 +232,17 @@ class ActionTrainer(WholeCheckpointTrainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, if the weights still give a finite loss on the last batch of training."""
+        """Save the model, if its weights give a finite loss on the last training batch.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
         self._check_weights()
         super().save_model(output_dir, _internal_call)
 
     @torch.no_grad()
     def _check_weights(self) -> None:
-        """Compute the loss of the last batch again: that of its step was computed before the weights changed."""
+        """Compute the loss of the last batch with the present weights: the optimizer has changed them since."""
         if self._last_batch is None:
             return
         # In training mode: in evaluation mode bitsandbytes repacks the base's 4-bit weights on a CPU and rounds them.
@@ -241,9 +253,9 @@ class ActionTrainer(WholeCheckpointTrainer):
         self._require_finite(float(loss), "loss", f"after step {self.state.global_step}")
 
     def write_policy(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Write adapter or model, processor, statistics and the record of the run; none of them is a pickle."""
+        """Write the adapter or the model, the processor, the statistics and the record of the run, without pickles."""
         model = self.accelerator.unwrap_model(self.model)
-        # The base's embeddings are in the base, also where the head has an adapter.
+        # The base holds the embeddings. peft would save them too where the head has an adapter.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         model.save_pretrained(folder, state_dict=state_dict, **more)
         self.eval_collator.processor.save_pretrained(folder)
@@ -265,17 +277,16 @@ class _SamplesProgress(ProgressCallback):
 
 
 class _Intervals(TrainerCallback):
-    """Makes a resumed run save, evaluate and log at its own intervals instead of those in the checkpoint's state."""
+    """Make a resumed run save, evaluate and log at its own intervals instead of those of the checkpoint."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         state.compute_steps(args, state.max_steps)
 
 
 class _RunPosition(TrainerCallback):
-    """Tells the collator the epoch, and the stream how many batches a resumed run has used.
+    """Tell the collator the epoch, and a stream how many batches a resumed run has used.
 
-    Both are told before the workers of an epoch start. A table is entered where the run continues; a stream is one
-    epoch, whose used frames are passed over.
+    This happens before the workers of an epoch start. `Trainer` itself skips the used rows of a table.
     """
 
     def __init__(self, collator: ActionCollator):
@@ -290,7 +301,7 @@ class _RunPosition(TrainerCallback):
 
 
 class _BeforeStep(TrainerCallback):
-    """Calls a function when the gradients of a step are complete and clipped."""
+    """Call a function when the gradients of a step are complete and clipped."""
 
     def __init__(self, check: Callable[[], None]):
         self.check = check
