@@ -141,6 +141,7 @@ def walk(
     printed = []
     for block in read_blocks(page):
         if block.title:
+            compile(block.code, block.title, "exec")
             Path(block.title).write_text(block.code)
         elif block.language == "python":
             code = block.code
