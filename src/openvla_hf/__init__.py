@@ -1,4 +1,4 @@
-"""OpenVLA, native to today's Hugging Face ecosystem.
+"""OpenVLA in the Hugging Face ecosystem.
 
 Importing this package makes transformers' Auto classes load every published OpenVLA checkpoint:
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     """Import what a user or an Auto class asks for: a public class, the list of their names, or a subpackage."""
     if name in ("modeling", "processing"):
         return import_module(f".{name}", __name__)
-    # Only published files name the classes that begin with Prismatic, so they are not in `__all__`.
+    # Only published files use the names that begin with Prismatic, so they are not in `__all__`.
     if name == "__all__" or not name.startswith("_"):
         auto = import_module(".auto", __name__)
         if name in ("__all__", "PrismaticImageProcessor", "PrismaticProcessor", *auto.__all__):

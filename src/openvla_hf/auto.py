@@ -44,26 +44,26 @@ AutoModelForVision2Seq = AutoModelForImageTextToText
 def load_adapter(
     model: OpenVLAForActionPrediction, adapter: str | os.PathLike, **hub_kwargs: Any
 ) -> OpenVLAForActionPrediction:
-    """Put an adapter on a model, which then acts as it was fine-tuned to.
+    """Load an adapter onto a model.
 
     Args:
         model: The base that the adapter was trained on.
-        adapter: Folder or Hub id; of this package or of the original code (timm's names, fused qkv).
-        hub_kwargs: `revision`, `token`, ... of the repository.
+        adapter: Folder or Hub id of an adapter of this package or of the original code (timm's names, fused qkv).
+        hub_kwargs: `revision`, `token` and so on.
 
     Returns:
         The same model. If the adapter has statistics, they replace those of the base.
 
     Raises:
         ValueError: A weight matches no layer of this model or has another shape, or a layer lacks its weights.
-        OSError: There is no adapter.
+        OSError: The source is not an adapter.
     """
     model.load_adapter(os.fspath(adapter), **hub_kwargs)
     return model
 
 
 class PrismaticConfig(PreTrainedConfig):
-    """Key of `PrismaticProcessor` in the Auto class, which has one processor for each config class."""
+    """Key under which `AutoProcessor` keeps `PrismaticProcessor`: it has one processor for each config class."""
 
     model_type = "prismatic"
 

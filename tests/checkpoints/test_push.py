@@ -282,7 +282,7 @@ def test_the_card_tells_of_the_run(tiny, owner, tmp_path):
         "| as told | all | 40 | 82.5 % |",
         "| format | agreement |",
         "| 4bit | 0.97 |",
-        "apache-2.0, as its base model [someone/base]",
+        "apache-2.0, like its base model [someone/base]",
     ):
         assert line in card.text
     assert re.search(r"\| `two` \| 14 \| -0.03, .* \| 6, 13 \| not recorded \| 90 \|", card.text)

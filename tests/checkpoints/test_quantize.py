@@ -521,7 +521,7 @@ def test_a_missing_package_is_named(policy, tmp_path, monkeypatch):
     )
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     monkeypatch.setattr("openvla_hf.checkpoints.quantize.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs bitsandbytes: run `pip install bitsandbytes`"):
+    with pytest.raises(ImportError, match=r"needs bitsandbytes\. Run `pip install bitsandbytes`"):
         quantization("4bit")
     with pytest.raises(ImportError, match=r"pip install .*bitsandbytes"):
         AutoModel.from_pretrained(tmp_path / "four")

@@ -1,8 +1,8 @@
-"""Export to the published layout, which the original code and engines with an OpenVLA of their own load.
+"""Export to the published layout, which the original code and inference engines with their own OpenVLA load.
 
-`from_pretrained` reads it back. What the layout holds and no OpenVLA ever reads (the towers' last blocks, final norms
-and pooling heads) is not in our checkpoints: it is written as blocks that pass their input on, zeros but for norm
-weights of one, so that code which reads a block further still sees the features that were trained.
+`from_pretrained` reads it back. The layout also holds weights that OpenVLA never uses: the last blocks, final norms
+and pooling heads of the towers. This package does not keep them. They are written as zeros, with norm weights of one,
+so that these blocks pass their input on, and code that reads a later block still sees the trained features.
 """
 
 import json
@@ -28,7 +28,7 @@ from .describe import describe, refuse_adapter
 from .transformers_internals import revert_weight_conversion
 
 
-# The version of transformers that the original runs on; what its LlamaConfig has by default is not stored.
+# Version of transformers that the original runs on. Values that its LlamaConfig has by default are not stored.
 PUBLISHED_TRANSFORMERS = "4.40.1"
 PUBLISHED_LLAMA_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -48,7 +48,7 @@ PUBLISHED_LLAMA_DEFAULTS: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# Its code, by the repository that holds it: an exported folder needs no copy.
+# The repository with the original code, so that an exported folder needs no copy.
 PUBLISHED_CODE = "openvla/openvla-7b--"
 
 _DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
@@ -63,13 +63,13 @@ TIMM_MODEL_IDS = {
     "siglip-vit-b16-384px": ["vit_base_patch16_siglip_384"],
 }
 
-# The prompt decides which of the original's language models it is.
+# Prompt -> the original's names of the language model.
 LANGUAGE_MODELS = {
     PURE_PROMPT: {"llm_backbone_id": "llama2-7b-pure", "hf_llm_id": "meta-llama/Llama-2-7b-hf"},
     VICUNA_PROMPT: {"llm_backbone_id": "vicuna-v15-7b", "hf_llm_id": "lmsys/vicuna-7b-v1.5"},
 }
 
-# What the layout has no field for, and the original's fixed value of it.
+# Values that are fixed in the original code and have no field in the layout.
 FIXED_FIELDS = {
     "vision_feature_layer": -2,
     "projector_hidden_act": "gelu",
@@ -89,11 +89,11 @@ def export(
     """Write a checkpoint in the published layout.
 
     Args:
-        source: Folder or Hub id of a checkpoint with 16- or 32-bit weights, which are written as they are.
-        destination: Folder; it must be empty or not exist. Files appear in it when all are written.
-        max_shard_size: Of one weights file.
+        source: Folder or Hub id of a checkpoint with 16- or 32-bit weights. The data type stays as it is.
+        destination: New or empty folder. Files appear in it once all are written.
+        max_shard_size: Largest size of a weights file.
         revision: Branch, tag or commit of a Hub id.
-        token: For a private repository; the stored one by default.
+        token: Token for a private repository. Defaults to the stored one.
 
     Returns:
         The folder.
@@ -208,7 +208,7 @@ def published_config(model: OpenVLAForActionPrediction, processor: OpenVLAProces
     for name, value in FIXED_FIELDS.items():
         if getattr(config, name) != value:
             raise ValueError(
-                f"`{name}` is {getattr(config, name)!r}, but the original code knows {value!r} alone: this model "
+                f"`{name}` is {getattr(config, name)!r}, but the original code only supports {value!r}: this model "
                 "can't be exported."
             )
     if processor.prompt_template not in LANGUAGE_MODELS:
@@ -279,7 +279,7 @@ def _published_text_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict
     rope = fields.get("rope_parameters") or {}
     common = {"model_type": "llama", "mlp_bias": False, "head_dim": config.hidden_size // config.num_attention_heads}
     if rope.get("rope_type") != "default" or any(fields.get(name) != value for name, value in common.items()):
-        raise ValueError("The original code runs plain Llama models alone: this language model can't be exported.")
+        raise ValueError("The original code only runs plain Llama models: this language model can't be exported.")
     fields["rope_theta"] = rope["rope_theta"]
     changed = {key: fields[key] for key, default in PUBLISHED_LLAMA_DEFAULTS.items() if fields[key] != default}
     return {"model_type": "llama", "torch_dtype": _name(dtype), **changed}

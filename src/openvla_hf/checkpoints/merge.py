@@ -1,4 +1,4 @@
-"""An adapter merged into its base: a checkpoint that needs no adapter any more."""
+"""Merge an adapter into its base, which gives a checkpoint without an adapter."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from ..new_folder import new_folder, require_new_folder
 from .model_card import TRAINING_FILE, read_training
 
 
-# Relative difference between the logits of merged and unmerged weights: what rounding alone does, and the most that is
-# accepted. In between it may be half of what the adapter itself changes: a delta that is left out changes all of that.
+# Relative difference between the logits of merged and unmerged weights: the effect of rounding alone, and the largest
+# that is accepted. In between, the limit is half of the adapter's own effect, since a lost delta changes all of it.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.005, torch.bfloat16: 0.01}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 PROBE_TOKENS = 32
@@ -36,23 +36,23 @@ def merge_adapter(
 ) -> float:
     """Merge an adapter into its base, layer by layer in place, and save the model with its processor.
 
-    The logits of the merged model are compared with those before, and nothing is written if they differ.
+    The logits of the merged model are compared with those before merging, and nothing is written if they differ.
 
     Args:
         adapter: Folder or Hub id of the adapter.
-        output: Folder to write, which must not exist or be empty.
-        base: What the adapter was trained on; by default what it says itself. It must be in 16 bits or more.
-        dtype: To hold the base in; its own by default.
-        max_shard_size: Of the weights files. Beyond the base, no more than one of them is ever in memory.
+        output: New or empty folder.
+        base: Folder or Hub id of the base, in 16 bits or more. Defaults to the one that the adapter names.
+        dtype: Data type of the weights in memory. Defaults to that of the base.
+        max_shard_size: Largest size of a weights file. No more than one file is in memory beside the base.
         device_map: Where to put the model, as in `from_pretrained`.
-        config_overrides: Fields of the base's configuration.
+        config_overrides: Fields of the base's config.
 
     Returns:
         The relative difference of the logits.
 
     Raises:
-        ValueError: The base is quantised, or merged and unmerged logits differ.
-        OSError: A file is absent or damaged, or `output` holds something already.
+        ValueError: The base is quantised, or the logits change.
+        OSError: A file is missing or damaged, or `output` holds files.
     """
     output = Path(output)
     require_new_folder(output)
@@ -64,8 +64,8 @@ def merge_adapter(
         model.load_adapter(os.fspath(adapter))
     if model.config.to_dict().get("quantization_config") is not None:
         raise ValueError(
-            f"The base of {adapter} is quantised, and what is merged into so few bits is lost: give the 16-bit "
-            "checkpoint that it was made from with `base=` (`--base`)."
+            f"The base of {adapter} is quantised, and merging into quantised weights would lose the adapter's "
+            "changes. Give the 16-bit checkpoint with `base=`."
         )
     processor = _processor(adapter, base or model.config.name_or_path)
 
@@ -94,7 +94,7 @@ def merge_adapter(
 
 @torch.no_grad()
 def merge_layers(model: OpenVLAForActionPrediction) -> None:
-    """Add every adapter to the layer that it is on, and put the plain layer back in its place."""
+    """Add every adapter to its layer, and put the plain layer back in its place."""
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in adapted:
         plain: nn.Module = layer.get_base_layer()
@@ -110,7 +110,7 @@ def _relative(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
-    """A random image and a random prompt, always the same."""
+    """Make a random image and prompt, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     size, channels = model.config.vision_config.image_size, 3 * len(model.config.vision_configs)
     input_ids = torch.randint(3, model.action_tokenizer.first_id, (1, PROBE_TOKENS), generator=generator)
@@ -121,7 +121,7 @@ def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
 
 
 def _processor(adapter: str | os.PathLike, base: str | os.PathLike) -> Any:
-    """The adapter's processor, which knows of its augmentation; the base's where the adapter has none."""
+    """Load the adapter's processor, which holds the centre crop of its training, or else that of the base."""
     files = CheckpointFiles.locate(adapter)
     has_own = any(files.find(name) is not None for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME))
     return AutoProcessor.from_pretrained(adapter if has_own else base)

@@ -1,6 +1,6 @@
-"""The model card of a repository, made from the checkpoint and from what its run left beside it.
+"""The model card of a repository, made from the checkpoint and the files of its training beside it.
 
-Three files may lie beside the weights:
+Three files are read if they are beside the weights:
 
 - `training.json`, of `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings` and
   `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`), and
@@ -23,7 +23,7 @@ from .describe import CheckpointInfo
 
 
 RUN_FILES = TRAINING_FILE, EVALUATION_FILE, QUANTIZATION_FILE = "training.json", "evaluation.json", "quantization.json"
-# Of what training logs: what says how well it went, of training, evaluation, and single data sets.
+# Logged values that show how well training went: of training, of evaluation, and of single datasets.
 FIGURE = re.compile(r"(eval_(\w+_)?)?(loss|action_accuracy|action_l1)(/.+)?")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -38,10 +38,10 @@ def write_card(
     license: str | None = None,
     token: str | None = None,
 ) -> str:
-    """The text of the `README.md` of the checkpoint in `folder`.
+    """Write the text of the `README.md` of the checkpoint in `folder`.
 
-    `repo_id` is what loads it, a Hub id or the folder itself; the other arguments are those of `hub.push`. A base or a
-    data set that is a local folder is not named.
+    `repo_id` is the Hub id or the folder that the example loads. The other arguments are those of `push`. The card
+    does not name a base or a dataset that is a local folder.
     """
     training, evaluation, quantization = (
         _read_run_file(folder / name, default)
@@ -79,7 +79,7 @@ def write_card(
 
 
 def read_training(source: str | os.PathLike) -> dict[str, Any]:
-    """Read what the run left beside a policy, in `training.json`; empty where it left nothing.
+    """Read `training.json` beside a policy. Returns an empty dictionary if there is none.
 
     Args:
         source: Folder or Hub id.
@@ -92,7 +92,7 @@ def read_training(source: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read_run_file(path: Path, default: Any) -> Any:
-    """Content of a JSON file of the type of `default`, which stands for an absent file."""
+    """Read a JSON file with a value of the type of `default`, or return `default` if there is no file."""
     if not path.is_file():
         return default
     try:
@@ -106,12 +106,12 @@ def _read_run_file(path: Path, default: Any) -> Any:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether others find something by this name: it has the form of a Hub id and is no folder here."""
+    """Whether a name has the form of a Hub id and is not a local folder."""
     return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _license_of(base_model: str, token: str | None) -> str | None:
-    """License in the card of the base model, or `None` where there is none to read."""
+    """Read the license in the card of the base model. Returns `None` if there is none."""
     local = Path(base_model, "README.md")
     if not is_hub_id(base_model) and not local.is_file():
         return None
@@ -129,7 +129,7 @@ def _relation(info: CheckpointInfo) -> str:
 
 
 def _recipe(training: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the table of the training."""
+    """Make the rows of the table about the training."""
     figures = {name: value for name, value in training.get("figures", {}).items() if FIGURE.fullmatch(name)}
     return {
         **({"recipe": training["recipe"]} if "recipe" in training else {}),
@@ -159,7 +159,7 @@ def _results(evaluation: dict[str, Any]) -> list[EvalResult] | None:
 
 
 def _action_spaces(statistics: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each statistics key."""
+    """Make a row for each statistics key."""
     return [
         {
             "key": key,

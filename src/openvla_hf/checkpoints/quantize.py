@@ -1,8 +1,8 @@
-"""Quantised weights: the recommended config of each format, and checkpoints rewritten in it with memory for one shard.
+"""Quantise policies: a recommended config for each format, and checkpoints rewritten with memory for one shard.
 
     model = AutoModel.from_pretrained("openvla/openvla-7b", quantization_config=quantization("4bit"))
 
-What the formats cost and where each is fast: docs/quantization.md.
+docs/quantization.md compares the memory and the speed of the formats.
 """
 
 import json
@@ -33,10 +33,10 @@ from .transformers_internals import PartLoader, local_torch_dtype
 
 
 SHARD_BYTES = 2 * 10**9
-"""16-bit weights that are in memory at once while a checkpoint is rewritten."""
+"""Bytes of 16-bit weights in memory at a time while a checkpoint is rewritten."""
 
 NF4_BLOCK, INT4_GROUP = 64, 128
-"""Weights that share a scale."""
+"""Number of weights that share a scale."""
 
 
 def _nf4() -> BitsAndBytesConfig:
@@ -51,7 +51,7 @@ def _torchao_int4() -> TorchAoConfig:
     from torchao.quantization import Int4WeightOnlyConfig
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
-    # The layout of PyTorch's own kernel: the others need packages of their own.
+    # The layout of PyTorch's own kernel. Other layouts need more packages.
     return TorchAoConfig(
         Int4WeightOnlyConfig(group_size=INT4_GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D)
     )
@@ -73,11 +73,12 @@ def _torchao_float8() -> TorchAoConfig:
 class Format:
     """A way to store the weights of a linear layer.
 
-    about: What it is, in a line.
-    package: What quantises and runs it.
-    make_config: Its recommended config for transformers.
-    layer_bytes: (outputs, inputs) -> bytes of the layer's weight and scales.
-    compute_capability: Of the GPU that it needs; `None` where a CPU does.
+    Attributes:
+        about: Description in one line.
+        package: Package that quantises and runs the layers.
+        make_config: Makes the recommended config for transformers.
+        layer_bytes: (outputs, inputs) -> bytes of the layer's weight and scales.
+        compute_capability: Compute capability of the GPU that the format needs, or `None` if it runs on a CPU.
     """
 
     about: str
@@ -89,33 +90,33 @@ class Format:
 
 FORMATS = {
     "4bit": Format(
-        "NF4 of bitsandbytes: half a byte a weight, runs everywhere",
+        "NF4 of bitsandbytes: half a byte per weight, runs everywhere",
         "bitsandbytes",
         _nf4,
         lambda rows, columns: math.ceil(rows * columns / 2) + 4 * math.ceil(rows * columns / NF4_BLOCK),
     ),
     "8bit": Format(
-        "LLM.int8() of bitsandbytes: outlying activations apart, in 16 bits",
+        "LLM.int8() of bitsandbytes: outlier activations stay in 16 bits",
         "bitsandbytes",
         _llm_int8,
         lambda rows, columns: rows * columns + 4 * rows,
     ),
     "int4": Format(
-        "torchao, weights alone: the kernel of PyTorch",
+        "torchao, weights only: the kernel of PyTorch",
         "torchao",
         _torchao_int4,
-        # What no group divides is left as it is.
+        # Layers whose inputs are not a multiple of the group stay in 16 bits.
         lambda rows, columns: rows * columns * (2 if columns % INT4_GROUP else 0.5 + 4 / INT4_GROUP),
         COMPUTE_CAPABILITY["Int4WeightOnlyConfig"],
     ),
     "int8": Format(
-        "torchao, weights alone: made for compiled passes",
+        "torchao, weights only: made for compiled passes",
         "torchao",
         _torchao_int8,
         lambda rows, columns: rows * columns + 2 * rows,
     ),
     "float8": Format(
-        "torchao, weights and activations: matrix units of eight bits",
+        "torchao, weights and activations: 8-bit matrix units",
         "torchao",
         _torchao_float8,
         lambda rows, columns: rows * columns + 4 * rows,
@@ -132,21 +133,21 @@ def _format(name: str) -> Format:
 def quantization(
     name: str, *, towers: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> BitsAndBytesConfig | TorchAoConfig:
-    """The recommended `quantization_config` of a format.
+    """Make the recommended `quantization_config` of a format.
 
     Args:
         name: "4bit", "8bit" (bitsandbytes), "int4", "int8" or "float8" (torchao).
-        towers: Quantise the vision towers and the projector too; the head stays in 16 bits.
-        dtype: Of the arithmetic in 4 bits; GPUs before Ampere are faster in float16.
+        towers: Also quantise the vision towers and the projector. The head stays in 16 bits.
+        dtype: Data type of the arithmetic in 4 bits. GPUs before Ampere are faster in float16.
 
     Raises:
-        ValueError: Unknown name, or the format needs a GPU that is not there.
-        ImportError: The package behind it is not installed.
+        ValueError: The name is unknown, or the format needs a GPU that this machine lacks.
+        ImportError: The package of the format is not installed.
     """
     wanted = _format(name)
     refuse_without_gpu(f"Format {name!r}", wanted.compute_capability)
     if find_spec(wanted.package) is None:
-        raise ImportError(f"Format {name!r} needs {wanted.package}: run `pip install {wanted.package}`.")
+        raise ImportError(f"Format {name!r} needs {wanted.package}. Run `pip install {wanted.package}`.")
     config = wanted.make_config()
     kept = [KEPT_IN_16_BITS[0]] if towers else list(KEPT_IN_16_BITS)
     if isinstance(config, BitsAndBytesConfig):
@@ -158,7 +159,7 @@ def quantization(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a loaded model's weights, scales included: what saving it writes."""
+    """Compute the bytes that saving a loaded model would write, including the scales of quantised weights."""
     state: Mapping[str, torch.Tensor] | None = None
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         state, _ = quantizer.get_state_dict_and_metadata(model)
@@ -167,7 +168,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def expected_weight_bytes(config: OpenVLAConfig, name: str | None = None, *, towers: bool = False) -> int:
-    """Bytes of the weights of a model of this config in a format (`None`: 16 bits), without building it."""
+    """Compute the bytes of a model's weights in a format (`None`: 16 bits) from its config alone."""
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
     kept = KEPT_IN_16_BITS[:1] if towers else KEPT_IN_16_BITS
@@ -189,7 +190,8 @@ def _weight_files(files: CheckpointFiles) -> list[str]:
     index = files.read_json(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         raise OSError(
-            f"{files.source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: nothing else is read."
+            f"{files.source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. "
+            "Save it as safetensors first."
         )
     paths = {name: files.find(name) for name in sorted(set(index["weight_map"].values()))}
     if missing := [name for name, path in paths.items() if path is None]:
@@ -198,7 +200,7 @@ def _weight_files(files: CheckpointFiles) -> list[str]:
 
 
 def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
-    """Names of stored weights that are about `shard_bytes` in 16 bits together, and the file that holds them."""
+    """Group the stored weights of each file by about `shard_bytes` in 16 bits: (file, names)."""
     groups: list[tuple[str, list[str]]] = []
     for path in files:
         groups.append((path, []))
@@ -241,26 +243,29 @@ def quantize(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     **hub_kwargs: Any,
 ) -> Path:
-    """Write a checkpoint in a quantised format, with its processor and code, and memory for one shard.
+    """Write a checkpoint in a quantised format, with its processor and code, using memory for one shard.
 
-    The result is what loading with `quantization_config` and saving would write. It appears under `destination` when
+    The result is the same as that of loading with `quantization_config` and saving. It appears in `destination` once
     it is complete.
 
     Args:
-        source: Folder or Hub id of a 16- or 32-bit checkpoint, published or ours.
-        destination: Folder that does not exist yet, or is empty.
-        name: A format of `FORMATS`.
-        towers: Quantise the vision towers and the projector too.
-        dtype: Of the weights that are not quantised.
-        config: In place of the checkpoint's own.
-        shard_bytes: 16-bit weights in memory at once; each such part becomes a file.
-        on_progress: Called with the number of parts done and of all parts.
-        hub_kwargs: `revision`, `token`, `cache_dir`, ...
+        source: Folder or Hub id of a 16- or 32-bit checkpoint, in either layout.
+        destination: New or empty folder.
+        name: Format, a key of `FORMATS`.
+        towers: Also quantise the vision towers and the projector.
+        dtype: Data type of the weights that are not quantised.
+        config: Config to use instead of the checkpoint's own.
+        shard_bytes: Bytes of 16-bit weights in memory at a time. Each such part becomes a file.
+        on_progress: Called with the number of finished parts and the number of all parts.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: The checkpoint is quantised already or no OpenVLA, or see `quantization`.
+        ValueError: The checkpoint is quantised already or is not OpenVLA, or see `quantization`.
         FileExistsError: `destination` holds files.
-        OSError: A weights file is absent or can't be read.
+        OSError: A weights file is missing or can't be read.
         ImportError: See `quantization`.
     """
     destination = Path(destination)

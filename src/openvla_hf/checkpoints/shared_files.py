@@ -1,4 +1,4 @@
-"""Which files of a checkpoint go to the Hub, and what they must not hold."""
+"""Choose the files of a checkpoint that go to the Hub, and check that they hold no secrets."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from .model_card import RUN_FILES
 from .transformers_internals import custom_object_save
 
 
-# Everything else in a folder stays there: what has no name of a checkpoint's file may be private.
+# Other files in a folder are not pushed, since they may be private.
 TEXT_FILES = frozenset(
     (
         "config.json", "generation_config.json", ADAPTER_CONFIG, STATISTICS_FILE, SAFE_WEIGHTS_INDEX_NAME,
@@ -31,7 +31,7 @@ TEXT_FILES = frozenset(
 )  # fmt: skip
 SENTENCEPIECE_FILE = "tokenizer.model"
 WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
-# Classes whose code a repository needs, by the layout of the checkpoint. A published one has other names for them.
+# Classes whose code a repository needs, by layout. Published checkpoints name other classes.
 SHIPPED_CLASSES: dict[str, tuple[type, ...]] = {
     "openvla-hf": (OpenVLAForActionPrediction, OpenVLAProcessor),
     "adapter": (OpenVLAProcessor,),
@@ -58,8 +58,8 @@ SECRETS = {
     "a password or key": r"(?i)(api_?(key|token)|secret|passw(or)?d|(access|auth)_?token)\w*\\*[\"']?\s*[:=]\s*"
     r"\\*[\"'][^\s\"']{12,}",
 }
-# Folders that people work in, and what is in them. One component alone, such as "/tmp", may be a token of a tokenizer.
-# On Windows, two components below a drive or a server. Backslashes may be escaped.
+# Paths below folders that people work in. A single component such as "/tmp" may be a token of a tokenizer. On Windows,
+# paths have two components below a drive or a server, and backslashes may be escaped.
 LOCAL_PATH = re.compile(
     r"(?<![\w.])(?:"
     r"/(?:home|Users|root|mnt|media|tmp|var|private|Volumes|scratch|workspace|work|data|nfs|opt|srv|lustre|gpfs|storage"
@@ -71,7 +71,7 @@ LOCAL_PATH = re.compile(
 
 
 def read_texts(folder: Path, info: CheckpointInfo) -> dict[str, str]:
-    """Read the text files that go to the Hub, and this package's code in place of the folder's.
+    """Read the text files that go to the Hub, with the code of this package instead of the folder's.
 
     Raises:
         ValueError: A file is a link that leads out of the folder, is not text, or needs code that is not the
@@ -102,7 +102,7 @@ def read_texts(folder: Path, info: CheckpointInfo) -> dict[str, str]:
 
 
 def find_binaries(folder: Path, info: CheckpointInfo) -> list[str]:
-    """Names of the weights and of the SentencePiece model that go to the Hub.
+    """Find the names of the weights and of the SentencePiece model that go to the Hub.
 
     Raises:
         ValueError: A file is a link that leads out of the folder, there are no weights under a name that is pushed, or
@@ -129,10 +129,10 @@ def find_binaries(folder: Path, info: CheckpointInfo) -> list[str]:
 
 
 def read_text_in(path: Path) -> str:
-    """Read the text that a binary file holds: of weights the header, of a SentencePiece model all of it.
+    """Read the text in a binary file: the header of weights, or the whole of a SentencePiece model.
 
-    Weights whose header holds unknown metadata are refused, and not cleaned: that would change the caller's folder, or
-    write gigabytes again, for what `save_pretrained` never writes.
+    Weights with unknown metadata in their header are refused. Cleaning them would change the caller's folder or write
+    gigabytes again, and `save_pretrained` never writes such metadata.
 
     Raises:
         ValueError: The metadata holds more than the format and, for weights of torchao, what restores them.
@@ -155,7 +155,7 @@ def read_text_in(path: Path) -> str:
 
 
 def refuse_secrets(name: str, text: str, folder: Path, token: str | None) -> None:
-    """Raise `ValueError` where a text holds a token, a key, or a path of the computer that pushes."""
+    """Raise `ValueError` if a text holds a token, a key or a local path."""
     searched = text
     if name.endswith(".json"):  # as it stands, and without its escapes
         try:
@@ -177,7 +177,7 @@ def refuse_secrets(name: str, text: str, folder: Path, token: str | None) -> Non
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Strings in JSON whose objects are lists of pairs: a key that occurs twice hides no value."""
+    """Yield the strings in JSON whose objects are lists of pairs, so that a repeated key hides no value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -186,7 +186,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _package_code(layout: str) -> dict[str, str]:
-    """Modules that `save_pretrained` writes beside a checkpoint, and their text."""
+    """Read the modules that `save_pretrained` writes beside a checkpoint: name -> text."""
     with tempfile.TemporaryDirectory() as folder:
         for one in SHIPPED_CLASSES.get(layout, ()):
             custom_object_save(one, folder)
