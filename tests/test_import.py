@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import shutil
@@ -44,6 +45,23 @@ def test_the_package_imports_nothing_heavy_and_only_adds_names(run_fresh_python)
     assert processor == {"openvla": "OpenVLAProcessor", "prismatic": "PrismaticProcessor"}
     assert set(image_processor["openvla"].values()) == {"OpenVLAImageProcessor", "PrismaticImageProcessor"}
     assert module == {"openvla": "openvla_hf", "prismatic": "openvla_hf"}
+
+
+TABLES = {
+    "auto_mappings": (
+        "CONFIG_MAPPING_NAMES", "PROCESSOR_MAPPING_NAMES", "IMAGE_PROCESSOR_MAPPING_NAMES",
+        "SPECIAL_MODEL_TYPE_TO_MODULE_NAME",
+    ),
+    "configuration_auto": ("CONFIG_MAPPING_NAMES",),
+    "tokenization_auto": ("TOKENIZER_MAPPING_NAMES",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", TABLES)
+def test_transformers_has_the_tables_that_the_package_adds_names_to(module):
+    found = vars(importlib.import_module(f"transformers.models.auto.{module}"))
+    missing = [name for name in TABLES[module] if not isinstance(found.get(name), dict)]
+    assert not missing, f"transformers no longer has {missing} in {module}: adapt __init__.py and auto.py."
 
 
 def test_the_public_names_are_there():

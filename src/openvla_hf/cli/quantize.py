@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from .common import (
     READING,
@@ -92,7 +93,11 @@ def run(args: argparse.Namespace) -> None:
         report_fidelity(args, args.format or ([f"{args.bits}bit"] if args.bits else ["4bit", "8bit"]))
         return
     refuse_options(args, "is for a report: give --report", "data", "robots", *READING)
-    formats = args.format or [f"{args.bits or 4}bit"]
+    write_quantized(args, args.format or [f"{args.bits or 4}bit"])
+
+
+def write_quantized(args: argparse.Namespace, formats: Sequence[str]) -> None:
+    """Write the checkpoint in one format."""
     if args.source is None or args.destination is None or len(formats) != 1:
         raise ValueError("Give a checkpoint, a new folder and one format, or --report.")
     from rich.progress import Progress
@@ -116,34 +121,41 @@ def run(args: argparse.Namespace) -> None:
         print(f"{folder}: {size / 1e9:.2f} GB of weights in {formats[0]}")
 
 
+def read_observations(args: argparse.Namespace) -> tuple[list[Any], Sequence[str] | None]:
+    """Read the frames to compare on, and the names of the action's dimensions if the dataset gives them."""
+    if args.data is None:
+        from ..evaluation.fidelity import tabletop_observations
+
+        return list(tabletop_observations(args.frames)), None
+    from ..data import load as load_data
+    from ..data.frames import read_action_names
+
+    register_robots(args)
+    data = load_data(
+        args.data,
+        args.robot,
+        split=args.split or "train",
+        camera=args.camera,
+        every=args.every,
+        drop_idle=args.drop_idle,
+        streaming=True,
+    )
+    frames = list(islice(data, args.frames))
+    if not frames:
+        return frames, None
+    return frames, read_action_names(data, str(frames[0]["dataset"]), len(frames[0]["action"]))
+
+
 def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
-    """Compare formats over a data set or the tabletop: a table, a JSON file and a plot."""
+    """Compare formats on a dataset or the tabletop, and write a table, a JSON file and a plot."""
     import torch
     from rich.progress import MofNCompleteColumn, Progress
 
     from ..checkpoints.describe import describe
-    from ..evaluation.fidelity import compare, plot, table, tabletop_observations
+    from ..evaluation.fidelity import compare, plot, table
     from ..modeling.action_tokenizer import resolve_action_stats
 
-    known = None
-    if args.data is None:
-        frames = list(tabletop_observations(args.frames))
-    else:
-        from ..data import load as load_data
-        from ..data.frames import read_action_names
-
-        register_robots(args)
-        data = load_data(
-            args.data,
-            args.robot,
-            split=args.split or "train",
-            camera=args.camera,
-            every=args.every,
-            drop_idle=args.drop_idle,
-            streaming=True,
-        )
-        frames = list(islice(data, args.frames))
-        known = read_action_names(data, str(frames[0]["dataset"]), len(frames[0]["action"])) if frames else None
+    frames, known = read_observations(args)
     source = args.source or default_model()
     towers = (False, True) if args.towers else (False,)
     with Progress(
