@@ -460,14 +460,14 @@ def test_an_unknown_format_names_the_nearest():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["int4", "float8"])
 def test_a_format_for_gpus_says_so(name):
-    with pytest.raises(ValueError, match=r"needs a GPU of compute capability .* take '4bit' or 'int8'"):
+    with pytest.raises(ValueError, match=r"needs a GPU of compute capability .* use '4bit' or 'int8'"):
         quantization(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_config_whose_kernels_need_a_gpu_says_so(policy, torchao):
     config = TorchAoConfig(torchao.quantization.Int4WeightOnlyConfig(group_size=32))
-    with pytest.raises(ValueError, match=r"Int4WeightOnlyConfig needs a GPU .* take '4bit' or 'int8'"):
+    with pytest.raises(ValueError, match=r"Int4WeightOnlyConfig needs a GPU .* use '4bit' or 'int8'"):
         AutoModel.from_pretrained(policy.folder, quantization_config=config)
 
 

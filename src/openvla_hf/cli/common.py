@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -255,6 +256,12 @@ def console(stderr: bool = False, quiet: bool = False) -> Console:
     if not made.is_terminal:
         made.width = UNLIMITED
     return made
+
+
+def counting_bars(args: argparse.Namespace) -> Progress:
+    """Make progress bars that count, on standard error; with --json they stay hidden."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    return Progress(*columns, console=console(stderr=True), disable=args.json, transient=True)
 
 
 def print_table(table: Table, stderr: bool = False) -> None:

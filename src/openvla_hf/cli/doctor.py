@@ -8,6 +8,7 @@ from .common import (
     add_data_arguments,
     checkpoint,
     console,
+    counting_bars,
     dimension_names,
     load,
     positive,
@@ -34,21 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rich.progress import MofNCompleteColumn, Progress
-
     from ..evaluation.doctor import examine, plot_actions, report_tables
     from ..evaluation.open_loop import evaluate_open_loop
 
     register_robots(args)
     model, processor = load(args.model) if args.model else (None, None)
     stats = model.get_action_stats(args.unnorm_key) if model is not None else None
-    with Progress(
-        *Progress.get_default_columns(),
-        MofNCompleteColumn(),
-        console=console(stderr=True),
-        disable=args.json,
-        transient=True,
-    ) as progress:
+    with counting_bars(args) as progress:
         images, acting = (progress.add_task(what, total=None, visible=False) for what in ("images", "predictions"))
         report, frames = examine(
             args.data,

@@ -1,13 +1,11 @@
 """Measure a policy's success on the tabletop, or its distance from recorded actions with --data."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 from .common import (
     READING,
     add_data_arguments,
-    console,
+    counting_bars,
     default_model,
     dimension_names,
     load,
@@ -66,43 +64,23 @@ def _run_on_tabletop(args: argparse.Namespace) -> None:
 
 
 def _run_on_data(args: argparse.Namespace) -> None:
-    from rich.progress import MofNCompleteColumn, Progress
-
     from ..checkpoints.model_card import read_training
-    from ..data import load as load_frames
     from ..data.frames import read_action_names
-    from ..data.robots import require_same_robot
-    from ..data.splits import held_out_frames
-    from ..evaluation.open_loop import evaluate_open_loop, open_loop_table
+    from ..evaluation.open_loop import evaluate_open_loop, load_recorded, open_loop_table
 
     refuse_options(args, "is for the tabletop: leave out --data", "task", "condition")
     register_robots(args)
     model_id = args.model or default_model()
     training = read_training(model_id)
-    held_out = training.get("held_out", {})
-    if args.split is None and not held_out:
+    if args.split is None and not training.get("held_out"):
         raise ValueError(
             f"{model_id} does not say which episodes its training held out. Give --split (such as --split train) to "
             "evaluate on all episodes of a split."
         )
-    # Options that are not given default to those of the training.
-    reading = _reading_of(args.data, training.get("reading", {}))
-    adapter = reading.pop("adapter", None)
-    if adapter is not None and args.robot in (None, reading["robot"]):
-        require_same_robot(reading["robot"], adapter)
-    given = {name: getattr(args, name) for name in READING}
-    reading |= {name: value for name, value in given.items() if value is not None}
-    frames = load_frames(args.data, **reading)
-    if args.split is None:
-        frames = held_out_frames(frames, held_out)
+    given = {name: getattr(args, name) for name in READING if getattr(args, name) is not None}
+    frames = load_recorded(args.data, training, **given)
     model, processor = load(model_id, device=args.device)
-    with Progress(
-        *Progress.get_default_columns(),
-        MofNCompleteColumn(),
-        console=console(stderr=True),
-        disable=args.json,
-        transient=True,
-    ) as progress:
+    with counting_bars(args) as progress:
         bar = progress.add_task("frames", total=None)
         report = evaluate_open_loop(
             model,
@@ -122,13 +100,3 @@ def _run_on_data(args: argparse.Namespace) -> None:
         print_json(told | report.as_dict())
         return
     print_table(open_loop_table(f"{model_id} on {report.dataset} ({which})", report, names))
-
-
-def _reading_of(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Find the options with which training read a dataset, by its path, or by its name if it was moved."""
-    if len(readings) <= 1:
-        return dict(next(iter(readings.values()), {"split": "train"}))
-    moved = [known for known in readings if Path(known).name == Path(data).name]
-    if data not in readings and len(moved) != 1:
-        raise ValueError(f"{data} is not one of the training datasets. Choose from {', '.join(readings)}.")
-    return dict(readings[data if data in readings else moved[0]])

@@ -13,6 +13,7 @@ from .common import (
     add_data_arguments,
     checkpoint,
     console,
+    counting_bars,
     default_model,
     device,
     dimension_names,
@@ -149,7 +150,6 @@ def read_observations(args: argparse.Namespace) -> tuple[list[Any], Sequence[str
 def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     """Compare formats on a dataset or the tabletop, and write a table, a JSON file and a plot."""
     import torch
-    from rich.progress import MofNCompleteColumn, Progress
 
     from ..checkpoints.describe import describe
     from ..evaluation.fidelity import compare, plot, table
@@ -158,9 +158,7 @@ def report_fidelity(args: argparse.Namespace, formats: Sequence[str]) -> None:
     frames, known = read_observations(args)
     source = args.source or default_model()
     towers = (False, True) if args.towers else (False,)
-    with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), console=console(stderr=True), disable=args.json
-    ) as progress:
+    with counting_bars(args) as progress:
         bar = progress.add_task("", total=(len(frames) + args.episodes) * (1 + len(formats) * len(towers)))
         results = compare(
             source,

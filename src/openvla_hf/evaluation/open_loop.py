@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from datasets import Dataset
 from rich.table import Table
 
 from ..data.gripper import GRIPPER_OPEN
-from ..data.splits import sample_episodes, sample_frames
+from ..data.loading import load
+from ..data.robots import require_same_robot
+from ..data.splits import held_out_frames, sample_episodes, sample_frames
 from ..modeling.action_tokenizer import normalize
 
 
@@ -39,6 +42,37 @@ class OpenLoopReport:
     def as_dict(self) -> dict[str, Any]:
         """Return a dict for JSON."""
         return asdict(self)
+
+
+def load_recorded(data: str, training: dict[str, Any], **options: Any) -> Dataset:
+    """Load recorded episodes as the training of a policy read them.
+
+    Args:
+        data: Folder, URL or Hub id of the dataset.
+        training: What `training.json` of the policy says, see `read_training`.
+        options: Options of `load` to use in place of those of the training. Without `split`, the frames are those that
+            the training held out.
+
+    Raises:
+        ValueError: The training read several datasets, and this is not one of them, or its robot adapter is not
+            registered here or reads differently.
+    """
+    reading = _find_reading(data, training.get("reading", {}))
+    adapter = reading.pop("adapter", None)
+    if adapter is not None and options.get("robot") in (None, reading["robot"]):
+        require_same_robot(reading["robot"], adapter)
+    frames = load(data, **reading | options)
+    return frames if "split" in options else held_out_frames(frames, training["held_out"])
+
+
+def _find_reading(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Find the options with which training read a dataset, by its path, or by its name if it was moved."""
+    if len(readings) <= 1:
+        return dict(next(iter(readings.values()), {"split": "train"}))
+    moved = [known for known in readings if Path(known).name == Path(data).name]
+    if data not in readings and len(moved) != 1:
+        raise ValueError(f"{data} is not one of the training datasets. Choose from {', '.join(readings)}.")
+    return dict(readings[data if data in readings else moved[0]])
 
 
 def evaluate_open_loop(
@@ -142,4 +176,4 @@ def open_loop_table(title: str, report: OpenLoopReport, names: Sequence[str]) ->
     return table
 
 
-__all__ = ["OpenLoopReport", "evaluate_open_loop", "open_loop_table"]
+__all__ = ["OpenLoopReport", "evaluate_open_loop", "load_recorded", "open_loop_table"]
