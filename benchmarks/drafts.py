@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from openvla_hf.cli.common import default_model, load
+from openvla_hf.cli.common import default_model, load_model
 from openvla_hf.evaluation.latency import generate_action_ids, prepare_inputs
 from openvla_hf.tabletop.env import TabletopEnv
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unnorm-key", help="whose statistics give the robot's units, if the model knows several")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
     args = parser.parse_args(argv)
-    model, processor = load(args.model or default_model())
+    model, processor = load_model(args.model or default_model())
     result = measure(model, processor, args.observations, args.unnorm_key, quiet=args.json)
     if args.json:
         print(json.dumps(result))

@@ -25,7 +25,7 @@ from ..modeling.checkpoint_loading import OFT_FILES, named_base, statistics_in_f
 from ..modeling.configuration_openvla import OpenVLAConfig
 
 
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass
@@ -105,7 +105,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         vision_towers=[_tower(tower) for tower in model.vision_configs] if model else [],
         language_model=_language_model(model.text_config) if model else None,
         action_dims={key: action_dim(one["action"]) for key, one in statistics.items()},
-        dtype=DTYPES.get(counts.most_common(1)[0][0], counts.most_common(1)[0][0]),
+        dtype=DTYPE_NAMES.get(counts.most_common(1)[0][0], counts.most_common(1)[0][0]),
         quantization=quantization,
         parameters=None if quantization else counts.total(),
         size=sum(sizes[name] for name in weights),

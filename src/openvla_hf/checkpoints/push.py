@@ -25,7 +25,7 @@ from .shared_files import WEIGHTS_FILE, find_binaries, read_text_in, read_texts,
 
 
 README, REQUIREMENTS, CONFIGURATION_FILE = "README.md", "requirements.txt", "configuration_openvla.py"
-REFUSALS = {
+PUSH_REFUSALS = {
     401: "the token is not valid. Log in again with `hf auth login`, or set HF_TOKEN",
     403: "the token has no write access there. Use a token with write access, or push to a repository of your own",
 }
@@ -167,7 +167,7 @@ def _in_a_sentence(repo_id: str) -> Iterator[None]:
         raise OSError(f"Cannot push {repo_id} while HF_HUB_OFFLINE is set. Unset it and push again.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        reason = REFUSALS.get(status) or error.server_message or type(error).__name__
+        reason = PUSH_REFUSALS.get(status) or error.server_message or type(error).__name__
         raise OSError(f"The Hub refused {repo_id} ({status}): {reason}.") from error
     except HTTPError as error:
         raise OSError(

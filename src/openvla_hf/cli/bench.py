@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from .common import DTYPES, checkpoint, console, default_model, device, load, positive, print_json, print_table
+from .common import DTYPES, checkpoint, console, default_model, device, load_model, positive, print_json, print_table
 
 
 EXAMPLE = "bench --random 0.5b --batch-sizes 1 8"
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
             dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
             model, processor = random_model(args.random, dtype, place)
         else:
-            model, processor = load(args.model or default_model(), args.dtype, args.device)
+            model, processor = load_model(args.model or default_model(), args.dtype, args.device)
         result = measure_latency(
             model,
             processor,

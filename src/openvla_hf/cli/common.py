@@ -195,7 +195,7 @@ def image(text: str) -> str:
 # Policies and robots
 
 
-def load(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load_model(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """Load the model and processor of a Hub id or folder."""
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging

@@ -10,7 +10,7 @@ from .common import (
     console,
     counting_bars,
     dimension_names,
-    load,
+    load_model,
     positive,
     print_json,
     print_table,
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.open_loop import evaluate_open_loop
 
     register_robots(args)
-    model, processor = load(args.model) if args.model else (None, None)
+    model, processor = load_model(args.model) if args.model else (None, None)
     stats = model.get_action_stats(args.unnorm_key) if model is not None else None
     with counting_bars(args) as progress:
         images, acting = (progress.add_task(what, total=None, visible=False) for what in ("images", "predictions"))

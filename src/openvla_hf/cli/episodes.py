@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .common import add_policy_arguments, console, load, positive
+from .common import add_policy_arguments, console, load_model, positive
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
 
     from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
 
-    model, processor = load(model_id, device=args.device)
+    model, processor = load_model(model_id, device=args.device)
     policy = load_policy(model, processor, args.unnorm_key)
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
     episodes: list[Rollout] = []

@@ -8,7 +8,7 @@ from .common import (
     counting_bars,
     default_model,
     dimension_names,
-    load,
+    load_model,
     positive,
     print_json,
     print_table,
@@ -79,7 +79,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
         )
     given = {name: getattr(args, name) for name in READING if getattr(args, name) is not None}
     frames = load_recorded(args.data, training, **given)
-    model, processor = load(model_id, device=args.device)
+    model, processor = load_model(model_id, device=args.device)
     with counting_bars(args) as progress:
         bar = progress.add_task("frames", total=None)
         report = evaluate_open_loop(

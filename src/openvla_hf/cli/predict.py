@@ -6,7 +6,16 @@ import warnings
 from PIL import Image
 from rich.table import Table
 
-from .common import DTYPES, add_policy_arguments, default_model, dimension_names, image, load, print_json, print_table
+from .common import (
+    DTYPES,
+    add_policy_arguments,
+    default_model,
+    dimension_names,
+    image,
+    load_model,
+    print_json,
+    print_table,
+)
 
 
 EXAMPLE = 'predict --image frame.png --instruction "push the red ball to the left"'
@@ -22,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     # The processor refuses such an image, so no warning is needed.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    model, processor = load(args.model or default_model(), args.dtype, args.device)
+    model, processor = load_model(args.model or default_model(), args.dtype, args.device)
     inputs = processor(args.image, instruction=args.instruction)
     details = model.predict_action(**inputs, unnorm_key=args.unnorm_key, return_details=True)
     action, token_ids = details.actions[0], details.token_ids[0]

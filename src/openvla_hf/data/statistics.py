@@ -25,7 +25,7 @@ LOW, HIGH = 0.01, 0.99
 COLUMNS = ("dataset", "episode_index", "action", "action_mask", "state")
 READ_ROWS = 16384
 # Part of every cache key: increase it when the computation changes, so that old statistics are not read.
-VERSION = 1
+STATISTICS_VERSION = 1
 
 
 def summarize(values: np.ndarray) -> dict[str, list[float]]:
@@ -75,7 +75,7 @@ def _compute_or_reuse(frames: Frames) -> dict[str, Any]:
     if key is None:
         return _compute(_read(frames))
     folder = cache_folder()
-    path = folder / f"statistics-{Hasher.hash([VERSION, key])}.json"
+    path = folder / f"statistics-{Hasher.hash([STATISTICS_VERSION, key])}.json"
     if not path.exists():
         statistics = _compute(_read(frames))
         # Moved into place when it is complete, so that no process reads an incomplete file.

@@ -17,7 +17,7 @@ from .images import ImageReader
 # Consecutive rows for one of several readers of a shard: videos are decoded fastest in order.
 RUN = 16
 # Rows to take from `datasets` at once.
-READ_ROWS = 16
+DECODED_ROWS = 16
 # Draws among the parts to make at once.
 CHOICES = 1024
 
@@ -183,7 +183,7 @@ def _read_group(rows: IterableDataset, group: int, groups: int, epoch: int) -> I
 def _read(rows: IterableDataset, epoch: int) -> Iterator[Row]:
     rows.set_epoch(epoch)
     # `iter(rows)` would divide the rows among the workers of a data loader a second time.
-    for batch in rows.iter(batch_size=READ_ROWS):
+    for batch in rows.iter(batch_size=DECODED_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 

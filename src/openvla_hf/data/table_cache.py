@@ -23,7 +23,7 @@ from .frames import FEATURES, FrameDecoder
 
 
 # Part of every key: increase it when the content of tables changes, so that old ones are not read.
-VERSION = 3
+TABLE_VERSION = 3
 # Rows to write at once: large pieces are read faster.
 WRITE_ROWS = 1024
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +49,7 @@ def lock(path: Path) -> AbstractContextManager[Any]:
 
 def make_key(*parts: Any) -> str:
     """Hash everything that a table depends on."""
-    return Hasher.hash([VERSION, *parts])
+    return Hasher.hash([TABLE_VERSION, *parts])
 
 
 def file_version(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Any, ...]:

@@ -52,7 +52,7 @@ UNREADABLE = (
     struct.error, zlib.error,
 )  # fmt: skip
 
-HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 IMAGE_HELP = (
     "pass a PIL image, an (H, W, 3) or (3, H, W) array or tensor (uint8, or float in [0, 1]), "
@@ -382,7 +382,7 @@ def _to_levels(pixels: np.ndarray) -> np.ndarray:
 
 def select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keep the arguments that locate a file."""
-    return {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    return {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
 
 
 def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:

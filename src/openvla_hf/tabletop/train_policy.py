@@ -49,7 +49,7 @@ UNNORM_KEY = "tabletop"
 # Position of an object that is not in the image.
 NOWHERE = -1.0
 PATCH_SIZE = 14
-IMAGE_SIZE = SIDE * PATCH_SIZE
+POLICY_IMAGE_SIZE = SIDE * PATCH_SIZE
 VISION_WIDTH = 96
 # Of the first phase.
 SEEING_LEARNING_RATE = 1.5e-3
@@ -210,7 +210,7 @@ def build(arguments: TrainPolicyArguments) -> tuple[OpenVLAForActionPrediction, 
     tokenizer = tiny_tokenizer(instructions(), merges=128, phrases=[f" {name}" for name in NAMES])
     config = tiny_config(
         tokenizer,
-        image_size=IMAGE_SIZE,
+        image_size=POLICY_IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         vision_width=VISION_WIDTH,
         vision_layers=5,

@@ -36,7 +36,7 @@ PROJECTOR = ("model.projector",)
 LANGUAGE_MODEL = ("model.language_model", "lm_head")
 LAST_LAYER = ("model.language_model.embed_tokens", "model.language_model.layers[-1]", "lm_head")
 
-DTYPES = ("bfloat16", "float16", "float32")
+TRAINING_DTYPES = ("bfloat16", "float16", "float32")
 ADAMW_STATE_BYTES = 8
 # Numbers that autograd keeps for each input and output feature of a linear layer. The part above 1 is an estimate of
 # what lies between the layers (norms, rotary positions, gates); a test compares it with what autograd really keeps.
@@ -93,7 +93,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(Recipe).items():
             check_value(name, getattr(self, name), annotation)
-        check_name(self.dtype, DTYPES, "dtype")
+        check_name(self.dtype, TRAINING_DTYPES, "dtype")
 
     @property
     def uses_adapters(self) -> bool:
