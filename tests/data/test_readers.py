@@ -995,3 +995,13 @@ def test_an_interrupted_recording_leaves_nothing(write, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     write([fake_episode(steps=3)], tmp_path / "recordings" / "kitchen")
     assert len(load(tmp_path / "recordings" / "kitchen")) == len(fake_episode(steps=3))
+
+
+@pytest.mark.parametrize("write", [write_lerobot, write_rlds])
+def test_recordings_without_frames_are_refused(write, episodes, tmp_path):
+    with pytest.raises(ValueError, match=r"There are no frames to write\."):
+        write([], tmp_path / "out")
+    for recorded in ([[]], [episodes[0], []]):
+        with pytest.raises(ValueError, match=rf"Episode {len(recorded) - 1} has no frames to write\."):
+            write(recorded, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*"))

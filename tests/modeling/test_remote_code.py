@@ -19,7 +19,7 @@ SHIPPED = [
     path
     for folder in ("modeling", "processing")
     for path in sorted((PACKAGE / folder).glob("*.py"))
-    if path.name not in ("__init__.py", "registration.py")
+    if path.name != "__init__.py"
 ]
 THIRD_PARTY = {"torch", "transformers", "numpy", "PIL", "safetensors"}
 

@@ -78,6 +78,8 @@ def _write_lerobot(
                 if not total and not rows:
                     _check_names(frame, names)
                 rows.append(_lerobot_row(frame, index, len(rows), total + len(rows), task, frequency))
+            if not rows:
+                raise ValueError(f"Episode {index} has no frames to write.")
             table = pa.Table.from_pylist(rows)
             writer = writer or pq.ParquetWriter(data, table.schema)
             writer.write_table(table.cast(writer.schema))
@@ -87,7 +89,7 @@ def _write_lerobot(
             used = list(dict.fromkeys(row["task_index"] for row in rows))
             records.append(_lerobot_record(index, [list(tasks)[task] for task in used], total, len(rows), frequency))
             total += len(rows)
-        if writer is None or not total:
+        if writer is None:
             raise ValueError("There are no frames to write.")
     writer.close()
     pq.write_table(pa.Table.from_pylist(records), records_file)
@@ -115,7 +117,7 @@ class _VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
+        if kind is None and self.stream is not None:
             self.container.mux(self.stream.encode(None))
         self.container.close()
 

@@ -215,6 +215,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 )
             if options.get("padding", True) not in PADDING:
                 raise ValueError(f"`padding` must be True, False or 'max_length', got {options['padding']!r:.80}.")
+        # Private, but the method by which all processors of transformers read their options.
         merged = self._merge_kwargs(OpenVLAProcessorKwargs, **kwargs)
         return merged["text_kwargs"], merged["images_kwargs"]
 
@@ -336,7 +337,8 @@ class OpenVLAProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> list[Any]:
         # Not by the Auto classes: for published files they ask whether to trust remote code, and build a
-        # LlamaTokenizer, which splits some texts differently from the tokenizer.json.
+        # LlamaTokenizer, which splits some texts differently from the tokenizer.json. There is no public way to build
+        # the parts of a processor otherwise.
         return [
             OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **select_hub_kwargs(kwargs)),
