@@ -41,6 +41,7 @@ from openvla_hf.data.readers import lerobot
 from openvla_hf.data.readers.lerobot import LeRobotSource
 from openvla_hf.data.readers.tfrecord import build_example, parse_example, read_records, write_record
 from openvla_hf.data.robots import GENERIC
+from openvla_hf.data.table_cache import write_json
 from openvla_hf.testing import fake_episode
 
 
@@ -839,6 +840,15 @@ def test_a_table_that_could_not_be_written_whole_is_not_used(episodes, tmp_path,
         load(tmp_path / "arm")
     assert [path.name for path in cache.iterdir()] == ["locks"]
     assert len(load(tmp_path / "arm")) == 5 * STEPS
+
+
+def test_a_json_file_of_the_cache_is_whole_or_missing(cache, full_disk):
+    cache.mkdir(parents=True, exist_ok=True)
+    with full_disk(), pytest.raises(OSError, match="too large"):
+        write_json(cache / "damaged.json", {"0": "x" * 5000})
+    assert list(cache.iterdir()) == []
+    write_json(cache / "damaged.json", {"0": "x"})
+    assert json.loads((cache / "damaged.json").read_text()) == {"0": "x"}
 
 
 def test_skipped_episodes_are_those_whose_frames_are_damaged(damaged_frame, caplog):

@@ -18,7 +18,7 @@ from .episodes import BadEpisodeError, Losses, RecordedEpisode, usable_columns
 from .feature_names import find_name
 from .frames import FEATURES, FrameDecoder, Frames
 from .images import ImageReader
-from .table_cache import WRITE_ROWS, cache_folder, file_version, lock, make_key
+from .table_cache import WRITE_ROWS, cache_folder, file_version, lock, make_key, write_json
 
 
 def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_all: bool = False) -> Dataset:
@@ -163,7 +163,7 @@ def _row_check(images: Dataset) -> Callable[[int], None]:
                         reader.read(next(iter(images[row].values())))
                     except BadEpisodeError as error:
                         damaged[row] = str(error)
-            path.write_text(json.dumps(damaged))
+            write_json(path, damaged)
     known = json.loads(path.read_text())
 
     def check(row: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .columns import matrix
 from .datasets_internals import drop_repeats, fingerprint
 from .frames import FEATURES, Frames, read_action_names
 from .streams import FrameStream
-from .table_cache import cache_folder
+from .table_cache import cache_folder, write_json
 
 
 LOW, HIGH = 0.01, 0.99
@@ -74,13 +73,9 @@ def _compute_or_reuse(frames: Frames) -> dict[str, Any]:
     key = _content_key(frames)
     if key is None:
         return _compute(_read(frames))
-    folder = cache_folder()
-    path = folder / f"statistics-{Hasher.hash([STATISTICS_VERSION, key])}.json"
+    path = cache_folder() / f"statistics-{Hasher.hash([STATISTICS_VERSION, key])}.json"
     if not path.exists():
-        statistics = _compute(_read(frames))
-        # Moved into place when it is complete, so that no process reads an incomplete file.
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            os.replace(save_statistics(statistics, unfinished), path)
+        write_json(path, _compute(_read(frames)))
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -61,6 +61,14 @@ def file_version(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Any, ...]:
     return path, *(info.get(field) for field in ("size", "mtime", "blob_id", "ETag"))
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file of the cache. It appears when it is complete, so that no process reads an incomplete one."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+        complete = Path(unfinished, path.name)
+        complete.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(complete, path)
+
+
 def cached_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, key: str | None) -> Dataset:
     """Return the table of a key, written from the columns on a cache miss.
 
@@ -92,13 +100,12 @@ def _write_table(
 ) -> Path:
     """Write a table to a temporary folder and move it into place, so that an incomplete one is never read."""
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        table, lost = Path(unfinished, "table.arrow"), Path(unfinished, "lost.json")
+        table = Path(unfinished, "table.arrow")
         _write_rows(table, columns)
-        lost.write_text(json.dumps({field: getattr(losses, field) for field in STORED_LOSSES}))
         if path is None:
             with table.open("rb") as file:
                 path = folder / f"{name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.arrow"
-        os.replace(lost, path.with_suffix(".json"))
+        write_json(path.with_suffix(".json"), {field: getattr(losses, field) for field in STORED_LOSSES})
         os.replace(table, path)
     return path
 
@@ -128,4 +135,4 @@ def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
         ) from error
 
 
-__all__ = ["cache_folder", "cached_table", "file_version", "lock", "make_key"]
+__all__ = ["cache_folder", "cached_table", "file_version", "lock", "make_key", "write_json"]
