@@ -263,7 +263,7 @@ def test_a_base_in_few_bits_is_refused(trained, tmp_path):
     )
     small.save_pretrained(tmp_path / "small")
     tiny_processor().save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match=r"is quantised.*--base"):
+    with pytest.raises(ValueError, match=r"is quantised.*`base=`"):
         merge_adapter(folder, tmp_path / "merged", base=tmp_path / "small")
     assert not (tmp_path / "merged").exists()
 
