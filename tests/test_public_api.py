@@ -37,13 +37,16 @@ API = {
         OpenVLAForActionPrediction.action_stream(unnorm_key)
         OpenVLAForActionPrediction.action_tokenizer
         OpenVLAForActionPrediction.compile_for_actions(mode)
+        OpenVLAForActionPrediction.decode_actions(token_ids, unnorm_key)
         OpenVLAForActionPrediction.forward(input_ids, pixel_values, attention_mask, position_ids, past_key_values,
             inputs_embeds, labels, logits_to_keep, **kwargs)
         OpenVLAForActionPrediction.from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info,
             **kwargs)
+        OpenVLAForActionPrediction.get_action_dim(unnorm_key)
         OpenVLAForActionPrediction.get_action_stats(unnorm_key)
         OpenVLAForActionPrediction.get_image_features(pixel_values)
         OpenVLAForActionPrediction.load_adapter(peft_model_id, adapter_name, **kwargs)
+        OpenVLAForActionPrediction.norm_stats
         OpenVLAForActionPrediction.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, stats,
             constrained, return_details, draft_token_ids, **decoding)
         OpenVLAForActionPrediction.save_pretrained(save_directory, **kwargs)
@@ -63,9 +66,11 @@ API = {
     """,
     "openvla_hf.data": """
         Augmentation(size, crop_area, brightness, contrast, saturation, hue)
+        Augmentation.for_prediction(processor)
         BadEpisodeError(message, episodes)
         FirstOf(*names)
         Gripper(open, closed, binarize, dimensions)
+        Gripper.to_openvla(values)
         MIXTURES
         Robot(name, camera, action, state, instruction, select, action_dim, rotation, relative, gripper, frequency,
             space, as_delta, every, drop_idle)
