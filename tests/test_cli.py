@@ -97,7 +97,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(command, device, caps
 
 @pytest.mark.parametrize("command", ["bench --random tiny", "evaluate", "quantize --report"])
 def test_a_device_of_no_known_kind_is_refused_in_one_line(command, capsys):
-    assert "'foo' is not a device: name cpu, cuda or cuda:1." in refusal(capsys, *command.split(), "--device", "foo")
+    assert "'foo' is not a device: give a name such as cpu" in refusal(capsys, *command.split(), "--device", "foo")
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_what_only_the_evaluation_script_applies_is_told(recorded, tiny_towers):
     record = recorded("fused-224")
     tiny_towers(record)
     processor = AutoProcessor.from_pretrained(record.checkpoint, resample="lanczos3", center_crop_area=0.9)
-    with pytest.warns(UserWarning, match="The published layout does not hold") as warned:
+    with pytest.warns(UserWarning, match="The published layout does not store") as warned:
         published_config(record.load(), processor)
     assert [str(warning.message).split("`")[1] for warning in warned] == ["--center_crop True", "resample='lanczos3'"]
     assert published_image_processor(processor.image_processor)["interpolations"] == ["bicubic", "bicubic"]
@@ -204,7 +204,7 @@ def test_what_the_original_cannot_express_is_refused(tiny, tmp_path):
     config |= {"image_token_index": 32001, "prompt_suffix_token_id": 29871}
     config["text_config"]["vocab_size"] = 32064
     AutoModel.from_config(OpenVLAConfig.from_dict(config)).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"no vision towers like these .*siglip-vit-so400m"):
+    with pytest.raises(ValueError, match=r"does not support these vision towers .*siglip-vit-so400m"):
         export(tmp_path / "ours", tmp_path / "published")
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": False}
     config = json.loads(config_file.read_text())

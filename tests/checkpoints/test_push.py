@@ -302,7 +302,7 @@ def test_an_adapter_names_a_base_that_others_have(tiny, owner, tmp_path):
     model.name_or_path = str(base)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     folder = save(tmp_path / "adapter", (adapted, processor))
-    with pytest.raises(ValueError, match=r"base .* is not a Hub id\. Pass the base.s Hub id as `base_model`"):
+    with pytest.raises(ValueError, match=r"base .* is not a Hub id\. Pass its Hub id as `base_model`"):
         push(folder, "someone/adapter")
     assert not (owner.root / "someone/adapter").exists()
     push(base, "someone/base", license="mit")
@@ -449,7 +449,7 @@ PATHS = [
 def test_tokens_and_keys_are_not_pushed(tmp_path):
     for secret, kind in SECRETS.items():
         for name in ("tokenizer_config.json", "README.md"):
-            with pytest.raises(ValueError, match=rf"{re.escape(name)} holds {kind}: remove it, and revoke it"):
+            with pytest.raises(ValueError, match=rf"{re.escape(name)} contains {kind}\. Remove it, and revoke it"):
                 refuse_secrets(name, json.dumps({"note": secret}), tmp_path, None)
 
 
@@ -457,7 +457,7 @@ def test_tokens_and_keys_are_not_pushed(tmp_path):
 def test_every_text_is_searched_for_secrets(saved, owner, file):
     add_text(saved / file, f"hf_{KEY}")
     told = "README.md" if file == "training.json" else file
-    with pytest.raises(ValueError, match=f"{told} holds an access token"):
+    with pytest.raises(ValueError, match=f"{told} contains an access token"):
         push(saved, "someone/policy")
     assert owner.requests == []
 
@@ -465,14 +465,14 @@ def test_every_text_is_searched_for_secrets(saved, owner, file):
 def test_the_own_token_and_passwords_are_not_pushed(saved, owner, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "unusual token")
     add_text(saved / "config.json", "an unusual token")
-    with pytest.raises(ValueError, match=r"config\.json holds your access token"):
+    with pytest.raises(ValueError, match=r"config\.json contains your access token"):
         push(saved, "someone/policy")
     config = json.loads((saved / "config.json").read_text()) | {"note": {"db_password": "correct horse"}}
     (saved / "config.json").write_text(json.dumps(config))
     push(saved, "someone/policy", token=owner.token)  # too short to be one
     config["note"] = {"db_password": "correct-horse-battery"}
     (saved / "config.json").write_text(json.dumps(config, indent=2))
-    with pytest.raises(ValueError, match=r"config\.json holds a password or key"):
+    with pytest.raises(ValueError, match=r"config\.json contains a password or key"):
         push(saved, "someone/policy", token=owner.token)
 
 
@@ -482,10 +482,10 @@ def test_local_paths_of_any_system_are_not_pushed(tmp_path):
         once = f'{{"note": {json.dumps(path)}}}'
         twice = f'{{"note": {json.dumps(path)}, "note": ""}}'
         for text in (once, twice, f'{{"note": {escaped}}}', f"{{{escaped}: 0}}"):
-            with pytest.raises(ValueError, match=r"special_tokens_map\.json names the local path"):
+            with pytest.raises(ValueError, match=r"special_tokens_map\.json contains the local path"):
                 refuse_secrets("special_tokens_map.json", text, tmp_path, None)
         for text in (f"See {path}", once):
-            with pytest.raises(ValueError, match=r"README\.md names the local path"):
+            with pytest.raises(ValueError, match=r"README\.md contains the local path"):
                 refuse_secrets("README.md", text, tmp_path, None)
 
 
@@ -552,9 +552,9 @@ def test_an_index_whose_weights_would_not_be_pushed_is_refused(saved, owner, nam
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        ("training.json", "[1]", "does not hold an object"),
-        ("evaluation.json", "3", "does not hold an object"),
-        ("quantization.json", "{}", "does not hold a list"),
+        ("training.json", "[1]", "does not contain an object"),
+        ("evaluation.json", "3", "does not contain an object"),
+        ("quantization.json", "{}", "does not contain a list"),
         ("training.json", "{", "is not valid JSON"),
     ],
 )
@@ -598,14 +598,14 @@ def test_metadata_in_the_header_of_weights_is_refused(saved, owner):
     for key, value in (("author", "ada"), ("b.weight", "{}"), ("format", "pt of ada")):
         save_file(weights, path, quantised | {key: value})
         with pytest.raises(
-            ValueError, match=rf"The header of model\.safetensors holds metadata '{key}', which is not"
+            ValueError, match=rf"The header of model\.safetensors contains metadata '{key}', which is not"
         ):
             push(saved, "someone/policy")
     save_file(weights, path, quantised | {"a.weight": owner.token})
-    with pytest.raises(ValueError, match=r"model\.safetensors holds an access token"):
+    with pytest.raises(ValueError, match=r"model\.safetensors contains an access token"):
         push(saved, "someone/policy")
     save_file(weights | {"/home/ada/weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"model\.safetensors names the local path /home/ada/weight"):
+    with pytest.raises(ValueError, match=r"model\.safetensors contains the local path /home/ada/weight"):
         push(saved, "someone/policy")
 
 
@@ -629,7 +629,8 @@ def test_the_code_of_a_folder_is_not_pushed(saved, owner):
     with (
         pytest.warns(UserWarning, match=r"^train\.py: not a module of openvla-hf, so not pushed"),
         pytest.warns(
-            UserWarning, match=r"^modeling_openvla\.py: differs from the installed openvla-hf, whose own code"
+            UserWarning,
+            match=r"^modeling_openvla\.py: differs from the installed openvla-hf, whose code is pushed",
         ),
     ):
         push(saved, "someone/policy")

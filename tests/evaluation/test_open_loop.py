@@ -77,7 +77,7 @@ def test_the_command_names_dimensions_as_the_data_do(tiny, tmp_path, capsys):
     assert "policy on arm (train)" in printed
     assert all(f"mean absolute error, {name}" in printed for name in joints)
     assert main([*command[:-2]]) == 2
-    assert "does not say which episodes its training held out" in capsys.readouterr().err
+    assert "has no record of held-out episodes" in capsys.readouterr().err
 
 
 def places(frames):

@@ -87,7 +87,7 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     assert main(["evaluate", "--model", str(output), "--data", str(data), "--split", "train", "--frames", "8"]) == 0
     assert "mean absolute error, dx" in capsys.readouterr().out
     assert main(["evaluate", "--model", str(base), "--data", str(data)]) == 2
-    assert "does not say which episodes its training held out. Give --split" in capsys.readouterr().err
+    assert "has no record of held-out episodes. Give --split" in capsys.readouterr().err
 
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     assert processor.image_processor.center_crop_area == 0.9

@@ -30,21 +30,21 @@ DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "f
 
 @dataclass
 class CheckpointInfo:
-    """What `describe` finds out about a checkpoint.
+    """Description of a checkpoint, as returned by `describe`.
 
     Attributes:
         layout: "openvla-hf" (of this package), "published" (of the original code), "adapter" or "openvla-oft".
         files: File name -> size in bytes.
-        vision_towers: A line for each vision tower. Empty for an adapter.
-        language_model: A line, or `None` for an adapter.
+        vision_towers: One line for each vision tower. Empty for an adapter.
+        language_model: One line, or `None` for an adapter.
         action_dims: Statistics key -> number of action dimensions.
         dtype: Data type of most weights.
         quantization: Quantisation method and bits, or `None`.
         parameters: Number of stored weights, or `None` if quantisation packs several weights into one number.
         size: Size of the weights files in bytes.
-        base_model: Base of an adapter, or `None` if its config does not name one.
+        base_model: Base model of an adapter, or `None` if its config does not name one.
         has_code: Whether the checkpoint loads without this package, with `trust_remote_code=True`.
-        statistics: Content of `dataset_statistics.json`. Empty for an adapter that uses those of its base.
+        statistics: Action statistics. Empty for an adapter that uses those of its base model.
         statistics_file: File that holds the statistics, or `None`.
     """
 
@@ -117,7 +117,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
 
 
 def refuse_adapter(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> None:
-    """Require a whole checkpoint, for steps that do not work on an adapter alone.
+    """Raise an error for an adapter, in steps that need a whole checkpoint.
 
     Raises:
         ValueError: The source is an adapter.

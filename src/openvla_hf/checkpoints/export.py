@@ -101,7 +101,7 @@ def export(
     Raises:
         ValueError: The original code can't express the checkpoint: it is an adapter, is quantised, or has other
             towers, another language model or another prompt.
-        FileExistsError: `destination` holds files.
+        FileExistsError: `destination` is not empty.
     """
     folder = Path(destination)
     require_new_folder(folder)
@@ -109,8 +109,8 @@ def export(
     found = describe(source, revision=revision, token=token)
     if found.quantization is not None:
         raise ValueError(
-            f"{source} is quantised ({found.quantization}), which the published layout can't hold: export the 16-bit "
-            "checkpoint that it was made from."
+            f"{source} is quantised ({found.quantization}), which the published layout does not support. Export the "
+            "16-bit checkpoint that it was made from."
         )
     hub = {"revision": revision, "token": token}
     processor = AutoProcessor.from_pretrained(source, **hub)
@@ -142,7 +142,7 @@ def export(
 
 
 def published_state_dict(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
-    """Every tensor of the published layout by its name, sorted; those that are only renamed share their memory."""
+    """Return the tensors of the published layout, sorted by name. Tensors that are only renamed share their memory."""
     tensors = {}
     backbone = model.model.vision_backbone
     names = ("featurizer", "fused_featurizer")
@@ -163,16 +163,16 @@ def _published_tower(tower: PreTrainedModel) -> dict[str, torch.Tensor]:
     state = tower.state_dict()
     positions, class_token = "embeddings.position_embeddings", "embeddings.cls_token"
     if class_token in state:
-        # The layout has no position for the class token: what training gave it belongs to the token itself.
+        # The layout has no position embedding for the class token, so it is added to the token itself.
         state[class_token] = state[class_token] + state[positions][:, :1]
     published = revert_weight_conversion(tower, state)
-    # A part of our table, which is not saved along with it.
+    # A view of our whole table, so copy the part that is saved.
     published["pos_embed"] = published["pos_embed"].clone()
     return published
 
 
 def _never_read(read: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """The blocks above the read one, the final norm and SigLIP's pooling head, as the module's docstring says."""
+    """Make the weights that are never read: later blocks, the final norm and SigLIP's pooling head."""
     block_names = [re.fullmatch(r"blocks\.(\d+)\.(.+)", key) for key in read]
     last = max(int(match[1]) for match in block_names if match)
     shapes: dict[str, tuple[int, ...]] = {f"norm.{kind}": (config.hidden_size,) for kind in ("weight", "bias")}
@@ -203,7 +203,7 @@ def _never_read(read: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict
 
 
 def published_config(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor) -> dict[str, Any]:
-    """The published `config.json` of a model, with the fields that the original keeps there."""
+    """Make the published `config.json` of a model, with the fields of the original code."""
     config = model.config
     for name, value in FIXED_FIELDS.items():
         if getattr(config, name) != value:
@@ -218,14 +218,14 @@ def published_config(model: OpenVLAForActionPrediction, processor: OpenVLAProces
     image_processor = processor.image_processor
     if image_processor.center_crop_area is not None:
         warnings.warn(
-            f"The published layout does not hold the centre crop of area {image_processor.center_crop_area}: tell the "
-            "original's evaluation scripts (`--center_crop True`).",
+            f"The published layout does not store the centre crop of area {image_processor.center_crop_area}. Pass "
+            "`--center_crop True` to the original's evaluation scripts.",
             stacklevel=3,
         )
     if image_processor.resample == LANCZOS3:
         warnings.warn(
-            "The published layout does not hold `resample='lanczos3'`, so it says bicubic. The original's evaluation "
-            "scripts resize with Lanczos-3 by themselves.",
+            "The published layout does not store `resample='lanczos3'`, so bicubic was written. The original's "
+            "evaluation scripts resize with Lanczos-3 in any case.",
             stacklevel=3,
         )
     backbone_id = _vision_backbone_id(config)
@@ -269,8 +269,8 @@ def _vision_backbone_id(config: OpenVLAConfig) -> str:
             return backbone_id
     sizes = ", ".join(f"{tower.model_type} {tower.hidden_size} wide" for tower in config.vision_configs)
     raise ValueError(
-        f"The original code has no vision towers like these ({sizes}); it builds "
-        f"{', '.join(PUBLISHED_VISION_BACKBONES)}: this model can't be exported."
+        f"The original code does not support these vision towers ({sizes}), so this model can't be exported. It "
+        f"supports {', '.join(PUBLISHED_VISION_BACKBONES)}."
     )
 
 
@@ -286,7 +286,7 @@ def _published_text_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict
 
 
 def published_image_processor(image_processor: OpenVLAImageProcessor) -> dict[str, Any]:
-    """The published `preprocessor_config.json`; the original applies the `tvf_*` fields, one entry a tower."""
+    """Make the published `preprocessor_config.json`. The original code reads the `tvf_*` fields, one entry a tower."""
     height, width = image_processor.size["height"], image_processor.size["width"]
     towers = len(image_processor.image_mean)
     strategy = image_processor.image_resize_strategy
@@ -328,7 +328,7 @@ def _restore_tokenizer_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -
     """Make the tokenizer's files readable for the original's old libraries."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    # They know a merge as a string alone.
+    # These libraries expect each merge as a string.
     content["model"]["merges"] = [
         merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]
     ]

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, which gives a checkpoint without an adapter."""
+"""Merge an adapter into its base model, which gives a checkpoint without an adapter."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from ..new_folder import new_folder, require_new_folder
 from .model_card import TRAINING_FILE, read_training
 
 
-# Relative difference between the logits of merged and unmerged weights: the effect of rounding alone, and the largest
-# that is accepted. In between, the limit is half of the adapter's own effect, since a lost delta changes all of it.
+# Relative difference between the logits before and after merging: the effect of rounding alone, and the largest one
+# accepted. In between, the limit is half of the adapter's own effect, since losing an update changes far more.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.005, torch.bfloat16: 0.01}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 PROBE_TOKENS = 32
@@ -34,25 +34,25 @@ def merge_adapter(
     device_map: Any = None,
     **config_overrides: Any,
 ) -> float:
-    """Merge an adapter into its base, layer by layer in place, and save the model with its processor.
+    """Merge an adapter into its base model, layer by layer in place, and save the result with its processor.
 
-    The logits of the merged model are compared with those before merging, and nothing is written if they differ.
+    The logits are compared before and after merging, and nothing is written if they differ too much.
 
     Args:
         adapter: Folder or Hub id of the adapter.
         output: New or empty folder.
-        base: Folder or Hub id of the base, in 16 bits or more. Defaults to the one that the adapter names.
-        dtype: Data type of the weights in memory. Defaults to that of the base.
-        max_shard_size: Largest size of a weights file. No more than one file is in memory beside the base.
+        base: Folder or Hub id of the base model, in 16 bits or more. Defaults to the one that the adapter names.
+        dtype: Data type of the weights in memory. Defaults to that of the base model.
+        max_shard_size: Largest size of a weights file. Beside the model, at most one file is in memory.
         device_map: Where to put the model, as in `from_pretrained`.
-        config_overrides: Fields of the base's config.
+        config_overrides: Fields of the base model's config.
 
     Returns:
         The relative difference of the logits.
 
     Raises:
-        ValueError: The base is quantised, or the logits change.
-        OSError: A file is missing or damaged, or `output` holds files.
+        ValueError: The base model is quantised, or the logits change.
+        OSError: A file is missing or damaged, or `output` is not empty.
     """
     output = Path(output)
     require_new_folder(output)
@@ -64,8 +64,8 @@ def merge_adapter(
         model.load_adapter(os.fspath(adapter))
     if model.config.to_dict().get("quantization_config") is not None:
         raise ValueError(
-            f"The base of {adapter} is quantised, and merging into quantised weights would lose the adapter's "
-            "changes. Give the 16-bit checkpoint with `base=`."
+            f"The base model of {adapter} is quantised, and merging into quantised weights would lose the "
+            "adapter's changes. Give the 16-bit checkpoint with `base=`."
         )
     processor = _processor(adapter, base or model.config.name_or_path)
 
@@ -94,7 +94,7 @@ def merge_adapter(
 
 @torch.no_grad()
 def merge_layers(model: OpenVLAForActionPrediction) -> None:
-    """Add every adapter to its layer, and put the plain layer back in its place."""
+    """Add every adapter to the weight of its layer, and restore the plain layer."""
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in adapted:
         plain: nn.Module = layer.get_base_layer()
@@ -121,7 +121,7 @@ def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
 
 
 def _processor(adapter: str | os.PathLike, base: str | os.PathLike) -> Any:
-    """Load the adapter's processor, which holds the centre crop of its training, or else that of the base."""
+    """Load the adapter's processor, which has the centre crop of its training, or else that of the base model."""
     files = CheckpointFiles.locate(adapter)
     has_own = any(files.find(name) is not None for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME))
     return AutoProcessor.from_pretrained(adapter if has_own else base)

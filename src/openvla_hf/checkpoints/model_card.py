@@ -1,12 +1,12 @@
-"""The model card of a repository, made from the checkpoint and the files of its training beside it.
+"""Write the model card of a repository, from the checkpoint and the files of its run.
 
 Three files are read if they are beside the weights:
 
-- `training.json`, of `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings` and
-  `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`), and
+- `training.json`, written by `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings`
+  and `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`), and
   which episodes were held out (`held_out`).
-- `evaluation.json`: what `openvla-hf evaluate --json` prints, `{"results": {condition: {task: {"success",
-  "episodes", ...}}}}`; an `environment` names another place than the tabletop.
+- `evaluation.json`: the output of `openvla-hf evaluate --json`, `{"results": {condition: {task: {"success",
+  "episodes", ...}}}}`. `environment` names the environment, if it is not the tabletop.
 - `quantization.json`: a list of rows, `{column: value}`, one for each format that was measured.
 """
 
@@ -23,7 +23,7 @@ from .describe import CheckpointInfo
 
 
 RUN_FILES = TRAINING_FILE, EVALUATION_FILE, QUANTIZATION_FILE = "training.json", "evaluation.json", "quantization.json"
-# Logged values that show how well training went: of training, of evaluation, and of single datasets.
+# Logged figures for the card: of training, of evaluation, and of single datasets.
 FIGURE = re.compile(r"(eval_(\w+_)?)?(loss|action_accuracy|action_l1)(/.+)?")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -41,7 +41,7 @@ def write_card(
     """Write the text of the `README.md` of the checkpoint in `folder`.
 
     `repo_id` is the Hub id or the folder that the example loads. The other arguments are those of `push`. The card
-    does not name a base or a dataset that is a local folder.
+    does not name a base model or a dataset that is a local folder.
     """
     training, evaluation, quantization = (
         _read_run_file(folder / name, default)
@@ -101,7 +101,7 @@ def _read_run_file(path: Path, default: Any) -> Any:
         raise ValueError(f"{path.name} is not valid JSON ({error}). Write it again, or delete it.") from error
     if not isinstance(content, type(default)):
         kind = "an object" if isinstance(default, dict) else "a list"
-        raise ValueError(f"{path.name} does not hold {kind}. Write it again, or delete it.")
+        raise ValueError(f"{path.name} does not contain {kind}. Write it again, or delete it.")
     return content
 
 

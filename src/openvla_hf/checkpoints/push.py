@@ -48,9 +48,9 @@ def push(
 ) -> CommitInfo:
     """Push a policy or an adapter to the Hub: weights, processor, code, statistics and model card in one commit.
 
-    Only files with the usual names of a checkpoint's files are pushed (see `shared_files`). The code is always that
-    of this package, as `save_pretrained` writes it. The model card is made from the checkpoint and, if the folder has
-    them, from `training.json`, `evaluation.json` (the output of `openvla-hf evaluate --json`) and `quantization.json`;
+    Only files with the usual names in a checkpoint are pushed (see `shared_files`). The code is always that of this
+    package, as `save_pretrained` writes it. The model card is made from the checkpoint and, if the folder has them,
+    from `training.json`, `evaluation.json` (the output of `openvla-hf evaluate --json`) and `quantization.json`;
     these three files are not pushed. Weights files that are already in the repository are replaced. To resume an
     interrupted upload, call `push` again: files that have arrived are not sent again, and nothing becomes visible
     before all files have arrived.
@@ -73,8 +73,8 @@ def push(
         The commit or pull request.
 
     Raises:
-        ValueError: A model has no processor; an adapter's base is a folder; weights are incomplete or not in
-            safetensors files with their usual names; or a file contains a token, a key or a local path, links to a
+        ValueError: A model has no processor; an adapter's base model is a local folder; weights are incomplete or not
+            in safetensors files with their usual names; or a file contains a token, a key or a local path, links to a
             file outside the folder, has metadata in the header of its weights, or needs other code.
         OSError: There is no token, the Hub refused it, or the Hub could not be reached.
     """
@@ -121,7 +121,7 @@ def push(
 
 
 def _with_owner(repo_id: str, api: HfApi) -> str:
-    """Put the account's name before a repository's name that lacks an owner."""
+    """Add the name of the account to a repository's name without an owner."""
     if "/" in repo_id:
         return repo_id
     with _in_a_sentence(repo_id):
@@ -160,7 +160,7 @@ def _stale_weights(there: list[str], additions: list[CommitOperationAdd]) -> lis
 
 @contextmanager
 def _in_a_sentence(repo_id: str) -> Iterator[None]:
-    """Turn the errors of the Hub's client into an `OSError` that says what to do."""
+    """Convert errors of the Hub's client to an `OSError` that says what to do."""
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -180,9 +180,9 @@ def _in_a_sentence(repo_id: str) -> Iterator[None]:
 
 
 def _with_base(adapter_config: str, base_model: str) -> str:
-    """Put the Hub id of the base into the config of an adapter."""
+    """Write the Hub id of the base model into the config of an adapter."""
     if not is_hub_id(base_model):
-        raise ValueError(f"The adapter's base {base_model!r} is not a Hub id. Pass the base's Hub id as `base_model`.")
+        raise ValueError(f"The adapter's base model {base_model!r} is not a Hub id. Pass its Hub id as `base_model`.")
     return json.dumps(json.loads(adapter_config) | {"base_model_name_or_path": base_model}, indent=2) + "\n"
 
 

@@ -159,7 +159,7 @@ def quantization(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Compute the bytes that saving a loaded model would write, including the scales of quantised weights."""
+    """Compute the size in bytes of a loaded model's weights when saved, including the scales of quantised weights."""
     state: Mapping[str, torch.Tensor] | None = None
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         state, _ = quantizer.get_state_dict_and_metadata(model)
@@ -168,7 +168,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def expected_weight_bytes(config: OpenVLAConfig, name: str | None = None, *, towers: bool = False) -> int:
-    """Compute the bytes of a model's weights in a format (`None`: 16 bits) from its config alone."""
+    """Compute the size in bytes of a model's weights in a format (`None`: 16 bits) from its config alone."""
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
     kept = KEPT_IN_16_BITS[:1] if towers else KEPT_IN_16_BITS
@@ -191,11 +191,11 @@ def _weight_files(files: CheckpointFiles) -> list[str]:
     if index is None:
         raise OSError(
             f"{files.source} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. "
-            "Save it as safetensors first."
+            "Save the checkpoint as safetensors first."
         )
     paths = {name: files.find(name) for name in sorted(set(index["weight_map"].values()))}
     if missing := [name for name, path in paths.items() if path is None]:
-        raise OSError(f"{files.source} lacks {missing[0]}, which its index names: copy or download it again.")
+        raise OSError(f"{missing[0]} is in the index of {files.source}, but is missing: copy or download it again.")
     return [path for path in paths.values() if path is not None]
 
 
@@ -222,9 +222,9 @@ def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
 def _quantized_groups(
     loader: PartLoader, groups: list[tuple[str, list[str]]]
 ) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, str]]]:
-    """Give the quantised tensors of each group and the metadata of their file, and free the group before the next."""
+    """Yield the quantised tensors of each group and the metadata of its file. Each group is freed before the next."""
     for path, names in groups:
-        # Opened for each group: what has been read of a file stays in memory until it is closed.
+        # Open the file for each group: pages that were read stay in memory until the file is closed.
         with safe_open(path, framework="pt") as file:
             yield loader.load({name: file.get_slice(name) for name in names})
         loader.release()
@@ -243,7 +243,7 @@ def quantize(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     **hub_kwargs: Any,
 ) -> Path:
-    """Write a checkpoint in a quantised format, with its processor and code, using memory for one shard.
+    """Write a checkpoint in a quantised format, with its processor and code, with memory for only one shard.
 
     The result is the same as that of loading with `quantization_config` and saving. It appears in `destination` once
     it is complete.
@@ -263,8 +263,8 @@ def quantize(
         The folder.
 
     Raises:
-        ValueError: The checkpoint is quantised already or is not OpenVLA, or see `quantization`.
-        FileExistsError: `destination` holds files.
+        ValueError: The checkpoint is already quantised or is not OpenVLA, or see `quantization`.
+        FileExistsError: `destination` is not empty.
         OSError: A weights file is missing or can't be read.
         ImportError: See `quantization`.
     """
@@ -288,10 +288,10 @@ def quantize(
 
 
 def _empty_model(config: OpenVLAConfig, name: str, towers: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """Build a model without weights whose layers are those of the format, and the quantiser of transformers."""
+    """Build a model without weights and with the layers of the format, and the quantiser of transformers."""
     quantizer = AutoHfQuantizer.from_config(quantization(name, towers=towers), pre_quantized=False)
     quantizer.validate_environment()
-    # The layers that the quantiser puts in take the default type for their biases.
+    # The quantiser's own layers use the default data type for their biases.
     with torch.device("meta"), local_torch_dtype(dtype):
         model = AutoModel.from_config(config, dtype=dtype)
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": "cpu"})
@@ -309,7 +309,7 @@ def _write_weights(
     part = 0
     for tensors, part_metadata in _quantized_groups(loader, groups):
         part += 1  # noqa: SIM113 - `enumerate` would keep the tensors of the last part
-        # torchao lists all tensors there: readers take the last file's list.
+        # torchao lists the tensors in this field, and readers use the list of the last file, so it names them all.
         known, new = (json.loads(each.get("tensor_names", "[]")) for each in (metadata, part_metadata))
         metadata |= part_metadata | ({"tensor_names": json.dumps(known + new)} if known + new else {})
         file_name = f"model-{part:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SAFE_WEIGHTS_NAME

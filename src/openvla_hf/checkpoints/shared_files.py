@@ -1,4 +1,4 @@
-"""Choose the files of a checkpoint that go to the Hub, and check that they hold no secrets."""
+"""Choose the files of a checkpoint that go to the Hub, and check that they contain no secrets."""
 
 import json
 import re
@@ -87,15 +87,15 @@ def read_texts(folder: Path, info: CheckpointInfo) -> dict[str, str]:
         named = re.findall(r'"(?:[^"]*--)?(\w+)\.\w+"', "".join(re.findall(r'"auto_map"\s*:\s*\{[^}]*\}', text)))
         if needed := sorted({f"{module}.py" for module in named} & {*foreign}):
             raise ValueError(
-                f"{name} needs the code in {needed[0]}, which is not a module of openvla-hf and is not pushed: look "
-                "at the files of the folder, and upload them with `hf upload`."
+                f"{name} needs the code in {needed[0]}, which is not a module of openvla-hf and is not pushed. Check "
+                "the files of the folder, and upload them with `hf upload`."
             )
     if foreign:
         warnings.warn(f"{', '.join(foreign)}: not a module of openvla-hf, so not pushed.", stacklevel=3)
     changed = [name for name in code if name in info.files and _read_text(folder, name) != code[name]]
     if changed:
         warnings.warn(
-            f"{', '.join(changed)}: differs from the installed openvla-hf, whose own code is pushed in its place.",
+            f"{', '.join(changed)}: differs from the installed openvla-hf, whose code is pushed instead.",
             stacklevel=3,
         )
     return texts | code
@@ -131,11 +131,11 @@ def find_binaries(folder: Path, info: CheckpointInfo) -> list[str]:
 def read_text_in(path: Path) -> str:
     """Read the text in a binary file: the header of weights, or the whole of a SentencePiece model.
 
-    Weights with unknown metadata in their header are refused. Cleaning them would change the caller's folder or write
-    gigabytes again, and `save_pretrained` never writes such metadata.
+    Weights with unknown metadata in their header are refused. Removing the metadata would change the caller's folder
+    or write gigabytes again, and `save_pretrained` never writes such metadata.
 
     Raises:
-        ValueError: The metadata holds more than the format and, for weights of torchao, what restores them.
+        ValueError: The metadata contains more than the format and, for weights of torchao, the fields to restore them.
     """
     if path.name == SENTENCEPIECE_FILE:
         return path.read_bytes().decode("latin-1")
@@ -148,14 +148,14 @@ def read_text_in(path: Path) -> str:
         known.remove("format")
     if unknown := sorted(metadata.keys() - known):
         raise ValueError(
-            f"The header of {path.name} holds metadata {unknown[0]!r}, which is not pushed: write the file again with "
-            'safetensors.torch.save_file(load_file(path), path, metadata={"format": "pt"}).'
+            f"The header of {path.name} contains metadata {unknown[0]!r}, which is not pushed. Write the file again "
+            'with safetensors.torch.save_file(load_file(path), path, metadata={"format": "pt"}).'
         )
     return json.dumps([metadata, names], ensure_ascii=False)
 
 
 def refuse_secrets(name: str, text: str, folder: Path, token: str | None) -> None:
-    """Raise `ValueError` if a text holds a token, a key or a local path."""
+    """Raise `ValueError` if a text contains a token, a key or a local path."""
     searched = text
     if name.endswith(".json"):  # as it stands, and without its escapes
         try:
@@ -165,15 +165,15 @@ def refuse_secrets(name: str, text: str, folder: Path, token: str | None) -> Non
             raise ValueError(f"{name} is not valid JSON ({error}): write it again.") from error
     for kind, pattern in SECRETS.items():
         if re.search(pattern, text):
-            raise ValueError(f"{name} holds {kind}: remove it, and revoke it if it was ever shared.")
+            raise ValueError(f"{name} contains {kind}. Remove it, and revoke it if it was ever shared.")
     if token is not None and token in text:
-        raise ValueError(f"{name} holds your access token: remove it, and revoke it if it was ever shared.")
+        raise ValueError(f"{name} contains your access token. Remove it, and revoke it if it was ever shared.")
     found = LOCAL_PATH.search(searched)
     for path in {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent}:
         if len(path.parts) > 2:
             found = found or re.search(rf"(?<![\w.]){re.escape(str(path))}(?![\w-])[^\s\"',]*", text)
     if found:
-        raise ValueError(f"{name} names the local path {found[0]}: remove it, or give a Hub id in its place.")
+        raise ValueError(f"{name} contains the local path {found[0]}. Remove it, or use a Hub id instead.")
 
 
 def _strings(value: Any) -> Iterator[str]:

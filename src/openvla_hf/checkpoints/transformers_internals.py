@@ -1,4 +1,4 @@
-"""The parts of transformers that this folder uses although they are not documented: all of them are here.
+"""All undocumented parts of transformers that this folder uses.
 
 `tests/checkpoints/test_transformers_internals.py` fails with the name of a part that has changed.
 """
@@ -18,10 +18,10 @@ from ..modeling.checkpoint_loading import refuse_foreign_weights
 
 
 class PartLoader:
-    """Loads and quantises the weights of a model part by part. `from_pretrained` needs memory for all of them.
+    """Load and quantise the weights of a model part by part. `from_pretrained` needs memory for the whole model.
 
     Args:
-        model: On the meta device, with the quantiser's layers.
+        model: Model on the meta device, with the quantiser's layers.
         quantizer: The quantiser of transformers.
         dtype: Data type of the weights that are not quantised.
         source: Folder or Hub id of the checkpoint, for error messages.
@@ -67,7 +67,7 @@ class PartLoader:
             setattr(self.model.get_submodule(module), leaf, parameter)
 
     def check_complete(self) -> None:
-        """Require that the loaded parts were all weights of the model.
+        """Check that the loaded parts together are all weights of the model.
 
         Raises:
             ValueError: A weight is missing or unexpected.

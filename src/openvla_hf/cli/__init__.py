@@ -31,14 +31,14 @@ EXAMPLES = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with errors of one line: a list of every option would hide what is wrong."""
+    """A parser whose errors are one line, without a list of all options."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with the message."""
         self.exit(USER_ERROR, f"{self.prog}: {message}\n")
 
     def in_flags(self, message: str) -> str:
-        """Replace the Python arguments that a message names, such as `eval_share=0.1`, by their flags."""
+        """Replace the Python arguments in a message, such as `eval_share=0.1`, with their flags."""
         for action in self._actions:
             name = action.dest
             value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w-]*(?:\.\w+)*"""
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = args.in_flags(str(error))
     except ModuleNotFoundError:
         raise
-    except ImportError as error:  # a package of an extra is missing, which the message names
+    except ImportError as error:  # the message names the missing package of an extra
         message = str(error)
     else:
         return 0

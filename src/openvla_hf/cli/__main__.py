@@ -1,4 +1,4 @@
-"""`python -m openvla_hf.cli`, as `accelerate launch` starts it."""
+"""Run the command line with `python -m openvla_hf.cli`, as `accelerate launch` does."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What several commands share: options, loading a policy, and printing."""
+"""Shared parts of the commands: options, loading a policy, and printing."""
 
 import argparse
 import json
@@ -54,9 +54,9 @@ def add_data_arguments(
     With `nargs="+"`, several datasets are read, and the robot and the camera may differ between them.
     """
     parser.add_argument(
-        "--robot", nargs=nargs, help="robot that reads the dataset (default: the dataset's own, or generic)"
+        "--robot", nargs=nargs, help="robot adapter for the dataset (default: the dataset's own, or generic)"
     )
-    parser.add_argument("--robots", type=file, metavar="FILE", help="Python file that registers robots of your own")
+    parser.add_argument("--robots", type=file, metavar="FILE", help="Python file that registers your own robots")
     parser.add_argument("--split", default=split, help=split_help)
     parser.add_argument("--camera", nargs=nargs, help="camera to read, if there are several")
     parser.add_argument(
@@ -136,7 +136,7 @@ def device(text: str) -> str:
     try:
         wanted = torch.device(text)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device: name cpu, cuda or cuda:1.") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device: give a name such as cpu or cuda:1.") from error
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted.type == "cpu":
         return text

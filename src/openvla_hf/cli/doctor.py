@@ -1,4 +1,4 @@
-"""Check whether a dataset is ready for training, and how close a model's actions come to it."""
+"""Check whether a dataset is ready for training, and compare a model's actions with it."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Running tabletop episodes, for `demo` and `evaluate`."""
+"""Run tabletop episodes, for `demo` and `evaluate`."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -19,13 +19,13 @@ def add_episode_arguments(
     add_policy_arguments(parser)
     parser.add_argument("--episodes", type=positive, default=episodes, help=episodes_help)
     parser.add_argument(
-        "--batch-size", type=positive, default=16, help="episodes that run at a time (default: %(default)s)"
+        "--batch-size", type=positive, default=16, help="episodes that run at the same time (default: %(default)s)"
     )
     parser.add_argument("--task", nargs="+", help="tasks: put, push, stack or lift (default: put and push)")
 
 
 def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0) -> "list[Rollout]":
-    """Run the episodes of one condition and print the outcome of each. The first `keep` episodes keep their frames."""
+    """Run the episodes of one condition and print each outcome. Frames are kept for the first `keep` episodes."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes

@@ -1,4 +1,4 @@
-"""Measure a policy's success on the tabletop, or its distance from recorded actions with --data."""
+"""Measure a policy's success on the tabletop, or compare its actions with recorded ones (--data)."""
 
 import argparse
 
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--condition",
         nargs="+",
         choices=("as told", "swapped", "black"),
-        help="conditions on the tabletop: the instruction as told, with the target's name swapped, or with a "
-        "black image (default: all)",
+        help="conditions on the tabletop: the instruction as told, the instruction naming the distractor (swapped), "
+        "or a black image (default: all)",
     )
     parser.add_argument(
         "--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=positive, help="number of frames of --data, spread over the episodes (default: 1000)"
     )
-    recorded = "(default: the split of the training, and of it the held-out episodes)"
+    recorded = "(default: the episodes that training held out)"
     add_data_arguments(parser, split=None, split_help=f"evaluate on all episodes of this split {recorded}")
 
 
@@ -74,8 +74,8 @@ def _run_on_data(args: argparse.Namespace) -> None:
     training = read_training(model_id)
     if args.split is None and not training.get("held_out"):
         raise ValueError(
-            f"{model_id} does not say which episodes its training held out. Give --split (such as --split train) to "
-            "evaluate on all episodes of a split."
+            f"{model_id} has no record of held-out episodes. Give --split (such as --split train) to evaluate on all "
+            "episodes of a split."
         )
     given = {name: getattr(args, name) for name in READING if getattr(args, name) is not None}
     frames = load_recorded(args.data, training, **given)

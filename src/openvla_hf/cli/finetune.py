@@ -51,29 +51,29 @@ def _add_data_arguments(group: Any) -> None:
                        help="factor on the number of frames, for each of several datasets (default: 1)")  # fmt: skip
     add_data_arguments(group, nargs="+")
     group.add_argument("--name", nargs="+",
-                       help="name of its statistics in the checkpoint (default: the dataset's own)")  # fmt: skip
+                       help="name of the dataset in the checkpoint's statistics (default: its own name)")  # fmt: skip
     group.add_argument("--statistics", type=file_or_folder, metavar="FILE",
                        help="dataset_statistics.json to use (default: computed from the data)")  # fmt: skip
-    group.add_argument("--streaming", action="store_true", help="read the data as a stream and store no table of it")
+    group.add_argument("--streaming", action="store_true", help="read the data as a stream, without storing a table")
     group.add_argument("--shuffle-buffer", type=positive, default=10_000, metavar="N",
-                       help="frames that a stream holds to draw from (default: %(default)s)")  # fmt: skip
+                       help="number of frames that a stream is shuffled over (default: %(default)s)")  # fmt: skip
     group.add_argument("--skip-bad-episodes", type=share, nargs="?", const=True, default=False, metavar="SHARE",
-                       help="skip episodes that can't be read, up to this share of them (default: 0.1)")  # fmt: skip
+                       help="skip episodes that can't be read, up to this share of all (default: 0.1)")  # fmt: skip
 
 
 def _add_run_arguments(group: Any) -> None:
     group.add_argument("--model", type=checkpoint, required=True, help="folder or Hub id of the base model")
-    group.add_argument("--output", required=True, metavar="FOLDER", help="folder of the checkpoints and the result")
+    group.add_argument("--output", required=True, metavar="FOLDER", help="folder for the checkpoints and the result")
     group.add_argument("--recipe", default=FinetuneArguments.recipe,
                        help="lora, lora-paper, qlora, full, last-layer, frozen-vision or sandwich "
                        "(default: %(default)s)")  # fmt: skip
     group.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
                        help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
     helps = {
-        "steps": "optimizer steps of the run",
+        "steps": "number of optimizer steps",
         "save_steps": "steps between checkpoints, and between evaluations",
         "logging_steps": "steps between logged figures",
-        "keep": "checkpoints to keep at a time",
+        "keep": "number of checkpoints to keep",
     }
     for name, text in helps.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=positive, default=DEFAULT_SETTINGS[SETTINGS[name]],
@@ -84,14 +84,14 @@ def _add_run_arguments(group: Any) -> None:
     group.add_argument("--report-to", nargs="+", metavar="TRACKER",
                        help="trackers to log to, such as tensorboard, trackio or wandb (default: none)")  # fmt: skip
     group.add_argument("--dry-run", action="store_true",
-                       help="check the options, print what would be trained in how much memory, and stop")  # fmt: skip
+                       help="check the options, print the trained weights and the memory, and stop")  # fmt: skip
 
 
 def _add_evaluation_arguments(group: Any) -> None:
     group.add_argument("--eval-share", type=share, default=0.0, metavar="SHARE",
                        help="share of the episodes to hold out and evaluate on (default: none)")  # fmt: skip
     group.add_argument("--eval-frames", type=positive, metavar="N",
-                       help="held-out frames that each evaluation takes (default: all)")  # fmt: skip
+                       help="number of held-out frames in each evaluation (default: all)")  # fmt: skip
     group.add_argument("--keep-best", nargs="?", const="loss", choices=("loss", "action_accuracy", "action_l1"),
                        help="keep the checkpoint that is best on the held-out episodes, by this figure (default: "
                        "loss), and end with its weights")  # fmt: skip
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         if args.json and is_main:
             print_json({"recipe": args.recipe, **dataclasses.asdict(cost)})
         return
-    # The log goes to standard error where standard output is for the result alone.
+    # With --json, standard output is only for the result, so the log goes to standard error.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         result = finetune(arguments)
     if args.json and is_main:
@@ -152,7 +152,7 @@ def read_arguments(args: argparse.Namespace) -> FinetuneArguments:
 
 
 def read_datasets(args: argparse.Namespace) -> list[TrainingData]:
-    """Give each dataset its options: those with one value hold for all datasets.
+    """Collect the options of each dataset. An option with one value applies to all datasets.
 
     Raises:
         ValueError: An option has neither one value nor one for each dataset.

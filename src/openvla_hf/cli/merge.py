@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, and check that the model's outputs stay the same."""
+"""Merge an adapter into its base model, and check that the model's outputs stay the same."""
 
 import argparse
 
@@ -14,9 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", help="new or empty folder")
     parser.add_argument(
-        "--base", type=checkpoint, help="folder or Hub id of the 16-bit base (default: the one that the adapter names)"
+        "--base",
+        type=checkpoint,
+        help="folder or Hub id of the 16-bit base model (default: the one in the adapter's config)",
     )
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the base)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the base model)")
     parser.add_argument(
         "--max-shard-size", default="5GB", help="largest size of a weights file (default: %(default)s)"
     )
