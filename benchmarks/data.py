@@ -1,4 +1,4 @@
-"""How fast frames are read on one core, whether workers keep a training step fed, and whether memory stays flat.
+"""Measure how fast frames are read on one core, how long a step waits for workers, and whether memory stays constant.
 
     taskset -c 0 python benchmarks/data.py rlds
     taskset -c 0 python benchmarks/data.py video --codec av1
@@ -6,7 +6,7 @@
     python benchmarks/data.py memory --gigabytes 20
     taskset -c 0 python benchmarks/data.py lerobot --episodes 100 1000 5000
 
-Data are made in a temporary folder, but for `memory`, which makes them as they are read.
+The data is written to a temporary folder first, except for `memory`, which generates it while reading.
 """
 
 import argparse
@@ -26,7 +26,7 @@ EPISODE_STEPS = 40
 
 
 def frames(index: int, steps: int = EPISODE_STEPS, size: int = SIZE) -> Iterator[dict[str, Any]]:
-    """An episode of smooth images that move, with some noise: about as hard to compress as a camera's."""
+    """Yield an episode of moving images with some noise, which compress about as well as those of a camera."""
     rng = np.random.default_rng(index)
     coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
     scene = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
@@ -45,7 +45,7 @@ def rate(count: float, seconds: float, unit: str) -> str:
 
 
 def rlds(args: argparse.Namespace) -> None:
-    """Records of a file that the system has in memory: parsed alone, as frames, and decoded."""
+    """Read RLDS files that are in the system's cache, without and with decoding the images."""
     from openvla_hf.data import load, write_rlds
     from openvla_hf.data.loading import open_source
     from openvla_hf.data.robots import GENERIC
@@ -69,7 +69,7 @@ def rlds(args: argparse.Namespace) -> None:
 
 
 def video(args: argparse.Namespace) -> None:
-    """LeRobot frames in sequence against PyAV alone on the same file, and at random."""
+    """Read LeRobot frames in sequence, compared with PyAV alone on the same file, and in random order."""
     import av
     import datasets
 
@@ -108,7 +108,7 @@ def video(args: argparse.Namespace) -> None:
 
 
 def lerobot(args: argparse.Namespace) -> None:
-    """Making the table of a LeRobot file of more and more short episodes: the time of each should not grow."""
+    """Make the table of LeRobot files with more and more short episodes: the time per episode should not grow."""
     import datasets
     import pyarrow.parquet as pq
 
@@ -119,7 +119,7 @@ def lerobot(args: argparse.Namespace) -> None:
             root = write_lerobot((frames(index, steps=8, size=64) for index in range(count)), f"{folder}/bench{count}")
             data = next((root / "data").rglob("*.parquet"))
             for groups in ("a row group for each episode", "one row group"):
-                if groups == "one row group":  # as files of version 2 become when they are converted
+                if groups == "one row group":  # like files that were converted from version 2
                     pq.write_table(pq.read_table(data), data)
                 seconds = []
                 for repeat in range(args.repeats):
@@ -131,7 +131,7 @@ def lerobot(args: argparse.Namespace) -> None:
 
 
 def workers(args: argparse.Namespace) -> None:
-    """What two workers deliver, augmented and as a model takes it, and how long a training step waits for it."""
+    """Measure how many augmented samples workers deliver, and how long a training step waits for a batch."""
     import datasets
     from torch.utils.data import DataLoader
 
@@ -155,7 +155,7 @@ def workers(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             count = args.batch_size * sum(1 for _ in batches)
             seconds = time.perf_counter() - start
-            # A device that takes as long for a step, and leaves the cores to the workers, as a GPU does.
+            # Simulate a device that computes during the step and leaves the cores to the workers, as a GPU does.
             waits, batches = [], iter(loader)
             next(batches)
             time.sleep(args.step_seconds)
@@ -173,7 +173,7 @@ def workers(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Resident memory over an epoch of episodes that are made as they are read, with a shuffle buffer."""
+    """Measure the resident memory over an epoch of generated episodes, with a shuffle buffer."""
     from openvla_hf.data import from_episodes
 
     page = os.sysconf("SC_PAGE_SIZE")
@@ -209,12 +209,16 @@ def main() -> None:
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
         if run is memory:
-            command.add_argument("--gigabytes", type=float, default=20.0, help="of raw pixels (default: %(default)s)")
-            command.add_argument("--buffer", type=int, default=500, help="frames to draw from (default: %(default)s)")
+            command.add_argument(
+                "--gigabytes", type=float, default=20.0, help="raw pixels in GB (default: %(default)s)"
+            )
+            command.add_argument("--buffer", type=int, default=500, help="frames in the buffer (default: %(default)s)")
         elif run is lerobot:
-            command.add_argument("--episodes", type=int, nargs="+", default=[100, 1000, 5000], help="of 8 frames")
+            command.add_argument(
+                "--episodes", type=int, nargs="+", default=[100, 1000, 5000], help="with 8 frames each"
+            )
         else:
-            command.add_argument("--episodes", type=int, default=50, help="of 40 frames (default: %(default)s)")
+            command.add_argument("--episodes", type=int, default=50, help="with 40 frames each (default: %(default)s)")
         if run in (rlds, video, lerobot):
             command.add_argument("--repeats", type=int, default=3)
         if run in (video, workers):

@@ -1,9 +1,10 @@
-"""Measure how often the last action's tokens are right for the next one, on a policy's rollouts in the tabletop.
+"""Measure how often the tokens of the last action are right for the next one, in a policy's rollouts on the tabletop.
 
 python benchmarks/drafts.py --model outputs/tabletop --observations 2000 --json
 
-One robot acts with an `ActionStream`. On each frame, plain `predict_action` is timed too, and both must give the
-tokens of `generate`. So must one more prediction, whose draft is right, wrong, random, too short and too long in turn.
+One robot acts with an `ActionStream`. On each frame, plain `predict_action` is timed too, and both must give the same
+tokens as `generate`. A third prediction must do so too: its draft is right, wrong, random, too short and too long in
+turn.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def draft(kind: int, right: np.ndarray, model: Any, rng: np.random.Generator) ->
 
 
 def measure(model: Any, processor: Any, observations: int, unnorm_key: str | None, quiet: bool) -> dict[str, Any]:
-    """Act on a number of frames, and count passes, seconds and frames whose tokens differ."""
+    """Act on a number of frames, and measure the passes, the time and the number of frames whose tokens differ."""
     rng, env, stream = np.random.default_rng(0), TabletopEnv(), model.action_stream(unnorm_key)
     steps = model.get_action_dim(unnorm_key)
     passes: Counter[int] = Counter()
@@ -80,8 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id (default: the tabletop policy that ships with the package)")
     parser.add_argument("--observations", type=int, default=2000, help="frames to act on (default: %(default)s)")
-    parser.add_argument("--unnorm-key", help="whose statistics give the robot's units, if the model knows several")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+    parser.add_argument("--unnorm-key", help="statistics to use, if the model has several")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on standard output, and nothing else"
+    )
     args = parser.parse_args(argv)
     model, processor = load_model(args.model or default_model())
     result = measure(model, processor, args.observations, args.unnorm_key, quiet=args.json)

@@ -1,7 +1,7 @@
-"""Measure what each format costs: bytes of a 7B policy, time of an action, and the operations of 8 bits.
+"""Measure the cost of each format: the size of a 7B policy, the time of an action, and the operations in 8 bits.
 
-python benchmarks/quantization.py weights            # computed for 7B, and checked on a shallow model that is loaded
-python benchmarks/quantization.py layers             # one layer in each format, and the slowest operations of 8 bits
+python benchmarks/quantization.py weights            # sizes computed for 7B, and checked by loading a shallow model
+python benchmarks/quantization.py layers             # one layer in each format, and the slowest operations in 8 bits
 python benchmarks/quantization.py actions --size 7b --compile --format 4bit 8bit  # whole actions, on a GPU
 """
 
@@ -49,7 +49,7 @@ def label(name: str | None, towers: bool, dtype: torch.dtype = torch.bfloat16) -
 
 
 def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Count the bytes of the weights: computed for 7B, and computed and loaded for a shallow model."""
+    """Compute the size of the weights for 7B, and compare the computed with the loaded size for a shallow model."""
     full, shallow = random_config("7b"), random_config("7b", {"num_hidden_layers": 1})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def quantized_layers(plain: nn.Linear, device: str) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time one layer, and list the operations of 8 bits."""
+    """Time one layer in each format, and list the slowest operations in 8 bits."""
     # bitsandbytes logs its cast to float16 at every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     rows = []
@@ -168,18 +168,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("weights", "layers", "actions"))
     parser.add_argument(
-        "--size", choices=tuple(RANDOM_SIZES), default="0.5b", help="of `actions` (default: %(default)s)"
+        "--size", choices=tuple(RANDOM_SIZES), default="0.5b", help="size for `actions` (default: %(default)s)"
     )
     parser.add_argument(
-        "--format", nargs="+", choices=tuple(FORMATS), help="of `actions` (default: all that run here)"
+        "--format",
+        nargs="+",
+        choices=tuple(FORMATS),
+        help="formats for `actions` (default: all that run on this machine)",
     )
-    parser.add_argument("--towers", action="store_true", help="`actions` with quantised towers too")
-    parser.add_argument("--compile", action="store_true", help="`actions` with compiled passes too")
+    parser.add_argument("--towers", action="store_true", help="also time `actions` with quantised towers")
+    parser.add_argument("--compile", action="store_true", help="also time `actions` with compiled passes")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
-                        help="of the arithmetic of `actions` (default: %(default)s)")  # fmt: skip
+                        help="data type of the arithmetic in `actions` (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON array on standard output, nothing else")
+    parser.add_argument("--repeats", type=int, default=10, help="number of timed calls (default: %(default)s)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON array on standard output, and nothing else"
+    )
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""Measure the time and the peak memory of a training step, against plain `Trainer` with the logits of every position.
+"""Measure the time and the peak memory of a training step, compared with plain `Trainer`, which computes all logits.
 
     python benchmarks/training.py                              # a small model, for any machine
     python benchmarks/training.py --random 7b --recipe lora    # openvla-7b's size with random weights, on a GPU
 
-Each variant runs in a process of its own, so peak memory is measured for it alone; the variants take turns.
+Each variant runs in its own process, so that its peak memory is measured separately. The variants take turns.
 `--random 7b` also prints the share of the matrix rate: the model's operations per second (without those that
 checkpointing repeats) divided by those of a large bfloat16 matrix product on the same device.
 """
@@ -35,7 +35,7 @@ from openvla_hf.training.trainer import ActionTrainer
 
 
 WARM_UP_STEPS = 3
-# The small model has Llama's vocabulary size, so full logits cost as much as Llama's in proportion to the width.
+# The small model has Llama's vocabulary size, so that computing all logits is as costly as for Llama, for its width.
 VOCABULARY = 32064
 MATRIX_SIDE = 8192
 
@@ -157,7 +157,7 @@ def matrix_rate() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--random", choices=("small", "7b"), default="small", help="size of the model, whose weights are random"
+        "--random", choices=("small", "7b"), default="small", help="size of the model with random weights"
     )
     parser.add_argument("--recipe", default="lora")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="processes for each variant")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--variant", choices=("ours", "plain"), help="run this variant alone, in this process")
+    parser.add_argument("--variant", choices=("ours", "plain"), help="run only this variant, in this process")
     args = parser.parse_args()
     if args.variant:
         print(json.dumps(asdict(measure(args))))
