@@ -6,7 +6,7 @@ Importing this package makes transformers' Auto classes load every published Ope
     from transformers import AutoModel, AutoProcessor
 
 The import is cheap: it only adds names to the tables of transformers, which map a model type to the names of its
-classes. The first class that is needed imports `openvla_hf.auto`, which imports and registers them all.
+classes. The first use of a class imports `openvla_hf.auto`, which imports and registers all classes.
 """
 
 import sys
@@ -50,8 +50,8 @@ def _add_names_to_transformers() -> None:
         # This transformers keeps no such tables: import and register the classes now.
         import_module(".auto", __name__)
         return
-    # transformers imports `transformers.models.<module>`. Our package's name cannot clash with a model of its own, so
-    # an "openvla" that transformers may have one day stays importable, while the tables lead to ours.
+    # transformers imports `transformers.models.<module>`. Our package's name can't clash with one of its models, so a
+    # future "openvla" of transformers stays importable, while the tables lead to ours.
     sys.modules[f"transformers.models.{__name__}"] = sys.modules[__name__]
     # The processors' table has one name for each model type, so the name in published files has a type of its own.
     for model_type, processor in {"openvla": "OpenVLAProcessor", "prismatic": "PrismaticProcessor"}.items():

@@ -23,7 +23,7 @@ from .processing.image_processing_openvla import OpenVLAImageProcessor
 from .processing.processing_openvla import OpenVLAProcessor
 
 
-# Stands above the registrations, during which transformers looks names up in the package.
+# Defined above the registrations, during which transformers looks names up in the package.
 __all__ = [
     "ActionPrediction",
     "ActionStream",
@@ -37,7 +37,7 @@ __all__ = [
     "load_adapter",
 ]
 
-# The original is loaded by this name, which transformers 5 no longer has.
+# Code for the original loads it with this class, which transformers 5 no longer has.
 AutoModelForVision2Seq = AutoModelForImageTextToText
 
 
@@ -81,14 +81,15 @@ class PrismaticProcessor(OpenVLAProcessor):
         return OpenVLAProcessor.from_args_and_dict(args, processor_dict, **kwargs)
 
 
-# With `exist_ok`, the classes of a checkpoint's own code may be registered in the same process. A registered class of
-# the name that a repository gives also keeps transformers from asking whether to trust that repository's code.
+# With `exist_ok`, the classes of a checkpoint's own code may be registered in the same process. If a class with the
+# name that a repository gives is registered, transformers does not ask whether to trust the repository's code.
 AutoConfig.register(OpenVLAConfig.model_type, OpenVLAConfig, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForImageTextToText):
     _auto_class.register(OpenVLAConfig, OpenVLAForActionPrediction, exist_ok=True)
 AutoImageProcessor.register(
     OpenVLAConfig,
-    # Both backends have the same class: without "torchvision", a machine that has it would warn of falling back.
+    # Both backends have the same class. Without the key "torchvision", a machine that has it would warn about a
+    # fallback.
     image_processor_classes={
         "pil": OpenVLAImageProcessor,
         "torchvision": OpenVLAImageProcessor,

@@ -1,4 +1,4 @@
-"""Folders that must be new: what exists is never overwritten, and an interrupted write leaves nothing behind."""
+"""Folders that must be new: existing files are never overwritten, and an interrupted write leaves nothing behind."""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ def require_new_folder(folder: str | os.PathLike) -> None:
     """Require that a folder does not exist or is empty.
 
     Raises:
-        NotADirectoryError: It is a file.
-        FileExistsError: It holds files.
+        NotADirectoryError: `folder` is a file.
+        FileExistsError: `folder` is not empty.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -24,11 +24,11 @@ def require_new_folder(folder: str | os.PathLike) -> None:
 
 @contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary folder whose files appear in `folder` once everything is written.
+    """Yield a temporary folder whose files appear in `folder` once everything is written.
 
     Raises:
         NotADirectoryError: `folder` is a file.
-        FileExistsError: `folder` holds files, or does so by the time that everything is written.
+        FileExistsError: `folder` is not empty, before or after everything is written.
         OSError: A file can't be written.
     """
     require_new_folder(folder)

@@ -133,7 +133,7 @@ def test_the_grippers_of_two_arms_are_not_differences_and_not_scaled():
     np.testing.assert_array_equal(actions[:, [6, 13]], [[0.0, 1.0], [1.0, 0.0]])
     np.testing.assert_allclose(np.delete(actions, [6, 13], 1), 0.25, atol=1e-12)
     assert np.flatnonzero(np.logical_not(two_arms.mask(14))).tolist() == [6, 13]
-    with pytest.raises(ValueError, match=r"gripper is said to be at \[13\], but the action has 7"):
+    with pytest.raises(ValueError, match=r"dimensions contains \[13\], but the action has 7"):
         standardize(replace(two_arms, as_delta=None), action[:, :7], state)
 
 
@@ -156,8 +156,8 @@ def test_an_absolute_pose_may_stay_one():
     [
         ({"space": "joints"}, "space 'joints' is not one of 'end_effector_delta'"),
         ({"space": "joint_positions", "relative": False}, "leave relative out"),
-        ({"space": "joint_deltas", "as_delta": True}, "as_delta=True is for recorded targets"),
-        ({"as_delta": False}, "as_delta=False is for recorded targets"),
+        ({"space": "joint_deltas", "as_delta": True}, "as_delta=True applies only to recorded targets"),
+        ({"as_delta": False}, "as_delta=False applies only to recorded targets"),
         ({"space": "joint_positions", "rotation": "axis_angle"}, "rotation='axis_angle' is for end effectors"),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_missing_feature_of_a_tuple_is_named_and_not_passed_over():
 
 
 def test_a_rotation_is_not_taken_for_a_gripper():
-    with pytest.raises(ValueError, match="6 numbers, which are all of the pose"):
+    with pytest.raises(ValueError, match="6 numbers, which all belong to the pose"):
         standardize(Robot("arm", space="end_effector_delta", gripper=Gripper()), np.zeros((2, 6)))
 
 

@@ -157,9 +157,9 @@ def test_statistics_are_read_from_a_file_or_its_folder(episodes, tmp_path):
     path = save_statistics(statistics, tmp_path)
     assert load_statistics(path) == load_statistics(tmp_path) == statistics
     for text, problem in (
-        ("{", "not a file of statistics"),
-        ('{"mean": [1]}', "does not hold"),
-        ("{}", "does not hold"),
+        ("{", "is not valid JSON"),
+        ('{"mean": [1]}', "does not contain"),
+        ("{}", "does not contain"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=problem):

@@ -51,7 +51,7 @@ def test_each_fault_is_found(make_episode, tmp_path):
     many = [make_episode(index, steps=30) for index in range(7)]
     many[2][4]["action"][1] = 3.0
     assert "Dimension 1 reaches 3, far outside" in warnings_of(many)
-    assert "what the gripper's values mean" in warnings_of(sound, Robot("arm"))
+    assert "The meaning of the gripper's values is unknown" in warnings_of(sound, Robot("arm"))
 
     write_rlds([*sound, make_episode(9, instruction="")], tmp_path / "silent")
     assert "6 frames have no instruction" in " ".join(examine(tmp_path / "silent", ARM)[0].warnings)
@@ -61,7 +61,7 @@ def test_each_fault_is_found(make_episode, tmp_path):
     write_rlds(sound, tmp_path / "broken")
     report, _ = examine(tmp_path / "broken", ARM)
     assert len(report.bad_episodes) == 1
-    assert "record 1: 'action' holds NaN" in report.warnings[0]
+    assert "record 1: 'action' contains NaN" in report.warnings[0]
 
 
 def reaching(index, still=0, steps=24):
@@ -140,7 +140,7 @@ def test_dimensions_are_called_what_the_data_calls_them(make_episode, tmp_path, 
     printed = capsys.readouterr().out
     assert all(name in printed for name in JOINTS)
     assert "Dimension 1 (joint1) reaches 3" in printed
-    with pytest.raises(ValueError, match="The action has 7 numbers, but 2 names"):
+    with pytest.raises(ValueError, match="The action has 7 dimensions but 2 names"):
         write_lerobot(episodes, tmp_path / "other", action_names=["a", "b"])
 
 

@@ -138,10 +138,10 @@ def test_the_adapter_that_read_the_data_for_training_reads_them_for_the_evaluati
     del registered["arm"]
     capsys.readouterr()
     assert main(evaluate) == 2
-    assert "the robot 'arm', which is not registered. Give the Python file" in capsys.readouterr().err
+    assert "the robot 'arm', which is not registered. Pass the Python file" in capsys.readouterr().err
     assert main([*evaluate, *write_robots(tmp_path, closed=2)]) == 2
     printed = capsys.readouterr().err
-    assert "another robot 'arm', which differs in gripper. Give" in printed
-    assert "with --robots." in printed
+    assert "another robot 'arm', which differs in gripper. Pass" in printed
+    assert "as --robots." in printed
     assert main([*evaluate, *write_robots(tmp_path, closed=1), "--json"]) == 0
     assert main([*evaluate, "--robot", "generic", "--split", "train", "--json"]) == 0

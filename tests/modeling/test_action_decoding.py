@@ -155,7 +155,7 @@ def test_drafts_and_padding_on_the_right(policy):
 def test_a_draft_of_another_batch(policy, draft):
     model, processor = policy()
     inputs = processor(images(3), instruction=INSTRUCTIONS)
-    with pytest.raises(ValueError, match="for 3 observations: give one row of integer ids, or one for each"):
+    with pytest.raises(ValueError, match="do not fit 3 observations: give one row of integer ids, or one for each"):
         model.predict_action(**inputs, draft_token_ids=draft)
 
 
@@ -546,7 +546,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
         assert np.array_equal(model.predict_action(**inputs), expected)
-print([str(one.message) for one in caught if "without compilation" in str(one.message)])
+print([str(one.message) for one in caught if "Compilation failed" in str(one.message)])
 """
 
 
@@ -557,4 +557,4 @@ def test_without_a_compiler_it_warns_once_and_goes_on(small_policy, run_python, 
     processor.save_pretrained(tmp_path / "model")
     cache = str(tmp_path / "inductor")
     result = run_python(NO_COMPILER, tmp_path / "model", TORCHINDUCTOR_CACHE_DIR=cache)
-    assert result.stdout.count("Actions are predicted without compilation, since it failed: ") == 1
+    assert result.stdout.count("Compilation failed, so actions are predicted without it: ") == 1

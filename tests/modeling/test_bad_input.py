@@ -56,7 +56,7 @@ def test_damaged_statistics_do_not_act(tiny, stats):
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (6,), (7, 2)])
 def test_ids_of_another_number_of_dimensions_are_not_decoded(tiny, shape):
     model, _ = tiny()
-    with pytest.raises(ValueError, match="do not end in the 7 dimensions of an action"):
+    with pytest.raises(ValueError, match="an action has 7 dimensions"):
         model.decode_actions(np.full(shape, model.config.action_vocab_end - 1))
 
 
@@ -86,7 +86,7 @@ def test_placeholders_are_counted_in_each_row(tiny, counts):
     inputs |= processor.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
     row = next(i for i, count in enumerate(counts) if count != 16)
     for call in every_way_in(model):
-        with pytest.raises(ValueError, match=rf"must hold 16 image placeholders .* row {row} holds {counts[row]}\."):
+        with pytest.raises(ValueError, match=rf"must have 16 image placeholders .* row {row} has {counts[row]}\."):
             call(**inputs)
 
 
@@ -222,7 +222,7 @@ def test_tensors_that_are_not_dense_values_are_refused(tiny, name, change):
     model, processor = tiny()
     inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
     inputs[name] = change(inputs[name])
-    with pytest.raises(ValueError, match=f"^`{name}` is a .*: pass a dense tensor that holds values"):
+    with pytest.raises(ValueError, match=f"^`{name}` is a .*: pass a dense tensor with values"):
         model.predict_action(**inputs)
 
 
@@ -366,7 +366,7 @@ def test_a_prompt_beyond_the_positions_of_the_language_model(tiny):
 def test_positions_are_not_an_argument_of_decoding(tiny):
     model, processor = tiny()
     inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
-    with pytest.raises(ValueError, match="makes the `position_ids` from `attention_mask`: leave them out"):
+    with pytest.raises(ValueError, match="computes `position_ids` from `attention_mask`: leave them out"):
         model.predict_action(**inputs, position_ids=torch.zeros(1, 5))
 
 
@@ -449,7 +449,7 @@ def test_damaged_statistics_in_a_config(checkpoint):
 @pytest.mark.parametrize("file", ["action_head--150000_checkpoint.pt", "proprio_projector--50000_checkpoint.pt"])
 def test_an_oft_checkpoint(checkpoint, file):
     (checkpoint / file).touch()
-    with pytest.raises(ValueError, match=f"OpenVLA-OFT checkpoint .it holds '{file}'.*run it with the code of"):
+    with pytest.raises(ValueError, match=f"OpenVLA-OFT checkpoint .it contains '{file}'.*run it with the code of"):
         AutoModel.from_pretrained(checkpoint)
 
 
@@ -534,7 +534,7 @@ def test_weights_are_safetensors_files_in_the_folder(tiny, tmp_path, name, where
 def test_a_damaged_index(tiny, tmp_path, content):
     tiny()[0].save_pretrained(tmp_path, max_shard_size="100KB")
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json (of .*)?(is damaged|must hold)"):
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json (of .*)?(is damaged|must contain)"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -556,7 +556,7 @@ def test_a_folder_without_a_config(tiny, tmp_path):
 
 def test_a_path_that_is_not_there():
     for read in (OpenVLAForActionPrediction.from_pretrained, describe):
-        with pytest.raises(OSError, match=r"^/no/where is neither a folder that exists nor a Hub id"):
+        with pytest.raises(OSError, match=r"^/no/where is neither an existing folder nor a Hub id"):
             read("/no/where")
 
 
@@ -587,7 +587,7 @@ def test_a_relative_base_that_is_elsewhere_is_named(tiny, tmp_path, owner):
     path = tmp_path / "adapter" / "adapter_config.json"
     for base, problem in (
         ("outputs/base", "is not a local folder"),
-        ("../nowhere", "is neither a folder that exists"),
+        ("../nowhere", "is neither an existing folder"),
     ):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
         with pytest.raises(

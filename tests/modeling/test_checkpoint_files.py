@@ -82,7 +82,7 @@ def test_offline_a_file_that_was_never_asked_for_is_not_taken_for_absent(reposit
     offline()
     files = CheckpointFiles.locate(REPO)
     assert files.read_json("config.json") == {}
-    with pytest.raises(OSError, match="Load it once with network, or give a folder that holds all files"):
+    with pytest.raises(OSError, match="Load it once with a network, or give a folder that contains all files"):
         files.find(STATISTICS)
 
 
@@ -124,7 +124,7 @@ def test_a_subfolder_has_files_of_its_own(repository):
 
 @pytest.mark.parametrize("source", ["/no/where", "./nowhere", "../no/where", "", "no where"])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_said_so(owner, source):
-    with pytest.raises(OSError, match="is neither a folder that exists nor a Hub id such as 'openvla/openvla-7b'"):
+    with pytest.raises(OSError, match="is neither an existing folder nor a Hub id such as 'openvla/openvla-7b'"):
         CheckpointFiles.locate(source)
 
 
@@ -139,7 +139,7 @@ def test_an_absent_repository_and_revision_are_named(repository, owner):
 def test_a_damaged_json_file_is_named(tmp_path, content):
     path = tmp_path / STATISTICS
     path.write_text(content, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ValueError, match=f"{STATISTICS} (is damaged|must hold a JSON object)"):
+    with pytest.raises(ValueError, match=f"{STATISTICS} (is damaged|must contain a JSON object)"):
         read_json(path)
     path.write_text(json.dumps({"kitchen": 1}))
     assert read_json(path) == {"kitchen": 1}

@@ -211,6 +211,6 @@ def test_a_whole_checkpoint_replaces_an_earlier_adapter(tiny, tmp_path):
 def test_an_adapter_is_not_saved_beside_a_whole_checkpoint(tiny, tmp_path):
     tiny()[0].save_pretrained(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match=r"holds a whole checkpoint.*Save the adapter in another folder\."):
+    with pytest.raises(FileExistsError, match=r"contains a whole checkpoint.*Save the adapter in another folder\."):
         adapted(tiny(seed=1)[0]).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files

@@ -72,7 +72,7 @@ def test_a_checkpoint_on_the_hub(tiny, run_python, tmp_path):
         loaded, refused, again = run_python(LOAD, image, **hub.env).stdout.splitlines()
         assert json.loads(loaded) == action
         assert refused == again
-        assert f"someone/oft is an OpenVLA-OFT checkpoint (it holds '{OFT_FILE}')" in refused
+        assert f"someone/oft is an OpenVLA-OFT checkpoint (it contains '{OFT_FILE}')" in refused
         # Both Auto classes ask which commit it is, and the model for the files (the tree is for chat templates).
         asked = [request for request in hub.requests if "/api/models/someone/good" in request]
         assert len([request for request in asked if "/tree/" not in request]) == 3

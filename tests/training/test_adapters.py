@@ -315,7 +315,7 @@ def test_a_whole_weight_of_a_layer_that_is_not_adapted_is_refused(trained, tmp_p
     base = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
     before = base.model.language_model.norm.weight.clone()
     key = "base_model.model.model.language_model.norm.base_layer.weight"
-    with pytest.raises(ValueError, match="a layer that the adapter does not adapt"):
+    with pytest.raises(ValueError, match="a layer without an adapter"):
         base.load_adapter(str(changed(folder, {key: torch.zeros_like(before)})))
     assert torch.equal(base.model.language_model.norm.weight, before)
 
@@ -323,7 +323,7 @@ def test_a_whole_weight_of_a_layer_that_is_not_adapted_is_refused(trained, tmp_p
 def test_integer_adapter_weights_are_refused(trained):
     folder, _, _ = trained()
     integers = {key: weight.int() for key, weight in load_file(folder / "adapter_model.safetensors").items()}
-    with pytest.raises(ValueError, match=r"in torch\.int32, and adapter weights must be floating-point numbers"):
+    with pytest.raises(ValueError, match=r"in torch\.int32, but adapter weights must be floating-point numbers"):
         OpenVLAForActionPrediction.from_pretrained(changed(folder, integers))
 
 
@@ -332,7 +332,7 @@ def test_integer_adapter_weights_are_refused(trained):
 )
 def test_a_weight_of_another_kind_of_adapter_is_named_as_such(trained, key):
     folder, _, _ = trained()
-    with pytest.raises(ValueError, match=f"holds 'base_model.model.{key}', which is not a LoRA weight"):
+    with pytest.raises(ValueError, match=f"contains 'base_model.model.{key}', which is not a LoRA weight"):
         OpenVLAForActionPrediction.from_pretrained(changed(folder, {f"base_model.model.{key}": torch.ones(3)}))
 
 

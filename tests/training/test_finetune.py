@@ -211,10 +211,10 @@ def test_an_output_folder_that_holds_another_checkpoint_is_refused(base, data, t
     shutil.copytree(base, other)
     before = tree(other)
     assert run(base, data, other, "--steps", "1") == 2
-    assert "holds another checkpoint (config.json)" in capsys.readouterr().err
+    assert "contains another checkpoint (config.json)" in capsys.readouterr().err
     for more in ([], ["--resume"]):
         assert run(other, data, other, "--steps", "1", *more) == 2
-        assert "is the base itself" in capsys.readouterr().err
+        assert "is the base model itself" in capsys.readouterr().err
     assert tree(other) == before
 
     output = tmp_path / "out"
@@ -314,7 +314,7 @@ def test_a_robot_or_statistics_that_are_not_there_are_said_before_any_data_is_re
 def test_ready_statistics_without_those_of_the_data_are_refused_by_file_and_name(base, data, tmp_path, capsys):
     ready = save_statistics({"lab": compute_statistics(load(data))["kitchen"]}, tmp_path)
     assert run(base, data, tmp_path / "out", "--statistics", str(ready), "--steps", "1") == 2
-    assert f"{ready} has no statistics of 'kitchen'. It has 'lab': name the dataset" in capsys.readouterr().err
+    assert f"{ready} has no statistics of 'kitchen', only of 'lab': give the dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_other_weights_are_refused_on_resume_before_any_data_is_read(base, tmp_p
 def test_a_folder_that_is_taken_is_said_before_any_data_is_read(base, tmp_path, capsys):
     for more in (["--dry-run"], []):
         assert run(base, tmp_path / "no such data", base, *more) == 2
-        assert "is the base itself" in capsys.readouterr().err
+        assert "is the base model itself" in capsys.readouterr().err
 
 
 def test_a_missing_tracker_is_said_before_any_data_is_read(base, tmp_path, capsys):
@@ -424,7 +424,7 @@ def test_one_call_does_what_the_command_does(base, data, tmp_path, capsys):
         ({"data": [TrainingData("a/b"), TrainingData("a/b")]}, "given twice in `data`"),
         ({"eval_share": 1.0}, "`eval_share` must be at least 0 and below 1, got 1.0"),
         ({"patience": 2}, "need held-out episodes: give `eval_share`"),
-        ({"eval_share": 0.1, "eval_data": {}}, "Give one of them"),
+        ({"eval_share": 0.1, "eval_data": {}}, "Give only one of them"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(wrong, message):

@@ -1,8 +1,8 @@
 """Robot adapters: which camera is read, and how a dataset's action becomes OpenVLA's.
 
 OpenVLA's action of an end effector is dx, dy, dz (metres), droll, dpitch, dyaw (radians, extrinsic x-y-z) and the
-gripper, 1 = open and 0 = closed. Other robots (joints, two arms) keep the dimensions that they have: `Robot.space`
-says what their numbers are.
+gripper, 1 = open and 0 = closed. Other robots (joints, two arms) keep their own dimensions, whose meaning
+`Robot.space` gives.
 
 Letters in shapes: T frames of an episode, K frames that are kept, A dimensions of an action, S of a state.
 """
@@ -24,21 +24,22 @@ class Robot:
 
     Args:
         name: Name of the adapter.
-        camera: Feature with the image that the model sees. By default, the only one. A tuple or `FirstOf` gives
-            alternatives, of which the first available is read.
+        camera: Feature with the image that the model sees. By default, the dataset's only camera. A tuple or `FirstOf`
+            gives alternatives, of which the first available is read.
         action: Feature with the action. The features of a tuple are concatenated in its order, and all must exist;
             `FirstOf` gives alternatives.
-        state: Feature with the proprioception, named like `action`. A dataset may have none.
-        instruction: Feature with the text, for formats without a fixed place for it. A tuple or `FirstOf` gives
+        state: Feature with the proprioception, given like `action`. A dataset may have none.
+        instruction: Feature with the instruction, for formats without a fixed place for it. A tuple or `FirstOf` gives
             alternatives.
         select: Indices of the numbers to take from the action, in order. By default, all.
         action_dim: Number of dimensions that the recorded action must have.
-        rotation: How the numbers after the position encode a rotation, one of `ROTATIONS`. It is converted to Euler
-            angles.
+        rotation: Encoding of the rotation that follows the position, one of `ROTATIONS`. The rotation is converted to
+            Euler angles.
         relative: Older form of `space`: `relative=False` means `space="end_effector_pose"`.
-        gripper: What the gripper's values mean. Statistics then leave its dimensions unscaled.
+        gripper: Meaning of the gripper's values. If it is given, statistics leave the gripper's dimensions unscaled.
         frequency: Recorded actions per second. The robot acts at this rate divided by `every`.
-        space: What the numbers of the recorded action are. By default this is unknown, and they are kept as recorded.
+        space: Meaning of the recorded action's numbers. By default it is unknown, and the numbers are kept as
+            recorded.
 
             - "end_effector_delta": movement of the end effector: position, rotation, and maybe the gripper.
             - "end_effector_pose": pose for the end effector to reach, and maybe the gripper.
@@ -47,9 +48,9 @@ class Robot:
         as_delta: Whether to replace each target by the movement to it from the state, which must begin with a pose or
             joints in the same form. By default poses are replaced, since OpenVLA's action is a movement, and joint
             positions are not.
-        every: Number of recorded frames to merge into one: 5 turns 50 Hz into 10 Hz. The first frame is kept. Its
-            action joins the movements of all, or takes the last target; grippers take the last value. The last group
-            of an episode may be smaller.
+        every: Number of recorded frames to merge into one: 5 turns 50 Hz into 10 Hz. The first frame of each group is
+            kept. Its action joins the group's movements or takes its last target, and grippers take their last value.
+            The last group of an episode may be smaller.
         drop_idle: Whether to leave out frames whose action moves nothing, after merging by `every`.
 
     Raises:
@@ -81,12 +82,12 @@ class Robot:
             raise ValueError(f"space={self.space!r} replaces relative={self.relative}, so leave relative out.")
         if self.as_delta is not None and self.recorded_space not in TARGETS:
             raise ValueError(
-                f"as_delta={self.as_delta} is for recorded targets. Use it with space='end_effector_pose' or "
+                f"as_delta={self.as_delta} applies only to recorded targets. Use it with space='end_effector_pose' or "
                 "space='joint_positions'."
             )
         if self.rotation != "euler" and not self.is_end_effector:
             raise ValueError(
-                f"rotation={self.rotation!r} is for end effectors, but space={self.space!r} holds joints."
+                f"rotation={self.rotation!r} is for end effectors, but space={self.space!r} is for joints."
             )
         if self.every < 1:
             raise ValueError(f"every={self.every} is not a number of frames. Give at least 1.")
@@ -94,14 +95,14 @@ class Robot:
             asked = f"every={self.every}" if self.every > 1 else f"drop_idle={self.drop_idle}"
             raise ValueError(
                 f"{asked} needs to know whether the actions are movements or targets, but the robot {self.name!r} "
-                f"does not say. Give a robot whose space is one of {listed((*DELTAS, *TARGETS))}."
+                f"does not say. Set its space to one of {listed((*DELTAS, *TARGETS))}."
             )
         if (self.every > 1 or self.drop_idle) and self.recorded_space == "joint_deltas" and self.gripper is None:
             asked = f"every={self.every} adds" if self.every > 1 else f"drop_idle={self.drop_idle} measures"
             raise ValueError(
                 f"{asked} the movements of joints, but the robot {self.name!r} does not say which numbers are "
-                "grippers, which are not movements. Give gripper=Gripper(dimensions=...), with dimensions=() for a "
-                "robot without a gripper."
+                "grippers and not movements. Give gripper=Gripper(dimensions=...), with dimensions=() for a robot "
+                "without a gripper."
             )
         if self.action_dim is not None and self.select is None:
             self._check_size(self.action_dim)
@@ -172,15 +173,17 @@ class Robot:
         """List the columns that make up the action, in order.
 
         Raises:
-            ValueError: One is missing in the dataset.
+            ValueError: A column is missing from the dataset.
         """
         return find_columns(self.action, available, "action")
 
     def state_columns(self, available: Collection[str]) -> list[str]:
-        """List the columns that make up the state, in order; none if the dataset has no state and no action needs it.
+        """List the columns that make up the state, in order.
+
+        The list is empty if the dataset has no state and the action does not need one.
 
         Raises:
-            ValueError: One is missing in the dataset.
+            ValueError: A column is missing from the dataset.
         """
         if not self.needs_state and not any(name in available for name in as_tuple(self.state)):
             return []
@@ -190,7 +193,7 @@ class Robot:
         """List the columns of numbers that `standardize` reads.
 
         Raises:
-            ValueError: The action, or a state that is needed, is missing in the dataset.
+            ValueError: The action, or a state that it needs, is missing from the dataset.
         """
         return list(dict.fromkeys([*self.action_columns(available), *self.state_columns(available)]))
 
@@ -201,7 +204,7 @@ class Robot:
 
     @property
     def converts(self) -> bool:
-        """Whether reading standard actions again would change them."""
+        """Whether converting standard actions a second time would change them."""
         has_own_gripper = self.gripper is not None and (self.gripper.open, self.gripper.closed) != (1.0, 0.0)
         return self.takes_difference or self.rotation != "euler" or self.select is not None or has_own_gripper
 
@@ -221,7 +224,7 @@ class Robot:
             return []
         beyond = [index for index in self.gripper.dimensions if not -action_dim <= index < action_dim]
         if beyond:
-            raise ValueError(f"the gripper is said to be at {beyond}, but the action has {action_dim} numbers.")
+            raise ValueError(f"Gripper.dimensions contains {beyond}, but the action has {action_dim} numbers.")
         return sorted({index % action_dim for index in self.gripper.dimensions})
 
     def mask(self, action_dim: int) -> list[bool]:
@@ -243,7 +246,7 @@ class Robot:
 
         Raises:
             ValueError: A column is missing or has the wrong length or size, or a value that the actions are computed
-                from is not finite. A state that no action needs is dropped instead if it is not finite.
+                from is not finite. A state that is not finite but not needed is dropped instead.
         """
         action = _join(columns, self.action_columns(columns), length)
         state_columns = self.state_columns(columns)
@@ -258,14 +261,14 @@ class Robot:
                 f"the action has {action.shape[1]} dimensions, but the adapter {self.name!r} is for {self.action_dim}."
             )
         if self.recorded_space in TARGETS:
-            # Of each merged group, the last target as seen from the first frame.
+            # A merged group takes its last target, as seen from its first frame.
             action = action[np.minimum(np.arange(length) + self.every - 1, length - 1)]
         return self._drop_idle(*self._resample(*self.convert(action, state)))
 
     def _resample(
         self, kept: np.ndarray, actions: np.ndarray, states: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Merge each `every` consecutive frames into one whose action has the effect of all."""
+        """Merge groups of `every` consecutive frames into one each, whose action has the effect of all."""
         if self.every == 1:
             return kept, actions, states
         starts = np.arange(0, len(actions), self.every)
@@ -337,14 +340,14 @@ class Robot:
         pose_end = POSE_DIMS + ROTATIONS[self.rotation][0]
         if self.is_end_effector and self.gripper and self.gripper.dimensions and action_dim == pose_end:
             raise ValueError(
-                f"the action has {action_dim} numbers, which are all of the pose, but the adapter {self.name!r} "
-                "describes a gripper. Leave gripper out."
+                f"the action has {action_dim} numbers, which all belong to the pose, but the adapter {self.name!r} "
+                "has a gripper. Leave gripper out."
             )
         if self.is_end_effector and not pose_end <= action_dim <= pose_end + 1:
             raise ValueError(
                 f"the action has {action_dim} numbers, but {self.recorded_space!r} with rotation={self.rotation!r} "
-                f"takes {pose_end}, or {pose_end + 1} with a gripper. Choose them with select=, or give joints and "
-                "several arms as space='joint_positions' or space='joint_deltas'."
+                f"takes {pose_end}, or {pose_end + 1} with a gripper. Choose them with select=. For joints or "
+                "several arms, use space='joint_positions' or space='joint_deltas'."
             )
 
     def _convert_pose(self, action: np.ndarray, state: np.ndarray | None) -> np.ndarray:
@@ -381,7 +384,7 @@ def _check_finite(values: np.ndarray, names: list[str]) -> None:
     finite = np.isfinite(values).all(-1)
     if not finite.all():
         named = " + ".join(map(repr, names))
-        raise ValueError(f"{named} holds NaN or infinity at frame {int(np.flatnonzero(~finite)[0])}.")
+        raise ValueError(f"{named} contains NaN or infinity at frame {int(np.flatnonzero(~finite)[0])}.")
 
 
 __all__ = ["Robot"]

@@ -12,17 +12,17 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Draw a random view of an image at each call, from torch's random numbers.
+    """Draw a random view of an image at each call, with torch's random number generator.
 
-    The image is resized first. Then the steps follow in the order of the arguments, each with its own draw, and with
-    the result clipped to [0, 1].
+    The image is resized first. The other steps follow in the order of the arguments, each with its own draw and with
+    its result clipped to [0, 1].
 
     Args:
         size: Pixels along a side of the result.
         crop_area: Fraction of the area that the random crop keeps; 1 for no crop.
         brightness: Largest shift of the levels in [0, 1].
-        contrast: Range of the factor about each channel's mean.
-        saturation: Range of the factor.
+        contrast: Range of the factor that scales each channel about its mean.
+        saturation: Range of the factor that scales the saturation.
         hue: Largest shift, in turns of the colour circle.
 
     Raises:
@@ -50,7 +50,7 @@ class Augmentation:
             x, y = left * (self.size - side), top * (self.size - side)
             box = (x, y, x + side, y + side)
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        # Arithmetic on planes of one channel each takes half the time.
+        # With one contiguous plane per channel, the arithmetic takes half the time.
         levels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1), np.float32) / 255
         np.clip(levels + (2 * brightness - 1) * self.brightness, 0, 1, out=levels)
         mean = levels.mean((1, 2), keepdims=True)
@@ -61,7 +61,8 @@ class Augmentation:
     def for_prediction(self, processor: Any) -> Any:
         """Copy the processor with a centre crop of the same area as the random crops.
 
-        Saved with the checkpoint, it shows the model the same scale in prediction as in training.
+        When saved with the checkpoint, the copy shows objects to the model at the same scale in prediction as in
+        training.
         """
         processor = copy.deepcopy(processor)
         processor.image_processor.center_crop_area = self.crop_area if self.crop_area < 1 else None
@@ -73,7 +74,7 @@ def _between(bounds: tuple[float, float], draw: float) -> float:
 
 
 def _change_colour(levels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-    """Scale the saturation (of HSV) of RGB levels (3, H, W) in [0, 1], and shift their hue by turns."""
+    """Scale the HSV saturation of RGB levels (3, H, W) in [0, 1], and shift their hue (in turns)."""
     red, green, blue = levels
     value = levels.max(0)
     chroma = value - levels.min(0)

@@ -1,4 +1,4 @@
-"""The parts of `datasets` that it does not offer publicly. Only this file uses them; tests check that they exist."""
+"""Uses of the private parts of `datasets`, all in this file. Tests check that these parts exist."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from datasets import Dataset, IterableDataset
 
 
 def fingerprint(table: Dataset) -> str:
-    """Return the hash of a table's content and of all that was done to it, as `datasets` names its own cache files."""
+    """Return the hash of a table's content and operations, by which `datasets` names its own cache files."""
     return table._fingerprint
 
 
 def drop_repeats(table: Dataset) -> Dataset:
-    """Select each stored row that a table draws once, in the order of storage, in which reading is fastest."""
-    # Tables that are selections or mixtures keep the numbers of their rows beside the data.
+    """Select the stored rows that a table uses, each once and in the order of storage, which is fastest to read."""
+    # Selections and mixtures store the numbers of their rows beside the data.
     if table._indices is None:
         return table
     _, first = np.unique(table._indices.column(0), return_index=True)

@@ -1,4 +1,4 @@
-"""Recorded episodes: what every reader gives, the rows that they become, and those that can't be used.
+"""Recorded episodes as every reader yields them, their conversion to rows, and the count of bad ones.
 
 Letters in shapes: T frames of an episode.
 """
@@ -15,12 +15,12 @@ from .adapters import Robot
 
 # Largest share of the episodes that `skip_bad_episodes=True` skips.
 BAD_SHARE = 0.1
-# Number of episodes to assume for data that do not say how many they have, until more are read.
+# Number of episodes to assume while a dataset's total is unknown, until more are read.
 FEW_EPISODES = 100
 
 # `{"bytes": encoded image or None, "path": its place or None}`, as `datasets.Image` stores it.
 ImageReference = Mapping[str, Any]
-# Episodes that Python code makes, each of frames as `from_episodes` takes them.
+# Episodes from Python code, each an iterable of frames as `from_episodes` takes them.
 Episodes = Iterable[Iterable[Mapping[str, Any]]]
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ class RecordedEpisode:
     Attributes:
         source: File and record, for messages.
         index: Number of the episode in its split.
-        images: References (T) to the images.
-        instructions: Texts (T); an empty text where a frame has none.
+        images: References (T,) to the images.
+        instructions: Texts (T,), empty where a frame has no instruction.
         columns: By name, numbers (T, ...) of the frames. Dots join nested names.
     """
 
@@ -66,11 +66,12 @@ class Losses:
     """The parts of a dataset that do not become frames.
 
     Attributes:
-        limit: Largest share of the episodes that may be bad and are skipped. With 0, the first bad episode raises.
-        total: Number of episodes, or `None` where the data do not say.
+        limit: Largest share of the episodes that may be bad and skipped. With 0, the first bad episode raises an
+            error.
+        total: Number of episodes, or `None` if it is unknown.
         bad_episodes: For each skipped episode, why it can't be used.
         read: Number of episodes that were read so far.
-        skipped: Number of bad episodes, including those that a missing file would have held.
+        skipped: Number of bad episodes, including those that a missing file would have contained.
         without_instruction: Number of frames that are left out because they have no instruction.
     """
 
@@ -104,7 +105,7 @@ class Losses:
             key: Identifies the episode, for errors whose messages differ between its frames.
 
         Raises:
-            BadEpisodeError: Bad episodes are not skipped, or there are more than the limit.
+            BadEpisodeError: Bad episodes are not skipped, or more are bad than the limit allows.
         """
         if not self.limit:
             raise error
@@ -118,11 +119,11 @@ class Losses:
         self.check(max(self.read, FEW_EPISODES) if self.total is None else self.total)
 
     def check(self, total: int) -> None:
-        """Raise `BadEpisodeError` if more than the limit of `total` episodes, and more than one, are bad."""
+        """Raise `BadEpisodeError` if more than one episode, and more than the limit's share of `total`, are bad."""
         if self.skipped > max(1, self.limit * total):
             raise BadEpisodeError(
-                f"{self.skipped} of {total} episodes are bad, and at most {self.limit:.0%} are skipped. Repair the "
-                f"dataset, or give a larger share as skip_bad_episodes. The last one: {self.bad_episodes[-1]}"
+                f"{self.skipped} of {total} episodes are bad, but at most {self.limit:.0%} may be skipped. Repair the "
+                f"dataset, or give a larger share as skip_bad_episodes. The last error: {self.bad_episodes[-1]}"
             )
 
 
@@ -133,10 +134,10 @@ def usable_columns(
     losses: Losses,
     check: Callable[[Any], Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Give the columns of each usable episode's rows, and record the others in `losses`.
+    """Yield the columns of each usable episode's rows, and record the other episodes in `losses`.
 
     Args:
-        episodes: Episodes in order, or what is wrong with them.
+        episodes: Episodes in order, with an error in place of each that can't be read.
         robot: Adapter that converts them.
         dataset: Name of the dataset.
         losses: Records what is left out.
@@ -160,7 +161,7 @@ def usable_columns(
 def usable_rows(
     episodes: Iterable[RecordedEpisode | BadEpisodeError], robot: Robot, dataset: str, losses: Losses
 ) -> Iterator[dict[str, Any]]:
-    """Give the rows of each usable episode one by one; see `usable_columns`."""
+    """Yield the rows of each usable episode one by one; see `usable_columns`."""
     for columns in usable_columns(episodes, robot, dataset, losses):
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
@@ -171,7 +172,7 @@ def _convert(episode: RecordedEpisode, robot: Robot, dataset: str) -> dict[str, 
 
     Raises:
         BadEpisodeError: The episode has no frames, a column is missing, or numbers have the wrong size, are not finite
-            or out of their range.
+            or lie outside their range.
     """
     if not len(episode.images):
         raise BadEpisodeError(f"{episode.source}: the episode has length 0.")

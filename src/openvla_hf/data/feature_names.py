@@ -9,7 +9,7 @@ Names = str | tuple[str, ...]
 
 
 class FirstOf(tuple[str, ...]):
-    """Alternative names of one feature: the first that a dataset has is read."""
+    """Alternative names of one feature, of which the first one in the dataset is read."""
 
     def __new__(cls, *names: str) -> "FirstOf":
         """Take the names in order of preference."""

@@ -37,15 +37,15 @@ FEATURES = Features(
 DECODED = Features({**FEATURES, "image": Image()})
 # Columns that identify a frame.
 PLACE = ("dataset", "episode_index", "frame_index")
-# Each begins a line in the description of frames.
+# Prefixes of the lines in the description of frames.
 NAMES, SPACE = "Action dimensions of", "Action space of"
 
 
 class FrameDecoder:
     """Decode rows into frames: `image` uint8 (H, W, 3), `action` float64 (A,), `state` float64 (S,) or `None`.
 
-    All decoders are equal, since all decode alike: `datasets` keeps the transform of tables that it concatenates only
-    if the transforms are equal.
+    All decoders compare equal, since `datasets` keeps the transform of concatenated tables only if their transforms
+    are equal.
 
     Args:
         images: Reads the images, and keeps files open.
@@ -94,7 +94,9 @@ class FrameDecoder:
 
 
 def note_action(frames: Frames, dataset: str, names: list[str] | None, space: str | None) -> None:
-    """Store what is known of a dataset's actions in the description of its frames. Mixtures join descriptions.
+    """Store the names and the space of a dataset's actions in the description of its frames.
+
+    Mixtures join the descriptions of their datasets.
 
     Args:
         frames: Frames of the dataset.

@@ -1,4 +1,4 @@
-"""What a gripper's recorded values mean, and their conversion to OpenVLA's: 1 is open and 0 is closed."""
+"""The meaning of a gripper's recorded values, and their conversion to OpenVLA's: 1 is open and 0 is closed."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ import numpy as np
 
 # A gripper counts as open above this opening.
 GRIPPER_OPEN = 0.5
-# Share of its range by which a recorded value may lie outside, as sensor readings do.
+# How far a recorded value may lie outside its range, as sensor readings do; a share of the range.
 RANGE_SLACK = 0.05
-# Openings this close to 0 or 1 count as closed or open; those in between are on their way.
+# Openings this close to 0 or 1 count as closed or open; a gripper in between is still moving.
 SETTLED = 0.05
 
 
@@ -20,9 +20,9 @@ class Gripper:
     Args:
         open: Value of an open gripper.
         closed: Value of a closed gripper.
-        binarize: Whether to replace each value in between by the end that the gripper reaches next, as for Bridge.
-        dimensions: Indices of the grippers in the action, after `Robot.select`. The default is the last dimension; two
-            arms of six joints have (6, 13), and a robot without a gripper has ().
+        binarize: Whether to replace each intermediate value with the end that the gripper reaches next, as for Bridge.
+        dimensions: Indices of the grippers in the action, after `Robot.select`. The default is the last dimension. Use
+            (6, 13) for two arms of six joints, and () for a robot without a gripper.
     """
 
     open: float = 1.0
@@ -46,7 +46,7 @@ class Gripper:
 
 
 def _settle(opening: np.ndarray) -> np.ndarray:
-    """Round openings (T,) in between to the next settled one, or to the nearer end where none follows."""
+    """Replace intermediate openings (T,) with the next settled one, or with the nearer end if none follows."""
     settled = np.where(opening > 1 - SETTLED, 1.0, np.where(opening < SETTLED, 0.0, np.nan))
     following = float(opening[-1] > GRIPPER_OPEN)
     for index in range(len(settled) - 1, -1, -1):

@@ -1,8 +1,8 @@
 """Images by reference: encoded bytes, or a place in a file that is read when the image is needed.
 
 The place of an image is `file#bytes=START-END` for a range of a file, `video.mp4#t=SECONDS` for a frame of a video,
-`file.parquet#row=N:COLUMN` for a row of a parquet file, or a whole file. So a table of all frames stays small even if
-the images are large.
+`file.parquet#row=N:COLUMN` for a row of a parquet file, or a whole file. This keeps a table of all frames small even
+if the images are large.
 """
 
 import io
@@ -32,7 +32,7 @@ JPEG = b"\xff\xd8"
 
 
 class ImageReader:
-    """Read images by reference, and keep the last few videos and parquet files open for the next ones.
+    """Read images by reference, and keep the last few videos and parquet files open.
 
     Each process opens its own files. `close`, or the end of a `with` block, closes them; reading opens them again.
     """
@@ -54,7 +54,7 @@ class ImageReader:
             kept.clear()
 
     def read(self, reference: ImageReference) -> np.ndarray:
-        """Return the image of a reference, uint8 (H, W, 3).
+        """Return the referenced image, uint8 (H, W, 3).
 
         Raises:
             BadEpisodeError: The file can't be read, or its bytes are not an image.
@@ -112,7 +112,7 @@ def decode_image(data: bytes) -> np.ndarray:
         ValueError: The image is damaged or has more than 8 bits.
     """
     if data[:2] == JPEG:
-        # With TensorFlow's default settings, so with the exact levels that the original was trained on.
+        # TensorFlow's default settings give the exact levels that the original was trained on.
         return import_extra("simplejpeg", "data").decode_jpeg(data, fastdct=True, fastupsample=False)
     return _as_rgb(Image.open(io.BytesIO(data)))
 
@@ -142,11 +142,11 @@ def _as_rgb(image: Image.Image) -> np.ndarray:
 def _check_depth(image: Image.Image) -> None:
     """Raise `ValueError` for an image that would be clipped to 8 bits."""
     if image.mode == "F" or image.mode.startswith("I"):
-        raise ValueError(f"its values have more than 8 bits (mode {image.mode}), as those of depth images have")
+        raise ValueError(f"its values have more than 8 bits (mode {image.mode}), like those of depth images")
 
 
 def to_pixels(image: Any) -> np.ndarray:
-    """Convert an image that Python code made to uint8 (H, W, 3).
+    """Convert an image from Python code to uint8 (H, W, 3).
 
     Args:
         image: Array, PIL image, bytes of an image file, or a function without arguments that returns one of these.
@@ -166,7 +166,7 @@ def to_pixels(image: Any) -> np.ndarray:
         return _as_rgb(image)
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8:
-        raise ValueError(f"the image holds {pixels.dtype} values. Give colours as uint8, from 0 to 255.")
+        raise ValueError(f"the image has {pixels.dtype} values. Give colours as uint8, from 0 to 255.")
     if pixels.ndim == 3 and pixels.shape[-1] == 3:
         return pixels
     try:
@@ -176,7 +176,7 @@ def to_pixels(image: Any) -> np.ndarray:
 
 
 def encode_png(image: Any) -> ImageReference:
-    """Encode an image, as `to_pixels` takes it, without loss as a reference that holds its bytes.
+    """Encode an image that `to_pixels` accepts losslessly, as a reference that contains its bytes.
 
     Raises:
         OSError: A function fails to read the image.

@@ -50,23 +50,23 @@ def load(
     seed: int = 0,
     skip_bad_episodes: bool | float = False,
 ) -> Frames:
-    """Load a dataset in any known format: LeRobot 3.x and 2.x, RLDS, or one of `datasets` with an Image column.
+    """Load a dataset in any known format: LeRobot 3.x and 2.x, RLDS, or `datasets` with an Image column.
 
-    By default, the result is a table of all frames, whose images are decoded when they are read. It stays small, and
-    can be indexed, shuffled and resumed exactly. It is made in one pass and cached until its files change in size or
-    time. With `streaming`, frames are read from front to back and nothing is stored.
+    By default, the result is a table of all frames, whose images are decoded when they are read. The table stays
+    small, and can be indexed, shuffled and resumed exactly. It is made in one pass and cached until a source file
+    changes in size or modification time. With `streaming`, frames are read from front to back and nothing is stored.
 
     Args:
         data: Folder, Hub id or URL, or a dataset that is already loaded.
         robot: Adapter or its name. By default, the one registered under the dataset's name, or else the generic one.
         split: Name of the split.
         name: Name for the statistics. By default, the dataset's own.
-        camera: Image to read instead of the adapter's.
-        every: Number of recorded frames to merge into one, instead of the adapter's: 5 turns 50 Hz into 10 Hz.
-            Movements are joined; of targets and grippers, the last value is taken.
+        camera: Camera to read instead of the adapter's.
+        every: Number of recorded frames to merge into one, instead of the adapter's number. For example, 5 turns 50 Hz
+            into 10 Hz. Movements are joined; targets and grippers take their last value.
         drop_idle: Whether to leave out frames whose action moves nothing, instead of the adapter's choice.
         streaming: Whether to return an `IterableDataset`. Its shards are episodes (LeRobot) or files.
-        shuffle_buffer: With `streaming`, the number of encoded frames to hold and draw from.
+        shuffle_buffer: With `streaming`, the number of encoded frames to keep in memory and draw from.
         seed: Seed of the draws.
         skip_bad_episodes: Whether to skip episodes that can't be used, up to a tenth of all or up to the given share.
             The log names each one. Making a table then takes longer, since it decodes every image once.
@@ -74,8 +74,8 @@ def load(
     Raises:
         FileNotFoundError: There is nothing at `data`.
         ValueError: The format is unknown, or a split, a camera or a column is missing.
-        BadEpisodeError: An episode can't be used, and the message gives the file and the record; or more episodes are
-            bad than may be skipped.
+        BadEpisodeError: An episode can't be used (the message gives the file and the record), or more episodes are bad
+            than may be skipped.
     """
     source = open_source(data, split, streaming)
     name = name or name_of(source, data)
@@ -97,7 +97,7 @@ def load(
 
 
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames) -> str:
-    """Return the name that a dataset gives itself, or that of the folder from which it was opened."""
+    """Return a dataset's own name, or the name of the folder from which it was opened."""
     if not isinstance(source, (Dataset, IterableDataset)):
         return source.name
     folder = "" if isinstance(data, (Dataset, IterableDataset)) else os.path.basename(os.path.normpath(data))
@@ -156,7 +156,7 @@ def _generate(shards: list[Any], source: Source, robot: Robot, name: str, losses
 
 
 def _count_frames(recorded: int | None, robot: Robot) -> int | None:
-    """Return the number of frames that the recorded ones become, or `None` if it is unknown."""
+    """Return the number of frames after merging, or `None` if it is unknown."""
     return None if recorded is None or robot.drop_idle else -(-recorded // robot.every)
 
 
@@ -171,7 +171,7 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
     A path that exists is never looked up on the Hub, and neither is the name of a data file.
 
     Raises:
-        FileNotFoundError: There is nothing at `data`, or it holds no data.
+        FileNotFoundError: There is nothing at `data`, or it contains no data.
         ValueError: The format is unknown, or the split is missing.
     """
     if isinstance(data, (Dataset, IterableDataset)):
@@ -199,7 +199,7 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
         return datasets.load_dataset(path.removeprefix("hf://datasets/"), split=split, streaming=streaming)
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
         raise FileNotFoundError(
-            f"{path!r} does not hold a dataset in a known format (LeRobot, RLDS or parquet)."
+            f"{path!r} does not contain a dataset in a known format (LeRobot, RLDS or parquet)."
         ) from error
 
 
@@ -207,11 +207,11 @@ def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
     """Raise `ValueError` for a checkpoint, and for formats whose layouts differ from lab to lab."""
     names = [root, *(fs.ls(root, detail=False) if fs.isdir(root) else ())]
     if any(name.endswith(".safetensors") for name in names) and any(name.endswith("config.json") for name in names):
-        raise ValueError(f"{root!r} is a checkpoint, not a dataset. Give the dataset to run it on.")
+        raise ValueError(f"{root!r} is a checkpoint, not a dataset. Give a dataset.")
     for ending, kind in FOREIGN.items():
         if any(name.rstrip("/").endswith(ending) for name in names):
             raise ValueError(
-                f"{root!r} holds {kind} data, whose layout differs from lab to lab. Read its episodes with "
+                f"{root!r} contains {kind} data, whose layout differs from lab to lab. Read its episodes with "
                 "openvla_hf.data.from_episodes; docs/data.md has examples for ALOHA, robomimic and zarr."
             )
 

@@ -13,7 +13,7 @@ from .loading import load
 from .streams import FrameStream, mix_streams
 
 
-# Mixture -> the names of its folders and their weights, each of which multiplies the number of frames.
+# Mixture -> folder of a dataset -> weight, which multiplies the dataset's number of frames.
 MIXTURES: dict[str, dict[str, float]] = {
     # The training data of openvla-7b.
     "oxe_magic_soup_plus_minus": {
@@ -63,8 +63,8 @@ def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed:
     of every dataset is equally likely.
 
     Args:
-        parts: Datasets with their weights. A stream whose metadata do not give its number of frames needs this number
-            as a third item.
+        parts: Datasets with their weights. A stream whose metadata does not give its number of frames needs this
+            number as a third item.
         seed: Seed of the draws.
 
     Returns:
@@ -99,8 +99,8 @@ def _count(number: int, stream: IterableDataset, weight: float, num_frames: int 
         name, num_frames = repr(stream.name), num_frames or stream.num_frames
     if not num_frames:
         raise ValueError(
-            f"The number of frames of {name} is not known, but its weight multiplies it. Save "
-            "dataset_statistics.json beside its files, or give num_frames to `mix` or `load_mixture`."
+            f"The number of frames of {name} is not known, so its weight can't be applied. Save "
+            "dataset_statistics.json beside its files, or pass num_frames to `mix` or `load_mixture`."
         )
     return num_frames
 
@@ -113,17 +113,17 @@ def load_mixture(
     num_frames: Mapping[str, int] | None = None,
     **options: Any,
 ) -> Frames:
-    """Load the datasets of a mixture from folders of their names, and mix them.
+    """Load the datasets of a mixture from the folders named after them, and mix them.
 
     Args:
         mixture: Name of one of `MIXTURES`, or weights by name.
-        folder: Folder or URL that holds the datasets' folders.
+        folder: Folder or URL that contains the datasets' folders.
         seed: Seed of the draws.
-        num_frames: With `streaming`, numbers of frames by name where the metadata do not give them; see `mix`.
+        num_frames: With `streaming`, the number of frames by name of each dataset whose metadata does not give it.
         options: Options of `load`.
 
     Raises:
-        ValueError: The mixture is unknown, or the number of frames of a stream is.
+        ValueError: The mixture or the number of frames of a stream is unknown.
     """
     if isinstance(mixture, str):
         check_name(mixture, MIXTURES, "mixture")

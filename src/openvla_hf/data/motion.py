@@ -1,4 +1,4 @@
-"""Arithmetic of actions: joined movements, movements between poses, and actions that move nothing.
+"""Arithmetic on actions: joined movements, movements between poses, and actions that move nothing.
 
 Letters in shapes: N actions of an episode, A dimensions of an action, S of a state.
 """
@@ -16,7 +16,7 @@ DELTAS = ("end_effector_delta", "joint_deltas")
 TARGETS = ("end_effector_pose", "joint_positions")
 # Spaces of joints, whose numbers all have one unit.
 JOINTS = ("joint_deltas", "joint_positions")
-# Numbers of a position, which the rotation follows in an end effector's action or state.
+# Size of a position, which the rotation follows in an end effector's action or state.
 POSE_DIMS = 3
 # Names of an end effector's standard dimensions, before the gripper.
 POSE_NAMES = {
@@ -33,13 +33,13 @@ GRIPPER_STILL = 0.01
 
 
 def find_held(action_dim: int, space: str | None, grippers: Sequence[int]) -> list[int]:
-    """List the dimensions that hold a state and not a movement: grippers, and all after an end effector's pose."""
+    """List the dimensions that are states, not movements: grippers, and all after an end effector's pose."""
     after_pose = range(2 * POSE_DIMS, action_dim) if space in ("end_effector_delta", "end_effector_pose") else ()
     return sorted({*grippers, *after_pose})
 
 
 def name_by_space(space: str | None, action_dim: int) -> list[str] | None:
-    """Name the dimensions of a standard action by its space, joints by number; `None` if the space is unknown."""
+    """Name the dimensions of a standard action by its space, or return `None` if the space does not name them."""
     if space in JOINTS:
         return [f"a{index}" for index in range(action_dim)]
     names = [*POSE_NAMES.get(space or "", ()), "gripper"][:action_dim]

@@ -22,7 +22,7 @@ from .table_cache import WRITE_ROWS, cache_folder, file_version, lock, make_key,
 
 
 def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_all: bool = False) -> Dataset:
-    """Compute a table's columns in the robot's standard form, and keep its images where they are.
+    """Convert a table's columns to the robot's standard form, and keep its images where they are.
 
     Args:
         data: Table with an Image column, or frames.
@@ -58,7 +58,7 @@ def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_a
             except ValueError as error:
                 yield BadEpisodeError(f"{place}: {error}")
             else:
-                # Numbers of rows stand for the images until the kept rows are known.
+                # Row numbers stand for the images until the kept rows are known.
                 yield RecordedEpisode(place, index, range(start, end), texts, numbers)  # type: ignore[arg-type]
 
     losses.total = len(starts)
@@ -77,7 +77,7 @@ def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_a
 
 
 def adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses) -> IterableDataset:
-    """Convert a stream row by row to the robot's standard form, for which a bad row counts as a bad episode.
+    """Convert a stream to the robot's standard form row by row. A bad row counts as a bad episode.
 
     Args:
         data: Stream with an Image column, or frames.
@@ -135,7 +135,7 @@ def _text_reader(name: str, feature: Any) -> Callable[[Any], str]:
         return lambda label: feature.int2str(int(label)) if label is not None and label >= 0 else ""
     if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "string_view"):
         raise ValueError(
-            f"The column {name!r} holds {feature} and not text. Give the robot the name of the instruction's column."
+            f"The column {name!r} contains {feature}, not text. Set the robot's `instruction` to a column of texts."
         )
     return lambda text: text or ""
 
@@ -144,13 +144,13 @@ def _require_unconverted(data: Frames, robot: Robot) -> None:
     """Raise `ValueError` if the data are frames, with standard actions, and the robot would convert them again."""
     if robot.converts and {*FEATURES} <= {*(data.column_names or ())}:
         raise ValueError(
-            f"These frames were loaded before, so {robot.name!r} would convert their actions a second time. Load the "
-            "original dataset instead, or leave the robot out."
+            f"These frames have standard actions, and {robot.name!r} would convert their actions a second time. Load "
+            "the original dataset instead, or leave the robot out."
         )
 
 
 def _row_check(images: Dataset) -> Callable[[int], None]:
-    """Return a check of the image of a row. All images are decoded now, and again only when their files change."""
+    """Return a function that checks a row's image. All images are decoded now, and again if their files change."""
     folder = cache_folder()
     versions = [file_version(*fsspec.core.url_to_fs(file)) for file in _image_files(images)]
     path = folder / f"damaged-{make_key(fingerprint(images), versions)}.json"
@@ -174,13 +174,13 @@ def _row_check(images: Dataset) -> Callable[[int], None]:
 
 
 def _image_files(images: Dataset) -> list[str]:
-    """List the files that hold the images of a table, without the images that the table itself holds."""
+    """List the files outside a table from which its images are read."""
     files: set[str] = set()
     for batch in images.with_format("arrow").iter(batch_size=WRITE_ROWS):
         (references,) = batch.columns
         is_outside = pc.is_null(pc.struct_field(references, "bytes"))
         paths = pc.struct_field(references, "path").filter(is_outside).drop_null()
-        # A fragment gives the place in the file.
+        # The fragment after "#" gives the place in the file.
         files.update(path.partition("#")[0] for path in paths.to_pylist())
     return sorted(files)
 

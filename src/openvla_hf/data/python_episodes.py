@@ -1,4 +1,4 @@
-"""Frames of episodes that Python code makes."""
+"""Frames from episodes that Python code provides."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -27,21 +27,21 @@ def from_episodes(
     streaming: bool = False,
     skip_bad_episodes: bool | float = False,
 ) -> Frames:
-    """Make frames of episodes that come from Python code.
+    """Make frames from episodes that Python code provides.
 
     Args:
-        episodes: An iterable of episodes, or a function that returns one each time that it is called. An episode is an
-            iterable of dicts with `image`, `instruction`, `action` and optionally `state`. An image is an array
-            uint8 (H, W, 3), a PIL image, the bytes of an image file, or a function without arguments that returns one
-            of these. A stream calls this function when the frame is read.
+        episodes: An iterable of episodes, or a function that returns one at each call. An episode is an iterable of
+            dicts with `image`, `instruction`, `action` and optionally `state`. An image is a uint8 array (H, W, 3), a
+            PIL image, the bytes of an image file, or a function without arguments that returns one of these. A stream
+            calls this function when the frame is read.
         robot: See `load`.
         name: Name for the statistics.
-        cache_key: Name of these episodes in the cache. If frames of this name are cached, every process and later run
-            uses them and does not read `episodes`. Change the key whenever the episodes change.
+        cache_key: Name under which the frames are cached. Other processes and later runs then use the cached frames
+            instead of reading `episodes`. Change the key whenever the episodes change.
         every: See `load`.
         drop_idle: See `load`.
-        streaming: Whether to make frames while they are read, which needs a function for `episodes`. By default all
-            frames are made now and stored on disk without loss.
+        streaming: Whether to make each frame when it is read, for which `episodes` must be a function. By default, all
+            frames are made now and stored losslessly on disk.
         skip_bad_episodes: See `load`.
 
     Raises:
@@ -54,7 +54,10 @@ def from_episodes(
     frames: Frames
     if streaming:
         if not callable(episodes):
-            raise TypeError("A stream restarts at every epoch. Pass a function that returns the episodes.")
+            raise TypeError(
+                "With streaming, `episodes` must be a function, since every epoch reads them again. Pass a "
+                "function that returns the episodes."
+            )
         arguments = {"make": episodes, "robot": adapter, "name": name, "losses": losses}
         rows = IterableDataset.from_generator(_generate, gen_kwargs=arguments)
         frames = FrameStream(rows, name, losses=losses, cache_key=None if key is None else functools.partial(str, key))

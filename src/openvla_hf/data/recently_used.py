@@ -1,4 +1,4 @@
-"""A small cache for what is slow to open, such as files."""
+"""A small cache of objects that are slow to open, such as files."""
 
 import os
 from collections import OrderedDict
@@ -12,11 +12,11 @@ Kept = TypeVar("Kept")
 class RecentlyUsed(Generic[Kept]):
     """Keep the most recently used objects, such as open files, for the next use.
 
-    Each process has its own objects: pickles carry none, and a forked process does not touch those of its parent,
-    because both share the positions in open files.
+    Each process has its own objects. Pickling leaves them out, and a forked process does not use its parent's, because
+    both processes share the positions in open files.
 
     Args:
-        most: Number of objects to keep. The least recently used one is dropped for the next.
+        most: Number of objects to keep. Beyond this number, the least recently used object is dropped.
     """
 
     def __init__(self, most: int):
@@ -25,9 +25,9 @@ class RecentlyUsed(Generic[Kept]):
         self._process = os.getpid()
 
     def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """Return the object of a key, made now unless it is kept."""
+        """Return the object of a key, and make it if it is not kept."""
         if self._process != os.getpid():
-            # Dropping the parent's objects could wait for threads of theirs that exist in the parent only.
+            # Keep the parent's objects alive: dropping them could wait for threads that exist only in the parent.
             self._inherited, self._kept, self._process = self._kept, OrderedDict(), os.getpid()
         if key not in self._kept:
             while len(self._kept) >= self.most:

@@ -1,4 +1,4 @@
-"""The robots that are known by name: a registry, and those that come with the package."""
+"""The registry of robots by name, and the robots that come with the package."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,24 +13,24 @@ from .motion import POSE_DIMS
 
 @dataclass(frozen=True)
 class ReachedPoseRobot(Robot):
-    """Robot whose action is the movement that it made, from its state to the next.
+    """Robot whose action is the movement that it made, from one state to the next.
 
-    The first frame, which is empty in Bridge, and the last, which no state follows, are left out.
+    The first frame is left out because it is empty in Bridge, and the last because no state follows it.
     """
 
     @property
     def converts(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     @property
     def needs_whole_episodes(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     @property
     def needs_state(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def convert(
@@ -44,7 +44,7 @@ class ReachedPoseRobot(Robot):
         # Convert before the last step is dropped, since its gripper value decides how earlier ones settle.
         kept, standard, _ = super().convert(action[1:], state[1:])
         pose = state[1:, : 2 * POSE_DIMS]
-        # As in the original, angles are plain differences, which `join` adds.
+        # As in the original, angles are subtracted as plain numbers, and `join` adds them.
         return kept[:-1] + 1, np.concatenate([np.diff(pose, axis=0), standard[:-1, 2 * POSE_DIMS :]], 1), state[1:-1]
 
     def join(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -98,22 +98,22 @@ def describe_robot(robot: Robot) -> dict[str, str]:
 
 
 def require_same_robot(name: str, description: dict[str, str]) -> None:
-    """Require that the adapter of a name is still as `describe_robot` described it.
+    """Require that the adapter of this name still matches a description from `describe_robot`.
 
     Raises:
         ValueError: No adapter has this name, or its adapter differs.
     """
     if name not in _REGISTRY:
         raise ValueError(
-            f"Training read the data with the robot {name!r}, which is not registered. Give the Python file that "
-            "registers it with `robots`."
+            f"Training read the data with the robot {name!r}, which is not registered. Pass the Python file that "
+            "registers it as `robots`."
         )
     now = describe_robot(_REGISTRY[name])
     changed = sorted(key for key in description.keys() | now.keys() if description.get(key) != now.get(key))
     if changed:
         raise ValueError(
-            f"Training read the data with another robot {name!r}, which differs in {', '.join(changed)}. Give the "
-            "Python file that registers the robot of the training with `robots`."
+            f"Training read the data with another robot {name!r}, which differs in {', '.join(changed)}. Pass the "
+            "Python file that registers the robot used in training as `robots`."
         )
 
 

@@ -25,7 +25,7 @@ def matrix_to_euler(matrix: np.ndarray) -> np.ndarray:
 
 
 def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
-    """Convert axis times angle in radians (..., 3) to matrices (..., 3, 3)."""
+    """Convert axes times angles in radians (..., 3) to matrices (..., 3, 3)."""
     half = np.linalg.norm(vector, axis=-1, keepdims=True) / 2
     # sin(a / 2) / a, which is 1/2 at 0.
     return quaternion_to_matrix(np.concatenate([vector * np.sinc(half / np.pi) / 2, np.cos(half)], -1))
@@ -43,14 +43,14 @@ def quaternion_to_matrix(quaternion: np.ndarray) -> np.ndarray:
 
 
 def six_numbers_to_matrix(numbers: np.ndarray) -> np.ndarray:
-    """Convert the first two columns of matrices (..., 6), made orthonormal, to matrices (..., 3, 3)."""
+    """Convert the first two columns of rotation matrices (..., 6), made orthonormal, to matrices (..., 3, 3)."""
     first = numbers[..., :3] / np.linalg.norm(numbers[..., :3], axis=-1, keepdims=True)
     second = numbers[..., 3:] - (first * numbers[..., 3:]).sum(-1, keepdims=True) * first
     second /= np.linalg.norm(second, axis=-1, keepdims=True)
     return np.stack([first, second, np.cross(first, second)], -1)
 
 
-# Encoding -> how many numbers it has, and its conversion to matrices.
+# Encoding -> its number of values, and its conversion to matrices.
 ROTATIONS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "euler": (3, euler_to_matrix),
     "axis_angle": (3, axis_angle_to_matrix),

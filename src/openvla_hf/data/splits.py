@@ -1,4 +1,4 @@
-"""Which frames train and which evaluate: held-out episodes, and samples spread over a dataset."""
+"""Splits of frames into training and held-out episodes, and samples spread over a dataset."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
         Training frames, and evaluation frames or `None`.
 
     Raises:
-        ValueError: The data are a stream, or have a single episode.
+        ValueError: `data` is a stream or has only one episode.
     """
     if eval_share <= 0:
         return data, None
@@ -52,7 +52,7 @@ def split_parts(
         Training frames, evaluation frames or `None`, and the record of what is held out (see `describe_split`).
 
     Raises:
-        ValueError: Two datasets have one name and would share statistics, or a dataset can't be split.
+        ValueError: Two datasets have the same name and would share statistics, or a dataset can't be split.
     """
     names = [dataset_name(part) for part in parts]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -84,7 +84,7 @@ def describe_split(data: Dataset, held_out: Dataset) -> dict[str, dict[str, Any]
         held_out: The frames that `read_split` kept for evaluation.
 
     Returns:
-        By dataset, `episodes`, the numbers of the held-out ones, and `frames`, the number of all frames.
+        By dataset, `episodes` (the numbers of the held-out episodes) and `frames` (the number of all frames).
     """
     names, numbers = _column(held_out, "dataset"), _column(held_out, "episode_index")
     all_names = _column(data, "dataset")
@@ -113,7 +113,7 @@ def held_out_frames(data: Dataset, split: dict[str, dict[str, Any]]) -> Dataset:
     expected = split[name]["frames"]
     if len(data) != expected:
         raise ValueError(
-            f"{name} has {len(data)} frames, but had {expected} in training. Load it as for training, with the same "
+            f"{name} has {len(data)} frames, but had {expected} in training. Load it as in training, with the same "
             "robot, camera, every and drop_idle."
         )
     return data.select(np.flatnonzero(np.isin(_column(data, "episode_index"), split[name]["episodes"])))

@@ -28,7 +28,7 @@ STATISTICS_VERSION = 1
 
 
 def summarize(values: np.ndarray) -> dict[str, list[float]]:
-    """Compute mean, standard deviation, range and the quantiles 0.01 and 0.99 of values (N, D), each (D,)."""
+    """Compute the mean, standard deviation, range and quantiles 0.01 and 0.99 of values (N, D), each (D,)."""
     quantiles = np.quantile(values, (LOW, HIGH), axis=0)
     rows = {
         "mean": values.mean(0),
@@ -47,7 +47,7 @@ def compute_statistics(frames: Frames) -> dict[str, Any]:
     The statistics of a table are cached, and so are those of a LeRobot or RLDS stream from `load` until its files
     change. Those of a stream from `from_episodes` are cached if it has a `cache_key`. Any other stream, such as one of
     parquet files or of a dataset that is already loaded, is read again at each call. Images are not decoded, except in
-    streams that operations of `datasets`, such as `map`, made from others.
+    streams that result from operations of `datasets` such as `map`.
 
     Args:
         frames: Frames from `load`, `from_episodes` or `mix`. Each stream of a mixture is read once.
@@ -80,7 +80,7 @@ def _compute_or_reuse(frames: Frames) -> dict[str, Any]:
 
 
 def _content_key(frames: Frames) -> Any:
-    """Return what identifies the content of the frames, or `None` if it is unknown."""
+    """Return a key that identifies the content of the frames, or `None` if there is none."""
     if isinstance(frames, Dataset):
         return fingerprint(frames)
     if not isinstance(frames, FrameStream):
@@ -103,12 +103,15 @@ def _compute(pieces: Iterable[tuple[str, pa.Table]]) -> dict[str, Any]:
         if len(known := batch["state"].drop_null()):
             states.setdefault(name, []).append(matrix(known, f"{name}: state"))
     if not actions:
-        raise ValueError("There are no frames to compute statistics of.")
+        raise ValueError("There are no frames to compute statistics from.")
     statistics = {}
     for name, parts in actions.items():
         sizes = sorted({part.shape[1] for part in parts})
         if len(sizes) > 1:
-            raise ValueError(f"{name!r} has actions of {' and '.join(map(str, sizes))} dimensions.")
+            raise ValueError(
+                f"{name!r} has actions of {' and '.join(map(str, sizes))} dimensions. Give each robot its own dataset "
+                "name."
+            )
         statistics[name] = {
             "action": summarize(np.concatenate(parts)) | {"mask": masks[name]},
             **({"proprio": summarize(np.concatenate(states[name]))} if name in states else {}),
@@ -148,18 +151,18 @@ def load_statistics(path: str | os.PathLike) -> dict[str, Any]:
     """Read a file of statistics, or `dataset_statistics.json` in a folder.
 
     Raises:
-        ValueError: The file does not hold action statistics by the names of their datasets.
+        ValueError: The file does not contain action statistics by dataset name.
     """
     path = Path(path) / STATISTICS_FILE if Path(path).is_dir() else Path(path)
     try:
         statistics = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a file of statistics: {error}.") from error
+        raise ValueError(f"{path} is not valid JSON: {error}. Give a {STATISTICS_FILE}.") from error
     known = isinstance(statistics, dict) and all(
         isinstance(of_one, dict) and "action" in of_one for of_one in statistics.values()
     )
     if not known or not statistics:
-        raise ValueError(f"{path} does not hold action statistics by the names of their datasets.")
+        raise ValueError(f"{path} does not contain action statistics by dataset name. Give a {STATISTICS_FILE}.")
     return statistics
 
 

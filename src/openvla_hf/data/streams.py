@@ -14,11 +14,11 @@ from .frames import DECODED, FrameDecoder
 from .images import ImageReader
 
 
-# Consecutive rows for one of several readers of a shard: videos are decoded fastest in order.
+# Number of consecutive rows for each of several readers of a shard, since videos are decoded fastest in order.
 RUN = 16
-# Rows to take from `datasets` at once.
+# Number of rows to read from `datasets` at once.
 DECODED_ROWS = 16
-# Draws among the parts to make at once.
+# Number of random choices among the parts to make at once.
 CHOICES = 1024
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ class FrameStream(IterableDataset):
     Args:
         rows: Rows whose images are references, as in `frames.FEATURES`.
         name: Name of the dataset.
-        num_frames: Number of frames in one pass, or `None` where the metadata do not say.
+        num_frames: Number of frames in one pass, or `None` if it is unknown.
         losses: Says whether damaged images are skipped, and records them.
         cache_key: Returns a name of the stream's content, under which its statistics are cached.
         shuffle_buffer: Number of rows to hold and draw from; 0 keeps the order.
@@ -42,7 +42,7 @@ class FrameStream(IterableDataset):
         images: Reads the images.
 
     Attributes:
-        parts: The streams of a mixture with their shares of the draws; its rows are endless. Otherwise empty.
+        parts: For a mixture, whose rows are endless, its streams with their shares of the draws; empty otherwise.
     """
 
     parts: Parts = ()
@@ -104,7 +104,7 @@ def _is_frame(row: Row) -> bool:
 
 
 def mix_streams(parts: Parts, seed: int = 0) -> FrameStream:
-    """Make an endless stream that draws from each part by its share. Its shards are readers of all parts."""
+    """Make an endless stream that draws from each part by its share. Each of its shards reads all parts."""
     readers = min(part.num_shards for part, _ in parts)
     arguments = {"readers": list(range(readers)), "of": readers, "parts": tuple(parts), "seed": seed}
     rows = IterableDataset.from_generator(_read_mixture, gen_kwargs=arguments)
@@ -143,12 +143,12 @@ def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0) -> Iter
 
 
 def read_endlessly(rows: IterableDataset, reader: int, readers: int) -> Iterator[Row]:
-    """Read a stream over and over, as one of several readers that share it evenly.
+    """Read a stream endlessly, as one of several readers that share it evenly.
 
     The shards are dealt into as many groups as there are readers. Every reader goes through all groups and starts with
-    a different one. So one round of all readers is a pass over the data, and after as many rounds as there are
-    readers, each has drawn every frame once, even if shards differ in size. A shuffled stream has a new order in each
-    round.
+    a different one. One round of all readers is therefore one pass over the data. After as many rounds as there are
+    readers, each reader has drawn every frame once, even if shards differ in size. A shuffled stream has a new order
+    in each round.
 
     Yields:
         Rows, each with the number of its round as `epoch`.
@@ -191,8 +191,8 @@ def _read(rows: IterableDataset, epoch: int) -> Iterator[Row]:
 class TrainingStream(torch.utils.data.IterableDataset):
     """The frames that one rank of a training run draws endlessly from a stream, for a `DataLoader`.
 
-    Each worker decodes only the frames that it yields. All workers of all ranks draw every frame equally often.
-    Each frame has the number of the pass over its data as `epoch`.
+    Each worker decodes only the frames that it yields. Together, the workers of all ranks draw every frame equally
+    often. Each frame contains the number of the pass over its data as `epoch`.
 
     Args:
         stream: Frames.
@@ -220,7 +220,8 @@ class TrainingStream(torch.utils.data.IterableDataset):
         for row in rows:
             waiting += 1
             if _is_frame(frame := _decode(row, self.losses, self.decoder)):
-                # Repeat the frame in place of damaged ones before it: a resumed run counts one frame for each row.
+                # Repeat the frame in place of the damaged ones before it, since a resumed run counts one frame per
+                # row.
                 yield from [frame] * waiting
                 waiting = 0
 
@@ -228,8 +229,8 @@ class TrainingStream(torch.utils.data.IterableDataset):
 class EvaluationStream(torch.utils.data.IterableDataset):
     """The frames of one pass over a stream that one rank evaluates, for a `DataLoader`.
 
-    Each worker decodes only the frames that it yields. All workers of all ranks yield equally many frames, because the
-    ranks wait for each other after each batch. Workers with fewer frames repeat the first undamaged one.
+    Each worker decodes only the frames that it yields. All workers of all ranks yield the same number of frames,
+    because the ranks wait for each other after each batch. Workers with fewer frames repeat the first undamaged one.
 
     Args:
         stream: Frames. Each stream of a mixture is read once.

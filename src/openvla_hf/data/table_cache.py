@@ -22,7 +22,7 @@ from .episodes import Losses
 from .frames import FEATURES, FrameDecoder
 
 
-# Part of every key: increase it when the content of tables changes, so that old ones are not read.
+# Part of every key: increase it when the content of tables changes, so that old tables are not read.
 TABLE_VERSION = 3
 # Rows to write at once: large pieces are read faster.
 WRITE_ROWS = 1024
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return the folder of tables and their statistics, and create it."""
+    """Return the cache folder of tables and statistics, and create it if it is missing."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "openvla_hf"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -53,7 +53,7 @@ def make_key(*parts: Any) -> str:
 
 
 def file_version(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Any, ...]:
-    """Return what identifies the version of a file: its size, and its time or hash, whichever the file system has."""
+    """Return the path of a file with its size and its time or hash, which together identify the file's version."""
     try:
         info = fs.info(path)
     except FileNotFoundError:  # reading it reports the error
@@ -74,9 +74,9 @@ def cached_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, k
 
     Args:
         columns: Columns of the rows of each episode. On a cache hit they are not read.
-        losses: Receives what the table lacks.
+        losses: Receives the counts of what the table leaves out.
         name: Name of the dataset, for the file.
-        key: From `make_key`. Without a key, the table is always written and named by a hash of its content.
+        key: From `make_key`. Without a key, the table is always written and named after a hash of its content.
     """
     folder = cache_folder()
     if key is None:
@@ -89,9 +89,7 @@ def cached_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, k
         for field, value in json.loads(path.with_suffix(".json").read_text()).items():
             setattr(losses, field, value)
     if losses.skipped:
-        logger.warning(
-            "Bad episodes of %s that are skipped: %d. The first: %s", name, losses.skipped, losses.bad_episodes[0]
-        )
+        logger.warning("Skipped bad episodes of %s: %d. The first: %s", name, losses.skipped, losses.bad_episodes[0])
     return Dataset.from_file(str(path)).with_transform(FrameDecoder())
 
 

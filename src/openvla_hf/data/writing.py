@@ -1,4 +1,4 @@
-"""Write episodes as LeRobot 3.0 or RLDS, frame by frame, so that memory does not grow with their number."""
+"""Write episodes as LeRobot 3.0 or RLDS, one at a time, so that their images are never all in memory."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from .statistics import summarize
 
 
 VIDEO_KEY = "observation.images.front"
-# As in LeRobot, so that every frame is at most one away from a key frame.
+# As in LeRobot: every frame is at most one frame away from a key frame.
 KEY_FRAME_DISTANCE = 2
-# Codec -> encoder and its quality.
+# Codec -> encoder and its quality setting (CRF).
 CODECS = {"h264": ("libx264", "23"), "av1": ("libsvtav1", "30")}
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -41,16 +41,17 @@ def write_lerobot(
     """Write episodes as a LeRobot 3.0 folder with one data file and one video.
 
     Args:
-        episodes: Each an iterable of frames with `image` (H, W, 3) uint8, `instruction`, `action`, and maybe `state`.
+        episodes: Episodes, each an iterable of frames with `image` (H, W, 3) uint8, `instruction`, `action` and
+            optionally `state`.
         path: New folder.
         frequency: Frames per second.
         codec: "h264" or "av1".
-        action_names: Names of the action's numbers, such as "dx" or "left_elbow".
-        state_names: Names of the state's numbers.
+        action_names: Names of the action's dimensions, such as "dx" or "left_elbow".
+        state_names: Names of the state's dimensions.
 
     Raises:
-        FileExistsError: The folder holds files.
-        ValueError: There are no frames, or the number of names differs from the number of numbers.
+        FileExistsError: The folder is not empty.
+        ValueError: There are no frames, or the number of names differs from the number of dimensions.
     """
     with new_folder(Path(path)) as root:
         _write_lerobot(episodes, root, frequency, codec, {"action": action_names, "state": state_names})
@@ -93,7 +94,7 @@ def _write_lerobot(
             raise ValueError("There are no frames to write.")
     writer.close()
     pq.write_table(pa.Table.from_pylist(records), records_file)
-    # LeRobot looks for the instructions in the index.
+    # LeRobot reads the instructions from the table's index.
     pd.DataFrame({"task_index": list(tasks.values())}, index=list(tasks)).to_parquet(root / "meta/tasks.parquet")
     stats = {name: summarize(np.concatenate(rows)) | {"count": [total]} for name, rows in numbers.items()}
     (root / "meta/stats.json").write_text(json.dumps(stats, indent=2))
@@ -104,7 +105,7 @@ def _write_lerobot(
 
 
 class _VideoWriter:
-    """Encodes images (H, W, 3) uint8 as a video, whose size is that of the first image."""
+    """Encode images (H, W, 3) uint8 as a video of the first image's size."""
 
     def __init__(self, path: Path, frequency: float, codec: str):
         self.av = import_extra("av", "data")
@@ -140,7 +141,7 @@ def _check_names(frame: Mapping[str, Any], names: Mapping[str, Sequence[str] | N
     for key, given in names.items():
         size = np.size(frame[key]) if frame.get(key) is not None else 0
         if given is not None and len(given) != size:
-            raise ValueError(f"The {key} has {size} numbers, but {len(given)} names. Give a name for each number.")
+            raise ValueError(f"The {key} has {size} dimensions but {len(given)} names. Give one name for each.")
 
 
 def _lerobot_row(
@@ -196,7 +197,8 @@ def _lerobot_info(counts: dict[str, int], frequency: float, features: dict[str, 
 def _lerobot_features(
     size: tuple[int, ...], widths: Mapping[str, int], names: Mapping[str, Sequence[str] | None]
 ) -> dict[str, Any]:
-    """Describe the features: images of a size, numbers of these widths with their names, and indices."""
+    """Describe the features: images of this size, columns of these widths with the names of their dimensions, and
+    indices."""
     named = {column: list(names[column.removeprefix("observation.")] or ()) or None for column in widths}
     return {
         VIDEO_KEY: _lerobot_feature("video", size, ["height", "width", "channel"]),
@@ -224,11 +226,11 @@ def write_rlds(
         episodes: See `write_lerobot`.
         path: New folder.
         episodes_per_file: Number of episodes in a TFRecord file.
-        quality: Quality of the JPEGs, up to 100.
-        version: Name of the inner folder.
+        quality: JPEG quality, up to 100.
+                version: Name of the inner folder.
 
     Raises:
-        FileExistsError: The folder holds files.
+        FileExistsError: The folder is not empty.
         ValueError: There are no frames.
     """
     with new_folder(Path(path) / version) as root:
@@ -269,7 +271,7 @@ def _write_rlds(episodes: Episodes, root: Path, name: str, episodes_per_file: in
 
 
 def _rlds_example(frames: Sequence[Mapping[str, Any]], quality: int) -> tuple[bytes, dict[str, tuple[int, ...]]]:
-    """Encode an episode, and return the shapes of its images and numbers too."""
+    """Encode an episode, and return it with the shapes of its images and numbers."""
     simplejpeg = import_extra("simplejpeg", "data")
     images = [np.ascontiguousarray(frame["image"]) for frame in frames]
     columns = {"steps/action": np.stack([np.asarray(frame["action"], np.float32) for frame in frames])}
@@ -292,7 +294,7 @@ def _rlds_example(frames: Sequence[Mapping[str, Any]], quality: int) -> tuple[by
 
 
 def _rlds_features(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Make the `features.json` of steps whose images and numbers have these shapes."""
+    """Build the content of `features.json` for steps whose images and numbers have these shapes."""
     package = "tensorflow_datasets.core.features"
 
     def tensor(dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:

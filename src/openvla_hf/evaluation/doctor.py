@@ -40,7 +40,7 @@ RATE_TOLERANCE = 0.05
 
 @dataclass
 class Report:
-    """What `examine` has found. Rates are shares in [0, 1]; lists of numbers have one entry per action dimension.
+    """Findings of `examine`. Rates are shares in [0, 1]; lists of numbers have one entry per action dimension.
 
     Attributes:
         name: Name of the dataset.
@@ -125,14 +125,14 @@ def examine(
         every: See `load`.
         drop_idle: See `load`.
         stats: Action statistics that will normalise the actions, such as a model's; the dataset's own by default.
-        max_images: Number of images that are compared with the next one.
+        max_images: Largest number of images to compare with the next one.
         progress: Called with the number of compared images and their total.
 
     Returns:
         The report, and the frames.
 
     Raises:
-        ValueError: If the data has no usable frame, or its actions have another number of dimensions than `stats`.
+        ValueError: If the data has no usable frame, or its actions do not have as many dimensions as `stats`.
     """
     losses = Losses(limit=1.0)
     source = open_source(data, split, streaming=False)
@@ -146,7 +146,7 @@ def examine(
     if stats is not None and len(stats["q01"]) != numbers.dims:
         raise ValueError(
             f"The actions of {name} have {numbers.dims} dimensions, but the model's statistics have "
-            f"{len(stats['q01'])}. Give data of the model's robot."
+            f"{len(stats['q01'])}. Give data from the model's robot."
         )
     own = compute_statistics(frames)[name]["action"]
     recorded_rate = names = None
@@ -181,7 +181,7 @@ class _Numbers:
         actions: (N, A).
         states: (N, S), or `None` if a frame has none.
         episode_of: Episode of each frame, (N,).
-        instructions: Of each frame.
+        instructions: Instruction of each frame.
     """
 
     actions: np.ndarray
@@ -265,7 +265,7 @@ def _judge_motion(numbers: _Numbers, robot: Robot, names: list[str] | None) -> d
 def _follow_state(actions: np.ndarray, states: np.ndarray, robot: Robot) -> np.ndarray:
     """Find the dimensions, except grippers, whose action is nearer to the state than the state is to its own mean.
 
-    If an action that was a movement already was made relative to the state, it follows the state's reverse.
+    If the state was subtracted from an action that was already a movement, the result follows the negative state.
     """
     shared = min(actions.shape[1], states.shape[1])
     actions, states = actions[:, :shared], states[:, :shared]
@@ -384,8 +384,8 @@ def _warn_of_gripper(report: Report, robot: Robot, numbers: _Numbers) -> Iterato
             yield f"The gripper is always {'open' if report.gripper_open else 'closed'}."
     elif robot.gripper is None and numbers.dims == len("xyzrpyg") and robot.standard_space not in JOINTS:
         yield (
-            "It is unknown what the gripper's values mean. If the robot has a gripper, give an adapter that declares "
-            "it."
+            "The meaning of the gripper's values is unknown. If the robot has a gripper, give an adapter that "
+            "declares it."
         )
 
 

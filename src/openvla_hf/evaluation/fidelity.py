@@ -1,8 +1,8 @@
-"""Measure what quantising changes: each format's actions, memory and time beside those of 16 bits.
+"""Measure what quantising changes: each format's actions, memory and time, compared with 16 bits.
 
     results = compare("outputs/kitchen", ["4bit", "8bit"], frames)
 
-A frame is a dict with `image` and `instruction`, as `openvla_hf.data` gives them.
+A frame is a dict with `image` and `instruction`, as `openvla_hf.data` returns it.
 """
 
 import gc
@@ -27,7 +27,7 @@ from ..modeling.quantized_loading import refuse_second
 from .latency import peak_memory
 
 
-# The tabletop's frames change little from one to the next: one of this many is taken.
+# Take one in this many of the tabletop's frames, since consecutive frames differ little.
 FRAMES_APART = 5
 
 Observation = Mapping[str, Any]
@@ -35,7 +35,7 @@ Observation = Mapping[str, Any]
 
 @dataclass
 class Fidelity:
-    """One format beside 16 bits, over the same observations.
+    """One format compared with 16 bits, over the same observations.
 
     Attributes:
         format: Name of the format. The others are compared with the first: "16-bit", or the baseline if one is given.
@@ -46,10 +46,10 @@ class Fidelity:
         l1: Mean absolute difference of each action dimension, in the robot's units.
         gripper_flips: Share of the observations on which a gripper opens instead of closing, or the reverse.
         success: Share of the tabletop episodes solved; `None` without episodes.
-        lost: Number of episodes solved in 16 bits and not in this format.
-        won: Number of episodes solved in this format and not in 16 bits.
+        lost: Number of episodes solved in 16 bits but not in this format.
+        won: Number of episodes solved in this format but not in 16 bits.
         weight_bytes: Bytes of the weights and scales.
-        peak_bytes: Bytes of the weights plus the most that a prediction holds beside them; `None` where they cannot be
+        peak_bytes: Bytes of the weights plus the most that a prediction needs besides; `None` if these cannot be
             counted.
         latency: Median seconds of `predict_action` for one observation.
     """
@@ -115,9 +115,9 @@ def compare(
         observations: Frames with `image` and `instruction`.
         towers: Whether to quantise the vision towers and the projector too; both values give a row each.
         unnorm_key: Name of the action statistics, if the policy has several.
-        device: Such as "cuda"; by default the first GPU, or the CPU if there is none.
-        dtype: Of the arithmetic and of the weights that are not quantised; with float32, formats are compared with 32
-            bits.
+        device: Device, such as "cuda"; by default the first GPU, or the CPU if there is none.
+        dtype: Type of the arithmetic and of the weights that are not quantised. With float32, formats are compared
+            with 32 bits.
         episodes: Number of tabletop episodes to measure success on.
         baseline: Format to compare the others with instead of 16 bits, for a GPU that cannot hold those.
         on_progress: Called with the label of the format after each observation and each episode.
@@ -132,7 +132,7 @@ def compare(
     """
     frames = list(observations)
     if not frames:
-        raise ValueError("There is nothing to compare on: give at least one observation.")
+        raise ValueError("There are no observations to compare on: give at least one.")
     refuse_second(checkpoint, getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Make every config before the first model is loaded, so that a format that cannot run fails at once.
@@ -159,7 +159,7 @@ def compare(
 
 @dataclass
 class _Measurement:
-    """What one format gives on N observations with A action dimensions, and on the episodes.
+    """Results of one format on N observations with A action dimensions, and on the episodes.
 
     Attributes:
         token_ids: (N, A).
@@ -168,7 +168,7 @@ class _Measurement:
         solved: Seed of each episode -> whether it is solved.
         latency: Median seconds of a prediction.
         weight_bytes: Bytes of the weights and scales.
-        activation_bytes: Bytes that a prediction holds beside them; `None` where they cannot be counted.
+        activation_bytes: Bytes that a prediction needs besides; `None` if they cannot be counted.
     """
 
     token_ids: np.ndarray
@@ -288,7 +288,7 @@ def plot(results: Sequence[Fidelity], path: str | Path, names: Sequence[str]) ->
     """Draw agreement and success against memory, and the difference of each action dimension, into an image file.
 
     Args:
-        results: What `compare` returns.
+        results: Results of `compare`.
         path: Image file, such as `fidelity.png`.
         names: Names of the action dimensions.
 

@@ -1,4 +1,4 @@
-"""Measure how long an action takes, its parts, and how far they are from the limits of the device.
+"""Measure how long an action and its parts take, and how far they are from the limits of the device.
 
 Shapes: B batch, P image patches, T tokens of the prompt (placeholders included), A action dimensions.
 """
@@ -66,7 +66,7 @@ def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Measure the most bytes that a call holds beyond those held before; `None` where they cannot be counted."""
+    """Measure the most bytes that a call needs beyond those in use before; `None` if they cannot be counted."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -111,7 +111,8 @@ class Work:
 def floor(
     model: OpenVLAForActionPrediction, batch: int, prompt: int, steps: int, bandwidth: float, matmul: float
 ) -> dict[str, float]:
-    """Return the least seconds of an action's parts (vision, prefill, decode), in total and with an accepted draft."""
+    """Return the shortest possible seconds of an action's parts, of all parts, and of an action with accepted
+    draft."""
     base = model.model
     vision = [*base.vision_backbone.parameters(), *base.projector.parameters()]
     embedding = base.get_input_embeddings().weight
@@ -146,7 +147,7 @@ class BatchLatency:
             relative to plain `generate`.
         forward_passes: `{variant: passes of the language model}`.
         same_tokens: Whether every variant gives the tokens of `generate` restricted to the action ids.
-        peak_bytes: Bytes that one `predict_action` holds beyond the weights; `None` where they cannot be counted.
+        peak_bytes: Bytes that one `predict_action` needs beyond the weights; `None` if they cannot be counted.
     """
 
     batch_size: int
@@ -166,13 +167,13 @@ class Latency:
     Attributes:
         device: Name of the device.
         threads: CPU threads that PyTorch uses.
-        dtype: Of the weights.
-        versions: Of torch and transformers.
+        dtype: Type of the weights.
+        versions: Versions of torch and transformers.
         parameters: Number of weights.
         weight_bytes: Bytes of all weights.
         bandwidth: Bytes per second that the device reads, measured.
         matmul: Floating-point operations per second, measured.
-        repeats: Counted calls of each variant.
+        repeats: Number of counted calls of each variant.
         batches: Figures for each batch size.
     """
 
@@ -208,7 +209,7 @@ def measure_latency(
     instruction: str = INSTRUCTION,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Latency:
-    """Time `predict_action` with and without a draft, beside `generate`; the variants take turns.
+    """Time `predict_action` with and without a draft, and `generate`; the variants take turns.
 
     Args:
         model: A policy on the device to measure.
@@ -302,7 +303,7 @@ class _Calls:
         )
 
     def compile(self) -> Callable[..., Any]:
-        """Compile the passes, and return `predict` with them, which gives `None` where the model falls back."""
+        """Compile the passes, and return `predict` with them, which returns `None` if the model falls back."""
         model = self.model
         plain = model.action_pass, model.action_caches
         model.compile_for_actions()

@@ -1,4 +1,4 @@
-"""Measure how near a policy comes to recorded actions. It predicts them from recorded images and never acts."""
+"""Measure how close a policy's actions are to recorded ones. It predicts from recorded images and never acts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -92,7 +92,7 @@ def evaluate_open_loop(
     Args:
         model: A policy.
         processor: Its processor.
-        frames: Frames of one dataset, as `openvla_hf.data.load` gives them.
+        frames: Frames of one dataset, as `openvla_hf.data.load` returns them.
         unnorm_key: Name of the action statistics; by default the dataset's name, if the model has statistics for it.
         max_episodes: Largest number of episodes to evaluate on, drawn by `seed`; all by default.
         max_frames: Largest number of frames to evaluate on, spread over the episodes; all by default.
@@ -101,7 +101,7 @@ def evaluate_open_loop(
         progress: Called with the number of evaluated frames and their total.
 
     Raises:
-        ValueError: If there are no frames, or their actions have another number of dimensions than the policy's.
+        ValueError: If there are no frames, or their actions do not have as many dimensions as the policy's.
     """
     if not len(frames):
         raise ValueError("There are no frames to evaluate on.")
@@ -117,7 +117,7 @@ def evaluate_open_loop(
     if len(first["action"]) != dims:
         raise ValueError(
             f"{dataset} has actions of {len(first['action'])} dimensions, but the policy's have {dims}. Give data "
-            "of the policy's robot, or the adapter that reads them as in training."
+            "from the policy's robot, or the adapter that reads them as in training."
         )
     grippers = np.flatnonzero(~np.asarray(first["action_mask"], dtype=bool))
     compared = []

@@ -85,8 +85,8 @@ def random_model(
 
     Args:
         size: Key of `RANDOM_SIZES`.
-        dtype: Of the weights.
-        device: Where the weights are.
+        dtype: Type of the weights.
+        device: Device of the weights.
         text_config: Fields of the language model's config to override, such as `{"num_hidden_layers": 2}`.
 
     Raises:

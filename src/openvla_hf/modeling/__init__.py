@@ -1,4 +1,4 @@
-"""The fused-encoder VLA."""
+"""The OpenVLA model: configuration, checkpoints and action prediction."""
 
-# Registers the classes: a config or model imported from its own file is then known to the Auto classes too.
+# Register the classes, so that the Auto classes also know a config or model imported from its own file.
 from .. import auto as auto

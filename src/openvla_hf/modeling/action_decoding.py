@@ -21,7 +21,7 @@ from .model_inputs import INTEGERS, as_tensor
 ActionPass = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """`action_pass` or `CompiledActionPass`."""
 MASKED_ATTENTION = ("eager", "sdpa")
-"""Attention implementations that take a mask (B, 1, queries, keys) to add."""
+"""Attention implementations that take an additive mask (B, 1, queries, keys)."""
 PROMPT_BUCKET = 32
 """Lengths of caches and of compiled prompts are multiples of this, so that a few sizes serve every instruction."""
 MAX_COMPILED_SHAPES = 128
@@ -33,7 +33,7 @@ class ActionTokens:
 
     token_ids: (B, A) int64; -1 where the logits that the id was chosen from are not finite.
     action_logits: (B, A, N) logits of the action ids, lowest action value first (the highest id).
-    forward_passes: How often the language model ran.
+    forward_passes: Number of passes of the language model.
     """
 
     token_ids: torch.Tensor
@@ -48,7 +48,7 @@ class ActionIdsOnly(LogitsProcessor):
         self.first_id, self.end_id = first_id, end_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores -> the same, with -inf everywhere else."""
+        """Set the scores (B, V) of all other ids to -inf."""
         allowed = torch.full_like(scores, float("-inf"))
         allowed[:, self.first_id : self.end_id] = scores[:, self.first_id : self.end_id]
         return allowed
@@ -64,7 +64,7 @@ def decode_actions(
     draft_token_ids: torch.Tensor | np.ndarray | Sequence | None = None,
     **generate_kwargs: Any,
 ) -> ActionTokens:
-    """Decode the ids of one action a row after left-padded prompts (B, T) with their placeholders in place.
+    """Decode the ids of one action per row after left-padded prompts (B, T) with their placeholders in place.
 
     Greedy decoding runs here, in `max(dims)` passes of the language model, or fewer with a draft. Other decoding goes
     through `generate`, and so do language models whose attention does not take an additive mask.
@@ -80,7 +80,7 @@ def decode_actions(
 
 
 def _takes_additive_masks(model: PreTrainedModel, length: int) -> bool:
-    """Whether every layer attends to all of `length` tokens before it, under a mask that is added."""
+    """Return whether every layer attends to all of `length` tokens, under an additive mask."""
     # transformers has a public setter for the attention implementation, but no public getter.
     if model.config.text_config._attn_implementation not in MASKED_ATTENTION:
         return False
@@ -90,8 +90,9 @@ def _takes_additive_masks(model: PreTrainedModel, length: int) -> bool:
 
 
 def attention_reach(text_config: PreTrainedConfig) -> int:
-    """Most tokens that every layer of a language model attends to; 0 where a layer does not keep keys and values."""
-    layers = StaticCache(text_config, sys.maxsize).layers  # takes memory in the first pass only
+    """Return the most tokens that every layer of a language model attends to; 0 if a layer keeps no keys and
+    values."""
+    layers = StaticCache(text_config, sys.maxsize).layers  # allocates memory only in the first pass
     plain = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
     return min(layer.max_cache_len for layer in layers) if plain else 0
 
@@ -106,9 +107,9 @@ def _decode_by_generate(
     do_sample: bool = False,
     **generate_kwargs: Any,
 ) -> ActionTokens:
-    """Decode by `generate`: sampling, beams, and attention implementations that do not take an additive mask."""
-    if "position_ids" in generate_kwargs:  # they would be those of the prompt as it was given
-        raise ValueError("`predict_action` makes the `position_ids` from `attention_mask`: leave them out.")
+    """Decode with `generate`: sampling, beams, and attention implementations that take no additive mask."""
+    if "position_ids" in generate_kwargs:  # they would not fit the prompt with its placeholders and padding
+        raise ValueError("`predict_action` computes `position_ids` from `attention_mask`: leave them out.")
     first_id, end_id = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
     only = LogitsProcessorList([ActionIdsOnly(first_id, end_id)] if constrained else [])
     try:
@@ -176,13 +177,13 @@ def action_pass(
         pixel_values: Images of the placeholders; `None` in all passes but the first.
         mask: (B, 1, T, slots of the cache), added to the attention's scores.
         position_ids: (B, T).
-        cache: Its slots before the first one written hold what this pass attends to.
+        cache: Cache whose slots before `slot` contain the tokens that this pass attends to.
         slot: () int64, the first slot that is written.
         keep: Number of positions to predict at, counted from the last.
         constrained: Choose among the action ids only.
 
     Returns:
-        Greedy ids (B, keep), their logits (B, keep), NaN where any logit is, and the logits (B, keep, N) of the
+        Greedy ids (B, keep), their logits (B, keep; NaN where any logit is NaN), and the logits (B, keep, N) of the
         action ids, highest id first.
     """
     if pixel_values is not None:
@@ -218,12 +219,12 @@ class CompiledActionPass:
     `action_pass`.
 
     Args:
-        mode: That of `torch.compile`.
+        mode: Mode of `torch.compile`.
     """
 
     def __init__(self, mode: str):
-        # Imported only for compiling, since the import takes seconds. These errors have no public names, and the
-        # limit below has one (`torch.compiler.config`) only in later releases than the oldest supported.
+        # Imported only for compiling, since the import takes seconds. These errors have no public names, and the limit
+        # below has one (`torch.compiler.config`) only in releases after the oldest supported one.
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         self.mode, self.failures = mode, (FailOnRecompileLimitHit, TorchDynamoException)
@@ -246,7 +247,7 @@ class CompiledActionPass:
         cache: Cache,
         *args: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `action_pass`."""
+        """Run `action_pass`, compiled."""
         # Slices have the strides of the whole tensor, and compiled code specialises on strides.
         mask, position_ids = (one.clone(memory_format=torch.contiguous_format) for one in (mask, position_ids))
         inputs = (model, input_ids, pixel_values, mask, position_ids, cache, *args)
@@ -257,7 +258,7 @@ class CompiledActionPass:
             outputs = self.compiled(*inputs)
         except self.failures as error:
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"Actions are predicted without compilation, since it failed: {reason}", stacklevel=2)
+            warnings.warn(f"Compilation failed, so actions are predicted without it: {reason}", stacklevel=2)
             model.action_pass = action_pass
             return action_pass(*inputs)
         # The next replay of the graph overwrites these outputs.
@@ -291,7 +292,7 @@ class _Decoding:
         rows, self.prompt = input_ids.shape
         slots = self.prompt + num_tokens - 1  # the last token is never read back
         self.capacity = -(-slots // PROMPT_BUCKET) * PROMPT_BUCKET
-        # A cache fits one shape, device and dtype; outside of inference mode, tensors made in it can't be written to.
+        # A cache fits one shape, device and dtype. Tensors made in inference mode can't be written to outside it.
         dtype = model.dtype
         self.cache_key = (rows, self.capacity, input_ids.device, dtype, torch.is_inference_mode_enabled())
 
@@ -350,8 +351,8 @@ class _Decoding:
         draft = draft[None] if draft.ndim == 1 else draft
         if draft.ndim != 2 or len(draft) not in (1, rows) or draft.dtype not in INTEGERS:
             raise ValueError(
-                f"`draft_token_ids` of shape {tuple(draft.shape)} and {draft.dtype} for {rows} observations: give one "
-                "row of integer ids, or one for each observation."
+                f"`draft_token_ids` of shape {tuple(draft.shape)} and {draft.dtype} do not fit {rows} observations: "
+                "give one row of integer ids, or one for each observation."
             )
         draft = draft.to(self.input_ids)
         draft = draft[:, : self.num_tokens].expand(rows, -1)
@@ -364,7 +365,7 @@ class _Decoding:
     def verify(self, draft: torch.Tensor, dims: torch.Tensor) -> ActionTokens:
         """Check a guess (B, A) of the action, and correct it until the model agrees.
 
-        A token that a pass gives is right if all tokens before it are. The first token that a pass changes is
+        A token that a pass predicts is right if all tokens before it are. The first token that a pass changes is
         therefore right, and each pass settles at least one more token. This takes at most as many passes as decoding
         one by one, and a single pass for a right guess. The pass that finds a wrong token also guesses those after it
         (Jacobi iteration).
@@ -372,7 +373,7 @@ class _Decoding:
         last = self.num_tokens
         prompt_and_draft = torch.cat([self.input_ids, draft[:, :-1]], dim=1)
         token_ids, highest, action_logits = self.run(prompt_and_draft, 0, last, self.pixel_values)
-        known = (1 + _leading(token_ids == draft)).clamp(max=last)  # (B,) tokens that are right
+        known = (1 + _leading(token_ids == draft)).clamp(max=last)  # (B,) number of tokens that are right
         passes = 1
         while (first := int(known.where(known < dims, last).min())) < last:
             # Start at the last settled token of the row that has the fewest. Compiled passes all have one length.
@@ -390,12 +391,12 @@ class _Decoding:
 
 
 def _leading(agrees: torch.Tensor) -> torch.Tensor:
-    """(B, A) bool -> (B,) number of leading true values."""
+    """Count the leading true values: (B, A) -> (B,)."""
     return agrees.long().cumprod(dim=1).sum(dim=1)
 
 
 def _finite_or_none(token_ids: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
-    """Replace ids (B, A) whose logits are not finite by -1: the caller sees it without a second copy to the host."""
+    """Replace ids (B, A) whose logits are not finite with -1, so that the host needs no second copy to see them."""
     return token_ids.masked_fill(~highest.isfinite(), -1)
 
 

@@ -51,9 +51,9 @@ class ActionPrediction:
     actions: (B, A) float64, in the robot's units.
     normalized_actions: (B, A) float64 in [-1, 1].
     token_ids: (B, A) int64.
-    probabilities: (B, A, N) float32 over the bins, lowest value first; `ActionTokenizer.bin_values` names them.
+    probabilities: (B, A, N) float32 over the bins, lowest value first; `ActionTokenizer.bin_values` gives the values.
     entropy: (B, A) float32 in nats, of `probabilities`.
-    forward_passes: How often the language model ran.
+    forward_passes: Number of passes of the language model.
     """
 
     actions: np.ndarray
@@ -83,11 +83,11 @@ class ActionPredictionMixin(_Base):
         self.config.norm_stats = check_statistics(value, "`norm_stats`")
 
     def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
-        """Look up the action statistics of one dataset; `ValueError` if the key does not name one."""
+        """Look up the action statistics of one dataset; raise `ValueError` if the key does not name one."""
         return resolve_action_stats(self.norm_stats, unnorm_key)
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
-        """Number of action dimensions of one dataset."""
+        """Return the number of action dimensions of one dataset."""
         return action_dim(self.get_action_stats(unnorm_key))
 
     @cached_property
@@ -97,7 +97,7 @@ class ActionPredictionMixin(_Base):
 
     @cached_property
     def attention_reach(self) -> int:
-        """Most tokens that every layer of the language model attends to."""
+        """Largest number of tokens that every layer of the language model attends to."""
         return attention_reach(self.config.text_config)
 
     def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
@@ -106,8 +106,8 @@ class ActionPredictionMixin(_Base):
         normalized = self.action_tokenizer.decode(token_ids)
         if normalized.shape[-1:] != (action_dim(stats),):
             raise ValueError(
-                f"`token_ids` of shape {normalized.shape} do not end in the {action_dim(stats)} dimensions of an "
-                "action: give one id for each."
+                f"`token_ids` has shape {normalized.shape}, but an action has {action_dim(stats)} dimensions: give "
+                "one id for each on the last axis."
             )
         return unnormalize(normalized, stats)
 
@@ -140,36 +140,36 @@ class ActionPredictionMixin(_Base):
             pixel_values: (B, 3 * towers, H, W).
             attention_mask: (B, T), 1 for tokens and 0 for padding: ids of the config's `pad_token_id` at the ends of a
                 row. All ones when left out, so rows with padding need their mask.
-            unnorm_key: Whose statistics turn the action into robot units; a list gives each row its own.
+            unnorm_key: Name of the statistics that turn the action into robot units; a list gives each row its own.
             stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
             constrained: Choose among the action ids only. `False` takes the best id of the whole vocabulary and clips
                 it to the action ids, as the original code does.
             return_details: Return an `ActionPrediction`, which always has a batch dimension.
-            draft_token_ids: (B, A) or (A,) guess of the action's ids, such as the last action's. The result is the
-                same; a better guess takes fewer passes of the language model.
+            draft_token_ids: (B, A) or (A,) guess of the action's ids, such as the last action's. The guess does not
+                change the result; a better guess takes fewer passes of the language model.
             decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default.
 
         Returns:
             float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics.
 
         Raises:
-            ValueError: The statistics can't be resolved, an input is not what this model takes, or the model's output
-                is not finite.
+            ValueError: The statistics can't be resolved, an input does not fit this model, or the model's output is
+                not finite.
         """
-        # 1. Inputs as the model wants them: placeholders, prompt suffix, padding on the left
+        # 1. Lay out the inputs: placeholders, prompt suffix, padding on the left
         input_ids, attention_mask = prepare_prompts(self.config, input_ids, attention_mask)
         rows = len(input_ids)
         pixel_values = as_tensor("pixel_values", pixel_values)
         check_pixel_values(self.config, pixel_values)
         check_num_images(len(pixel_values), rows)
-        # 2. Whose action is it
+        # 2. Look up the statistics of each row
         keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
         if len(keys) != rows:
             raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
         row_stats = [check_action_stats(stats, "`stats`")] * rows if stats is not None else self._row_stats(keys)
         dims = [action_dim(one) for one in row_stats]
         check_prompt_length(self.config, attention_mask, max(dims))
-        # 3. Ids of the action, one for each dimension
+        # 3. Decode the action's ids, one for each dimension
         device = self.device
         tokens: ActionTokens = decode_actions(
             self,
@@ -181,7 +181,7 @@ class ActionPredictionMixin(_Base):
             draft_token_ids=draft_token_ids,
             **decoding,
         )
-        # 4. Ids to bins to robot units
+        # 4. Convert ids to bins, and bins to robot units
         token_ids = tokens.token_ids.cpu().numpy()
         _refuse_not_finite(token_ids, dims)
         normalized = self.action_tokenizer.decode(token_ids)
@@ -209,8 +209,8 @@ class ActionPredictionMixin(_Base):
         """Compile the passes of `predict_action`, with CUDA graphs on a GPU; the first call of each size compiles.
 
         Prompts are padded to a few lengths, so that all instructions share a few graphs. If compilation fails, the
-        first call warns, and the model predicts without it. A pickle or a copy of the model compiles again at its own
-        first call.
+        first call warns, and the model predicts without compilation. A pickle or a copy of the model compiles again at
+        its own first call.
 
         Args:
             mode: Mode of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU and "default" elsewhere.
@@ -224,7 +224,7 @@ class ActionPredictionMixin(_Base):
 
 
 def _refuse_not_finite(token_ids: np.ndarray, dims: Sequence[int]) -> None:
-    """`ValueError` where a row of ids (B, A) holds -1, decoding's mark for logits that are not finite."""
+    """Raise `ValueError` if a row of ids (B, A) contains -1, decoding's mark for logits that are not finite."""
     spoilt = [row for row, dim in enumerate(dims) if (token_ids[row, :dim] < 0).any()]
     if spoilt:
         raise ValueError(
@@ -238,7 +238,7 @@ class ActionStream:
     """Control loop of a robot, in which the tokens of the last action are the draft of the next.
 
     The actions equal those of `predict_action` and take fewer passes, since a robot's next action resembles its last.
-    A batch is several robots in step.
+    A batch is a group of robots that act in step.
 
     Example:
         ```python
@@ -250,7 +250,7 @@ class ActionStream:
 
     Attributes:
         token_ids: (B, A) of the last action, or `None` at the start of an episode.
-        forward_passes: How often the language model ran for the last action.
+        forward_passes: Number of passes of the language model for the last action.
     """
 
     def __init__(self, model: ActionPredictionMixin, unnorm_key: str | list[str] | None = None):
@@ -271,7 +271,7 @@ class ActionStream:
         *,
         return_details: bool = False,
     ) -> Any:
-        """As `OpenVLAForActionPrediction.predict_action`; `unnorm_key` is the stream's own unless it is given."""
+        """Predict like `OpenVLAForActionPrediction.predict_action`; `unnorm_key` defaults to the stream's own."""
         input_ids = as_tensor("input_ids", input_ids)
         draft = self.token_ids
         if draft is not None and input_ids.shape[:1] != (len(draft),):  # another number of robots

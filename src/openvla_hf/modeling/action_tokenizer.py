@@ -17,7 +17,7 @@ BOUNDS = ("q01", "q99", "min", "max")
 class ActionTokenizer:
     """Uniform bins over [-1, 1], each with an id at the end of the vocabulary.
 
-    `n_bins` edges give `n_bins - 1` centres: the two highest values share the last one. The id counts down from
+    `n_bins` edges give `n_bins - 1` centres: the two highest values share the last one. Ids count down from
     `vocab_end`, so the lowest action has the highest id.
 
     Args:
@@ -64,11 +64,11 @@ class ActionTokenizer:
 
 
 def check_statistics(norm_stats: Any, where: str) -> dict[str, Any] | None:
-    """Check action statistics of datasets.
+    """Check the action statistics of every dataset.
 
     Args:
         norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`, or `None`.
-        where: Where they come from, for the message.
+        where: Origin of the statistics, for the message.
 
     Returns:
         `norm_stats`.
@@ -91,9 +91,9 @@ def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
     """Check that the action statistics of one dataset can turn every action into robot units.
 
     Args:
-        stats: `q01` and `q99`, finite numbers for each dimension, with `q01 <= q99`. Optional are `min` and `max` of
-            the same kind, `mean`, `std`, and `mask`, a truth value for each dimension.
-        where: Where they come from, for the message.
+        stats: `q01` and `q99`, finite numbers for each dimension, with `q01 <= q99`. `min` and `max` of the same kind,
+            `mean`, `std`, and `mask` (a truth value for each dimension) are optional.
+        where: Origin of the statistics, for the message.
 
     Returns:
         `stats`.
@@ -134,16 +134,16 @@ def check_action_stats(stats: Any, where: str) -> dict[str, Any]:
 
 
 def _listed(values: Any) -> list[Any] | None:
-    """A flat list, tuple, array or tensor as a list, and anything else as `None`."""
+    """Convert a flat list, tuple, array or tensor to a list, and anything else to `None`."""
     if isinstance(values, (np.ndarray, torch.Tensor)):
         values = values.tolist()
     return list(values) if isinstance(values, (list, tuple)) else None
 
 
 def _numbers(values: Any) -> list[float] | None:
-    """Finite numbers as floats, or `None` where `values` does not hold a list of them."""
+    """Convert a list of finite numbers to floats, and anything else to `None`."""
     values = _listed(values)
-    # The few types among them are looked at, not each value: this runs at every action.
+    # Check the few types that occur, not each value, since this runs at every action.
     if values is None or not all(issubclass(kind, Real) and kind is not bool for kind in set(map(type, values))):
         return None
     try:
@@ -154,7 +154,7 @@ def _numbers(values: Any) -> list[float] | None:
 
 
 def _truth_values(values: Any) -> list[bool] | None:
-    """Truth values, also as 0 and 1, or `None` where `values` does not hold a list of them."""
+    """Convert a list of truth values, or of 0 and 1, to bools, and anything else to `None`."""
     values = _listed(values)
     if values is None or not all(issubclass(kind, (Real, np.bool_)) for kind in set(map(type, values))):
         return None
@@ -162,11 +162,11 @@ def _truth_values(values: Any) -> list[bool] | None:
 
 
 def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> dict[str, Any]:
-    """Look up the action statistics of one dataset; `check_statistics` has checked them.
+    """Look up the action statistics of one dataset, which `check_statistics` must have checked.
 
     Args:
         norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`.
-        unnorm_key: Which of them; may be `None` when there is just one.
+        unnorm_key: Name of the dataset; may be `None` if there is only one.
 
     Raises:
         ValueError: See `resolve_key`.
@@ -176,11 +176,11 @@ def resolve_action_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | No
 
 
 def resolve_key(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> str:
-    """Resolve the name of the dataset whose statistics are meant.
+    """Resolve the name of the dataset whose statistics to use.
 
     Args:
         norm_stats: `{key: {"action": {...}, ...}}` as in `dataset_statistics.json`.
-        unnorm_key: Which of them; may be `None` when there is just one.
+        unnorm_key: Name of the dataset; may be `None` if there is only one.
 
     Raises:
         ValueError: There are no statistics, there are several and no key, or the key is unknown.
@@ -200,12 +200,12 @@ def resolve_key(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> st
 
 
 def action_dim(stats: dict[str, Any]) -> int:
-    """Number of action dimensions that statistics describe."""
+    """Return the number of action dimensions that statistics describe."""
     return len(stats["q01"])
 
 
 def _mask(stats: dict[str, Any]) -> np.ndarray:
-    """Which dimensions are scaled; all of them by default."""
+    """Return which dimensions are scaled; all of them by default."""
     return np.asarray(stats.get("mask", np.ones(action_dim(stats))), dtype=bool)
 
 
@@ -221,8 +221,8 @@ def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99
     Args:
         values: (..., dims) actions or proprioception.
         stats: Their statistics.
-        kind: "bounds_q99" (quantiles 0.01 and 0.99 to [-1, 1]; OpenVLA's), "bounds" (minimum and maximum) or
-            "normal" (mean 0, deviation 1). With bounds, values beyond are clipped, and a dimension that never
+        kind: "bounds_q99" (quantiles 0.01 and 0.99 to [-1, 1], as in OpenVLA), "bounds" (minimum and maximum) or
+            "normal" (mean 0, deviation 1). With bounds, values beyond them are clipped, and a dimension that never
             changes becomes 0, masked or not.
     """
     values, mask = np.asarray(values, dtype=np.float64), _mask(stats)
@@ -237,7 +237,7 @@ def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99
 
 
 def unnormalize(actions: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
-    """Convert normalised actions (..., dims) to robot units, in float64; unmasked dimensions (the gripper) stay."""
+    """Convert normalised actions (..., dims) to robot units, in float64; keep unmasked dimensions (the gripper)."""
     actions = np.asarray(actions, dtype=np.float64)
     low, high = _read(stats, "q01"), _read(stats, "q99")
     return np.where(_mask(stats), 0.5 * (actions + 1.0) * (high - low) + low, actions)

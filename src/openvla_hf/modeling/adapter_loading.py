@@ -22,7 +22,7 @@ from .weight_mapping import RENAMINGS
 PREFIX = "base_model.model."
 PUBLISHED_PARTS = ("vision_backbone.", "projector.", "language_model.")
 ADAPTED = re.compile(r"^(?P<layer>.+)\.(?P<side>lora_A|lora_B)\.weight$")
-# A whole weight below an adapter: the head's, which older versions of peft store too.
+# A whole weight of an adapted layer: older versions of peft store the head's too.
 WHOLE = ".base_layer.weight"
 # peft's word for every linear layer but the head.
 ALL_LINEAR = "all-linear"
@@ -32,12 +32,12 @@ TOWER = re.compile(r"^(vision_backbone\.(?:fused_)?featurizer)\.(.+)$")
 
 
 def is_published(names: list[str]) -> bool:
-    """Whether an adapter's weights have the original's names."""
+    """Return whether an adapter's weights have the original's names."""
     return any(name.removeprefix(PREFIX).startswith(PUBLISHED_PARTS) for name in names)
 
 
 def our_name(model: nn.Module, name: str) -> str:
-    """Our name of a published weight; a fused qkv keeps its name."""
+    """Return our name of a published weight; a fused qkv keeps its name."""
     tower = TOWER.match(name)
     if tower is None:
         rules, path, rest = "openvla", "", name
@@ -50,13 +50,13 @@ def our_name(model: nn.Module, name: str) -> str:
 
 
 def translate(model: nn.Module, config_file: str, weights_file: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Write an adapter with our names into `folder`, and return the whole weights in its file, by our names.
+    """Write an adapter with our names into `folder`, and return the whole weights in its file by our names.
 
     Args:
         model: Model that the adapter is for.
         config_file: `adapter_config.json`.
         weights_file: `adapter_model.safetensors`; published names are translated, ours are kept.
-        folder: Gets both files.
+        folder: Folder to write both files into.
 
     Raises:
         ValueError: A weight matches no layer or has another shape, or a layer that the config names lacks its weights.
@@ -75,7 +75,7 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
             continue
         if not tensor.is_floating_point():
             raise ValueError(
-                f"{weights_file} holds {key!r} in {tensor.dtype}, and adapter weights must be floating-point numbers."
+                f"{weights_file} has {key!r} in {tensor.dtype}, but adapter weights must be floating-point numbers."
             )
         if name.endswith(WHOLE):
             layer = name.removesuffix(WHOLE)
@@ -91,8 +91,8 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
             match = ADAPTED.match(path)
             if match is None:
                 raise ValueError(
-                    f"{weights_file} holds {key!r}, which is not a LoRA weight. Merge the adapter into its base with "
-                    "the library that made it, and load the result."
+                    f"{weights_file} contains {key!r}, which is not a LoRA weight. Merge the adapter into its base "
+                    "with the library that made it, and load the result."
                 )
             _layer(layers, match["layer"], key)
             adapted[PREFIX + path] = part.to(model.dtype).contiguous()
@@ -102,8 +102,8 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     _check_sides(weights_file, adapted, wanted)
     if foreign := sorted(set(whole) - found):
         raise ValueError(
-            f"{weights_file} holds a whole weight of {foreign[0]!r}, a layer that the adapter does not adapt. Remove "
-            "the weight, or merge the adapter into its base with the library that made it."
+            f"{weights_file} contains a whole weight of {foreign[0]!r}, a layer without an adapter. Remove the "
+            "weight, or merge the adapter into its base with the library that made it."
         )
     _check_shapes(
         weights_file, adapted, {name: layers.get(f"{name}.base_layer", layers[name]) for name in found}, config
@@ -116,7 +116,7 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
 
 
 def _read_adapter(config_file: str, weights_file: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Config and weights of an adapter, if the names of its layers can be translated."""
+    """Read the config and weights of an adapter, and check that its layer names can be translated."""
     config = read_json(config_file)
     check_adapter_config(config, config_file)
     try:
@@ -132,7 +132,7 @@ def _read_adapter(config_file: str, weights_file: str) -> tuple[dict[str, Any], 
 
 
 def _check_sides(weights_file: str, adapted: dict[str, torch.Tensor], wanted: set[str]) -> None:
-    """`ValueError` where A or B of a layer is missing."""
+    """Raise `ValueError` if A or B of a layer is missing."""
     sides = [f"{PREFIX}{layer}.{side}.weight" for layer in sorted(wanted) for side in ("lora_A", "lora_B")]
     if missing := [name for name in sides if name not in adapted]:
         raise ValueError(
@@ -144,7 +144,7 @@ def _check_sides(weights_file: str, adapted: dict[str, torch.Tensor], wanted: se
 def _check_shapes(
     weights_file: str, adapted: dict[str, torch.Tensor], layers: dict[str, nn.Module], config: dict[str, Any]
 ) -> None:
-    """`ValueError` where A and B do not have the shapes of a rank in the config for their layer."""
+    """Raise `ValueError` if A and B of a layer do not have the shapes of a rank in the config."""
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
     for name, layer in sorted(layers.items()):
         shapes = [tuple(adapted[f"{PREFIX}{name}.{side}.weight"].shape) for side in ("lora_A", "lora_B")]
@@ -157,7 +157,7 @@ def _check_shapes(
 
 
 def check_adapter_config(config: dict[str, Any], where: str) -> None:
-    """`ValueError` where a field of an adapter's config that changes its actions is missing or has a wrong value."""
+    """Raise `ValueError` if a field of an adapter's config that affects actions is missing or has a wrong value."""
 
     def is_names(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -201,7 +201,7 @@ def _is_pattern(value: Any) -> bool:
 
 
 def linear_layers(layers: dict[str, nn.Module]) -> list[str]:
-    """Names of the layers that can have an adapter; the model may have adapters already."""
+    """List the layers that can have an adapter; the model may have adapters already."""
     return [
         name.removesuffix(".base_layer")
         for name, layer in layers.items()
@@ -229,7 +229,7 @@ def published_layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Whether an adapter's config targets a layer, by the rules of peft."""
+    """Return whether an adapter's config targets a layer, by the rules of peft."""
 
     def matches(patterns: Any) -> bool:
         if patterns == ALL_LINEAR:
@@ -247,7 +247,7 @@ def is_target(name: str, config: dict[str, Any]) -> bool:
 
 
 def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Split a weight of a fused qkv layer into those of three layers; return any other as it is."""
+    """Split a weight of a fused qkv layer into those of three layers; return any other weight as it is."""
     if ".qkv." not in name:
         return [(name, tensor)]
     parts = tensor.chunk(3) if ".lora_B." in name else [tensor.clone() for _ in "qkv"]
@@ -255,7 +255,7 @@ def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
 
 
 def _lora_shapes(layer: nn.Module, rank: int) -> list[tuple[int, ...]]:
-    """Shapes of A and B."""
+    """Return the shapes of A and B."""
     outputs, *inputs = layer.weight.shape
     if isinstance(layer, nn.Linear):  # its weight may be packed
         outputs, inputs = layer.out_features, [layer.in_features]

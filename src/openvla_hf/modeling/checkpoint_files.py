@@ -68,11 +68,11 @@ class CheckpointFiles:
 
     @classmethod
     def locate(cls, source: str | os.PathLike | None, **kwargs: Any) -> "CheckpointFiles":
-        """Look at a folder or a repository once, with two requests at most.
+        """List the files of a folder or a repository once, with at most two requests.
 
         Args:
             source: Folder or Hub id.
-            kwargs: Of which those in `HUB_KWARGS` are used.
+            kwargs: Arguments of `from_pretrained`, of which those in `HUB_KWARGS` are used.
 
         Raises:
             OSError: There is no such folder or repository, or neither the Hub nor the cache lists its files.
@@ -105,7 +105,7 @@ class CheckpointFiles:
                 beside = PurePosixPath(hub_kwargs.get("subfolder", ""))
                 names = frozenset(path.name for path in paths if path.parent == beside)
                 return cls(source, names, hub_kwargs | {"revision": pinned})
-        # Everything must come from the commit that is looked at here: the cached one, which may not be the latest.
+        # Everything must come from the same commit: the cached one, which may not be the latest.
         offline = hub_kwargs | {"local_files_only": True} | ({"revision": revision} if revision is not None else {})
         files = cls(source, hub_kwargs=offline, is_whole=False)
         cached = [path for name in (CONFIG_NAME, ADAPTER_CONFIG) if isinstance(path := files._cached(name), str)]
@@ -116,7 +116,7 @@ class CheckpointFiles:
         return cls(source, frozenset(os.listdir(Path(cached[0]).parent)), offline, is_whole=False, failure=failure)
 
     def find(self, name: str) -> str | None:
-        """Path of a file, downloaded if need be, or `None` where there is none.
+        """Return the path of a file, downloaded if need be, or `None` if there is none.
 
         Raises:
             OSError: It is unknown whether the file exists, or it can't be downloaded.
@@ -148,7 +148,7 @@ class CheckpointFiles:
         return None if path is None else read_json(path)
 
     def match(self, patterns: Iterable[str]) -> list[str]:
-        """Sorted names that match a pattern; for files that may be missing from the cache, the patterns themselves."""
+        """Return sorted names that match a pattern, or the patterns whose files may be missing from the cache."""
         patterns = list(patterns)
         found = sorted({name for pattern in patterns for name in fnmatch.filter(self.names, pattern)})
         if found or self.is_whole:
@@ -159,7 +159,8 @@ class CheckpointFiles:
         return str(PurePosixPath(self.hub_kwargs.get("subfolder", ""), name))
 
     def _cached(self, name: str) -> Any:
-        """Path of a file in the cache, `None`, or another object if the cache has a record that the file is absent."""
+        """Return a file's path in the cache, `None`, or another object if the cache records that the file is
+        absent."""
         try:
             return try_to_load_from_cache(
                 str(self.source),
@@ -171,7 +172,7 @@ class CheckpointFiles:
             return None
 
     def _snapshot(self, pattern: str) -> Path | None:
-        """Folder of the cached commit, or `None` if it lacks a listed file."""
+        """Return the folder of the cached commit, or `None` if it lacks a listed file."""
         try:
             folder = hf_api().snapshot_download(
                 str(self.source),
@@ -185,11 +186,11 @@ class CheckpointFiles:
         return Path(folder)
 
     def _is_cached_as_listed(self, pattern: str) -> bool:
-        """Whether the cache has all listed files of a pattern."""
+        """Return whether the cache has all listed files that match a pattern."""
         return self._snapshot(pattern) is not None
 
     def _is_absent_from_cached_list(self, name: str) -> bool:
-        """Whether the cache has a list of the commit's files, which a full download leaves, without this file."""
+        """Return whether the cache has a list of the commit's files, as a full download leaves, without this file."""
         # `huggingface_hub` reads the list too, but has no public function that says whether there is one.
         snapshot = self._snapshot(name)
         return snapshot is not None and (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").is_file()
@@ -199,19 +200,21 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Raises:
-        ValueError: The file is truncated, is not JSON, or does not hold an object.
+        ValueError: The file is truncated, is not JSON, or does not contain an object.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged or was cut short ({error}): copy or download it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}: copy or download it again.")
+        raise ValueError(
+            f"{path} must contain a JSON object, got {type(content).__name__}: copy or download it again."
+        )
     return content
 
 
 def unreadable_weights(repo: Any, error: Exception) -> OSError:
-    """Make a clear error from that of a reader of weights."""
+    """Turn an error of a weights reader into a clear one."""
     return OSError(
         f"A weights file of {repo} is corrupt or was cut short ({error}): download it again, with "
         "`force_download=True` if it comes from the Hub."
@@ -219,13 +222,13 @@ def unreadable_weights(repo: Any, error: Exception) -> OSError:
 
 
 def hub_error(source: str, what: str, error: Exception | None) -> OSError:
-    """Make a clear error from that of the Hub's client; `error` is `None` if the Hub was not asked."""
+    """Turn an error of the Hub's client into a clear one; `error` is `None` if the Hub was not asked."""
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     start = f"Cannot read {what} of {source}"
     if error is None or (isinstance(cause, LocalEntryNotFoundError) and not isinstance(cause, HfHubHTTPError)):
         return OSError(
             f"{start}: the cache does not have it, and the Hub was not asked since offline mode or `local_files_only` "
-            "is set. Load it once with network, or give a folder that holds all files."
+            "is set. Load it once with a network, or give a folder that contains all files."
         )
     if isinstance(cause, RevisionNotFoundError):
         return OSError(f"{start}: the repository has no such revision. Check `revision=`.")
@@ -238,7 +241,7 @@ def hub_error(source: str, what: str, error: Exception | None) -> OSError:
         status = cause.response.status_code
         return OSError(f"{start}: {REFUSALS.get(status, f'the Hub failed (HTTP {status}). Try again later')}.")
     if isinstance(cause, ValueError) and not isinstance(cause, json.JSONDecodeError):
-        return OSError(f"{source} is neither a folder that exists nor a Hub id such as 'openvla/openvla-7b'.")
+        return OSError(f"{source} is neither an existing folder nor a Hub id such as 'openvla/openvla-7b'.")
     if isinstance(cause, OSError) and cause.errno is not None:  # such as a full disk
         return OSError(f"{start}: {cause.strerror or cause}.")
     return OSError(

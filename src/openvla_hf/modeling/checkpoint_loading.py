@@ -44,23 +44,23 @@ PLAIN_WEIGHTS = re.compile(r"[^/\\:\0]+\.safetensors(\.index\.json)?")
 
 
 def refuse_oft(files: CheckpointFiles) -> None:
-    """`ValueError` for an OpenVLA-OFT checkpoint: it would load, but act wrongly without its action head."""
+    """Raise `ValueError` for an OpenVLA-OFT checkpoint: it would load, but act wrongly without its action head."""
     if found := files.match(OFT_FILES):
         raise ValueError(
-            f"{files.source} is an OpenVLA-OFT checkpoint (it holds {found[0]!r}), whose action head this class does "
-            "not have: run it with the code of OpenVLA-OFT."
+            f"{files.source} is an OpenVLA-OFT checkpoint (it contains {found[0]!r}), whose action head this class "
+            "does not have: run it with the code of OpenVLA-OFT."
         )
 
 
 def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
-    """Quantisation config of the stored weights, or `None`; `config` replaces the checkpoint's own."""
+    """Return the quantisation config of the stored weights, or `None`; `config` replaces the checkpoint's own."""
     if config is not None:
         return getattr(config, "quantization_config", None)
     return (files.read_json(CONFIG_NAME) or {}).get("quantization_config")
 
 
 def refuse_foreign_files(files: CheckpointFiles) -> None:
-    """`ValueError` where an index or a config names weights that are not safetensors files beside it.
+    """Raise `ValueError` if an index or a config names weights that are not safetensors files beside it.
 
     Call this before any weights file is opened: a pickled file could run code, and a path could lead anywhere.
     """
@@ -79,7 +79,7 @@ def refuse_foreign_files(files: CheckpointFiles) -> None:
                 )
     if found := fnmatch.filter(files.names, "*.distcp"):
         raise ValueError(
-            f"{files.source} holds a distributed checkpoint ({found[0]!r}), and only safetensors files are read. Save "
+            f"{files.source} is a distributed checkpoint ({found[0]!r}), but only safetensors files are read. Save "
             "the model with `save_pretrained`."
         )
 
@@ -87,7 +87,7 @@ def refuse_foreign_files(files: CheckpointFiles) -> None:
 def refuse_foreign_weights(
     repo: Any, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]] = ()
 ) -> None:
-    """`ValueError` where weights of a checkpoint are missing, unexpected or of another shape."""
+    """Raise `ValueError` if weights of a checkpoint are missing, unexpected or of another shape."""
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if keys := sorted(names):
             count = f"{len(keys)} weights are" if len(keys) > 1 else "1 weight is"
@@ -116,7 +116,7 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
     """Resolve the checkpoint that `from_pretrained` loads, and the adapter on it.
 
     The Auto classes name the base and pass the adapter in `adapter_kwargs`, under a key that is private to
-    transformers. `adapter_kwargs` is taken out of `kwargs`.
+    transformers. `adapter_kwargs` is removed from `kwargs`.
     """
     adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
     given = adapter_kwargs.get("_adapter_model_path")
@@ -135,7 +135,7 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
         )
     beside = Path(config_file).parent / base
     adapter = Adapter(source, files.hub_kwargs)
-    # These are the adapter's: its base has its own.
+    # These two belong to the adapter's repository, not to its base's.
     of_base = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     kwargs.pop("trust_remote_code", None)  # consent is for the adapter's repository only
     try:
@@ -148,15 +148,15 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
 
 
 def named_base(adapter_config: dict[str, Any]) -> str | None:
-    """Folder or Hub id of an adapter's base, or `None` where its config does not name one."""
+    """Return the folder or Hub id of an adapter's base, or `None` if its config does not name one."""
     base = adapter_config.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
 
 def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter | None) -> None:
-    """Raise an error where the config (`config`, or the checkpoint's own) is missing or of another model.
+    """Raise an error if the config (`config`, or the checkpoint's own) is missing or belongs to another model.
 
-    Consent to run code (`trust_remote_code=True`) holds for the repository that the caller names, not for the base
+    Consent to run code (`trust_remote_code=True`) applies to the repository that the caller names, not for the base
     that an adapter's config names: a base that needs code is refused too.
     """
     if config is not None or files.source is None:
@@ -183,8 +183,8 @@ def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -
 
     Args:
         files: Files of the checkpoint.
-        norm_stats: Statistics of the config. If they differ from the stored config's, the caller gave them, and they
-            are returned.
+        norm_stats: Statistics of the config. They are returned if they differ from the stored config's, since then the
+            caller gave them.
 
     Raises:
         ValueError: The statistics are damaged.
@@ -198,7 +198,7 @@ def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -
 
 
 def statistics_in_file(content: dict[str, Any] | None, source: Any) -> dict[str, Any] | None:
-    """Check the content of `dataset_statistics.json` (`None` for no file); `ValueError` where it is damaged."""
+    """Check the content of `dataset_statistics.json` (`None` for no file); raise `ValueError` if it is damaged."""
     if content is not None and not content:
         raise ValueError(f"{STATISTICS_FILE} of {source} is empty: compute the statistics again, or delete the file.")
     return check_statistics(content, f"{STATISTICS_FILE} of {source}")
@@ -214,7 +214,7 @@ class CheckpointMixin(_Base):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As `PreTrainedModel.from_pretrained`, for published checkpoints and our own.
+        """Load a published checkpoint or our own, like `PreTrainedModel.from_pretrained`.
 
         A `quantization_config` leaves the head, the towers and the projector in 16 bits by default. Weights are read
         from safetensors files only: a pickled file could run code.
@@ -266,7 +266,7 @@ class CheckpointMixin(_Base):
         return (model, info) if output_loading_info else model
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
-        """As transformers' own, also for adapters with the original's layer names. Loads their statistics too.
+        """Load an adapter and its statistics, like transformers, but also with the original's layer names.
 
         Raises:
             ValueError: A weight matches no layer of this model or has another shape, or a layer that the adapter's
@@ -298,10 +298,10 @@ class CheckpointMixin(_Base):
         return info
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, with our weight names, the code, and the statistics as a file too.
+        """Save like `PreTrainedModel.save_pretrained`, with our weight names, the code and a file of the statistics.
 
-        Files are moved into the folder when all are written. An earlier checkpoint stays until then, and its weights
-        and statistics are removed with it.
+        Files are moved into the folder once all are written. Until then, an earlier checkpoint stays in place. After
+        that, its weights and statistics are gone.
 
         Raises:
             OSError: A file can't be written, as on a full disk.

@@ -62,8 +62,8 @@ PUBLISHED_VISION_BACKBONES: dict[str, tuple[dict[str, Any], dict[str, Any] | Non
     "siglip-vit-b16-384px": (_siglip(384, base=True), None),
 }
 
-# A published `text_config` holds only what differs from the LlamaConfig of transformers 4.40.1. Its defaults
-# are repeated here, so that a later change of them does not change the model.
+# A published `text_config` contains only the differences from the LlamaConfig of transformers 4.40.1. The defaults of
+# that version are repeated here, so that later defaults do not change the model.
 PUBLISHED_TEXT_DEFAULTS: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32064,
@@ -92,30 +92,31 @@ AUTO_MAP = {
     "AutoConfig": "configuration_openvla.OpenVLAConfig",
     "AutoModel": "modeling_openvla.OpenVLAForActionPrediction",
     "AutoModelForImageTextToText": "modeling_openvla.OpenVLAForActionPrediction",
-    # transformers 5 dropped this Auto class; older readers look the key up.
+    # transformers 5 dropped this Auto class; older versions look up this key.
     "AutoModelForVision2Seq": "modeling_openvla.OpenVLAForActionPrediction",
 }
 
 
 class OpenVLAConfig(PreTrainedConfig):
-    r"""
+    r"""Configuration of an OpenVLA model.
+
     Args:
         vision_config: The first vision tower (DINOv2 in the fused model, SigLIP in openvla-7b-v01).
         fused_vision_config: The second tower, which sees the same image; `None` for a single tower.
         text_config: The causal language model.
-        vision_feature_layer: Which output of the towers is read; -2 is the second-to-last block's. Layers above
-            it are not built.
+        vision_feature_layer: Block of the towers whose output is read; -2 is the second-to-last. Later blocks are not
+            built.
         projector_hidden_act: Activation between the projector's layers.
-        image_token_index: Id of the placeholder that each image patch takes in `input_ids`: a padded row of the
-            embedding, which the tokenizer never gives.
+        image_token_index: Id of the placeholder for each image patch in `input_ids`. Its row of the embedding is
+            padding, so the tokenizer never produces it.
         prompt_suffix_token_id: Id that must precede the action tokens (Llama's empty piece); `None` for none.
         n_action_bins: Number of action tokens.
-        pad_to_multiple_of: Rows of the embedding after the vocabulary. The action ids are the last
-            `n_action_bins` before them.
+        pad_to_multiple_of: Number of padding rows at the end of the embedding. The action ids are the last
+            `n_action_bins` ids before them.
         norm_stats: `{key: {"action": {"q01", "q99", "mask", ...}, ...}}`, the statistics of `predict_action`.
 
-    A published config (with `vision_backbone_id`) is turned into the same object; `vision_config` or
-    `fused_vision_config` given beside it override single fields of the towers that the id names.
+    A published config (with `vision_backbone_id`) is converted to these fields. `vision_config` and
+    `fused_vision_config` beside it override single fields of the towers that the id names.
     """
 
     model_type = "openvla"
@@ -157,7 +158,7 @@ class OpenVLAConfig(PreTrainedConfig):
             if self.vision_layers_built(config) < 1:
                 raise ValueError(
                     f"`vision_feature_layer={self.vision_feature_layer}` reads below the first block of a tower of "
-                    f"{config.num_hidden_layers} layers."
+                    f"{config.num_hidden_layers} layers: give at least -{config.num_hidden_layers}."
                 )
         self._check_ids()
         check_name(self.projector_hidden_act, ACT2CLS, "`projector_hidden_act`")
@@ -195,12 +196,12 @@ class OpenVLAConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`; a sub-config given as a dict overrides single fields of the stored one."""
+        """Build a config like `PreTrainedConfig.from_dict`; a sub-config given as a dict overrides single fields."""
         config_dict = dict(config_dict)
         for name in cls.sub_configs:
             if isinstance(kwargs.get(name), dict):
                 merged = (config_dict.get(name) or {}) | kwargs.pop(name)
-                # These name the stages of the stored depth, which another depth does not have.
+                # These fields name the stages of the stored number of layers, which the override may change.
                 config_dict[name] = {k: v for k, v in merged.items() if k not in ("out_features", "out_indices")}
         return super().from_dict(config_dict, **kwargs)
 
@@ -226,7 +227,7 @@ class OpenVLAConfig(PreTrainedConfig):
         return [config for config in (self.vision_config, self.fused_vision_config) if config is not None]
 
     def vision_layers_built(self, config: PreTrainedConfig) -> int:
-        """Number of blocks of a tower up to the one whose output is read."""
+        """Count the blocks of a tower up to the one whose output is read."""
         return config.num_hidden_layers + self.vision_feature_layer + 1
 
     @property

@@ -31,7 +31,7 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     checkpoint replaces an earlier adapter as well.
 
     Args:
-        folder: New or existing; other files in an existing folder stay.
+        folder: New or existing folder. Other files in an existing folder are kept.
 
     Raises:
         OSError: A file can't be written, as on a full disk, or an adapter would be saved beside a whole checkpoint.
@@ -51,7 +51,7 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
             aside.rename(folder)
         elif names:
             _take_places(aside, folder, names)
-    except SafetensorError as error:  # how its writer reports errors of the system
+    except SafetensorError as error:  # how safetensors reports system errors
         raise OSError(f"{folder} can't be written ({error}): free some space, or give another folder.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -72,11 +72,11 @@ def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
     configs = [name for name in CONFIGS if name in names]
     if configs == [ADAPTER_CONFIG] and (folder / CONFIG_NAME).exists():
         raise FileExistsError(
-            f"{folder} holds a whole checkpoint, and an adapter saved there would act on it. Save the adapter in "
-            "another folder."
+            f"{folder} contains a whole checkpoint, and an adapter saved there would be applied to it. Save the "
+            "adapter in another folder."
         )
     stems = {_stem(name) for name in names} - {None}
-    if CONFIG_NAME in configs and stems:  # an earlier adapter would act on this whole checkpoint
+    if CONFIG_NAME in configs and stems:  # an earlier adapter would be applied to it
         stems.add(_stem(ADAPTER_WEIGHTS))
         (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
     for name in configs:
@@ -91,7 +91,7 @@ def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
 
 
 def _stem(name: str) -> str | None:
-    """Common name of weights files and their index: "model", "model.fp16", "adapter_model"; else `None`."""
+    """Return the common name of weights files and their index ("model", "model.fp16", "adapter_model"), or `None`."""
     if match := INDEX.fullmatch(name):
         return match["stem"] + (match["variant"] or "")
     match = WEIGHTS.fullmatch(name)

@@ -10,7 +10,7 @@ LONGEST_LIST = 30
 
 
 def check_name(name: Any, known: Iterable[str], kind: str) -> None:
-    """Require that a name is a known one.
+    """Require that a name is known.
 
     Args:
         name: The name to check.

@@ -15,15 +15,16 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.int8, tor
 
 
 def as_tensor(name: str, value: Any) -> torch.Tensor:
-    """Convert to a tensor what a processor returns without `return_tensors="pt"`: lists and arrays.
+    """Convert lists and arrays, which a processor returns without `return_tensors="pt"`, to a tensor.
 
     Raises:
-        ValueError: The value does not hold numbers, its rows differ in length, or its tensor is sparse or on "meta".
+        ValueError: The value does not contain numbers, its rows differ in length, or its tensor is sparse or on
+            "meta".
     """
     if isinstance(value, torch.Tensor):
         if value.is_meta or value.layout != torch.strided:
             kind = 'a tensor on the device "meta"' if value.is_meta else "a sparse tensor"
-            raise ValueError(f"`{name}` is {kind}: pass a dense tensor that holds values.")
+            raise ValueError(f"`{name}` is {kind}: pass a dense tensor with values.")
         return value
     try:
         return torch.as_tensor(np.array(value))
@@ -75,7 +76,7 @@ def prepare_prompts(
 
 
 def _read_ids(config: OpenVLAConfig, input_ids: Any) -> np.ndarray:
-    """Ids (B, T) of the vocabulary, as int64."""
+    """Read ids (B, T) as int64, and check that they are in the vocabulary."""
     input_ids = as_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype not in INTEGERS:
         raise ValueError(
@@ -93,7 +94,7 @@ def _read_ids(config: OpenVLAConfig, input_ids: Any) -> np.ndarray:
 
 
 def _read_mask(attention_mask: Any, ids: np.ndarray) -> np.ndarray:
-    """Which of the ids (B, T) are tokens, at least one in each row."""
+    """Read which of the ids (B, T) are tokens, at least one in each row."""
     if attention_mask is None:
         return np.ones(ids.shape, bool)
     mask = as_tensor("attention_mask", attention_mask)
@@ -102,7 +103,7 @@ def _read_mask(attention_mask: Any, ids: np.ndarray) -> np.ndarray:
             f"`attention_mask` of shape {tuple(mask.shape)} does not fit `input_ids` of shape {ids.shape}: give 1 for "
             "each token and 0 for padding."
         )
-    # numpy does not have all of torch's types of floats.
+    # numpy lacks some of torch's floating-point types.
     mask = (mask.double() if mask.is_floating_point() else mask).detach().cpu().numpy()
     is_token = mask == 1
     if not (is_token | (mask == 0)).all():
@@ -115,7 +116,7 @@ def _read_mask(attention_mask: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def _read_prompt(config: OpenVLAConfig, row: int, ids: np.ndarray, is_token: np.ndarray) -> list[int]:
-    """The tokens among the ids (T,) of a row, if the mask hides all padding and nothing else."""
+    """Return the tokens among the ids (T,) of a row. The mask must hide all padding and nothing else."""
     pad, bos = config.pad_token_id, config.text_config.bos_token_id
     positions = is_token.nonzero()[0]
     first, last = int(positions[0]), int(positions[-1])
@@ -126,7 +127,7 @@ def _read_prompt(config: OpenVLAConfig, row: int, ids: np.ndarray, is_token: np.
     prompt = ids.tolist()
     hidden = prompt[:first] + prompt[last + 1 :]
     prompt = prompt[first : last + 1]
-    # One id for BOS and padding says nothing about what a row begins with.
+    # If BOS and padding share an id, the first id of a row can be either.
     if pad not in (None, bos) and pad in (prompt[0], prompt[-1]):
         raise ValueError(
             f"Row {row} of `input_ids` contains padding (id {pad}) that `attention_mask` does not hide: pass the "
@@ -141,7 +142,7 @@ def _read_prompt(config: OpenVLAConfig, row: int, ids: np.ndarray, is_token: np.
 
 
 def _check_placeholders(image: list[int], prompts: list[list[int]]) -> bool:
-    """Whether the prompts hold the image's placeholders, all of them right after the first token, or none."""
+    """Return whether the prompts contain the image's placeholders: all of them after the first token, or none."""
     counts = [prompt.count(image[0]) for prompt in prompts]
     if not any(counts):
         for row, prompt in enumerate(prompts):
@@ -155,27 +156,27 @@ def _check_placeholders(image: list[int], prompts: list[list[int]]) -> bool:
 
 
 def _refuse_other_placeholders(image: list[int], row: int, prompt: list[int]) -> None:
-    """`ValueError` where another id stands where a processor puts placeholders: after BOS, or first without BOS."""
+    """Raise `ValueError` if another id is where a processor puts placeholders: after BOS, or first without BOS."""
     for other in (prompt[: len(image)], prompt[1 : len(image) + 1]):
         if len(other) == len(image) > 1 and len(set(other)) == 1:
             raise ValueError(
-                f"Row {row} of `input_ids` holds {other[0]} where this model's image placeholder is {image[0]}: use "
-                "the checkpoint's own processor."
+                f"Row {row} of `input_ids` contains {other[0]} where this model's image placeholder is {image[0]}: "
+                "use the checkpoint's own processor."
             )
 
 
 def _check_image_count(image: list[int], row: int, count: int) -> None:
     if count != len(image):
         raise ValueError(
-            f"Every row of `input_ids` must hold {len(image)} image placeholders (id {image[0]}), or all rows none: "
-            f"row {row} holds {count}."
+            f"Every row of `input_ids` must have {len(image)} image placeholders (id {image[0]}), or all rows none: "
+            f"row {row} has {count}."
         )
 
 
 def _scattered(row: int) -> str:
     return (
-        f"The image placeholders of row {row} of `input_ids` are not side by side after the first token: use the "
-        "inputs as the processor gives them."
+        f"The image placeholders of row {row} of `input_ids` are not side by side after the first token: pass the "
+        "inputs as the processor returns them."
     )
 
 
@@ -206,13 +207,13 @@ def check_pixel_values(config: OpenVLAConfig, pixel_values: torch.Tensor) -> Non
         if pixel_values.shape[1:] != (3 * len(towers), side, side) or not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` must be floating-point numbers of shape (batch, {3 * len(towers)}, {side}, {side}), "
-                f"got {tuple(pixel_values.shape)} of {pixel_values.dtype}: make them with this checkpoint's own "
-                "processor."
+                f"got {tuple(pixel_values.shape)} of {pixel_values.dtype}: prepare them with this checkpoint's "
+                "own processor."
             )
 
 
 def check_num_images(num_images: int, num_prompts: int) -> None:
-    """`ValueError` where images and prompts differ in number."""
+    """Raise `ValueError` if images and prompts differ in number."""
     if num_images != num_prompts:
         raise ValueError(f"Got {num_images} images for {num_prompts} prompts: give one image with each prompt.")
 
@@ -221,7 +222,7 @@ def check_image_tokens(config: OpenVLAConfig, input_ids: torch.Tensor, num_image
     """Check that each row (B, T) has an image and its placeholders side by side.
 
     Raises:
-        ValueError: Images and rows differ in number, or a row does not hold a placeholder for each patch, all side by
+        ValueError: Images and rows differ in number, or a row does not have a placeholder for each patch, all side by
             side.
     """
     check_num_images(num_images, len(input_ids))
@@ -242,7 +243,9 @@ def insert_image_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Insert the image placeholders after BOS in (B, T) ids that have none, and extend mask and labels with them."""
     patches, length = config.num_image_tokens, input_ids.shape[1]
-    if torch.compiler.is_compiling():  # values can't be read: ids no longer than an image have no placeholders
+    if (
+        torch.compiler.is_compiling()
+    ):  # values can't be read, so ids no longer than an image count as ids without placeholders
         has_placeholders = length > patches
     else:
         has_placeholders = bool((input_ids == config.image_token_id).any())

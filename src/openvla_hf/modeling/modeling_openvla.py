@@ -106,10 +106,10 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """As `PreTrainedModel.resize_token_embeddings`, but the embedding must keep its size.
+        """Accept only the current size, unlike `PreTrainedModel.resize_token_embeddings`.
 
         Raises:
-            ValueError: The size differs: the action ids are counted from the end of the vocabulary, and would move.
+            ValueError: The size differs. It would move the action ids, which are counted from the vocabulary's end.
         """
         rows = self.config.text_config.vocab_size
         wanted = rows if new_num_tokens is None else new_num_tokens
@@ -139,7 +139,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
         tower_config = copy.deepcopy(tower_config)
         published_layers = tower_config.num_hidden_layers
         tower_config.num_hidden_layers = self.config.vision_layers_built(tower_config)
-        # Stored in published checkpoints and never read.
+        # Weights in published checkpoints that are never read.
         above = "|".join(str(i) for i in range(tower_config.num_hidden_layers, published_layers))
         unread = rf"vision_backbone\.{name}\.(norm\.|attn_pool\." + (
             rf"|encoder\.layers?\.({above})\.)" if above else ")"
@@ -154,7 +154,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
         return [self.featurizer] + ([self.fused_featurizer] if self.config.fused_vision_config is not None else [])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3 * towers, H, W) -> (B, P, sum of the towers' widths), the patch tokens before the final norm."""
+        """Encode images (B, 3 * towers, H, W) as patch tokens before the final norm, (B, P, sum of towers' widths)."""
         check_pixel_values(self.config, pixel_values)
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1), strict=True):
@@ -182,7 +182,7 @@ class OpenVLAProjector(nn.Module):
         self.act = ACT2FN[config.projector_hidden_act]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, P, vision width) -> (B, P, D)."""
+        """Project features (B, P, vision width) to (B, P, D)."""
         hidden = self.fc2(self.act(self.fc1(features)))
         return hidden if self.fc3 is None else self.fc3(self.act(hidden))
 
@@ -200,7 +200,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embedding."""
+        """Return the language model's token embedding."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -208,7 +208,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3 * towers, H, W) -> (B, P, D), one embedding for each patch."""
+        """Embed images (B, 3 * towers, H, W) as (B, P, D), one embedding for each patch."""
         return self.projector(self.vision_backbone(pixel_values.to(self.projector.fc1.bias.dtype)))
 
     def _place_image(
@@ -218,7 +218,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         return inputs_embeds.masked_scatter(placeholders, image_features.to(inputs_embeds))
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed (B, T) ids as (B, T, D), images in place of their placeholders; unlike `forward`, check nothing."""
+        """Embed ids (B, T) and the images in place of their placeholders as (B, T, D), without `forward`'s checks."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return inputs_embeds
@@ -244,7 +244,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("`pixel_values` need `input_ids`, whose placeholders mark the place of the image.")
-            # Not in a compiled graph, which counting would break.
+            # Counting would break a compiled graph.
             if not torch.compiler.is_compiling():
                 check_image_tokens(self.config, input_ids, len(pixel_values))
             image_features = self.get_image_features(pixel_values).to(inputs_embeds)
@@ -289,11 +289,11 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LM head."""
+        """Return the LM head."""
         return self.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3 * towers, H, W) -> (B, P, D), one embedding for each patch."""
+        """Embed images (B, 3 * towers, H, W) as (B, P, D), one embedding for each patch."""
         return self.model.get_image_features(pixel_values)
 
     @can_return_tuple
@@ -309,10 +309,10 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> OpenVLACausalLMOutputWithPast:
-        """Logits (B, T, V), and the loss where `labels` (B, T; -100 is ignored) are given.
+        """Compute logits (B, T, V), and the loss if `labels` (B, T; -100 is ignored) are given.
 
         `input_ids` without image placeholders (from the original processor) get them after BOS. `logits_to_keep`
-        selects the positions with logits: a number of last positions, an index, or (B, K) positions of each row.
+        selects the positions with logits: the number of last positions, an index, or positions (B, K) of each row.
         """
         if pixel_values is not None and input_ids is not None:
             input_ids, attention_mask, labels = insert_image_tokens(self.config, input_ids, attention_mask, labels)
@@ -353,7 +353,9 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `GenerationMixin.generate`; ids without image placeholders get them, and the output keeps them.
+        """Generate like `GenerationMixin.generate`, with image placeholders added to ids that have none.
+
+        The output contains the placeholders.
 
         Raises:
             ValueError: The prompt and `max_new_tokens` exceed the positions of the language model.

@@ -27,7 +27,7 @@ CPU_KERNEL_OUTPUTS, CPU_KERNEL_INPUTS = 32, 64
 
 
 def with_defaults(quantization_config: Any) -> Any:
-    """Add `KEPT_IN_16_BITS` to a config that does not name modules to keep; `ValueError` if it can't run here."""
+    """Add `KEPT_IN_16_BITS` to a config that names no modules to keep; raise `ValueError` if it can't run here."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     refuse_foreign_kernels(quantization_config)
@@ -40,7 +40,7 @@ def with_defaults(quantization_config: Any) -> Any:
 
 
 def refuse_second(repo: Any, stored: Any) -> None:
-    """`ValueError` if the stored weights are quantised already."""
+    """Raise `ValueError` if the stored weights are quantised already."""
     if stored is not None:
         raise ValueError(
             f"{repo} is quantised already: load it without `quantization_config`, or quantise its 16-bit checkpoint."
@@ -48,7 +48,7 @@ def refuse_second(repo: Any, stored: Any) -> None:
 
 
 def refuse_without_gpu(what: str, needed: tuple[int, int] | None) -> None:
-    """`ValueError` if `what` needs a GPU of a compute capability that is not available; `None` needs no GPU."""
+    """Raise `ValueError` if no GPU has the compute capability that `what` needs; `None` needs no GPU."""
     if needed is None:
         return
     too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < needed
@@ -60,7 +60,7 @@ def refuse_without_gpu(what: str, needed: tuple[int, int] | None) -> None:
 
 
 def refuse_foreign_kernels(config: Any) -> None:
-    """`ValueError` if a quantisation config needs kernels of a GPU that is not available."""
+    """Raise `ValueError` if a quantisation config needs kernels of a GPU that is not available."""
     if config.quant_method != "torchao" or getattr(config.quant_type, "int4_packing_format", "") == KERNELS_FOR_CPU:
         return
     kind = type(config.quant_type).__name__
@@ -88,8 +88,8 @@ def prepare_quantized(model: PreTrainedModel) -> None:
     if config.quant_method != "bitsandbytes":
         return
     if config.load_in_8bit:
-        # It warns at every layer of every pass that it casts to float16, which is how 8 bits work. The logger's name
-        # is the only handle on that warning.
+        # bitsandbytes warns at every layer of every pass that it casts to float16, although 8-bit layers always do so.
+        # The logger's name is the only handle on this warning.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, WeightConverte
 
 
 class Reshape(ConversionOps):
-    """Change one tensor by a function, and back by its inverse when saving in the published layout."""
+    """Apply a function to one tensor, and its inverse when saving in the published layout."""
 
     def __init__(
         self, function: Callable[[torch.Tensor], torch.Tensor], inverse: Callable[[torch.Tensor], torch.Tensor]
@@ -39,22 +39,22 @@ class Reshape(ConversionOps):
 
 
 def prepend_zero_row(patches: torch.Tensor) -> torch.Tensor:
-    """(1, P, D) position embedding of the patches -> (1, 1 + P, D): the class token gets none."""
+    """Prepend zeros for the class token to the patches' position embedding: (1, P, D) -> (1, 1 + P, D)."""
     return torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)
 
 
 def drop_first_row(positions: torch.Tensor) -> torch.Tensor:
-    """(1, 1 + P, D) -> (1, P, D)."""
+    """Drop the class token's position embedding: (1, 1 + P, D) -> (1, P, D)."""
     return positions[:, 1:].contiguous()
 
 
 def drop_batch(positions: torch.Tensor) -> torch.Tensor:
-    """(1, P, D) -> (P, D)."""
+    """Drop the batch dimension: (1, P, D) -> (P, D)."""
     return positions.squeeze(0)
 
 
 def add_batch(positions: torch.Tensor) -> torch.Tensor:
-    """(P, D) -> (1, P, D)."""
+    """Add a batch dimension: (P, D) -> (1, P, D)."""
     return positions.unsqueeze(0)
 
 
@@ -89,7 +89,7 @@ RENAMINGS: dict[str, dict[str, str]] = {
         r"\.attn\.proj\.": ".self_attn.out_proj.",
     },
 }
-# What changes the tensors too, after the renamings.
+# Conversions that change tensors, applied after the renamings.
 CONVERTERS: dict[str, list[WeightConverter]] = {
     "OpenVLADinov2Tower": [
         WeightConverter(
@@ -106,7 +106,7 @@ CONVERTERS: dict[str, list[WeightConverter]] = {
         _qkv("self_attn"),
     ],
 }
-# As transformers takes them; it may change these objects while it loads.
+# The rules as transformers takes them. It may change these objects while it loads.
 CONVERSIONS = {
     name: [*(WeightRenaming(*one) for one in renamings.items()), *CONVERTERS.get(name, [])]
     for name, renamings in RENAMINGS.items()

@@ -1,4 +1,4 @@
-"""Prompts and images to model inputs."""
+"""Conversion of prompts and images to model inputs."""
 
 from .image_processing_openvla import OpenVLAImageProcessor
 from .processing_openvla import OpenVLAProcessor

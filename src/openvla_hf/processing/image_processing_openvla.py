@@ -31,7 +31,7 @@ ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 # The value of `resample` for the filter of `image_resizing`.
 LANCZOS3 = "lanczos3"
 
-# The released statistics of DINOv2 are rounded to bfloat16; the model was trained with them as they are.
+# OpenVLA's statistics for DINOv2 are rounded to bfloat16. The model was trained with the rounded values.
 DINOV2_MEAN, DINOV2_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -40,9 +40,9 @@ IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK",
 # Bicubic resizing overshoots an edge by up to an eighth of the range. An image that reaches further below 0 is more
 # likely normalised to [-1, 1].
 OVERSHOOT = 1 / 8
-# The lowest maximum of a float image in [0, 255]. Below it are the maxima of normalised and of linear (HDR) images.
+# Smallest maximum of a float image in [0, 255]. Normalised and linear (HDR) images have a lower maximum.
 MIN_FLOAT_LEVEL = 16
-# Seconds for an image to arrive from a URL, and the most bytes that it may have.
+# Time limit for a download in seconds, and its largest size in bytes.
 URL_TIMEOUT = 30.0
 MAX_DOWNLOAD = 64 * 2**20
 DOWNLOAD_CHUNK = 2**16
@@ -75,16 +75,16 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     The defaults are those of openvla-7b. A published `preprocessor_config.json` is read into the same fields.
 
     Args:
-        image_resize_strategy: how an image becomes `size`: "resize-naive" stretches it, "letterbox" pads it
-            to a square first, "resize-crop" scales the short side and crops the long one.
+        image_resize_strategy: how an image is brought to `size`: "resize-naive" stretches it, "letterbox" pads it to a
+            square first, "resize-crop" scales the short side and crops the long one.
         size: height and width of the result in pixels (int, (height, width) or dict).
         image_mean: one list of three for each tower, in the order of the channels; a flat list is one tower.
-        image_std: likewise.
-        resample: PIL's resampling filter, or "lanczos3" for TensorFlow's, which resizes the images of the original's
-            training and of its evaluation in simulators.
+        image_std: the standard deviations in the same form.
+        resample: PIL's resampling filter, or "lanczos3" for TensorFlow's, which the original uses in training and in
+            evaluation in simulators.
         letterbox_fill: RGB levels (0..255) of the padding.
         center_crop_area: fraction of the area that a centre crop keeps before it is scaled back to `size`.
-            Set it (0.9) to evaluate a model that was trained with random crops.
+            Set it to 0.9 to evaluate a model that was trained with random crops.
 
     Raises:
         ValueError: a field is out of its range.
@@ -114,7 +114,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         if set(self.size) != {"height", "width"}:
             raise ValueError(f"`size` must be a height and a width, got {self.size}.")
         if image_resize_strategy != "resize-naive" and self.size["height"] != self.size["width"]:
-            raise ValueError(f"{image_resize_strategy!r} gives square images, but `size` is {self.size}.")
+            raise ValueError(f"{image_resize_strategy!r} needs a square `size`, got {self.size}.")
         self.image_mean = np.reshape(image_mean, (-1, 3)).tolist()
         self.image_std = np.reshape(image_std, (-1, 3)).tolist()
         if len(self.image_mean) != len(self.image_std):
@@ -132,7 +132,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `processor_config.json`, or `preprocessor_config.json` of a checkpoint without it."""
+        """Read `processor_config.json`, or `preprocessor_config.json` if the checkpoint has none."""
         # If the Hub refuses the first file, transformers would read the second, which may differ.
         find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **select_hub_kwargs(kwargs))
         return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
@@ -167,7 +167,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             `pixel_values` (B, 3 * towers, height, width), float32; numpy with `return_tensors=None`.
 
         Raises:
-            ValueError: an input does not hold an image, its brightness is uncertain, or it has too many pixels.
+            ValueError: an input is not an image, its brightness is uncertain, or it has too many pixels.
             TypeError: an input has another type.
             OSError: a file or URL cannot be read: it is damaged, or does not answer in time.
         """
@@ -218,8 +218,8 @@ def read_published_config(published: dict[str, Any]) -> dict[str, Any]:
     name may disagree with them and are not read.
 
     Raises:
-        ValueError: the `tvf_*` values are missing, or the towers need differently resized images, as in no released
-            checkpoint.
+        ValueError: the `tvf_*` values are missing, or the towers need differently resized images (no released
+            checkpoint does).
     """
     missing = {"tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox"} - {*published}
     if missing:
@@ -243,7 +243,7 @@ def iterate_images(images: Any) -> Iterator[Image.Image]:
     """Yield every image of any accepted input as RGB, see `OpenVLAImageProcessor.preprocess`.
 
     Raises:
-        ValueError: an array, string or PIL image does not hold an image, or its brightness is uncertain.
+        ValueError: an array, string or PIL image is not a valid image, or its brightness is uncertain.
         TypeError: an input has another type.
         OSError: a file or URL cannot be read.
     """
@@ -266,7 +266,7 @@ def iterate_images(images: Any) -> Iterator[Image.Image]:
 
 
 def _open(source: str) -> Image.Image:
-    """Read a path, a URL or base64 text as RGB, without its EXIF orientation, as for a PIL image."""
+    """Read a path, a URL or base64 text as RGB. The EXIF orientation is ignored, as for a PIL image."""
     name = repr(source if len(source) < 80 else f"{source[:40]}...{source[-40:]}")
     file: str | io.BytesIO
     if source.lower().startswith(("http://", "https://")):
@@ -386,7 +386,7 @@ def select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
-    """Path of a checkpoint's file, downloaded if need be, or `None` if there is none.
+    """Return the path of a checkpoint's file, downloaded if need be, or `None` if there is none.
 
     A file of a repository counts as absent if the Hub answers HTTP 404, or the cache has a record of that answer. In
     offline mode a file that is not in the cache counts as absent too: a cache that `snapshot_download` filled has no

@@ -1,4 +1,4 @@
-"""The resizing of images in the original's training and evaluation, which TensorFlow does there, in numpy.
+"""The image resizing of the original's training and evaluation, in numpy instead of TensorFlow.
 
 Both functions keep TensorFlow's arithmetic: float32, in the same order of operations. PIL's own Lanczos and bilinear
 filters round between their two passes, and differ by one level in a quarter of the values of a crop.
@@ -15,7 +15,7 @@ PI = np.float32(3.14159265359)
 
 
 def resize_lanczos3(levels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize as `tf.image.resize(..., method="lanczos3", antialias=True)`, then round.
+    """Resize like `tf.image.resize(..., method="lanczos3", antialias=True)`, then round.
 
     Args:
         levels: (H, W, C) uint8.
@@ -51,7 +51,7 @@ def _filter_rows(values: np.ndarray, count: int) -> np.ndarray:
     """Filter (H, W, C) float32 to `count` rows."""
     first, weights = _lanczos_weights(len(values), count)
     filtered = np.zeros((count, *values.shape[1:]), np.float32)
-    # One tap after another, as TensorFlow adds them up: another order moves some values across a rounding edge.
+    # Add one tap after another, like TensorFlow: another order moves some values across a rounding edge.
     for tap, weight in enumerate(weights.T):
         filtered += weight[:, None, None] * values[np.minimum(first + tap, len(values) - 1)]
     return filtered
@@ -59,7 +59,7 @@ def _filter_rows(values: np.ndarray, count: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _lanczos_weights(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """First input of each output (count,), and the weights of the inputs from there on (count, taps), float32."""
+    """Compute each output's first input (count,), and the weights of the inputs from there (count, taps), float32."""
     one = np.float32(1)
     step = one / (np.float32(count) / np.float32(length))
     stretch = max(step, one)  # the kernel widens when the image shrinks
@@ -77,7 +77,7 @@ def _lanczos_weights(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lanczos(x: np.ndarray) -> np.ndarray:
-    """Lanczos kernel of distances (float32)."""
+    """Compute the Lanczos kernel of distances (float32)."""
     radius = np.float32(LANCZOS_RADIUS)
     near = np.maximum(x, np.float32(1e-3))  # the quotient is 0 / 0 at 0
     kernel = radius * _sin(PI * near) * _sin(PI * near / radius) / (PI * PI * near * near)
@@ -85,17 +85,17 @@ def _lanczos(x: np.ndarray) -> np.ndarray:
 
 
 def _sin(x: np.ndarray) -> np.ndarray:
-    """Sine of float32, rounded once: numpy's own is off by a unit in the last place now and then."""
+    """Compute the sine of float32, rounded once: numpy's own is sometimes off by a unit in the last place."""
     return np.sin(x.astype(np.float64)).astype(np.float32)
 
 
 def _crop_rows(values: np.ndarray, area: float) -> np.ndarray:
-    """Sample as many rows as there are, between the rows of (H, W, C) float32 that the centre crop keeps."""
+    """Resample the rows of (H, W, C) float32 that the centre crop keeps to H rows."""
     count = len(values)
     side = np.sqrt(np.float32(area))
     top = (1 - side) / np.float32(2)
     last = np.float32(max(count - 1, 1))
-    # The height of the box is a difference of its edges, whose rounding counts.
+    # Compute the box's height as the difference of its edges, like TensorFlow, since the rounding matters.
     position = top * last + np.arange(count, dtype=np.float32) * ((top + side - top) * last / last)
     above = np.floor(position).astype(int)
     below = np.minimum(np.ceil(position).astype(int), count - 1)

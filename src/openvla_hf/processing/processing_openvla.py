@@ -36,7 +36,7 @@ class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[cal
     }
 
 
-# Those of `ProcessingKwargs` that a call takes.
+# The options of `ProcessingKwargs` that a call takes.
 TEXT_OPTIONS = (
     "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "return_tensors",
     "return_mm_token_type_ids",
@@ -49,20 +49,20 @@ RETURN_TYPES = ("pt", "np", None)
 class OpenVLAProcessor(ProcessorMixin):
     r"""Convert images and instructions to `input_ids`, `attention_mask` and `pixel_values`.
 
-    An image takes `num_image_tokens` placeholders after the BOS token, which the model replaces by its features.
+    An image takes `num_image_tokens` placeholders after the BOS token, which the model replaces with the image's
+    features.
 
     ```python
     inputs = processor(image, instruction="pick up the red block")  # fills the checkpoint's prompt template
-    inputs = processor(prompt, image)  # a whole prompt, as it is
-    ```
+    inputs = processor(prompt, image)  # a whole prompt, used as it is ```
 
     Args:
         image_processor: makes `pixel_values`.
         tokenizer: a tokenizer with a pad token. It is set to pad on the left: every row ends in its prompt.
         prompt_template: text with `{instruction}` in it.
-        lowercase_instruction: whether `instruction=` is put in lower case, as in OpenVLA's training data.
+        lowercase_instruction: whether `instruction=` is converted to lower case, as in OpenVLA's training data.
         strip_full_stop: whether a final full stop of `instruction=` is left out. It changes the actions of a
-            checkpoint that was trained without. OpenVLA's own training kept the full stops of its data; `finetune`
+            checkpoint that was trained without one. OpenVLA's own training kept the full stops of its data; `finetune`
             leaves them out.
         image_token: name of the placeholder; it is removed from instructions.
         image_token_id: id of the placeholder. By default the tokenizer's own id of `image_token` if it knows
@@ -70,7 +70,7 @@ class OpenVLAProcessor(ProcessorMixin):
         num_image_tokens: patches of an image (256 at 224 pixels).
 
     Raises:
-        ValueError: the template has no `{instruction}`, or the tokenizer no pad token.
+        ValueError: the template has no `{instruction}`, or the tokenizer has no pad token.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
         Raises:
             ValueError: an image or a text is missing or empty, their numbers differ, a whole prompt is given as
-                `instruction`, or a text holds a placeholder for the image beside those that are put in.
+                `instruction`, or a text contains an image placeholder besides the inserted ones.
             TypeError: too many or wrong arguments.
         """
         text_kwargs, images_kwargs = self._read_options(**kwargs)
@@ -168,7 +168,7 @@ class OpenVLAProcessor(ProcessorMixin):
         )
 
     def _encode(self, prompts: list[str], num_placeholders: int, text_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Ids and mask of prompts as lists, with placeholders, cut off and padded as the options say."""
+        """Encode prompts as lists of ids and masks, with placeholders, truncated and padded as the options say."""
         placeholders = [self.image_token_id] * num_placeholders
         rows = self.tokenizer(prompts, verbose=False)["input_ids"]
         if placeholders and any(self.image_token_id in row for row in rows):
@@ -200,11 +200,11 @@ class OpenVLAProcessor(ProcessorMixin):
         return text_inputs
 
     def _read_options(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Options of a call for the text and for the images."""
+        """Split the options of a call into those for the text and those for the images."""
         groups = {"text_kwargs": TEXT_OPTIONS, "images_kwargs": IMAGE_OPTIONS, "common_kwargs": IMAGE_OPTIONS}
         given = [(kwargs.get(name, {}), known) for name, known in groups.items()]
         given.append(({name: value for name, value in kwargs.items() if name not in groups}, TEXT_OPTIONS))
-        for options, known in given:  # transformers would only warn of those that it does not know
+        for options, known in given:  # transformers would only warn about unknown ones
             if not isinstance(options, dict):
                 raise TypeError(f"Options of the processor must be a dictionary, got {options!r:.80}.")
             if unknown := sorted({*options} - {*known}):
@@ -222,9 +222,9 @@ class OpenVLAProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Counts the placeholders of images (height, width), for engines that plan their memory before a call.
+        """Count the placeholders of images (height, width), for engines that plan their memory before a call.
 
-        Every image is resized to one size, and so has as many placeholders as any other.
+        All images are resized to the same size, so they have the same number of placeholders.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -235,7 +235,7 @@ class OpenVLAProcessor(ProcessorMixin):
         """Fill the prompt template, for prediction and training alike.
 
         Raises:
-            ValueError: the instruction is empty, or a whole prompt already.
+            ValueError: the instruction is empty or already a whole prompt.
             TypeError: the instruction is not a string.
         """
         if not isinstance(instruction, str):
@@ -259,18 +259,18 @@ class OpenVLAProcessor(ProcessorMixin):
         return self.prompt_template.replace("{instruction}", instruction)
 
     def _template_parts(self) -> tuple[str, str]:
-        """Text of the prompt template before and after the instruction."""
+        """Return the prompt template's text before and after the instruction."""
         before, _, after = self.prompt_template.partition("{instruction}")
         return before.strip(), after.strip()
 
     def _follows_template(self, text: str) -> bool:
-        """Whether a text has the template's words around an instruction; more text may follow."""
+        """Return whether a text has the template's words around an instruction; more text may follow."""
         before, after = self._template_parts()
         start = text.find(before)
         return start >= 0 and text.find(after, start + len(before)) >= 0
 
     def _is_whole_prompt(self, instruction: str) -> bool:
-        """Whether an instruction looks like a filled template, ours or a published one, in any case."""
+        """Return whether an instruction looks like a filled template, ours or a published one; case is ignored."""
         before, after = (part.lower() for part in self._template_parts())
         instruction = instruction.strip().lower()
         if QUESTION.lower() in instruction:
@@ -336,9 +336,9 @@ class OpenVLAProcessor(ProcessorMixin):
         processor_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        # Not by the Auto classes: for published files they ask whether to trust remote code, and build a
-        # LlamaTokenizer, which splits some texts differently from the tokenizer.json. There is no public way to build
-        # the parts of a processor otherwise.
+        # The Auto classes are not used: for published files they ask whether to trust remote code, and build a
+        # LlamaTokenizer, which splits some texts differently from tokenizer.json. There is no other public way to build
+        # the parts of a processor.
         return [
             OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **select_hub_kwargs(kwargs)),
@@ -348,7 +348,7 @@ class OpenVLAProcessor(ProcessorMixin):
 def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Derive the processor's fields from a published `config.json`.
 
-    A language model that was Vicuna before (openvla-7b-v01) has Vicuna's chat prompt. The number of image tokens
+    A language model that was trained from Vicuna (openvla-7b-v01) has Vicuna's chat prompt. The number of image tokens
     follows from the image size and the patch size in the towers' names.
     """
     fields: dict[str, Any] = {}
@@ -361,12 +361,12 @@ def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_list(texts: str | Sequence[str]) -> list[str]:
-    """Make a list of a text or a batch of texts."""
+    """Return a text or a batch of texts as a list."""
     return [texts] if isinstance(texts, str) else list(texts)
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text or a batch of texts."""
+    """Return whether a value is a text or a batch of texts."""
     return isinstance(value, str) or (
         isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) for each in value)
     )

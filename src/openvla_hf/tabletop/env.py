@@ -1,6 +1,6 @@
 """The tabletop: a small, deterministic Gymnasium environment in NumPy and PIL.
 
-Like OpenVLA, a policy for it takes one RGB frame (224, 224, 3) and one instruction, and gives one action (7,).
+Like OpenVLA, a policy for it takes one RGB frame (224, 224, 3) and one instruction, and returns one action (7,).
 Importing this module registers `openvla_hf/Tabletop-v0`:
 
     env = gymnasium.make("openvla_hf/Tabletop-v0")
@@ -55,7 +55,7 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "back": (0.0, 1.0),
 }
 
-# What counts as success, metres. Objects are carried lower than `LIFT_HEIGHT`.
+# Thresholds of success, metres. Objects are carried lower than `LIFT_HEIGHT`.
 GOAL_RADIUS = 0.045
 PUSH_DISTANCE = 0.08
 LIFT_HEIGHT = 0.10
@@ -87,13 +87,13 @@ class Task:
 class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """Put, push, stack and lift coloured objects with a gripper that points down.
 
-    The observation is the camera's frame, uint8 (224, 224, 3). The action (7,) holds dx, dy, dz in metres (each
+    The observation is the camera's frame, uint8 (224, 224, 3). The action (7,) contains dx, dy, dz in metres (each
     clipped to +-`MAX_STEP`), droll, dpitch, dyaw in radians (accepted and ignored: the gripper keeps pointing down),
     and the gripper (1 = open, 0 = closed, threshold 0.5). In each step the fingers act first. Then the hand moves,
     with a position error as on a real arm: `hand_noise`, drawn from the seed of the episode. The reward is 1 on
     success, which ends the episode, and 0 otherwise. The environment itself truncates episodes after `max_steps`.
 
-    The `info` of `reset` and `step` holds `instruction`, `task` (the family), `is_success`, and `moved_object`: the
+    The `info` of `reset` and `step` contains `instruction`, `task` (the family), `is_success`, and `moved_object`: the
     name of the object that was held last, or pushed last to at least 3 cm from its start, or None.
 
     Options of `reset`: `task` fixes the family. `swap_target` (bool) keeps the seed's scene and exchanges the target
@@ -172,7 +172,7 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (7,):
-            raise ValueError(f"An action has shape (7,), got {action.shape}.")
+            raise ValueError(f"An action must have shape (7,), got {action.shape}.")
         if not np.isfinite(action).all():
             raise ValueError(f"An action must be finite, got {action.tolist()}.")
         before = {thing.name: thing.position.copy() for thing in self.scene.objects}

@@ -36,7 +36,7 @@ __all__ = [
 # Demonstrated moves are rounded to multiples of this, metres: a policy can tell few different actions apart, not 256.
 ACTION_GRID = 0.01
 
-# Share of the remaining way that one step goes.
+# Share of the remaining distance that one step covers.
 _GAIN = 0.75
 # From the height for grasping to the height for hovering, metres.
 _CLEARANCE = 0.085
@@ -49,12 +49,12 @@ _STROKE = 0.03
 
 
 def expert_action(env: TabletopEnv) -> np.ndarray:
-    """Return the expert's action, float32 (7,). It depends on the current state of `env` alone."""
+    """Return the expert's action, float32 (7,). It depends only on the current state of `env`."""
     return plan(env.scene, env.task)
 
 
 def plan(scene: Scene, task: Task) -> np.ndarray:
-    """Return the expert's action, float32 (7,), for `task` in `scene`, whichever task came before.
+    """Return the expert's action, float32 (7,), for `task` in `scene`, regardless of earlier tasks.
 
     Heights follow a funnel: the hand is low only where it is aligned with its destination, and rises before it moves
     sideways. The action is therefore a continuous function of what the frame shows, except for the gripper.
@@ -233,7 +233,7 @@ def record_demonstrations(
 
     Args:
         tasks: Families to draw from, out of `TASKS`.
-        seeds: One for each episode; evaluation uses seeds from `rollouts.FIRST_UNSEEN_SEED` on.
+        seeds: One seed for each episode; evaluation uses seeds from `rollouts.FIRST_UNSEEN_SEED` on.
         noise: Standard deviation of the executed translation, metres.
 
     Raises:

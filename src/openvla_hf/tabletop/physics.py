@@ -26,7 +26,7 @@ FINGER_RADIUS = 0.006
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the distance of two points in the xy plane, metres."""
+    """Return the distance between two points in the xy plane, metres."""
     return math.hypot(float(a[0] - b[0]), float(a[1] - b[1]))
 
 

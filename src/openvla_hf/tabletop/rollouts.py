@@ -45,7 +45,7 @@ CONDITIONS = {
 
 @dataclass
 class Rollout:
-    """One episode that a policy has played.
+    """One episode of a policy.
 
     Attributes:
         seed: Seed of the episode.
@@ -74,7 +74,7 @@ class _Running:
 
 
 def load_policy(model: Any, processor: Any, unnorm_key: str | None = None) -> Policy:
-    """Make a function from frames and instructions to actions out of a model and its processor.
+    """Wrap a model and its processor in a function from frames and instructions to actions.
 
     Args:
         model: An `OpenVLAForActionPrediction`.
@@ -114,8 +114,8 @@ def run_episodes(
     """Run one episode for each seed, `batch_size` at a time, and yield each as it ends.
 
     Args:
-        policy: The policy to run, as `load_policy` gives it.
-        seeds: One for each episode.
+        policy: The policy to run, as `load_policy` returns it.
+        seeds: One seed for each episode.
         tasks: Families to draw from.
         condition: One of `CONDITIONS`.
         batch_size: Episodes that run side by side; the policy predicts their actions in one batch.

@@ -87,7 +87,7 @@ class Seeing(nn.Module):
 
 @dataclass
 class Marks:
-    """The tokens of a batch that the teaching refers to. Things are those of `SEEN`.
+    """The tokens of a batch that the losses refer to. Things are those of `SEEN`.
 
     Attributes:
         row: Index of each row, (B,).
@@ -185,7 +185,7 @@ class Acting(nn.Module):
         )
 
     def judge_attention(self, attentions: Sequence[torch.Tensor], marks: Marks) -> torch.Tensor:
-        """Compute how little some heads attend to the tokens that they should look at."""
+        """Compute the loss of the attention heads that should look at certain tokens."""
         row, is_there, patch = marks.row, marks.is_there, marks.patch
 
         def look(layer: int, head: int, query: torch.Tensor, key: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -208,7 +208,7 @@ class Acting(nn.Module):
     def judge_places(
         self, hidden_states: Sequence[torch.Tensor], marks: Marks, positions: torch.Tensor, offsets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute how far off the places are that linear heads read at the names and at the action.
+        """Compute the errors of the places that linear heads read at the names and at the action.
 
         Returns:
             The loss of the named things' positions in the image, and of their distances from the hand.

@@ -4,11 +4,11 @@
 
 The policy is OpenVLA at a few million parameters: both towers, the projector, Llama and a tokenizer of its own.
 OpenVLA starts from pretrained towers and a pretrained language model. Here nothing is pretrained, and it would take
-millions of frames to learn from the actions alone that a name refers to an object in the image. Two phases therefore
-teach first what pretraining would give:
+millions of frames to learn from the actions alone that a name refers to an object in the image. Training therefore has
+two phases, the first of which teaches what pretraining would give:
 
-1. Seeing: the towers and the projector learn which object is in each patch, and to express it in the language model's
-   own embeddings of the names. This continues in the second phase.
+1. Seeing: the towers and the projector learn which object is in each patch, and how to express it in the language
+   model's own embeddings of the names. This continues in the second phase.
 2. Acting: everything learns the expert's actions. Some attention heads are also shown where to look (from a name to
    the patch of its object; from the action to the names, the gripper and its shadow), and positions are read from the
    hidden states.
@@ -51,7 +51,7 @@ NOWHERE = -1.0
 PATCH_SIZE = 14
 POLICY_IMAGE_SIZE = SIDE * PATCH_SIZE
 VISION_WIDTH = 96
-# Of the first phase.
+# Peak learning rate of the first phase.
 SEEING_LEARNING_RATE = 1.5e-3
 
 
@@ -67,8 +67,8 @@ class TrainPolicyArguments:
         learning_rate: Peak learning rate of the second phase, except for the towers.
         tower_learning_rate: Peak learning rate of the towers in the second phase.
         noise: Standard deviation of the noise on the executed actions, metres; the labels have none.
-        live_episodes: Episodes that are mixed. With fewer of them, consecutive batches show the same scenes.
-        workers: Processes that generate episodes.
+        live_episodes: Number of episodes that are mixed. With fewer of them, consecutive batches show the same scenes.
+        workers: Number of processes that generate episodes.
         save_steps: Optimizer steps between two checkpoints.
         seed: Seed of the initialisation.
     """
@@ -117,7 +117,7 @@ def play(seeds: list[range], arguments: TrainPolicyArguments) -> Iterator[Frame]
 
 
 def demonstrations(seeds: list[range], arguments: TrainPolicyArguments) -> Iterator[dict[str, Any]]:
-    """Yield the expert's frames, and some of those with an empty hand again with another instruction.
+    """Yield the expert's frames, and repeat some frames with an empty hand under another instruction.
 
     Besides `image`, `instruction` and `action`, each frame has `positions` (len(SEEN), 2) in fractions of the image;
     `target` and `goal`, indices into `SEEN` (goal is -1 for a push); and `offsets` (6,), metres from the hand to the
@@ -186,7 +186,7 @@ class GuidedCollator(ActionCollator):
     """Add the positions of objects to the usual batch."""
 
     def __call__(self, frames: Any) -> dict[str, torch.Tensor]:
-        """Collate frames of `demonstrations`; `input_ids` hold prompt and action, as for any policy."""
+        """Collate frames of `demonstrations`; `input_ids` contain prompt and action, as for any policy."""
         batch = super().__call__(frames)
         for name in ("positions", "target", "goal", "offsets"):
             batch[name] = torch.tensor(np.stack([frame[name] for frame in frames]))
@@ -250,7 +250,7 @@ def build(arguments: TrainPolicyArguments) -> tuple[OpenVLAForActionPrediction, 
 
 
 class GuidedTrainer(Trainer):
-    """Log the parts of the loss too."""
+    """A `Trainer` that also logs the parts of the loss."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -296,7 +296,7 @@ class Phase:
     """One of the two phases of the training.
 
     Attributes:
-        name: Its folder in the output.
+        name: Name of its folder in the output.
         module: `Seeing` or `Acting`.
         steps: Optimizer steps.
         groups: Parameter groups of the optimizer.

@@ -1,1 +1,1 @@
-"""Recipes over transformers.Trainer."""
+"""Fine-tuning with named recipes on top of `transformers.Trainer`."""

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made of: its data, how it is trained, and how it is evaluated."""
+"""Arguments of a fine-tuning run: its data, its training and its evaluation."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -45,8 +45,8 @@ class FinetuneArguments:
         data: Demonstrations: a folder or Hub id, a `TrainingData`, one `TrainingData` for each of several datasets,
             or frames that `openvla_hf.data` has already loaded.
         output: Folder of the checkpoints and the result.
-        statistics: Action statistics by dataset, or the file or folder that holds them. By default they are computed
-            from the training frames.
+        statistics: Action statistics by dataset, or the file or folder that contains them. By default, they are
+            computed from the training frames.
         recipe: Name of a recipe, or a `Recipe`.
         settings: Fields of the recipe or of `transformers.TrainingArguments`, such as
             `{"lora_rank": 64, "max_steps": 1000}`. They override the recipe and `DEFAULT_SETTINGS`.
@@ -55,12 +55,13 @@ class FinetuneArguments:
         eval_share: Share of the episodes of each dataset that is held out for evaluation, from 0 (none) to below 1.
         eval_frames: Number of held-out frames that each evaluation takes; all of them by default.
         eval_data: Frames to evaluate on instead of held-out episodes, or several sets of frames by name.
-        keep_best: Figure by which the best checkpoint is chosen and ends up in `output`: "loss", "action_accuracy" or
-            "action_l1". By default `output` gets the last weights.
+        keep_best: Figure that selects the best checkpoint, whose weights end up in `output`: "loss", "action_accuracy"
+            or "action_l1". By default, `output` gets the last weights.
         patience: Number of evaluations without an improvement after which training stops; implies `keep_best="loss"`.
 
     Raises:
-        ValueError: `data` is empty or has a dataset twice, or the arguments of the evaluation contradict each other.
+        ValueError: `data` is empty or contains a dataset twice, or the arguments of the evaluation contradict each
+            other.
     """
 
     model: str | os.PathLike
@@ -90,7 +91,7 @@ class FinetuneArguments:
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"`eval_share` must be at least 0 and below 1, got {self.eval_share}.")
         if self.eval_share and self.eval_data is not None:
-            raise ValueError("`eval_share` and `eval_data` both say what to evaluate on. Give one of them.")
+            raise ValueError("`eval_share` and `eval_data` both select evaluation data. Give only one of them.")
         lacks_data = (self.patience or self.keep_best) and not self.evaluates
         if lacks_data or (self.eval_frames and not self.eval_share):
             raise ValueError("`patience`, `keep_best` and `eval_frames` need held-out episodes: give `eval_share`.")
@@ -102,7 +103,7 @@ class FinetuneArguments:
 
     @property
     def datasets(self) -> "tuple[TrainingData, ...]":
-        """The datasets to load; none where `data` are frames."""
+        """The datasets to load; empty if `data` contains loaded frames."""
         if isinstance(self.data, (str, os.PathLike)):
             return (TrainingData(self.data),)
         if isinstance(self.data, TrainingData):
@@ -111,7 +112,7 @@ class FinetuneArguments:
 
     @property
     def weights(self) -> list[float] | None:
-        """Weight of each dataset in the mixture, or `None` where every frame is as likely as any other."""
+        """Weight of each dataset in the mixture, or `None` if all weights are 1."""
         weights = [one.weight for one in self.datasets]
         return None if all(weight == 1 for weight in weights) else weights
 

@@ -61,7 +61,7 @@ class WholeCheckpointTrainer(Trainer):
         self.writes_aside = True
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # what the writers of files raise on a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # raised by file writers on a full disk
             raise OSError(
                 f"{final} can't be written ({error.__cause__ or error}). Free some disk space and resume: the earlier "
                 "checkpoints are complete."

@@ -1,4 +1,4 @@
-"""Frames to training batches: prompt, action tokens, stop token, and labels on the last two."""
+"""Conversion of frames to training batches: prompt, action tokens and stop token, with labels on the last two."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ class ActionCollator:
         norm_stats: Instead of `stats`, the statistics of several datasets by name. Each frame names its own as
             `dataset`, which may be left out if there is only one. Batches then get `dataset_index` (B,), the position
             of each frame's dataset in `norm_stats`.
-        augment: Draws another view of an image from PyTorch's random numbers. The draw depends on `seed`, the epoch
-            and the frame alone, so it is the same in any worker or process, and after a resume.
+        augment: Draws a random view of an image with PyTorch's random number generator. The draw depends only on
+            `seed`, the epoch and the frame, so it is the same in any worker or process, and after a resume.
         seed: Seed of `augment`.
     """
 
@@ -48,11 +48,12 @@ class ActionCollator:
         self.norm_stats = check_statistics(norm_stats, "`norm_stats`")
         self.augment = augment
         self.seed = seed
-        # In shared memory: workers that outlive an epoch have a copy of the collator.
+        # In shared memory, since workers that outlive an epoch have their own copy of the collator.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Augment differently from now on. A frame that has an `epoch` of its own, as those of a stream, keeps it."""
+        """Set the epoch that augmentation depends on. Frames of a stream have their own `epoch`, which takes
+        precedence."""
         self.epoch.fill_(epoch)
 
     def __call__(self, frames: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -63,7 +64,7 @@ class ActionCollator:
             frames, which stand for those that a resumed run has already used, give an empty batch.
 
         Raises:
-            ValueError: An action is not finite or has not as many dimensions as its statistics, or a frame's
+            ValueError: An action is not finite or does not have as many dimensions as its statistics, or a frame's
                 `dataset` is unknown.
         """
         if not frames[0]:
@@ -93,13 +94,13 @@ class ActionCollator:
         return batch
 
     def view(self, frame: dict[str, Any]) -> Any:
-        """Return a frame's image, augmented if the collator augments."""
+        """Return a frame's image, augmented if `augment` is set."""
         image = frame["image"]
         if self.augment is None:
             return image
         seed = np.random.SeedSequence([self.seed, int(frame.get("epoch", self.epoch)), *_identify(frame)])
         with torch.random.fork_rng(devices=[]):
-            # On the CPU alone: `torch.manual_seed` would also seed the dropout on a GPU.
+            # Seed only the CPU: `torch.manual_seed` would also seed the dropout on a GPU.
             torch.default_generator.manual_seed(int(seed.generate_state(1)[0]))
             return self.augment(image)
 
@@ -121,7 +122,8 @@ class ActionCollator:
 
 
 def _identify(frame: dict[str, Any]) -> list[int]:
-    """Numbers that tell a frame from all others: its dataset, episode and index, or its image if it lacks those."""
+    """Return numbers that identify a frame: its dataset, episode and index, or a checksum of its image without
+    those."""
     if "episode_index" in frame and "frame_index" in frame:
         dataset = zlib.crc32(str(frame.get("dataset", "")).encode())
         return [dataset, int(frame["episode_index"]), int(frame["frame_index"])]
@@ -129,7 +131,7 @@ def _identify(frame: dict[str, Any]) -> list[int]:
 
 
 def _place(frame: dict[str, Any]) -> str:
-    """Where a frame comes from, for an error."""
+    """Describe where a frame comes from, for an error."""
     known = [f"{name.split('_')[0]} {frame[name]}" for name in ("episode_index", "frame_index") if name in frame]
     return f" ({', '.join(known)})" if known else ""
 

@@ -43,7 +43,7 @@ NOT_RECORDED = ("streaming", "shuffle_buffer", "seed")
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run has learnt.
+    """Result of a run.
 
     Args:
         figures: The last figures logged: loss, action accuracy, L1, and those of the evaluation if there was one.
@@ -58,11 +58,11 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     """Fine-tune a policy and leave the result, with a model card, in the output folder.
 
     Raises:
-        ValueError: A setting is unknown or impossible, the data have no frames or don't fit the statistics, there is
-            nothing to resume from or it was trained otherwise, or a loss or a gradient is not finite.
+        ValueError: A setting is unknown or impossible, the data has no frames or does not fit the statistics, there
+            is no checkpoint to resume from or its settings differ, or a loss or a gradient is not finite.
         ImportError: A tracker or a reader of the data is not installed.
-        FileExistsError: The output folder holds a dataset or the checkpoint of another run.
-        OSError: The base or the data can't be read, or there is no room left to write.
+        FileExistsError: The output folder contains a dataset or the checkpoint of another run.
+        OSError: The base or the data can't be read, or the disk is full.
         KeyboardInterrupt: Ctrl-C was pressed; the message says where the run was saved.
     """
     return train(build_trainer(arguments), resume=arguments.resume)
@@ -75,9 +75,9 @@ def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
         The recipe, and the arguments of the trainer.
 
     Raises:
-        ValueError: A setting is unknown or impossible, the model is an adapter, or the run can't be resumed so.
+        ValueError: A setting is unknown or impossible, the model is an adapter, or the run can't be resumed.
         ImportError: A tracker is not installed.
-        FileExistsError: The output folder holds a dataset or the checkpoint of another run.
+        FileExistsError: The output folder contains a dataset or the checkpoint of another run.
     """
     refuse_adapter(arguments.model)
     _read_statistics(arguments)
@@ -100,7 +100,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
     """Check the run, load the data and the base model, and put them together with the recipe.
 
     Raises:
-        ValueError: See `check_run`; or the recipe does not fit the model, or the data have no frames, don't fit the
+        ValueError: See `check_run`; or the recipe does not fit the model, or the data has no frames, does not fit the
             statistics or can't be split.
     """
     recipe, args = check_run(arguments)
@@ -145,7 +145,7 @@ class RunFrames:
     Args:
         train: Frames to train on.
         evaluation: Frames to evaluate on, if there are any.
-        record: What `training.json` says of them: `datasets`, `reading` and `held_out`.
+        record: Their entries in `training.json`: `datasets`, `reading` and `held_out`.
     """
 
     train: Dataset | IterableDataset
@@ -157,8 +157,8 @@ def read_frames(arguments: FinetuneArguments, seed: int) -> RunFrames:
     """Load the datasets of a run, hold episodes out for evaluation, and mix the rest by the weights.
 
     Args:
-        arguments: Of the run.
-        seed: Of the draws.
+        arguments: Arguments of the run.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: Datasets share a name, lack statistics or can't be split.
@@ -182,13 +182,15 @@ def read_frames(arguments: FinetuneArguments, seed: int) -> RunFrames:
 
 
 def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
-    """Train, from the last complete checkpoint with `resume`, and leave the result, with a card, in the output folder.
+    """Train, and save the result with a model card in the output folder.
+
+    With `resume`, training continues from the last complete checkpoint.
 
     Raises:
-        ValueError: There is nothing to resume from, or it was trained with other settings or on other statistics, or
-            a loss or a gradient is not finite.
-        FileExistsError: The output folder holds a dataset or the checkpoint of another run.
-        OSError: There is no room left for a checkpoint.
+        ValueError: There is no checkpoint to resume from, its settings or statistics differ, or a loss or a gradient
+            is not finite.
+        FileExistsError: The output folder contains a dataset or the checkpoint of another run.
+        OSError: The disk is full.
         KeyboardInterrupt: Ctrl-C was pressed; the message says where the run was saved.
     """
     output, record = trainer.args.output_dir, trainer.record
@@ -224,7 +226,7 @@ def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
 
 
 def _read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
-    """The statistics that were given, if any."""
+    """Return the given statistics, or `None`."""
     given = arguments.statistics
     return dict(given) if isinstance(given, Mapping) else None if given is None else load_statistics(given)
 
@@ -236,8 +238,8 @@ def _require_statistics(arguments: FinetuneArguments, names: list[str]) -> None:
     if missing:
         where = "`statistics`" if isinstance(arguments.statistics, Mapping) else arguments.statistics
         raise ValueError(
-            f"{where} has no statistics of {missing[0]!r}. It has {', '.join(map(repr, statistics or ()))}: "
-            "name the dataset like one of them with `name`, or give the statistics of this dataset."
+            f"{where} has no statistics of {missing[0]!r}, only of {', '.join(map(repr, statistics or ()))}: "
+            "give the dataset one of these names with `name`, or give its own statistics."
         )
 
 
@@ -252,7 +254,7 @@ def _evaluation_settings(arguments: FinetuneArguments) -> dict[str, Any]:
 
 
 def _record_reading(data: TrainingData, name: str) -> dict[str, Any]:
-    """Record how a dataset is read, with the adapter that its name chooses where the options leave it open."""
+    """Record how a dataset is read, with the adapter that its name selects if the options name none."""
     options = {option: value for option, value in data.options.items() if option not in NOT_RECORDED}
     robot = resolve_robot(options.get("robot"), name)
     return options | {"robot": robot.name, "adapter": describe_robot(robot)}
@@ -281,7 +283,7 @@ def _build_collators(
 
 
 def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
-    """The settings that a reader of the model card looks for."""
+    """Collect the settings for the model card."""
     adapters = f"adapters of rank {recipe.lora_rank}, alpha {recipe.lora_alpha}"
     return {
         "trained": adapters if recipe.uses_adapters else ", ".join(recipe.trained),
@@ -299,7 +301,7 @@ def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any
 
 
 def _steps_of_result(trainer: ActionTrainer) -> int:
-    """Steps that made the weights: those of the best checkpoint, if it was loaded."""
+    """Return the number of steps behind the final weights: that of the best checkpoint if it was loaded."""
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
         return int(state.best_global_step)
@@ -307,13 +309,13 @@ def _steps_of_result(trainer: ActionTrainer) -> int:
 
 
 def _last_figures(history: list[dict[str, Any]], steps: int) -> dict[str, float]:
-    """The last value of each figure that was logged in so many steps."""
+    """Return the last value of each figure that was logged up to a step."""
     figures: dict[str, float] = {}
     for entry in history:
         if entry["step"] > steps:
             break
         numbers = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
-        # With a gradient scaler, a step that was skipped has an infinite gradient norm, which JSON can't hold.
+        # With a gradient scaler, a step that was skipped has an infinite gradient norm, which JSON can't represent.
         figures |= {name: value for name, value in numbers.items() if isfinite(value)}
     return figures
 

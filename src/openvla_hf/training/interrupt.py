@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 ECHO = 1.0
-"""Seconds in which a second signal counts as the same Ctrl-C: a launcher sends it again to its processes."""
+"""Seconds within which a second signal counts as the same Ctrl-C, since a launcher sends it on to its processes."""
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -34,7 +34,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __enter__(self) -> "SaveOnInterrupt":
         self._previous: Any = None
-        if threading.current_thread() is threading.main_thread():  # Python handles signals there alone
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only there
             self._previous = signal.signal(signal.SIGINT, self._request)
         return self
 
@@ -53,7 +53,7 @@ class SaveOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Choose the process that tells the user."""
+        """Choose the process that informs the user."""
         self._announces = state.is_world_process_zero
 
     def on_step_end(

@@ -1,6 +1,6 @@
-"""Action metrics: the share of right action tokens, and the distance of the decoded actions.
+"""Action metrics: the share of correct action tokens, and the error of the decoded actions.
 
-Shapes: B batch, K supervised positions of the row that has most, V vocabulary.
+Shapes: B batch, K supervised positions of the row that has the most, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from .collator import IGNORED
 
 
 class ActionMetrics:
-    """Count the action tokens of many batches, for all datasets together and for each of several.
+    """Accumulate action metrics over batches, for all datasets together and for each one if there are several.
 
     - `action_accuracy`: share of the action tokens that the arg max over the vocabulary gets right.
-    - `action_l1`: mean distance of the decoded, normalised actions.
+    - `action_l1`: mean absolute error of the decoded, normalised actions.
 
     Args:
         tokenizer: Decodes ids into normalised actions.
@@ -29,7 +29,7 @@ class ActionMetrics:
     def __init__(self, tokenizer: ActionTokenizer, vocabulary: int, stop_id: int, datasets: Sequence[str]):
         self.stop_id, self.datasets = stop_id, list(datasets)
         self.value_of_id = torch.from_numpy(tokenizer.decode(np.arange(vocabulary)))
-        # Of each dataset: number of tokens, number of right ones, sum of distances.
+        # For each dataset: number of tokens, number of correct ones, sum of absolute errors.
         self.counts = torch.zeros(len(self.datasets) or 1, 3, dtype=torch.float64)
 
     def update(self, predicted: torch.Tensor, targets: torch.Tensor, dataset_index: torch.Tensor | None) -> None:
@@ -37,7 +37,7 @@ class ActionMetrics:
 
         Args:
             predicted: Predicted ids (B, K).
-            targets: Right ids (B, K), or `IGNORED`.
+            targets: Correct ids (B, K), or `IGNORED`.
             dataset_index: Position of each row's dataset (B,); the first by default.
         """
         device = targets.device
@@ -56,7 +56,7 @@ class ActionMetrics:
         """Return the metrics since the last call, over all processes, and start again.
 
         Args:
-            prefix: Put before each name.
+            prefix: Prefix of each name.
         """
         counts = reduce(self.counts, reduction="sum").cpu()
         self.counts = torch.zeros_like(self.counts)

@@ -1,4 +1,4 @@
-"""Named recipes: which weights are trained, how, and how much memory that takes.
+"""Named recipes: which weights are trained, how, and how much memory this takes.
 
 A recipe is a small dataclass whose fields can all be overridden: `recipe("lora", lora_rank=64)`.
 """
@@ -46,7 +46,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a policy is fine-tuned.
+    """Settings that define how a policy is fine-tuned.
 
     Args:
         lora_rank: Rank of the adapters; 0 trains the weights themselves.
@@ -54,7 +54,7 @@ class Recipe:
         lora_dropout: Dropout rate of the adapters' input.
         lora_targets: Layers that get an adapter, by the end of their names.
         trained: Modules whose weights are trained if there are no adapters; `layers[-1]` is the last of a list.
-        quantize: Whether to hold the base in 4 bits (NF4) and the adapters in float32.
+        quantize: Whether to keep the base in 4 bits (NF4) and the adapters in float32.
         dtype: Type of the frozen weights: bfloat16, float16 or float32. Trained weights are float32. With bfloat16,
             the arithmetic is bfloat16 too.
         learning_rate: Peak learning rate.
@@ -62,8 +62,8 @@ class Recipe:
         warmup_steps: Steps in which the learning rate rises from 0.
         weight_decay: Weight decay of AdamW.
         max_grad_norm: Norm to which gradients are clipped; 0 for no clipping.
-        batch_size: Samples that one process takes at a time.
-        gradient_accumulation_steps: Batches of one optimizer step.
+        batch_size: Number of samples in a batch of one process.
+        gradient_accumulation_steps: Number of batches in one optimizer step.
         gradient_checkpointing: Whether to compute the activations of each block again in the backward pass.
         augment: Whether to crop images and change their colours at random, and crop the centre for prediction.
         seed: Seed of all random numbers of a run.
@@ -155,7 +155,7 @@ class Recipe:
         return args
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained` for the base."""
+        """Return the arguments of `from_pretrained` for the base."""
         kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         if self.quantize:
             kwargs["quantization_config"] = quantization("4bit")
@@ -173,7 +173,7 @@ class Recipe:
             raise ValueError("This recipe trains nothing. Set `lora_rank`, or name modules in `trained`.")
         model.requires_grad_(False)
         for name in self.trained:
-            # A step at these learning rates is too small for bfloat16 to resolve.
+            # At these learning rates, steps are too small for bfloat16.
             find_module(model, name).requires_grad_(True).float()
         return model
 
@@ -213,7 +213,7 @@ def recipe(name: str, **overrides: Any) -> Recipe:
         overrides: Fields to change.
 
     Raises:
-        ValueError: The recipe or a field is unknown, or a field can't have the value.
+        ValueError: The recipe or a field is unknown, or a value is invalid.
     """
     check_name(name, RECIPES, "recipe")
     for override in overrides:
@@ -224,7 +224,7 @@ def recipe(name: str, **overrides: Any) -> Recipe:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of a dotted name, in which `layers[-1]` is the last of a list.
+    """Return the module with a dotted name, in which `layers[-1]` is the last of a list.
 
     Raises:
         ValueError: The model has no such module.

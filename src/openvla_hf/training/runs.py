@@ -1,4 +1,4 @@
-"""What a run keeps when it is resumed: its settings, its data and its output folder."""
+"""Checks that a resumed run keeps its settings, its data and its output folder."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from .checkpoint_saving import last_checkpoint
 from .recipes import Recipe
 
 
-# Fields that divide the samples of a step over batches. A resumed run may change them if the samples of a step stay.
+# Fields that divide a step's samples into batches. A resumed run may change them if the samples per step stay equal.
 PER_DEVICE = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-# Arguments of `TrainingArguments` that shape learning beside a recipe's fields, or choose the best checkpoint.
+# Arguments of `TrainingArguments` that affect learning besides a recipe's fields, or choose the best checkpoint.
 OF_THE_RUN = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"),
     *("metric_for_best_model", "greater_is_better"),
@@ -31,8 +31,8 @@ CHECKPOINT_FILES = (CONFIG_NAME, ADAPTER_CONFIG, "*.safetensors", "*.bin", "*.pt
 def run_settings(recipe: Recipe, args: TrainingArguments, patience: int | None = None) -> dict[str, Any]:
     """Collect the settings that must stay the same when a run is resumed.
 
-    Some of them are in the optimizer's state, so a new value would be ignored. A change of the others would leave a
-    checkpoint whose record holds for a part of its training only.
+    Some of them are in the optimizer's state, so a new value would be ignored. If the others changed, the checkpoint's
+    record would describe only a part of its training.
 
     Args:
         recipe: Recipe of the run.
@@ -55,29 +55,31 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
 
     Args:
         output: Folder of the run.
-        run: `base_model` and `arguments` (see `run_settings`) as in `training.json`, and, where they are known,
-            `weights` (of the datasets) and `held_out` (see `describe_split`).
+        run: `base_model` and `arguments` (see `run_settings`) as in `training.json`, and, if they are known, `weights`
+            (of the datasets) and `held_out` (see `describe_split`).
         resume: Whether to continue from the folder's last checkpoint.
 
     Returns:
         The checkpoint to resume from, or `None` without `resume`.
 
     Raises:
-        ValueError: The folder is that of the base, or it has nothing to resume from, or its run had other settings.
-        FileExistsError: The folder is a dataset, or holds a checkpoint that this run would overwrite.
+        ValueError: The folder is the base model's, has no checkpoint to resume from, or its run had other settings.
+        FileExistsError: The folder is a dataset, or contains a checkpoint that this run would overwrite.
     """
     folder = Path(output)
     if folder.exists() and Path(run["base_model"]).exists() and folder.samefile(run["base_model"]):
-        raise ValueError(f"The output {output} is the base itself. Give a new folder, or training would overwrite it.")
+        raise ValueError(
+            f"The output {output} is the base model itself. Give a new folder, or training would overwrite it."
+        )
     if any(found for pattern in DATASET_FILES for found in folder.glob(pattern)):
         raise FileExistsError(f"The output {output} is a dataset. Give a new folder.")
     checkpoint = last_checkpoint(output)
     result = sorted(path.name for pattern in CHECKPOINT_FILES for path in folder.glob(pattern))
     if not resume:
         if checkpoint is not None:
-            raise FileExistsError(f"{output} holds checkpoints of another run. Resume it, or give another folder.")
+            raise FileExistsError(f"{output} contains checkpoints of another run. Resume it, or give another folder.")
         if result:
-            raise FileExistsError(f"{output} holds another checkpoint ({result[0]}). Give another folder.")
+            raise FileExistsError(f"{output} contains another checkpoint ({result[0]}). Give another folder.")
         return None
     if checkpoint is None:
         raise ValueError(f"{output} has no complete checkpoint to resume from. Leave out `resume` to start a new run.")
@@ -85,7 +87,7 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
     if result:
         if not (folder / TRAINING_FILE).is_file():
             raise FileExistsError(
-                f"{output} holds a checkpoint ({result[0]}) of another run. Move it to another folder."
+                f"{output} contains a checkpoint ({result[0]}) of another run. Move it to another folder."
             )
         _require_same_run(folder, run)
     return checkpoint

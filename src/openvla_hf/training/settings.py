@@ -76,7 +76,7 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    """Whether a value has a plain type. An integer is also a number; a boolean is neither."""
+    """Return whether a value has a plain type. An integer is also a number; a boolean is neither."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, NUMBERS.get(kind, kind))
@@ -86,8 +86,8 @@ def check_metric(name: str) -> None:
     """Raise `ValueError` if `metric_for_best_model` is not a figure that an evaluation logs."""
     if FIGURE.fullmatch(name) is None:
         raise ValueError(
-            f"Unknown metric_for_best_model {name!r}. Use loss, action_accuracy or action_l1, or the figure of one of "
-            "several datasets, such as action_l1/bridge_orig."
+            f"Unknown metric_for_best_model {name!r}. Use loss, action_accuracy or action_l1, or the figure of one "
+            "dataset, such as action_l1/bridge_orig."
         )
 
 

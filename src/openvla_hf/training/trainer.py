@@ -1,6 +1,6 @@
 """A `transformers.Trainer` for policies: loss on the action tokens, action metrics, complete checkpoints.
 
-Shapes: B batch, T tokens, K supervised positions of the row that has most, V vocabulary.
+Shapes: B batch, T tokens, K supervised positions of the row that has the most, V vocabulary.
 """
 
 import json
@@ -32,21 +32,21 @@ class ActionTrainer(WholeCheckpointTrainer):
       tokens) of all processes and accumulated batches together.
     - `action_accuracy` and `action_l1` (see `ActionMetrics`) are logged in training and evaluation, and for each
       dataset if there are several.
-    - A stream restarts when it is exhausted, so its runs are measured in steps and not in epochs. All workers of all
-      processes draw its frames equally often, and a resumed run skips the frames it has used without decoding them.
+    - A stream restarts when it is exhausted, so its runs are measured in steps, not in epochs. Together, the workers
+      of all processes draw its frames equally often. A resumed run skips the frames it has used without decoding them.
     - Training stops at the first loss or gradient that is not finite. Weights whose loss is not finite are not saved.
-    - A checkpoint is complete: adapter or model, statistics, processor and the record of the run. It is written aside
-      and gets its name when nothing is missing, so a run that is killed resumes from a whole checkpoint.
+    - A checkpoint is complete: adapter or model, statistics, processor and the record of the run. It is written to a
+      temporary folder and gets its name when it is complete, so a killed run resumes from a complete checkpoint.
 
     Args:
-        model: From `Recipe.prepare`.
-        args: From `Recipe.training_arguments`, for instance.
+        model: Model from `Recipe.prepare`.
+        args: Arguments, for example from `Recipe.training_arguments`.
         data_collator: Makes batches of the frames; its statistics go into every checkpoint.
         train_dataset: Frames, as `openvla_hf.data.load` gives them.
         eval_collator: The same for evaluation, without augmentation; its processor goes into every checkpoint.
             `data_collator` by default.
-        record: What `training.json` in every checkpoint says of the run, ready for JSON. It may be added to until the
-            run ends.
+        record: Content of `training.json` in every checkpoint, ready for JSON. Entries may be added until the run
+            ends.
     """
 
     data_collator: ActionCollator
@@ -70,7 +70,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         self.add_callback(_RunPosition(data_collator))
         self.add_callback(_Intervals())
         self.add_callback(_BeforeStep(self.check_step))
-        self.model_accepts_loss_kwargs = True  # asks for the number of supervised tokens, which `compute_loss` takes
+        self.model_accepts_loss_kwargs = True  # makes `Trainer` pass the number of supervised tokens to `compute_loss`
         self.label_names = ["labels"]
         self.can_return_loss = True
         vocabulary = self._policy.config.text_config.vocab_size
@@ -94,7 +94,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         if not isinstance(self.train_dataset, datasets.IterableDataset):
             return super().get_train_dataloader()
         args = self.args
-        # What `auto_find_batch_size` has found, if it is on.
+        # The batch size that `auto_find_batch_size` has found, if it is on.
         batch_size = self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
         stream = TrainingStream(self.train_dataset, args.process_index, args.world_size, batch_size)
         settings = self._loader_settings() | {"persistent_workers": args.dataloader_persistent_workers}
@@ -148,7 +148,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the cross entropy at the supervised positions alone, and count the batch in the metrics."""
+        """Compute the cross entropy at the supervised positions only, and count the batch in the metrics."""
         loss, outputs, targets = self._forward(model, inputs, num_items_in_batch)
         if model.training:
             self._last_batch = inputs
@@ -159,7 +159,7 @@ class ActionTrainer(WholeCheckpointTrainer):
     def _forward(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Loss of a batch, outputs of the model, and the targets (B, K) of its logits (B, K, V)."""
+        """Return the loss of a batch, the model's outputs, and the targets (B, K) of its logits (B, K, V)."""
         positions, targets = supervised_positions(inputs["labels"])
         given = {name: value for name, value in inputs.items() if name not in ("labels", "dataset_index")}
         outputs = model(**given, logits_to_keep=positions, use_cache=False)
@@ -212,7 +212,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         loss = float(self.accelerator.reduce(self._step_loss, reduction="sum"))
         self._step_loss = torch.zeros_like(self._step_loss)
         self._require_finite(loss, "loss", when)
-        if self.accelerator.scaler is not None:  # it skips the steps whose gradients overflow
+        if self.accelerator.scaler is not None:  # the scaler skips steps whose gradients overflow
             return
         # Clipping to infinity changes nothing and returns the norm, also where processes shard the model.
         norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), math.inf)
@@ -242,7 +242,7 @@ class ActionTrainer(WholeCheckpointTrainer):
 
     @torch.no_grad()
     def _check_weights(self) -> None:
-        """Compute the loss of the last batch with the present weights: the optimizer has changed them since."""
+        """Check the loss of the last batch with the current weights, which the optimizer has changed since."""
         if self._last_batch is None:
             return
         # In training mode: in evaluation mode bitsandbytes repacks the base's 4-bit weights on a CPU and rounds them.
@@ -255,7 +255,7 @@ class ActionTrainer(WholeCheckpointTrainer):
     def write_policy(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write the adapter or the model, the processor, the statistics and the record of the run, without pickles."""
         model = self.accelerator.unwrap_model(self.model)
-        # The base holds the embeddings. peft would save them too where the head has an adapter.
+        # The base contains the embeddings. peft would save them too if the head has an adapter.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         model.save_pretrained(folder, state_dict=state_dict, **more)
         self.eval_collator.processor.save_pretrained(folder)
@@ -284,7 +284,7 @@ class _Intervals(TrainerCallback):
 
 
 class _RunPosition(TrainerCallback):
-    """Tell the collator the epoch, and a stream how many batches a resumed run has used.
+    """Pass the epoch to the collator, and to a stream the number of batches that a resumed run has used.
 
     This happens before the workers of an epoch start. `Trainer` itself skips the used rows of a table.
     """
@@ -317,8 +317,8 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         labels: Token ids or `IGNORED` (B, T).
 
     Returns:
-        Positions and targets, both (B, K). Rows with fewer than K labels are filled up with positions whose targets
-        are ignored.
+        Positions and targets, both (B, K). Rows with fewer than K labels are padded with positions whose targets are
+        ignored.
     """
     supervised = labels[:, 1:].ne(IGNORED)
     most = int(supervised.sum(1).max())

@@ -1,4 +1,4 @@
-"""LeRobot datasets: parquet tables and videos, of many episodes each in version 3.0 and of one in 2.x."""
+"""LeRobot datasets: parquet tables and videos, each with many episodes in version 3.0 and with one in 2.x."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ class EpisodeFiles:
         episode: Number of the episode.
         path: Its parquet file.
         length: Its number of frames.
-        videos: By camera, the video and the time in seconds at which the episode begins.
+        videos: By camera, the video and the time in seconds at which the episode begins in it.
     """
 
     episode: int
@@ -51,7 +51,7 @@ class DataFile:
     Args:
         fs: File system of the file.
         path: Path of the file.
-        columns: Columns to read of each episode.
+        columns: Columns to read for each episode.
 
     Raises:
         ValueError: The file lacks a column.
@@ -62,7 +62,7 @@ class DataFile:
         self.file = pq.ParquetFile(path, filesystem=fs)
         missing = sorted({*columns, "episode_index"} - {*self.file.schema_arrow.names})
         if missing:
-            raise ValueError(f"the column {', '.join(map(repr, missing))} is missing.")
+            raise ValueError(f"the file has no column {' or '.join(map(repr, missing))}.")
         metadata = self.file.metadata
         self.sizes = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], int)
         self.ends = np.cumsum(self.sizes)
@@ -72,12 +72,12 @@ class DataFile:
         self.groups: dict[int, pa.Table] = {}
 
     def find(self, episode: int) -> np.ndarray:
-        """Return the numbers of an episode's rows in the order of storage; none if the file lacks the episode."""
+        """Return the row numbers of an episode in the order of storage, or none if the file lacks the episode."""
         at = np.searchsorted(self.episodes, [episode, episode + 1])
         return self.rows[slice(*np.append(self.starts, len(self.rows))[at])]
 
     def largest_group(self, column: str) -> int:
-        """Return the bytes of a column in the row group where it is largest."""
+        """Return the size in bytes of a column in the row group where it is largest."""
         groups = (self.file.metadata.row_group(group) for group in range(len(self.sizes)))
         return max(
             sum(
@@ -89,7 +89,7 @@ class DataFile:
         )
 
     def read(self, rows: np.ndarray) -> pa.Table:
-        """Read rows, whose numbers must be in rising order."""
+        """Read rows by their numbers, which must be in ascending order."""
         if not len(rows):
             return self.file.schema_arrow.empty_table().select(self.columns)
         group_of = np.searchsorted(self.ends, rows, side="right")
@@ -165,7 +165,7 @@ class LeRobotSource:
             table = pq.read_table(path, filesystem=self.fs).to_pandas()
             texts = table.get("task", table.index)
             if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{path} holds no instructions: neither its column 'task' nor its index holds text.")
+                raise ValueError(f"{path} has no instructions: neither its column 'task' nor its index contains text.")
             return dict(zip(table["task_index"].tolist(), texts, strict=True))
         rows = self.fs.read_text(f"{self.root}/meta/tasks.jsonl").splitlines()
         return {row["task_index"]: row["task"] for row in map(json.loads, filter(None, rows))}
@@ -174,7 +174,7 @@ class LeRobotSource:
         """Raise `ValueError` if the dataset lacks what the robot reads."""
         for name in as_tuple(robot.camera):
             if name in self.depth_maps and not {*as_tuple(robot.camera)} & {*self.cameras}:
-                raise ValueError(f"{name!r} is a depth map. Choose a camera with colours, one of {self.cameras}.")
+                raise ValueError(f"{name!r} is a depth map. Choose a colour camera, one of {self.cameras}.")
         robot.choose_camera(self.cameras)
         _ = self.tasks  # read now, since every episode needs them
 
@@ -200,7 +200,7 @@ class LeRobotSource:
         return [path for path in self.fs.find(self.root) if path.endswith((".parquet", ".mp4", ".json", ".jsonl"))]
 
     def read(self, shard: EpisodeFiles, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
-        """Give the episode of a shard, or what is wrong with it."""
+        """Yield the episode of a shard, or the error if it can't be used."""
         try:
             yield self._read(shard, robot)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -217,7 +217,7 @@ class LeRobotSource:
         rows = file.find(shard.episode)
         table = file.read(rows)
         if len(table) != shard.length:
-            raise ValueError(f"there are {len(table)} rows, but the metadata say {shard.length}.")
+            raise ValueError(f"there are {len(table)} rows, but the metadata says {shard.length}.")
         if not shard.length:
             raise ValueError("the episode has length 0.")
         images: list[ImageReference]
@@ -239,8 +239,8 @@ class LeRobotSource:
     def _warn_of_large_groups(self, file: DataFile, camera: str, path: str) -> None:
         if file.largest_group(camera) > LARGE_GROUP:
             logger.warning(
-                "%s: the images are in row groups of more than %d MB, and reading a random frame reads a whole row "
-                "group. Write the file with row_group_size=32, or convert the images to videos.",
+                "%s: the row groups contain more than %d MB of images, and reading any frame reads a whole row group. "
+                "Write the file with row_group_size=32, or convert the images to videos.",
                 path,
                 LARGE_GROUP // 10**6,
             )
@@ -292,10 +292,10 @@ class LeRobotSource:
 
 
 def _names(feature: dict[str, Any]) -> list[str]:
-    """List the names of a feature's numbers, which may be stored by group; none unless each number has a name."""
+    """List the names of a feature's dimensions, which may be stored by group, or none unless each has a name."""
     names = feature.get("names") or []
     if isinstance(names, dict):
-        # Either lists by group, as in {"motors": [...]}, or the index of each name.
+        # The values are lists of names by group, as in {"motors": [...]}, or the indices of the names.
         groups = names.values()
         if all(isinstance(group, int) for group in groups):
             names = sorted(names, key=names.__getitem__)

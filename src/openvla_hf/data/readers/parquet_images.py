@@ -24,14 +24,14 @@ class ImageTable:
         self.ends = np.cumsum(sizes)
 
     def find(self, row: int) -> tuple[int, int]:
-        """Return the row group that holds a row, and the row's number in this group.
+        """Return the row group that contains a row, and the row's number in this group.
 
         Raises:
             IndexError: The file has fewer rows.
         """
         group = int(np.searchsorted(self.ends, row, side="right"))
         if group == len(self.ends):
-            raise IndexError(f"{self.path} has {self.ends[-1] if len(self.ends) else 0} rows and no row {row}.")
+            raise IndexError(f"{self.path} has no row {row}, only {self.ends[-1] if len(self.ends) else 0} rows.")
         return group, row - int(self.ends[group - 1] if group else 0)
 
     def read_group(self, group: int, column: str) -> pa.ChunkedArray:

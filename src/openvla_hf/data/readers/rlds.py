@@ -31,7 +31,7 @@ class Feature:
 
     Attributes:
         key: Its key in a record.
-        kind: "image", "text", "numbers", "label" (a number that has a name), or "unread".
+        kind: "image", "text", "numbers", "label" (a number with a name), or "unread".
         shape: Shape of a frame's numbers.
         dtype: Type of numbers that are stored as bytes.
         encoding: "bytes" or "zlib" for numbers that are stored as bytes, plain or compressed; "none" for others.
@@ -77,7 +77,7 @@ class RLDSSource:
         images: Reads the images of the episodes.
 
     Raises:
-        ValueError: The split is missing, or the files have another format.
+        ValueError: The split is missing, or the files are not TFRecords.
     """
 
     frequency: float | None = None
@@ -93,7 +93,7 @@ class RLDSSource:
         self.files_of_split: dict[str, Any] = splits[self.split]
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise ValueError(
-                f"{root} holds {info['fileFormat']} files, but only tfrecord is supported. Convert it with "
+                f"{root} contains {info['fileFormat']} files, but only tfrecord is supported. Convert them with "
                 f"tensorflow-datasets: tfds convert_format --dataset_dir={root} --out_file_format=tfrecord "
                 "--out_dir=NEW_FOLDER"
             )
@@ -122,7 +122,7 @@ class RLDSSource:
                     raise ValueError(f"{name!r} can't be read: {unread[name]}.")
         if unread:
             listed = "; ".join(f"{name!r} ({problem})" for name, problem in unread.items())
-            logger.warning("Features of %s that are not read: %s", self.name, listed)
+            logger.warning("Ignored features of %s: %s", self.name, listed)
         robot.choose_camera(self.cameras)
         find_name(robot.instruction, self.texts, "instruction")
 
@@ -131,12 +131,12 @@ class RLDSSource:
 
     @property
     def num_frames(self) -> int | None:
-        """Number of frames of the split, from `dataset_statistics*.json` beside its files if there is such a file."""
+        """Number of frames of the split from `dataset_statistics*.json` beside its files, or `None` without one."""
         for path in self.fs.glob(f"{self.root}/dataset_statistics*.json"):
             statistics = json.loads(self.fs.read_text(path))
             statistics = statistics.get(self.name, statistics)
             if frames := statistics.get("num_transitions"):
-                # The original's file counts all splits together, so use the average length.
+                # The original's file counts all splits together, so use the average length of its episodes.
                 return round(frames * self.num_episodes / (statistics.get("num_trajectories") or self.num_episodes))
         return None
 
@@ -169,7 +169,7 @@ class RLDSSource:
         return [f"{self.root}/features.json", *(shard.path for shard in self.shards())]
 
     def read(self, shard: RecordFile, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
-        """Give the episodes of a file in order, or what is wrong with them."""
+        """Yield the episodes of a file in order, with an error in place of each that can't be used."""
         read = 0
         try:
             for episode in self._read(shard, robot):
@@ -187,7 +187,7 @@ class RLDSSource:
         index, is_damaged = -1, False
         with self.fs.open(shard.path, "rb") as stored:
             file, is_compressed = open_records(stored)
-            inline = self.inline or is_compressed  # compressed files can't be read at a position
+            inline = self.inline or is_compressed  # a compressed file can't be read from a position
             for index, record in enumerate(read_records(file, shard.path)):
                 if isinstance(record, BadEpisodeError):
                     is_damaged = True
@@ -199,7 +199,7 @@ class RLDSSource:
                     values = parse_example(payload, keys.__contains__)
                     missing = sorted(keys - {*values})
                     if missing:
-                        raise ValueError(f"it lacks {', '.join(map(repr, missing))}.")
+                        raise ValueError(f"the record has no {' or '.join(map(repr, missing))}.")
                     spans = values[wanted[camera].key]
                     length = len(spans)
                     check_images(memoryview(payload)[start:end] for start, end in spans)
@@ -229,7 +229,7 @@ def find_version(fs: AbstractFileSystem, path: str) -> str | None:
 
     Args:
         fs: File system of the folder.
-        path: Folder `name/config/version` or one above it, of which the newest version is taken.
+        path: Folder `name/config/version`, or one above it, where the newest version is taken.
 
     Raises:
         ValueError: The dataset has several configurations.
@@ -240,7 +240,7 @@ def find_version(fs: AbstractFileSystem, path: str) -> str | None:
     versions = [folder for folder in found if VERSION_FOLDER.fullmatch(folder.rsplit("/", 1)[-1])]
     configurations = sorted({folder.rsplit("/", 1)[0] for folder in versions})
     if len(configurations) > 1:
-        raise ValueError(f"There are several configurations. Give one of {', '.join(map(repr, configurations))}.")
+        raise ValueError(f"{path} has several configurations. Give one of {', '.join(map(repr, configurations))}.")
     return max(versions, key=_version, default=None)
 
 
@@ -265,9 +265,7 @@ def _read_feature(description: dict[str, Any], key: str) -> Feature:
     if "image" in description:
         dtype = description["image"].get("dtype") or "uint8"
         if dtype != "uint8":
-            return Feature(
-                key, "unread", problem=f"it is an image of {dtype}, such as depth, and not of 8-bit colours"
-            )
+            return Feature(key, "unread", problem=f"it has {dtype} values, like a depth map, not 8-bit colours")
         return Feature(key, "image")
     if "classLabel" in description:
         return Feature(key, "label")
@@ -276,7 +274,7 @@ def _read_feature(description: dict[str, Any], key: str) -> Feature:
         return Feature(key, "text")
     if not tensor:
         kind = description.get("pythonClassName", "unknown").rsplit(".", 1)[-1]
-        return Feature(key, "unread", problem=f"features of the kind {kind} are not supported")
+        return Feature(key, "unread", problem=f"features of type {kind} are not supported")
     shape = tuple(int(size) for size in tensor["shape"].get("dimensions", ()))
     if min(shape, default=1) < 0:
         return Feature(key, "unread", problem="its size differs from frame to frame")
@@ -298,7 +296,7 @@ def _numbers(name: str, payload: bytes, values: Any, feature: Feature, length: i
         values = _decode(name, [payload[start:end] for start, end in values], feature)
     size = int(np.prod(feature.shape))
     if len(values) != length * size:
-        raise ValueError(f"{name!r} has {len(values)} numbers for {length} frames of {size}.")
+        raise ValueError(f"{name!r} has {len(values)} numbers for {length} frames of {size} each.")
     return values.reshape(length, size)
 
 
@@ -308,11 +306,13 @@ def _decode(name: str, encoded: list[bytes], feature: Feature) -> np.ndarray:
         tensors = [zlib.decompress(each) for each in encoded] if feature.encoding == "zlib" else encoded
         return np.frombuffer(b"".join(tensors), np.dtype(feature.dtype).newbyteorder("<"))
     except (zlib.error, ValueError, TypeError) as error:
-        raise ValueError(f"{name!r} does not hold {feature.dtype} numbers as {feature.encoding} ({error}).") from error
+        raise ValueError(
+            f"{name!r} can't be decoded as {feature.dtype} numbers in {feature.encoding} ({error})."
+        ) from error
 
 
 def _texts(payload: bytes, values: Any, feature: Feature, length: int) -> list[str]:
-    """Read the text of each frame. A single text of the episode is repeated for all frames."""
+    """Read the text of each frame. A single text is repeated for all frames of the episode."""
     if feature.kind == "label":  # -1 stands for a missing label
         texts = [feature.names[label] if 0 <= label < len(feature.names) else "" for label in values.tolist()]
     else:

@@ -37,20 +37,20 @@ def masked_crc(data: bytes | memoryview) -> int:
 
 
 def open_records(file: BinaryIO) -> tuple[BinaryIO, bool]:
-    """Return the records of an open file, decompressed if it is a GZIP file, and whether it is one."""
+    """Return the records of an open file, decompressed if it is a GZIP file, and whether it is compressed."""
     start = file.read(HEADER.size)
     file.seek(0)
-    # The length of a first record may begin with the same two bytes, but then its checksum matches.
+    # The length of the first record may begin with the same two bytes, but then its checksum matches.
     if not start.startswith(GZIP) or (len(start) == HEADER.size and masked_crc(start[:8]) == HEADER.unpack(start)[1]):
         return file, False
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)), True
 
 
 def read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
-    """Give each record of an open file as (offset of its payload, payload), or what is wrong with it.
+    """Yield each record of an open file as (offset of its payload, payload), or the error if it is damaged.
 
-    Records follow one with a wrong checksum. An error is the last item after a damaged length or at a cut in the file,
-    since no record can be found behind it.
+    Reading continues after a payload with a wrong checksum. It ends at a damaged length or where the file is cut
+    short, since no later record can be found.
     """
     records = _read_records(file, path)
     while True:
@@ -95,7 +95,7 @@ def write_record(file: BinaryIO, payload: bytes) -> None:
 
 
 def parse_example(payload: bytes, names: Callable[[str], bool]) -> dict[str, np.ndarray | list[Span]]:
-    """Read the features of a `tf.train.Example` whose names `names` accepts.
+    """Read the features of a `tf.train.Example` for whose names `names` returns `True`.
 
     Returns:
         By name, a float32 or int64 array (n,), or for bytes the spans of the values in `payload`.
@@ -114,7 +114,7 @@ def parse_example(payload: bytes, names: Callable[[str], bool]) -> dict[str, np.
                 if names(name) and value:
                     found[name] = _read_feature(payload, value[0][1])
     except (IndexError, ValueError) as error:
-        raise ValueError("the record is not a tf.train.Example") from error
+        raise ValueError("the record is not a tf.train.Example.") from error
     return found
 
 
@@ -139,7 +139,7 @@ def _unpack_varints(packed: np.ndarray) -> np.ndarray:
 
 
 def _fields(data: bytes, span: Span) -> Iterator[tuple[int, Span]]:
-    """Give the number and the span of each field of a message."""
+    """Yield the number and the span of each field of a message."""
     at, end = span
     while at < end:
         tag = data[at]

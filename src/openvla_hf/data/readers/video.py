@@ -1,4 +1,4 @@
-"""Frames of a video by their time. Reading in sequence is as fast as decoding."""
+"""Frames of a video by their time. Reading them in sequence is as fast as decoding."""
 
 import weakref
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from ..episodes import BadEpisodeError
 from ..optional_packages import import_extra
 
 
-# Up to this many frames ahead, decoding all frames in between is faster than seeking a key frame.
+# Up to this many frames ahead, decoding all frames in between is faster than seeking to a key frame.
 DECODE_AHEAD = 8
 
 
 class Video:
-    """An open video, which remembers its position. Its file is closed when the object goes.
+    """An open video, which remembers its position. Its file is closed when the object is deleted.
 
     Args:
         path: File or URL.
@@ -32,11 +32,11 @@ class Video:
             # FFmpeg reads a local file faster than Python does.
             source = fsspec.open(path, "rb").open() if "://" in path else path
             self.container = self.av.open(source)
-            # A container and its streams refer to each other, so without this it would wait for garbage collection.
+            # A container and its streams refer to each other, so closing would otherwise wait for the cycle collector.
             weakref.finalize(self, self.container.close)
             self.stream = self.container.streams.video[0]
         except (self.av.FFmpegError, IndexError) as error:
-            raise BadEpisodeError(f"{path}: no video can be read ({error}).") from error
+            raise BadEpisodeError(f"{path}: the video can't be read ({error}).") from error
         # More threads would compete with the data loader's workers.
         self.stream.codec_context.thread_count = 1
         self.frame_time = float(1 / self.stream.average_rate)
@@ -45,10 +45,10 @@ class Video:
         self.last = -np.inf
 
     def check(self, time: float) -> None:
-        """Require that the video shows a frame at `time` (seconds), without decoding.
+        """Require that the video shows a frame at `time` (seconds), without decoding it.
 
         Raises:
-            BadEpisodeError: The video ends before.
+            BadEpisodeError: The video ends before `time`.
         """
         if time > self.end - self.frame_time / 2:
             raise BadEpisodeError(
@@ -80,7 +80,7 @@ class Video:
             raise BadEpisodeError(f"{self.path}, {time:.3f} s: the video is damaged ({error}).") from error
         self.last = np.inf
         raise BadEpisodeError(
-            f"{self.path}: there is no frame at {time:.3f} s; the video is cut short or belongs to other data."
+            f"{self.path}: there is no frame at {time:.3f} s; the video is cut short or belongs to another dataset."
         )
 
 
