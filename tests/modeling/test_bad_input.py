@@ -196,7 +196,7 @@ def test_a_processor_with_another_placeholder_is_refused(tiny, image_token_id):
         num_image_tokens=config.num_image_tokens,
     )
     inputs = other([frame["image"] for frame in fake_episode(steps=2)], instruction=["open", "pick up"])
-    with pytest.raises(ValueError, match=rf"holds {choices[image_token_id]} where this model's image placeholder is"):
+    with pytest.raises(ValueError, match=rf"contains {choices[image_token_id]} where this model's image placeholder"):
         model.predict_action(**inputs)
 
 

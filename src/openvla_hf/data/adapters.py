@@ -28,7 +28,7 @@ class Robot:
             gives alternatives, of which the first available is read.
         action: Feature with the action. The features of a tuple are concatenated in its order, and all must exist;
             `FirstOf` gives alternatives.
-        state: Feature with the proprioception, given like `action`. A dataset may have none.
+        state: Feature with the proprioception, given in the same form as `action`. A dataset may have none.
         instruction: Feature with the instruction, for formats without a fixed place for it. A tuple or `FirstOf` gives
             alternatives.
         select: Indices of the numbers to take from the action, in order. By default, all.

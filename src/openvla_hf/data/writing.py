@@ -197,8 +197,7 @@ def _lerobot_info(counts: dict[str, int], frequency: float, features: dict[str, 
 def _lerobot_features(
     size: tuple[int, ...], widths: Mapping[str, int], names: Mapping[str, Sequence[str] | None]
 ) -> dict[str, Any]:
-    """Describe the features: images of this size, columns of these widths with the names of their dimensions, and
-    indices."""
+    """Describe the features: images of this size, columns of these widths and names, and indices."""
     named = {column: list(names[column.removeprefix("observation.")] or ()) or None for column in widths}
     return {
         VIDEO_KEY: _lerobot_feature("video", size, ["height", "width", "channel"]),
@@ -227,7 +226,7 @@ def write_rlds(
         path: New folder.
         episodes_per_file: Number of episodes in a TFRecord file.
         quality: JPEG quality, up to 100.
-                version: Name of the inner folder.
+        version: Name of the inner folder.
 
     Raises:
         FileExistsError: The folder is not empty.

@@ -111,8 +111,7 @@ class Work:
 def floor(
     model: OpenVLAForActionPrediction, batch: int, prompt: int, steps: int, bandwidth: float, matmul: float
 ) -> dict[str, float]:
-    """Return the shortest possible seconds of an action's parts, of all parts, and of an action with accepted
-    draft."""
+    """Return the least seconds of an action's parts (vision, prefill, decode), in total and with an accepted draft."""
     base = model.model
     vision = [*base.vision_backbone.parameters(), *base.projector.parameters()]
     embedding = base.get_input_embeddings().weight

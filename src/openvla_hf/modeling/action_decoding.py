@@ -90,8 +90,7 @@ def _takes_additive_masks(model: PreTrainedModel, length: int) -> bool:
 
 
 def attention_reach(text_config: PreTrainedConfig) -> int:
-    """Return the most tokens that every layer of a language model attends to; 0 if a layer keeps no keys and
-    values."""
+    """Return the most tokens that every layer of a language model attends to; 0 without keys and values."""
     layers = StaticCache(text_config, sys.maxsize).layers  # allocates memory only in the first pass
     plain = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
     return min(layer.max_cache_len for layer in layers) if plain else 0

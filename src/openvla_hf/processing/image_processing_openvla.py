@@ -75,19 +75,19 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     The defaults are those of openvla-7b. A published `preprocessor_config.json` is read into the same fields.
 
     Args:
-        image_resize_strategy: how an image is brought to `size`: "resize-naive" stretches it, "letterbox" pads it to a
+        image_resize_strategy: How an image is brought to `size`: "resize-naive" stretches it, "letterbox" pads it to a
             square first, "resize-crop" scales the short side and crops the long one.
-        size: height and width of the result in pixels (int, (height, width) or dict).
-        image_mean: one list of three for each tower, in the order of the channels; a flat list is one tower.
-        image_std: the standard deviations in the same form.
+        size: Height and width of the result in pixels (int, (height, width) or dict).
+        image_mean: One list of three for each tower, in the order of the channels; a flat list is one tower.
+        image_std: The standard deviations in the same form.
         resample: PIL's resampling filter, or "lanczos3" for TensorFlow's, which the original uses in training and in
             evaluation in simulators.
         letterbox_fill: RGB levels (0..255) of the padding.
-        center_crop_area: fraction of the area that a centre crop keeps before it is scaled back to `size`.
+        center_crop_area: Fraction of the area that a centre crop keeps before it is scaled back to `size`.
             Set it to 0.9 to evaluate a model that was trained with random crops.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: A field is out of its range.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -167,9 +167,9 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             `pixel_values` (B, 3 * towers, height, width), float32; numpy with `return_tensors=None`.
 
         Raises:
-            ValueError: an input is not an image, its brightness is uncertain, or it has too many pixels.
-            TypeError: an input has another type.
-            OSError: a file or URL cannot be read: it is damaged, or does not answer in time.
+            ValueError: An input is not an image, its brightness is uncertain, or it has too many pixels.
+            TypeError: An input has another type.
+            OSError: A file or URL cannot be read: it is damaged, or does not answer in time.
         """
         sized = [np.asarray(self.resize(image)) for image in iterate_images(images)]
         levels = np.ascontiguousarray(np.stack(sized).transpose(0, 3, 1, 2))  # (B, 3, H, W), uint8
@@ -218,7 +218,7 @@ def read_published_config(published: dict[str, Any]) -> dict[str, Any]:
     name may disagree with them and are not read.
 
     Raises:
-        ValueError: the `tvf_*` values are missing, or the towers need differently resized images (no released
+        ValueError: The `tvf_*` values are missing, or the towers need differently resized images (no released
             checkpoint does).
     """
     missing = {"tvf_resize_params", "tvf_crop_params", "tvf_normalize_params", "tvf_do_letterbox"} - {*published}
@@ -243,9 +243,9 @@ def iterate_images(images: Any) -> Iterator[Image.Image]:
     """Yield every image of any accepted input as RGB, see `OpenVLAImageProcessor.preprocess`.
 
     Raises:
-        ValueError: an array, string or PIL image is not a valid image, or its brightness is uncertain.
-        TypeError: an input has another type.
-        OSError: a file or URL cannot be read.
+        ValueError: An array, string or PIL image is not a valid image, or its brightness is uncertain.
+        TypeError: An input has another type.
+        OSError: A file or URL cannot be read.
     """
     if isinstance(images, (list, tuple)):
         if not images:

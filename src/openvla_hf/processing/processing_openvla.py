@@ -57,20 +57,20 @@ class OpenVLAProcessor(ProcessorMixin):
     inputs = processor(prompt, image)  # a whole prompt, used as it is ```
 
     Args:
-        image_processor: makes `pixel_values`.
-        tokenizer: a tokenizer with a pad token. It is set to pad on the left: every row ends in its prompt.
-        prompt_template: text with `{instruction}` in it.
-        lowercase_instruction: whether `instruction=` is converted to lower case, as in OpenVLA's training data.
-        strip_full_stop: whether a final full stop of `instruction=` is left out. It changes the actions of a
+        image_processor: Makes `pixel_values`.
+        tokenizer: A tokenizer with a pad token. It is set to pad on the left: every row ends in its prompt.
+        prompt_template: Text with `{instruction}` in it.
+        lowercase_instruction: Whether `instruction=` is converted to lower case, as in OpenVLA's training data.
+        strip_full_stop: Whether a final full stop of `instruction=` is left out. It changes the actions of a
             checkpoint that was trained without one. OpenVLA's own training kept the full stops of its data; `finetune`
             leaves them out.
-        image_token: name of the placeholder; it is removed from instructions.
-        image_token_id: id of the placeholder. By default the tokenizer's own id of `image_token` if it knows
+        image_token: Name of the placeholder; it is removed from instructions.
+        image_token_id: Id of the placeholder. By default the tokenizer's own id of `image_token` if it knows
             it, else 32001, a row of the padded embedding that OpenVLA's tokenizer does not know.
-        num_image_tokens: patches of an image (256 at 224 pixels).
+        num_image_tokens: Patches of an image (256 at 224 pixels).
 
     Raises:
-        ValueError: the template has no `{instruction}`, or the tokenizer has no pad token.
+        ValueError: The template has no `{instruction}`, or the tokenizer has no pad token.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class OpenVLAProcessor(ProcessorMixin):
         """Prepare a batch with one image and one text each.
 
         Args:
-            *args: the images with `instruction=`; else text and images in either order (if both are strings,
+            *args: The images with `instruction=`; else text and images in either order (if both are strings,
                 the text comes first, as in the original).
-            images: one image or a batch of them, see `OpenVLAImageProcessor`.
-            text: whole prompts, which are not changed. A text without the prompt template's words gives a warning.
-            instruction: task of the robot, put into the prompt template. One str serves a whole batch. A final full
+            images: One image or a batch of them, see `OpenVLAImageProcessor`.
+            text: Whole prompts, which are not changed. A text without the prompt template's words gives a warning.
+            instruction: Task of the robot, put into the prompt template. One str serves a whole batch. A final full
                 stop gives a warning unless `strip_full_stop` is set.
-            add_image_tokens: whether to insert the placeholders; if not, the model inserts them.
-            **kwargs: options, flat or in `text_kwargs`, as in other processors of transformers:
+            add_image_tokens: Whether to insert the placeholders; if not, the model inserts them.
+            **kwargs: Options, flat or in `text_kwargs`, as in other processors of transformers:
 
                 - padding: `True` (the default) to the longest, `"max_length"`, or `False`.
                 - truncation: whether the end of a prompt that is longer than `max_length` is cut off.
@@ -134,9 +134,9 @@ class OpenVLAProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3 * towers, height, width).
 
         Raises:
-            ValueError: an image or a text is missing or empty, their numbers differ, a whole prompt is given as
+            ValueError: An image or a text is missing or empty, their numbers differ, a whole prompt is given as
                 `instruction`, or a text contains an image placeholder besides the inserted ones.
-            TypeError: too many or wrong arguments.
+            TypeError: Too many or wrong arguments.
         """
         text_kwargs, images_kwargs = self._read_options(**kwargs)
         images, text = self._sort_arguments(args, images, text, instruction)
@@ -235,8 +235,8 @@ class OpenVLAProcessor(ProcessorMixin):
         """Fill the prompt template, for prediction and training alike.
 
         Raises:
-            ValueError: the instruction is empty or already a whole prompt.
-            TypeError: the instruction is not a string.
+            ValueError: The instruction is empty or already a whole prompt.
+            TypeError: The instruction is not a string.
         """
         if not isinstance(instruction, str):
             raise TypeError(f"An instruction must be a str, got {type(instruction).__name__}.")
@@ -337,8 +337,8 @@ class OpenVLAProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> list[Any]:
         # The Auto classes are not used: for published files they ask whether to trust remote code, and build a
-        # LlamaTokenizer, which splits some texts differently from tokenizer.json. There is no other public way to build
-        # the parts of a processor.
+        # LlamaTokenizer, which splits some texts differently from tokenizer.json. There is no other public way to
+        # build the parts of a processor.
         return [
             OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **select_hub_kwargs(kwargs)),
