@@ -119,7 +119,7 @@ class Losses:
         self.check(max(self.read, FEW_EPISODES) if self.total is None else self.total)
 
     def check(self, total: int) -> None:
-        """Raise `BadEpisodeError` if more than one episode, and more than the limit's share of `total`, are bad."""
+        """Raise `BadEpisodeError` if several episodes, and a larger share of `total` than the limit, are bad."""
         if self.skipped > max(1, self.limit * total):
             raise BadEpisodeError(
                 f"{self.skipped} of {total} episodes are bad, but at most {self.limit:.0%} may be skipped. Repair the "

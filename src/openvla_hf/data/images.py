@@ -176,7 +176,7 @@ def to_pixels(image: Any) -> np.ndarray:
 
 
 def encode_png(image: Any) -> ImageReference:
-    """Encode an image that `to_pixels` accepts losslessly, as a reference that contains its bytes.
+    """Encode an image losslessly, as a reference that contains its bytes. Takes the same images as `to_pixels`.
 
     Raises:
         OSError: A function fails to read the image.

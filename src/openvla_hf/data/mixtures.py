@@ -119,7 +119,7 @@ def load_mixture(
         mixture: Name of one of `MIXTURES`, or weights by name.
         folder: Folder or URL that contains the datasets' folders.
         seed: Seed of the draws.
-        num_frames: With `streaming`, the number of frames by name of each dataset whose metadata does not give it.
+        num_frames: With `streaming`, numbers of frames by name, for datasets whose metadata does not give them.
         options: Options of `load`.
 
     Raises:

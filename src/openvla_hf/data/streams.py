@@ -37,7 +37,7 @@ class FrameStream(IterableDataset):
         num_frames: Number of frames in one pass, or `None` if it is unknown.
         losses: Says whether damaged images are skipped, and records them.
         cache_key: Returns a name of the stream's content, under which its statistics are cached.
-        shuffle_buffer: Number of rows to hold and draw from; 0 keeps the order.
+        shuffle_buffer: Number of rows to keep in memory and draw from; 0 keeps the order.
         seed: Seed of the shuffling and of a mixture's draws.
         images: Reads the images.
 

@@ -119,7 +119,7 @@ def compare(
         dtype: Type of the arithmetic and of the weights that are not quantised. With float32, formats are compared
             with 32 bits.
         episodes: Number of tabletop episodes to measure success on.
-        baseline: Format to compare the others with instead of 16 bits, for a GPU that cannot hold those.
+        baseline: Format to compare the others with instead of 16 bits, for a GPU that is too small for 16-bit weights.
         on_progress: Called with the label of the format after each observation and each episode.
 
     Returns:

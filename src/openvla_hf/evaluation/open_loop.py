@@ -45,17 +45,17 @@ class OpenLoopReport:
 
 
 def load_recorded(data: str, training: dict[str, Any], **options: Any) -> Dataset:
-    """Load recorded episodes as the training of a policy read them.
+    """Load recorded episodes in the same way as the training of a policy.
 
     Args:
         data: Folder, URL or Hub id of the dataset.
-        training: What `training.json` of the policy says, see `read_training`.
+        training: Content of the policy's `training.json`; see `read_training`.
         options: Options of `load` to use in place of those of the training. Without `split`, the frames are those that
             the training held out.
 
     Raises:
-        ValueError: The training read several datasets, and this is not one of them, or its robot adapter is not
-            registered here or reads differently.
+        ValueError: The training read several datasets, but not this one, or its robot adapter is not registered
+            here or differs.
     """
     reading = _find_reading(data, training.get("reading", {}))
     adapter = reading.pop("adapter", None)

@@ -153,11 +153,11 @@ class OpenVLAImageProcessor(BaseImageProcessor):
 
         Args:
             images: PIL images, arrays, tensors, paths, URLs or base64 texts; one, or a list of them. Arrays and
-                tensors are (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, or a batch of these, and hold
+                tensors are (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, or a batch of these, and contain
 
-                - uint8 levels, or other integers of 0 to 255 with a maximum above 1,
-                - floats of 0 to 1; bicubic overshoot of up to 1/8 on either side is clipped,
-                - floats of 0 to 255 with a maximum of at least 16.
+                - uint8 levels, or other integers from 0 to 255 with a maximum above 1,
+                - floats from 0 to 1; bicubic overshoot of up to 1/8 on either side is clipped,
+                - floats from 0 to 255 with a maximum of at least 16.
 
                 Anything else has an uncertain brightness and is refused: booleans, integers of 0 and 1, images that
                 are normalised already, and PIL's modes "I", "F" and "I;16".

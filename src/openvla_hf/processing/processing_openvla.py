@@ -54,7 +54,8 @@ class OpenVLAProcessor(ProcessorMixin):
 
     ```python
     inputs = processor(image, instruction="pick up the red block")  # fills the checkpoint's prompt template
-    inputs = processor(prompt, image)  # a whole prompt, used as it is ```
+    inputs = processor(prompt, image)  # a whole prompt, used as it is
+    ```
 
     Args:
         image_processor: Makes `pixel_values`.
