@@ -3,9 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
-from openvla_hf.data import Augmentation, TrainingStream, from_episodes
+from openvla_hf.data import Augmentation, TrainingStream, from_episodes, load
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.collator import IGNORED, ActionCollator
@@ -138,6 +139,23 @@ def test_each_pass_over_a_stream_augments_its_frames_otherwise_for_any_readers()
     alone = passes(0, 1, 32)
     assert [epoch for *_, epoch in alone] == [0] * 16 + [1] * 16
     assert sorted(passes(0, 2, 16) + passes(1, 2, 16)) == sorted(alone)
+
+
+def test_rows_of_a_plain_stream_are_augmented_alike_by_any_number_of_readers():
+    rows = [frame for seed in range(3) for frame in fake_episode(seed=seed, steps=4)]
+    columns = {name: [row[name] for row in rows] for name in ("image", "instruction", "action")}
+    features = Features({"image": Image(), "instruction": Value("string"), "action": List(Value("float64"))})
+    stream = load(Dataset.from_dict(columns, features).to_iterable_dataset(num_shards=2), name="arm", streaming=True)
+    collate, _ = collator()
+    collate.augment = Augmentation(size=56)
+
+    def views(workers):
+        batches = DataLoader(stream, batch_size=2, collate_fn=collate, num_workers=workers)
+        return {one.numpy().tobytes() for batch in batches for one in batch["pixel_values"]}
+
+    alone = views(0)
+    assert len(alone) == len(rows)
+    assert views(2) == alone
 
 
 def test_augmenting_leaves_other_random_numbers_alone(frames):

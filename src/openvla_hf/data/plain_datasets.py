@@ -112,8 +112,9 @@ def adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses)
             "action": actions[0],
             "action_mask": robot.mask(actions.shape[1]),
             "state": None if states is None else states[0],
-            "episode_index": row.get("episode_index", 0),
-            "frame_index": row.get("frame_index", index),
+            # Each reader of a stream counts its own rows, so a row's number does not say which frame it is.
+            "episode_index": row.get("episode_index"),
+            "frame_index": row.get("frame_index"),
             "dataset": name,
         }
 

@@ -122,17 +122,17 @@ class ActionCollator:
 
 
 def _identify(frame: dict[str, Any]) -> list[int]:
-    """Return numbers that identify a frame: its dataset, episode and index, or a checksum of its image without
-    those."""
-    if "episode_index" in frame and "frame_index" in frame:
-        dataset = zlib.crc32(str(frame.get("dataset", "")).encode())
-        return [dataset, int(frame["episode_index"]), int(frame["frame_index"])]
+    """Return numbers that identify a frame: its dataset, episode and index, or a checksum of its image."""
+    episode, index = frame.get("episode_index"), frame.get("frame_index")
+    if episode is not None and index is not None:
+        return [zlib.crc32(str(frame.get("dataset", "")).encode()), int(episode), int(index)]
     return [zlib.crc32(np.ascontiguousarray(frame["image"]).data)]
 
 
 def _place(frame: dict[str, Any]) -> str:
     """Describe where a frame comes from, for an error."""
-    known = [f"{name.split('_')[0]} {frame[name]}" for name in ("episode_index", "frame_index") if name in frame]
+    names = ("episode_index", "frame_index")
+    known = [f"{name.split('_')[0]} {frame[name]}" for name in names if frame.get(name) is not None]
     return f" ({', '.join(known)})" if known else ""
 
 
