@@ -210,7 +210,8 @@ class ActionPredictionMixin(_Base):
 
         Prompts are padded to a few lengths, so that all instructions share a few graphs. If compilation fails, the
         first call warns, and the model predicts without compilation. A pickle or a copy of the model compiles again at
-        its own first call.
+        its own first call. The limit on compiled shapes (`torch._dynamo.config.recompile_limit`) is raised for the
+        whole process.
 
         Args:
             mode: Mode of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU and "default" elsewhere.

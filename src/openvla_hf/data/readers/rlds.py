@@ -81,11 +81,11 @@ class RLDSSource:
     """
 
     frequency: float | None = None
-    dimension_names: dict[str, list[str]] = {}  # noqa: RUF012 - TFDS does not store them
 
     def __init__(self, fs: AbstractFileSystem, root: str, split: str = "train", inline: bool = False):
         self.fs, self.root, self.inline = fs, root, inline
         self.images = ImageReader()
+        self.dimension_names: dict[str, list[str]] = {}  # TFDS does not store them
         info = json.loads(fs.read_text(f"{root}/dataset_info.json"))
         self.name: str = info["name"]
         splits = {each["name"]: each for each in info["splits"]}
