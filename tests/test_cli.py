@@ -330,7 +330,10 @@ def test_options_of_the_other_evaluation_are_refused(policy, capsys):
         (["--report", "--drop-idle"], "--drop-idle is for recorded data: give --data."),
         (["new", "--drop-idle"], "--drop-idle is for a report: give --report."),
         (["new", "--data", "lab/kitchen"], "--data is for a report: give --report."),
-        (["new", "--report"], "A report writes no checkpoint. Leave out 'new', or leave out --report to write it."),
+        (
+            ["new", "--report"],
+            "A report writes no checkpoint. Leave out 'new', or leave out --report to write the checkpoint.",
+        ),
     ],
 )
 def test_options_that_quantize_would_ignore_are_refused(policy, capsys, option, told):

@@ -537,7 +537,7 @@ def test_weights_of_a_variant_leave_the_repository_as_it_was(tiny, owner, tmp_pa
         ("w.bin", r"names the weights file 'w\.bin', but only safetensors files"),
         ("other.safetensors", r"names 'other\.safetensors', which is missing or has a name that is not pushed"),
         ("model-00002-of-00002.safetensors", r"names 'model-00002-of-00002\.safetensors', which is missing"),
-        (None, r"has no weights under a name that is pushed: model\.safetensors is missing"),
+        (None, r"has no weights file with a usual name: model\.safetensors is missing"),
     ],
 )
 def test_an_index_whose_weights_would_not_be_pushed_is_refused(saved, owner, named, problem):

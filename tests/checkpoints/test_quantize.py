@@ -505,11 +505,11 @@ def test_without_bitsandbytes_a_users_own_config_names_it(policy, run_python):
 def test_weights_are_quantised_once(policy, tmp_path):
     quantize(policy.folder, tmp_path / "four", "4bit")
     for loader in (AutoModel, OpenVLAForActionPrediction):
-        with pytest.raises(ValueError, match="quantised already: load it without `quantization_config`"):
+        with pytest.raises(ValueError, match="already quantised: load it without `quantization_config`"):
             loader.from_pretrained(tmp_path / "four", quantization_config=quantization("8bit"))
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="already quantised"):
         quantize(tmp_path / "four", tmp_path / "eight", "8bit")
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="already quantised"):
         compare(tmp_path / "four", ["8bit"], fake_episode(steps=1), device="cpu")
     with pytest.raises(FileExistsError, match="is not empty"):
         quantize(policy.folder, tmp_path / "four", "4bit")

@@ -196,7 +196,7 @@ def test_a_processor_with_another_placeholder_is_refused(tiny, image_token_id):
         num_image_tokens=config.num_image_tokens,
     )
     inputs = other([frame["image"] for frame in fake_episode(steps=2)], instruction=["open", "pick up"])
-    with pytest.raises(ValueError, match=rf"contains {choices[image_token_id]} where this model's image placeholder"):
+    with pytest.raises(ValueError, match=rf"contains {choices[image_token_id]} as image placeholders"):
         model.predict_action(**inputs)
 
 
@@ -279,7 +279,7 @@ def test_a_key_that_is_not_a_name_is_unknown(tiny, key):
 def test_decoding_arguments_that_generate_does_not_take_are_named(tiny, decoding):
     model, processor = tiny()
     inputs = processor([fake_episode(steps=1)[0]["image"]] * 2, instruction="open")
-    with pytest.raises(ValueError, match=rf"^`generate` does not take '{next(iter(decoding))}' as given: .*\.$"):
+    with pytest.raises(ValueError, match=rf"^`generate` rejected '{next(iter(decoding))}': .*\.$"):
         model.predict_action(**inputs, do_sample=True, **decoding)
 
 

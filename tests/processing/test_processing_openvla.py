@@ -232,9 +232,9 @@ def test_a_whole_prompt_given_as_instruction_is_refused(processor, images, templ
     processor.prompt_template = template
     for published in (template, PURE_PROMPT, VICUNA_PROMPT):
         prompt = change(published.replace("{instruction}", "open the drawer"))
-        with pytest.raises(ValueError, match=r"is a whole prompt already: .* Pass a whole prompt as `text=`"):
+        with pytest.raises(ValueError, match=r"is already a whole prompt: .* Pass a whole prompt as `text=`"):
             processor(images[0], instruction=prompt)
-        with pytest.raises(ValueError, match="The instruction is a whole prompt already"):
+        with pytest.raises(ValueError, match="The instruction is already a whole prompt"):
             processor(images[:2], instruction=["open", prompt])
 
 

@@ -72,7 +72,7 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
     assert run(base, data, output, "--steps", "4") == 2
     assert "Resume it, or give another folder" in capsys.readouterr().err
     assert run(base, data, output, "--steps", "4", "--resume") == 2  # without the held-out episodes they differ
-    assert "was trained with other held-out episodes" in capsys.readouterr().err
+    assert "was trained with different held-out episodes" in capsys.readouterr().err
     assert run(base, data, output, "--steps", "4", "--eval-share", "0.25", "--resume") == 0
     assert json.loads((output / "training.json").read_text())["recipe"] == "lora"
 
@@ -314,7 +314,7 @@ def test_a_robot_or_statistics_that_are_not_there_are_said_before_any_data_is_re
 def test_ready_statistics_without_those_of_the_data_are_refused_by_file_and_name(base, data, tmp_path, capsys):
     ready = save_statistics({"lab": compute_statistics(load(data))["kitchen"]}, tmp_path)
     assert run(base, data, tmp_path / "out", "--statistics", str(ready), "--steps", "1") == 2
-    assert f"{ready} has no statistics of 'kitchen', only of 'lab': give the dataset" in capsys.readouterr().err
+    assert f"{ready} has no statistics for 'kitchen', only for 'lab': give the dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

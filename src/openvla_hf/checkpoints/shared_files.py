@@ -105,8 +105,8 @@ def find_binaries(folder: Path, info: CheckpointInfo) -> list[str]:
     """Find the names of the weights and of the SentencePiece model that go to the Hub.
 
     Raises:
-        ValueError: A file is a link that leads out of the folder, there are no weights under a name that is pushed, or
-            a file that the index names is not among them.
+        ValueError: A file is a link that leads out of the folder, there is no weights file with a usual name, or a
+            file that the index names is not among them.
     """
     names = [name for name in info.files if name == SENTENCEPIECE_FILE or WEIGHTS_FILE.fullmatch(name)]
     for name in names:
@@ -122,7 +122,7 @@ def find_binaries(folder: Path, info: CheckpointInfo) -> list[str]:
     needed = ADAPTER_WEIGHTS if info.layout == "adapter" else SAFE_WEIGHTS_NAME
     if needed not in names and (info.layout == "adapter" or not shards):
         raise ValueError(
-            f"{folder} has no weights under a name that is pushed: {needed} is missing. Save the model again with "
+            f"{folder} has no weights file with a usual name: {needed} is missing. Save the model again with "
             "`save_pretrained`, without `variant`."
         )
     return names

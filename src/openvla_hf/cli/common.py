@@ -145,7 +145,9 @@ def device(text: str) -> str:
             f"PyTorch finds no {wanted.type.upper()} device: leave --device out to run on the CPU."
         )
     if wanted.index is not None and wanted.index >= torch.accelerator.device_count():
-        raise argparse.ArgumentTypeError(f"There is no {text}: PyTorch finds {torch.accelerator.device_count()}.")
+        raise argparse.ArgumentTypeError(
+            f"Device {text} does not exist: PyTorch finds {torch.accelerator.device_count()}."
+        )
     return text
 
 

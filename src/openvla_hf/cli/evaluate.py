@@ -60,7 +60,7 @@ def _run_on_tabletop(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"model": model_id, "episodes": args.episodes, "results": results})
     else:
-        print_table(success_table(f"{model_id}: {args.episodes} unseen episodes a condition", results))
+        print_table(success_table(f"{model_id}: {args.episodes} unseen episodes per condition", results))
 
 
 def _run_on_data(args: argparse.Namespace) -> None:

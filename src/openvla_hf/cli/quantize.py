@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     if args.report:
         if args.destination is not None:
             raise ValueError(
-                f"A report writes no checkpoint. Leave out {args.destination!r}, or leave out --report to write it."
+                f"A report writes no checkpoint. Leave out {args.destination!r}, or leave out --report to write the "
+                "checkpoint."
             )
         if args.data is None:
             refuse_options(args, "is for recorded data: give --data", "robots", *READING)

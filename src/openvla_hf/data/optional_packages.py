@@ -13,7 +13,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        message = f"This needs {module.partition('.')[0]}: pip install 'openvla-hf[{extra}]'"
+        message = f"{module.partition('.')[0]} is not installed: run `pip install 'openvla-hf[{extra}]'`."
         raise ImportError(message, name=error.name) from error
 
 

@@ -145,8 +145,8 @@ def _require_unconverted(data: Frames, robot: Robot) -> None:
     """Raise `ValueError` if the data are frames, with standard actions, and the robot would convert them again."""
     if robot.converts and {*FEATURES} <= {*(data.column_names or ())}:
         raise ValueError(
-            f"These frames have standard actions, and {robot.name!r} would convert their actions a second time. Load "
-            "the original dataset instead, or leave the robot out."
+            f"The actions of these frames are already converted, and {robot.name!r} would convert them a second time. "
+            "Load the original dataset instead, or leave the robot out."
         )
 
 

@@ -127,7 +127,7 @@ def compare(
 
     Raises:
         ValueError: If there are no observations, a format is unknown or cannot run on this machine, or the checkpoint
-            is quantised already.
+            is already quantised.
         ImportError: If the package of a format is not installed.
     """
     frames = list(observations)

@@ -130,7 +130,7 @@ def _decode_by_generate(
         if not generate_kwargs:
             raise
         raise ValueError(
-            f"`generate` does not take {', '.join(map(repr, generate_kwargs))} as given: {str(error).rstrip('.')}."
+            f"`generate` rejected {', '.join(map(repr, generate_kwargs))}: {str(error).rstrip('.')}."
         ) from error
     token_ids = outputs.sequences[:, input_ids.shape[1] :]
     if len(token_ids) != len(input_ids):

@@ -230,7 +230,7 @@ def _refuse_not_finite(token_ids: np.ndarray, dims: Sequence[int]) -> None:
     if spoilt:
         raise ValueError(
             f"The model's output is not finite for observation{'s' * (len(spoilt) > 1)} "
-            f"{', '.join(map(str, spoilt))}: check `pixel_values` and the weights, those of an adapter included, "
+            f"{', '.join(map(str, spoilt))}: check `pixel_values` and the weights (including an adapter's) "
             "for NaN and infinity. A model in float16 may overflow: load it in bfloat16 or float32."
         )
 

@@ -142,8 +142,8 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
         return CheckpointFiles.locate(str(beside) if beside.is_dir() else base, **of_base), adapter
     except OSError as error:
         raise OSError(
-            f"Cannot load the base {base!r} that the adapter {source} names: {error} Or load the base yourself, and "
-            "then the adapter with `openvla_hf.load_adapter(model, adapter)`."
+            f"Cannot load the base {base!r} that the adapter {source} names: {error} Alternatively, load the base "
+            "yourself, and then the adapter with `openvla_hf.load_adapter(model, adapter)`."
         ) from error
 
 
@@ -156,7 +156,7 @@ def named_base(adapter_config: dict[str, Any]) -> str | None:
 def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter | None) -> None:
     """Raise an error if the config (`config`, or the checkpoint's own) is missing or belongs to another model.
 
-    Consent to run code (`trust_remote_code=True`) applies to the repository that the caller names, not for the base
+    Consent to run code (`trust_remote_code=True`) applies to the repository that the caller names, not to the base
     that an adapter's config names: a base that needs code is refused too.
     """
     if config is not None or files.source is None:

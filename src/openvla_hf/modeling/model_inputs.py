@@ -160,15 +160,15 @@ def _refuse_other_placeholders(image: list[int], row: int, prompt: list[int]) ->
     for other in (prompt[: len(image)], prompt[1 : len(image) + 1]):
         if len(other) == len(image) > 1 and len(set(other)) == 1:
             raise ValueError(
-                f"Row {row} of `input_ids` contains {other[0]} where this model's image placeholder is {image[0]}: "
-                "use the checkpoint's own processor."
+                f"Row {row} of `input_ids` contains {other[0]} as image placeholders, but this model's id is "
+                f"{image[0]}: use the checkpoint's own processor."
             )
 
 
 def _check_image_count(image: list[int], row: int, count: int) -> None:
     if count != len(image):
         raise ValueError(
-            f"Every row of `input_ids` must have {len(image)} image placeholders (id {image[0]}), or all rows none: "
+            f"Either all rows of `input_ids` must have {len(image)} image placeholders (id {image[0]}), or none: "
             f"row {row} has {count}."
         )
 

@@ -40,10 +40,10 @@ def with_defaults(quantization_config: Any) -> Any:
 
 
 def refuse_second(repo: Any, stored: Any) -> None:
-    """Raise `ValueError` if the stored weights are quantised already."""
+    """Raise `ValueError` if the stored weights are already quantised."""
     if stored is not None:
         raise ValueError(
-            f"{repo} is quantised already: load it without `quantization_config`, or quantise its 16-bit checkpoint."
+            f"{repo} is already quantised: load it without `quantization_config`, or quantise its 16-bit checkpoint."
         )
 
 
@@ -76,7 +76,7 @@ def missing_package(repo: Any, error: ModuleNotFoundError) -> ImportError | None
 
 
 def prepare_quantized(model: PreTrainedModel) -> None:
-    """Make a model that bitsandbytes quantised run on every machine, without warnings at each layer.
+    """Let a model that was quantised with bitsandbytes run on every machine, without warnings at each layer.
 
     Raises:
         ValueError: The kernels need a GPU that is not available.

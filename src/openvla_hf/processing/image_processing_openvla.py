@@ -226,7 +226,9 @@ def read_published_config(published: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The published image processor config lacks {sorted(missing)}.")
     resizes, crops = published["tvf_resize_params"], published["tvf_crop_params"]
     if any(resize != resizes[0] for resize in resizes) or any(crop != crops[0] for crop in crops):
-        raise ValueError("The towers of this checkpoint need differently resized images, but one size is supported.")
+        raise ValueError(
+            "The towers of this checkpoint need differently resized images, but only one size is supported."
+        )
     short_side_only = isinstance(resizes[0]["size"], int) or len(resizes[0]["size"]) == 1
     letterbox = published["tvf_do_letterbox"]
     config = {
@@ -413,7 +415,7 @@ def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | 
             return None
         raise OSError(
             f"Cannot read {name} of {source}: the Hub refuses the file or does not answer "
-            f"({cause.__cause__ or cause}). Check the access and the network, or set HF_HUB_OFFLINE=1 to use what is "
+            f"({cause.__cause__ or cause}). Check your access and the network, or set HF_HUB_OFFLINE=1 to use what is "
             "in the cache."
         ) from error
 

@@ -244,7 +244,7 @@ class OpenVLAProcessor(ProcessorMixin):
         # An error rather than a warning: no model is trained on a prompt within a prompt.
         if self._is_whole_prompt(instruction):
             raise ValueError(
-                f"The instruction is a whole prompt already: {instruction!r:.200}. Pass a whole prompt as `text=`, or "
+                f"The instruction is already a whole prompt: {instruction!r:.200}. Pass a whole prompt as `text=`, or "
                 "only the task as `instruction=`."
             )
         if self.lowercase_instruction:
@@ -298,7 +298,7 @@ class OpenVLAProcessor(ProcessorMixin):
         if images is None or texts is None:
             raise ValueError(
                 "An image or a text is missing: call processor(images, instruction=...) or processor(prompt, images). "
-                "For one alone, use processor.image_processor or processor.tokenizer."
+                "To process only one of them, use processor.image_processor or processor.tokenizer."
             )
         if not is_text(texts):
             raise TypeError(f"A text must be a str or a list of them, got {texts!r:.80}.")

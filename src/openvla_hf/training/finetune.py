@@ -238,7 +238,7 @@ def _require_statistics(arguments: FinetuneArguments, names: list[str]) -> None:
     if missing:
         where = "`statistics`" if isinstance(arguments.statistics, Mapping) else arguments.statistics
         raise ValueError(
-            f"{where} has no statistics of {missing[0]!r}, only of {', '.join(map(repr, statistics or ()))}: "
+            f"{where} has no statistics for {missing[0]!r}, only for {', '.join(map(repr, statistics or ()))}: "
             "give the dataset one of these names with `name`, or give its own statistics."
         )
 

@@ -104,8 +104,8 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     }
     if "held_out" in run and run["held_out"] != saved.get("held_out", {}):
         raise ValueError(
-            f"{checkpoint} was trained with other held-out episodes. Resume on the same data and with the same share "
-            "of them, or start a new run in another folder."
+            f"{checkpoint} was trained with different held-out episodes. Resume with the same data and the same share "
+            "of held-out episodes, or start a new run in another folder."
         )
     if "weights" in saved and "weights" in run:
         equal = set(saved["weights"] or ()) == {1}  # as without weights
@@ -118,7 +118,7 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
             change = "leave it out" if now is None else f"change it to {now!r}"
             raise ValueError(
                 f"{checkpoint} was trained {former}, and a resumed run can't {change}. "
-                "Resume with the former value, or start a new run in another folder."
+                "Resume with the same settings, or start a new run in another folder."
             )
 
 
