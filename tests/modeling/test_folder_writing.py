@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -67,10 +68,11 @@ def test_a_killed_save_never_loads_as_a_mixture(tiny, tmp_path, before, after):
     for name, model in (("old", old), ("new", new)):
         model.save_pretrained(tmp_path / name)
         expected[name] = state(tmp_path / name)
+    old.save_pretrained(tmp_path / "before", max_shard_size=before)
     outcomes = []
     for step in range(1, 200):
         folder = tmp_path / f"run{step}"
-        old.save_pretrained(folder, max_shard_size=before)
+        shutil.copytree(tmp_path / "before", folder)
         killed = killed_at(step, folder, lambda folder=folder: new.save_pretrained(folder, max_shard_size=after))
         found = state(folder)
         outcome = [name for name in expected if found == expected[name]]
