@@ -101,7 +101,7 @@ class Robot:
             asked = f"every={self.every} adds" if self.every > 1 else f"drop_idle={self.drop_idle} measures"
             raise ValueError(
                 f"{asked} the movements of joints, but the robot {self.name!r} does not say which numbers are "
-                "grippers and not movements. Give gripper=Gripper(dimensions=...), with dimensions=() for a robot "
+                "grippers. Give gripper=Gripper(dimensions=...), with dimensions=() for a robot "
                 "without a gripper."
             )
         if self.action_dim is not None and self.select is None:

@@ -54,8 +54,8 @@ def refuse_without_gpu(what: str, needed: tuple[int, int] | None) -> None:
     too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < needed
     if too_old or not torch.accelerator.is_available():
         raise ValueError(
-            f"{what} needs a GPU of compute capability {needed[0]}.{needed[1]} or later, and this machine has none: "
-            "use '4bit' or 'int8', which run everywhere."
+            f"{what} needs a GPU of compute capability {needed[0]}.{needed[1]} or higher, but this machine has "
+            "none: use '4bit' or 'int8', which run everywhere."
         )
 
 

@@ -296,7 +296,9 @@ def _numbers(name: str, payload: bytes, values: Any, feature: Feature, length: i
         values = _decode(name, [payload[start:end] for start, end in values], feature)
     size = int(np.prod(feature.shape))
     if len(values) != length * size:
-        raise ValueError(f"{name!r} has {len(values)} numbers for {length} frames of {size} each.")
+        raise ValueError(
+            f"{name!r} has {len(values)} numbers, but {length} frames with {size} numbers each need {length * size}."
+        )
     return values.reshape(length, size)
 
 
