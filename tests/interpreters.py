@@ -27,6 +27,18 @@ from typing import Any, Self
 PRELOADED = ("numpy", "PIL.Image", "sympy", "torch", "torch._inductor.compile_fx", "torch.distributed.tensor")
 FRESH = {"huggingface_hub", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "openvla_hf"}
 
+# Code to begin with, for what must work where this package is not installed.
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "openvla_hf":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
 
 @dataclass
 class Process:

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from interpreters import WITHOUT_THE_PACKAGE
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -16,15 +17,10 @@ from openvla_hf.checkpoints.describe import describe
 KEPT = Path(__file__).parent / "pushed_before"
 EXPECTED = json.loads((KEPT / "expected.json").read_text())
 
-REMOTE = """
+REMOTE = (
+    WITHOUT_THE_PACKAGE
+    + """
 import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "openvla_hf":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
 
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -41,6 +37,7 @@ for name in ("policy", "policy-adapter"):
     details = model.predict_action(**inputs, return_details=True)
     print(json.dumps({"action": details.actions[0].tolist(), "token_ids": details.token_ids[0].tolist()}))
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from interpreters import WITHOUT_THE_PACKAGE
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -147,15 +148,10 @@ def test_the_compiled_pass_is_one_graph_and_gives_the_same_tokens(policy, name):
 # Saving
 
 
-REMOTE = """
+REMOTE = (
+    WITHOUT_THE_PACKAGE
+    + """
 import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "openvla_hf":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -171,6 +167,7 @@ for folder in folders:
         logits[folder] = model(**inputs).logits
 save_file(logits, output)
 """
+)
 
 
 def test_a_new_process_without_the_package_computes_identical_logits(policy, run_python, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreters import WITHOUT_THE_PACKAGE
 from PIL import Image
 
 import openvla_hf
@@ -23,15 +24,10 @@ SHIPPED = [
 ]
 THIRD_PARTY = {"torch", "transformers", "numpy", "PIL", "safetensors"}
 
-REMOTE = """
+REMOTE = (
+    WITHOUT_THE_PACKAGE
+    + """
 import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "openvla_hf":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
 
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -57,6 +53,7 @@ for folder, copy in zip(folders[::2], folders[1::2]):
     processor.save_pretrained(copy)
     print(json.dumps(actions))
 """
+)
 
 
 def test_a_saved_model_needs_no_package_nor_does_its_copy(tiny, run_python, tmp_path):

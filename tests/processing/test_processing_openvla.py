@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from interpreters import WITHOUT_THE_PACKAGE
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -411,15 +412,10 @@ def test_a_remote_copy_and_the_installed_one_live_together(processor, images, tm
         assert torch.equal(value, expected[key])
 
 
-REMOTE = """
+REMOTE = (
+    WITHOUT_THE_PACKAGE
+    + """
 import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "openvla_hf":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
 
 import numpy as np
 from PIL import Image
@@ -437,6 +433,7 @@ for folder, target in ((first, second), (second, second + "/results")):
     processor.save_pretrained(target)
     save_file({key: value.contiguous() for key, value in inputs.items()}, target + "/inputs.safetensors")
 """
+)
 
 
 def test_saved_code_works_without_the_package(processor, images, tmp_path, run_python):
