@@ -627,10 +627,10 @@ def test_the_code_of_a_folder_is_not_pushed(saved, owner):
     (saved / "modeling_openvla.py").write_text("import os")
     (saved / "train.py").write_text("# private")
     with (
-        pytest.warns(UserWarning, match=r"^train\.py: not a module of openvla-hf, so not pushed"),
+        pytest.warns(UserWarning, match=r"^Not pushing train\.py: only modules of openvla-hf are pushed"),
         pytest.warns(
             UserWarning,
-            match=r"^modeling_openvla\.py: differs from the installed openvla-hf, whose code is pushed",
+            match=r"^Pushing the code of the installed openvla-hf instead of the folder's modeling_openvla\.py",
         ),
     ):
         push(saved, "someone/policy")
@@ -640,7 +640,7 @@ def test_the_code_of_a_folder_is_not_pushed(saved, owner):
     config = json.loads((saved / "config.json").read_text())
     config["auto_map"]["AutoModel"] = "train.Model"
     (saved / "config.json").write_text(json.dumps(config, indent=2))
-    with pytest.raises(ValueError, match=r"config\.json needs the code in train\.py, which is not a module of"):
+    with pytest.raises(ValueError, match=r"config\.json needs the code in train\.py, but only modules of"):
         push(saved, "someone/policy")
 
 

@@ -41,13 +41,13 @@ def test_each_fault_is_found(make_episode, tmp_path):
     idle = [[{**frame, "action": np.r_[np.zeros(6), 1.0]} for frame in each] for each in sound[:3]]
     assert "move nothing" in warnings_of(sound[3:] + idle)
     still = [[{**frame, "image": each[0]["image"]} for frame in each] for each in sound]
-    assert "equal the one before" in warnings_of(still)
+    assert "equal the image before them" in warnings_of(still)
     short = [*sound, sound[0][:2]]
     assert "shortest episode has 2 frames" in warnings_of(short)
     flipped = [[{**f, "action": np.r_[f["action"][:6], 1 - f["action"][6]]} for f in each] for each in sound]
     assert "begin with an open gripper" in warnings_of(flipped)
     frozen = [[{**f, "action": np.r_[0.0, f["action"][1:]]} for f in each] for each in sound]
-    assert "dimensions [0] never change" in warnings_of(frozen)
+    assert "dimensions [0] are constant" in warnings_of(frozen)
     many = [make_episode(index, steps=30) for index in range(7)]
     many[2][4]["action"][1] = 3.0
     assert "Dimension 1 reaches 3, far outside" in warnings_of(many)
@@ -84,14 +84,14 @@ def test_absolute_actions_are_recognised_by_the_state(tmp_path):
     targets = [reaching(index) for index in range(4)]
     movements = [[{**frame, "action": frame["action"] - frame["state"]} for frame in each] for each in targets]
     for robot in (Robot("arm"), Robot("arm", space="joint_deltas")):
-        assert "dimensions [0, 1], as a target is" in warnings_about(targets, robot)
+        assert "look like targets: in dimensions [0, 1]" in warnings_about(targets, robot)
         assert "target" not in warnings_about(movements, robot)
     joints = Robot("arm", space="joint_positions")
     for robot in (joints, replace(joints, as_delta=True)):
         assert "target" not in warnings_about(targets, robot)
         assert "movements" not in warnings_about(targets, robot)
-    assert "do not follow the state. Are they movements" in warnings_about(movements, joints)
-    assert "movements already" in warnings_about(movements, replace(joints, as_delta=True))
+    assert "do not follow the state. Check whether they are movements" in warnings_about(movements, joints)
+    assert "already look like movements" in warnings_about(movements, replace(joints, as_delta=True))
 
 
 def test_motionless_starts_are_recognised_by_the_state_and_go_without_idle_frames():

@@ -73,7 +73,7 @@ def test_without_the_list_of_files_the_cache_is_used_alone(repository, owner, st
     assert files.hub_kwargs["local_files_only"]
     assert files.read_json("config.json") == {}
     assert files.find("adapter_config.json") is None
-    with pytest.raises(OSError, match=f"Cannot read {STATISTICS} of {REPO}: the cache does not have it"):
+    with pytest.raises(OSError, match=f"Cannot read {STATISTICS} of {REPO}: it is not in the cache"):
         files.find(STATISTICS)
 
 
@@ -82,7 +82,7 @@ def test_offline_a_file_that_was_never_asked_for_is_not_taken_for_absent(reposit
     offline()
     files = CheckpointFiles.locate(REPO)
     assert files.read_json("config.json") == {}
-    with pytest.raises(OSError, match="Load it once with a network, or give a folder that contains all files"):
+    with pytest.raises(OSError, match="Load it once online, or give a folder that contains all files"):
         files.find(STATISTICS)
 
 

@@ -295,7 +295,7 @@ def test_a_wrong_setting_is_said_before_any_data_is_read(base, tmp_path, capsys,
     ("option", "expected"),
     [
         (["--robot", "tabeltop"], "Unknown robot 'tabeltop'. Did you mean 'tabletop'?"),
-        (["--statistics", "nope.json"], "argument --statistics: There is no file 'nope.json'."),
+        (["--statistics", "nope.json"], "argument --statistics: There is no file or folder 'nope.json'."),
     ],
 )
 def test_a_robot_or_statistics_that_are_not_there_are_said_before_any_data_is_read(

@@ -174,7 +174,7 @@ def file(text: str) -> str:
 def file_or_folder(text: str) -> str:
     """Parse the path of an existing file or folder."""
     if not os.path.exists(text):
-        raise argparse.ArgumentTypeError(f"There is no file {text!r}.")
+        raise argparse.ArgumentTypeError(f"There is no file or folder {text!r}.")
     return text
 
 

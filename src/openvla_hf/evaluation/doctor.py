@@ -325,14 +325,17 @@ def _warn_of_episodes(report: Report) -> Iterator[str]:
     if report.frames_without_instruction:
         yield f"{report.frames_without_instruction} frames have no instruction and are left out."
     if report.shortest_episode < SHORT_EPISODE:
-        yield f"The shortest episode has {report.shortest_episode} frames. Was it cut?"
+        yield f"The shortest episode has {report.shortest_episode} frames. Check that it was not cut off."
     if report.duplicates > DUPLICATE_SHARE:
-        yield f"{report.duplicates:.0%} of the images equal the one before. Does the camera lag?"
+        yield (
+            f"{report.duplicates:.0%} of the images equal the image before them. Check whether the camera lags behind "
+            "the actions."
+        )
 
 
 def _warn_of_motion(report: Report, robot: Robot, actions: np.ndarray) -> Iterator[str]:
     if report.idle > IDLE_SHARE:
-        yield f"{report.idle:.0%} of the actions move nothing. A policy learns to stand still from them."
+        yield f"{report.idle:.0%} of the actions move nothing. A policy trained on them learns to stand still."
     if report.motionless_start is not None and report.motionless_start > MOTIONLESS_SHARE:
         yield (
             f"{report.motionless_start:.0%} of the frames come before the robot starts to move. Consider "
@@ -343,26 +346,31 @@ def _warn_of_motion(report: Report, robot: Robot, actions: np.ndarray) -> Iterat
     elif robot.standard_space in TARGETS and report.motionless_start is not None:
         yield (
             f"The robot {robot.name!r} declares its actions as {robot.standard_space}, but they do not follow the "
-            "state. Are they movements?"
+            "state. Check whether they are movements."
         )
 
 
 def _warn_of_targets(report: Report, robot: Robot) -> Iterator[str]:
     """Warn if most dimensions follow the state, but the robot does not declare targets."""
     if robot.takes_difference:
-        yield f"The recorded actions seem to be movements already, but the robot {robot.name!r} takes them as targets."
-    elif robot.standard_space not in TARGETS:
-        declared = f"the robot {robot.name!r} declares {robot.standard_space}" if robot.standard_space else ""
         yield (
-            f"The action is close to the state in the dimensions {report.follows_state}, as a target is"
-            f"{declared and f', but {declared}'}. Give a robot with space='joint_positions' or "
-            "space='end_effector_pose'."
+            f"The robot {robot.name!r} subtracts the state from the recorded actions, but they already look like "
+            "movements. Give a robot that declares movements."
+        )
+    elif robot.standard_space not in TARGETS:
+        declared = f" instead of {robot.standard_space!r}" if robot.standard_space else ""
+        yield (
+            f"The actions look like targets: in dimensions {report.follows_state} they stay close to the state. Give a "
+            f"robot with space='joint_positions' or space='end_effector_pose'{declared}."
         )
 
 
 def _warn_of_values(report: Report) -> Iterator[str]:
     if report.unused_dimensions:
-        yield f"The action dimensions {report.unused_dimensions} never change; they are trained to be 0."
+        yield (
+            f"Action dimensions {report.unused_dimensions} are constant. The policy is trained to predict 0 "
+            "(normalised) for them."
+        )
     for dimension, share in enumerate(report.clipped):
         if share > CLIPPED_SHARE:
             yield f"The statistics clip {share:.0%} of the values of {_label(report, dimension)}."
@@ -372,14 +380,17 @@ def _warn_of_values(report: Report) -> Iterator[str]:
     for dimension in np.flatnonzero(far & (span > 0)).tolist():
         value = max((report.lowest[dimension], report.highest[dimension]), key=abs)
         label = _label(report, dimension)
-        yield f"{label[0].upper()}{label[1:]} reaches {value:g}, far outside its usual range. Is it a recording error?"
+        yield f"{label[0].upper()}{label[1:]} reaches {value:g}, far outside its usual range. Check the recording."
 
 
 def _warn_of_gripper(report: Report, robot: Robot, numbers: _Numbers) -> Iterator[str]:
     if grippers := robot.gripper_dimensions(numbers.dims):
         begin_open = float((numbers.actions[numbers.starts][:, grippers] > GRIPPER_OPEN).mean())
         if begin_open < 0.5:
-            yield f"Only {begin_open:.0%} of the episodes begin with an open gripper. Is its sign right?"
+            yield (
+                f"Only {begin_open:.0%} of the episodes begin with an open gripper. Check whether the robot's adapter "
+                "has open and closed the right way round."
+            )
         if report.gripper_open in (0.0, 1.0):
             yield f"The gripper is always {'open' if report.gripper_open else 'closed'}."
     elif robot.gripper is None and numbers.dims == len("xyzrpyg") and robot.standard_space not in JOINTS:

@@ -227,8 +227,8 @@ def hub_error(source: str, what: str, error: Exception | None) -> OSError:
     start = f"Cannot read {what} of {source}"
     if error is None or (isinstance(cause, LocalEntryNotFoundError) and not isinstance(cause, HfHubHTTPError)):
         return OSError(
-            f"{start}: the cache does not have it, and the Hub was not asked since offline mode or `local_files_only` "
-            "is set. Load it once with a network, or give a folder that contains all files."
+            f"{start}: it is not in the cache, and offline mode (HF_HUB_OFFLINE or `local_files_only`) forbids a "
+            "download. Load it once online, or give a folder that contains all files."
         )
     if isinstance(cause, RevisionNotFoundError):
         return OSError(f"{start}: the repository has no such revision. Check `revision=`.")
