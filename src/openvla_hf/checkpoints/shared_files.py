@@ -87,15 +87,16 @@ def read_texts(folder: Path, info: CheckpointInfo) -> dict[str, str]:
         named = re.findall(r'"(?:[^"]*--)?(\w+)\.\w+"', "".join(re.findall(r'"auto_map"\s*:\s*\{[^}]*\}', text)))
         if needed := sorted({f"{module}.py" for module in named} & {*foreign}):
             raise ValueError(
-                f"{name} needs the code in {needed[0]}, but only modules of openvla-hf are pushed. Check the files of the "
-                "folder, and upload them with `hf upload`."
+                f"{name} needs the code in {needed[0]}, but only modules of openvla-hf are pushed. Check the files of "
+                "the folder, and upload them with `hf upload`."
             )
     if foreign:
-        warnings.warn(f"Not pushing {', '.join(foreign)}: only modules of openvla-hf are pushed as code.", stacklevel=3)
+        warnings.warn(f"Not pushing {', '.join(foreign)}: only modules of openvla-hf are pushed.", stacklevel=3)
     changed = [name for name in code if name in info.files and _read_text(folder, name) != code[name]]
     if changed:
         warnings.warn(
-            f"Pushing the code of the installed openvla-hf instead of the folder's {', '.join(changed)}, which differs.",
+            f"Pushing the code of the installed openvla-hf instead of the folder's {', '.join(changed)}, which "
+            "differs.",
             stacklevel=3,
         )
     return texts | code

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--condition",
         nargs="+",
         choices=("as told", "swapped", "black"),
-        help="what to change in each tabletop episode: nothing (as told), the instruction, which then names the other object "
-        "(swapped), or the image (black) (default: run all three)",
+        help="what to change in each tabletop episode: nothing (as told), the instruction, which then names the other "
+        "object (swapped), or the image (black) (default: run all three)",
     )
     parser.add_argument(
         "--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)"

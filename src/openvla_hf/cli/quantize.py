@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--towers",
         action="store_true",
-        help="also quantise the vision towers and the projector; with --report, compare each format with and without this",
+        help="also quantise the vision towers and the projector; with --report, compare both",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     report = parser.add_argument_group("report")

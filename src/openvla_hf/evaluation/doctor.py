@@ -360,8 +360,8 @@ def _warn_of_targets(report: Report, robot: Robot) -> Iterator[str]:
     elif robot.standard_space not in TARGETS:
         declared = f" instead of {robot.standard_space!r}" if robot.standard_space else ""
         yield (
-            f"The actions look like targets: in dimensions {report.follows_state} they stay close to the state. Give a "
-            f"robot with space='joint_positions' or space='end_effector_pose'{declared}."
+            f"The actions look like targets: in dimensions {report.follows_state} they stay close to the state. Give "
+            f"a robot with space='joint_positions' or space='end_effector_pose'{declared}."
         )
 
 
