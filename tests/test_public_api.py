@@ -29,9 +29,12 @@ API = {
         AutoModelForVision2Seq
         OpenVLAConfig(vision_config, fused_vision_config, text_config, vision_feature_layer, projector_hidden_act,
             image_token_index, prompt_suffix_token_id, n_action_bins, pad_to_multiple_of, pad_token_id, norm_stats,
-            tie_word_embeddings)
+            tie_word_embeddings, num_images, action_decoding, action_head, action_horizon, action_dim, proprio_dim,
+            action_normalization, use_film, diffusion_steps, action_stop_token)
         OpenVLAConfig.action_vocab_end
+        OpenVLAConfig.is_parallel
         OpenVLAConfig.num_image_tokens
+        OpenVLAConfig.num_prefix_tokens
         OpenVLAConfig.vision_configs
         OpenVLAForActionPrediction(config)
         OpenVLAForActionPrediction.action_stream(unnorm_key)
@@ -54,10 +57,12 @@ API = {
             center_crop_area)
         OpenVLAImageProcessor.preprocess(images, return_tensors)
         OpenVLAModel(config)
-        OpenVLAModel.embed(input_ids, pixel_values)
+        OpenVLAModel.embed(input_ids, pixel_values, proprio)
         OpenVLAModel.forward(input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
-            **kwargs)
+            proprio, **kwargs)
         OpenVLAModel.get_image_features(pixel_values)
+        OpenVLAModel.get_prefix_features(pixel_values, proprio)
+        OpenVLAModel.place_prefix(inputs_embeds, input_ids, prefix)
         OpenVLAProcessor(image_processor, tokenizer, prompt_template, lowercase_instruction, strip_full_stop,
             image_token, image_token_id, num_image_tokens)
         OpenVLAProcessor.__call__(*args, images, text, instruction, add_image_tokens, **kwargs)
@@ -91,7 +96,7 @@ API = {
         BRIDGE_LIKE_STATS
         fake_episode(seed, steps, instruction, size)
         tiny_config(tokenizer, image_size, patch_size, vision_width, vision_layers, text_width, text_layers, heads,
-            fused, norm_stats)
+            fused, norm_stats, **fields)
         tiny_processor(tokenizer, config)
         tiny_tokenizer(texts, merges, phrases)
     """,

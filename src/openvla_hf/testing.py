@@ -74,6 +74,7 @@ def tiny_config(
     heads: int = 2,
     fused: bool = True,
     norm_stats: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> OpenVLAConfig:
     """Build a config of the real classes at a size that runs in milliseconds.
 
@@ -88,6 +89,7 @@ def tiny_config(
         heads: Attention heads of the language model and of each tower.
         fused: Whether there are two towers (DINOv2 and SigLIP), or SigLIP alone.
         norm_stats: Action statistics; those of one dataset named "tiny" by default.
+        fields: Further fields of `OpenVLAConfig`, such as `num_images` or `action_head`.
     """
     tokenizer = tokenizer or tiny_tokenizer()
     tower = {
@@ -127,6 +129,7 @@ def tiny_config(
         pad_to_multiple_of=PADDED_ROWS,
         pad_token_id=pad_id,
         norm_stats=norm_stats if norm_stats is not None else {"tiny": {"action": BRIDGE_LIKE_STATS}},
+        **fields,
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from transformers import AutoConfig, Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionConfig
@@ -7,6 +8,7 @@ from openvla_hf import OpenVLAConfig
 from openvla_hf.modeling import configuration_openvla
 from openvla_hf.modeling.configuration_openvla import (
     AUTO_MAP,
+    OFT_FIELDS,
     PUBLISHED_ONLY_FIELDS,
     PUBLISHED_VISION_BACKBONES,
 )
@@ -144,3 +146,66 @@ def test_an_old_transformers_is_told_what_to_do(run_python):
     assert result.stdout == (
         "This OpenVLA needs transformers >= 5.20, but 4.57.0 is installed: run `pip install -U transformers`.\n"
     )
+
+
+OFT = {
+    "num_images": 2,
+    "action_decoding": "parallel",
+    "action_head": "l1",
+    "action_horizon": 8,
+    "action_dim": 7,
+    "proprio_dim": 8,
+}
+
+
+def test_a_plain_config_is_saved_without_the_fields_of_oft(tmp_path):
+    config = tiny_config()
+    assert not set(OFT_FIELDS) & set(config.to_dict())
+    config.save_pretrained(tmp_path)
+    assert not set(OFT_FIELDS) & set(json.loads((tmp_path / "config.json").read_text()))
+    again = OpenVLAConfig.from_pretrained(tmp_path)
+    assert (again.num_images, again.action_decoding, again.action_head) == (1, "autoregressive", "none")
+    assert again.num_prefix_tokens == again.num_image_tokens
+
+
+@pytest.mark.parametrize("fields", [OFT, {"num_images": 2}, {"proprio_dim": 3, "action_normalization": "bounds"}])
+def test_a_config_with_fields_of_oft_keeps_all_of_them(tmp_path, fields):
+    config = tiny_config(**fields)
+    config.save_pretrained(tmp_path)
+    assert set(OFT_FIELDS) <= set(json.loads((tmp_path / "config.json").read_text()))
+    again = OpenVLAConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in OFT_FIELDS} == {name: getattr(config, name) for name in OFT_FIELDS}
+    assert {name: getattr(again, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra"),
+    [({}, 1), ({"proprio_dim": None}, 0), ({"action_head": "none"}, 1), ({"action_head": "diffusion"}, 2)],
+)
+def test_the_prefix_contains_all_images_the_state_and_the_diffusion_time(fields, extra):
+    config = tiny_config(**OFT | fields)
+    assert config.num_prefix_tokens == 2 * config.num_image_tokens + extra
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"action_decoding": "paralel"}, "Unknown `action_decoding` 'paralel'. Did you mean 'parallel'?"),
+        ({"action_head": "L1"}, "Unknown `action_head` 'L1'"),
+        ({"action_normalization": "normal"}, "Choose from 'q99', 'bounds'"),
+        ({"num_images": 0}, "`num_images` must be a positive integer, got 0"),
+        ({"action_horizon": True}, "`action_horizon` must be a positive integer, got True"),
+        ({"proprio_dim": -1}, "`proprio_dim` must be a positive integer, got -1"),
+        ({"diffusion_steps": 1.5}, "`diffusion_steps` must be a positive integer, got 1.5"),
+        ({"action_dim": None}, "give `action_dim`"),
+        ({"action_decoding": "autoregressive"}, "`action_head='l1'` needs `action_decoding='parallel'`"),
+        (
+            {"action_decoding": "autoregressive", "action_head": "none"},
+            "`action_horizon=8` needs `action_decoding='parallel'`",
+        ),
+        ({"text_config": {"model_type": "llama", "vocab_size": 32064, "eos_token_id": None}}, "give `eos_token_id`"),
+    ],
+)
+def test_fields_of_oft_that_do_not_fit_together_are_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        OpenVLAConfig(**OFT | fields)

@@ -88,6 +88,25 @@ PUBLISHED_ONLY_FIELDS = (
     "output_projector_states",
 )
 
+# Fields that a plain OpenVLA checkpoint leaves at their defaults.
+OFT_FIELDS = (
+    "num_images",
+    "action_decoding",
+    "action_head",
+    "action_horizon",
+    "action_dim",
+    "proprio_dim",
+    "action_normalization",
+    "use_film",
+    "diffusion_steps",
+    "action_stop_token",
+)
+ACTION_CHOICES = {
+    "action_decoding": ("autoregressive", "parallel"),
+    "action_head": ("none", "l1", "diffusion"),
+    "action_normalization": ("q99", "bounds"),
+}
+
 AUTO_MAP = {
     "AutoConfig": "configuration_openvla.OpenVLAConfig",
     "AutoModel": "modeling_openvla.OpenVLAForActionPrediction",
@@ -114,6 +133,22 @@ class OpenVLAConfig(PreTrainedConfig):
         pad_to_multiple_of: Number of padding rows at the end of the embedding. The action ids are the last
             `n_action_bins` ids before them.
         norm_stats: `{key: {"action": {"q01", "q99", "mask", ...}, ...}}`, the statistics of `predict_action`.
+        num_images: Number of cameras, whose images all enter each prediction.
+        action_decoding: "autoregressive" (OpenVLA: one token after another) or "parallel" (OpenVLA-OFT: a chunk of
+            actions in one bidirectional pass).
+        action_head: Output of parallel decoding: "none" for action tokens, or "l1" or "diffusion" for a network that
+            predicts numbers.
+        action_horizon: Number of actions in a chunk, more than one only with parallel decoding.
+        action_dim: Dimensions of an action. Parallel decoding needs them.
+        proprio_dim: Dimensions of the robot's state if the model sees it, else `None`.
+        action_normalization: Statistics that correspond to -1 and 1: "q99" (`q01` and `q99`) or "bounds" (`min` and
+            `max`).
+        use_film: Whether the instruction modulates the vision towers (OpenVLA-OFT+).
+        diffusion_steps: Steps of the noise schedule, with the diffusion head.
+        action_stop_token: Whether the end-of-sequence token follows the action slots of parallel decoding. RLinf's
+            checkpoints have none.
+
+    The fields from `num_images` on are saved only if one of them differs from its default.
 
     A published config (with `vision_backbone_id`) is converted to these fields. `vision_config` and
     `fused_vision_config` beside it override single fields of the towers that the id names.
@@ -140,6 +175,16 @@ class OpenVLAConfig(PreTrainedConfig):
     pad_token_id: int | None = 32000
     norm_stats: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
+    num_images: int = 1
+    action_decoding: str = "autoregressive"
+    action_head: str = "none"
+    action_horizon: int = 1
+    action_dim: int | None = None
+    proprio_dim: int | None = None
+    action_normalization: str = "q99"
+    use_film: bool = False
+    diffusion_steps: int = 50
+    action_stop_token: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         backbone_id = kwargs.get("vision_backbone_id")
@@ -161,6 +206,7 @@ class OpenVLAConfig(PreTrainedConfig):
                     f"{config.num_hidden_layers} layers: give at least -{config.num_hidden_layers}."
                 )
         self._check_ids()
+        self._check_action_fields()
         check_name(self.projector_hidden_act, ACT2CLS, "`projector_hidden_act`")
         patches = {(config.image_size // config.patch_size) ** 2 for config in self.vision_configs}
         if len(patches) != 1:
@@ -193,6 +239,40 @@ class OpenVLAConfig(PreTrainedConfig):
                 f"`image_token_index={self.image_token_index}` is an action id (these are {first_id} to "
                 f"{self.action_vocab_end - 1}): choose an id outside this range."
             )
+
+    def _check_action_fields(self) -> None:
+        """Check the fields that OpenVLA-OFT adds."""
+        for name, choices in ACTION_CHOICES.items():
+            check_name(getattr(self, name), choices, f"`{name}`")
+        counts = ["num_images", "action_horizon", "diffusion_steps"]
+        counts += [name for name in ("action_dim", "proprio_dim") if getattr(self, name) is not None]
+        for name in counts:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.is_parallel:
+            if self.action_dim is None:
+                raise ValueError("Parallel decoding needs the number of action dimensions: give `action_dim`.")
+            if self.action_stop_token and self.text_config.eos_token_id is None:
+                raise ValueError(
+                    "The language model has no end-of-sequence token to put after the actions: give `eos_token_id` in "
+                    "`text_config`, or `action_stop_token=False`."
+                )
+            return
+        if self.action_head != "none":
+            raise ValueError(f"`action_head={self.action_head!r}` needs `action_decoding='parallel'`.")
+        if self.action_horizon > 1:
+            raise ValueError(f"`action_horizon={self.action_horizon}` needs `action_decoding='parallel'`.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a dictionary, without the fields of OpenVLA-OFT if all of them have their defaults."""
+        fields = super().to_dict()
+        added = {name: type(self).__dataclass_fields__[name].default for name in OFT_FIELDS}
+        # Code that was pushed with older checkpoints does not know these fields.
+        if all(fields.get(name, default) == default for name, default in added.items()):
+            for name in added:
+                fields.pop(name, None)
+        return fields
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -234,6 +314,17 @@ class OpenVLAConfig(PreTrainedConfig):
     def num_image_tokens(self) -> int:
         """Number of patches of one image; each has a placeholder in `input_ids`."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of embeddings between BOS and the prompt: patches of all images, the state and the diffusion time."""
+        is_diffusion = self.action_head == "diffusion"
+        return self.num_images * self.num_image_tokens + (self.proprio_dim is not None) + is_diffusion
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether all actions of a chunk are decoded in one pass."""
+        return self.action_decoding == "parallel"
 
     @property
     def action_vocab_end(self) -> int:

@@ -38,7 +38,9 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
 def prepare_prompts(
     config: OpenVLAConfig, input_ids: Any, attention_mask: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check prompts, and lay them out for decoding: image after the first token, prompt suffix, padding on the left.
+    """Check prompts, and lay them out for decoding: images after the first token, prompt suffix, padding on the left.
+
+    The placeholders in the result also cover the state and the diffusion time, where the model sees these.
 
     The ids are read once, as Python numbers on the CPU: a few hundred of them cost less there than a tensor operation
     for each check.
@@ -58,16 +60,15 @@ def prepare_prompts(
     ids = _read_ids(config, input_ids)
     is_token = _read_mask(attention_mask, ids)
     prompts = [_read_prompt(config, *one) for one in zip(range(len(ids)), ids, is_token, strict=True)]
-    image, suffix = [config.image_token_id] * config.num_image_tokens, config.prompt_suffix_token_id
-    has_image = _check_placeholders(image, prompts)
-    width = ids.shape[1] + (0 if has_image else len(image))
+    suffix = config.prompt_suffix_token_id
+    missing = [config.image_token_id] * (config.num_prefix_tokens - _count_placeholders(config, prompts))
+    width = ids.shape[1] + len(missing)
     if suffix is not None and any(prompt[-1] != suffix for prompt in prompts):
         width += 1
     rows = np.full((len(prompts), width), config.pad_token_id or 0)
     mask = np.zeros_like(rows)
     for row, prompt in enumerate(prompts):
-        if not has_image:
-            prompt[1:1] = image
+        prompt[1:1] = missing
         if suffix not in (None, prompt[-1]):
             prompt.append(suffix)
         rows[row, width - len(prompt) :] = prompt
@@ -141,18 +142,29 @@ def _read_prompt(config: OpenVLAConfig, row: int, ids: np.ndarray, is_token: np.
     return prompt
 
 
-def _check_placeholders(image: list[int], prompts: list[list[int]]) -> bool:
-    """Return whether the prompts contain the image's placeholders: all of them after the first token, or none."""
-    counts = [prompt.count(image[0]) for prompt in prompts]
+def _placeholder_run(config: OpenVLAConfig) -> list[int]:
+    """Return the placeholders of one observation's images."""
+    return [config.image_token_id] * (config.num_images * config.num_image_tokens)
+
+
+def _count_placeholders(config: OpenVLAConfig, prompts: list[list[int]]) -> int:
+    """Return how many placeholders each prompt contains: none, those of its images, or those of the whole prefix.
+
+    Placeholders must be side by side after the first token, or at the start of a prompt without BOS.
+    """
+    run = _placeholder_run(config)
+    counts = [prompt.count(config.image_token_id) for prompt in prompts]
     if not any(counts):
         for row, prompt in enumerate(prompts):
-            _refuse_other_placeholders(image, row, prompt)
-        return False
+            _refuse_other_placeholders(run, row, prompt)
+        return 0
+    if set(counts) == {config.num_prefix_tokens}:
+        run = [config.image_token_id] * config.num_prefix_tokens
     for row, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-        _check_image_count(image, row, count)
-        if image not in (prompt[: len(image)], prompt[1 : len(image) + 1]):
+        _check_placeholder_count(run, row, count)
+        if run not in (prompt[: len(run)], prompt[1 : len(run) + 1]):
             raise ValueError(_scattered(row))
-    return True
+    return len(run)
 
 
 def _refuse_other_placeholders(image: list[int], row: int, prompt: list[int]) -> None:
@@ -165,7 +177,7 @@ def _refuse_other_placeholders(image: list[int], row: int, prompt: list[int]) ->
             )
 
 
-def _check_image_count(image: list[int], row: int, count: int) -> None:
+def _check_placeholder_count(image: list[int], row: int, count: int) -> None:
     if count != len(image):
         raise ValueError(
             f"Either all rows of `input_ids` must have {len(image)} image placeholders (id {image[0]}), or none: "
@@ -197,19 +209,26 @@ def check_prompt_length(config: OpenVLAConfig, attention_mask: torch.Tensor, num
 
 
 def check_pixel_values(config: OpenVLAConfig, pixel_values: torch.Tensor) -> None:
-    """Check the shape of images (B, 3 * towers, H, W) against every tower.
+    """Check the shape of images (B, 3 * towers * images, H, W) against the config.
 
     Raises:
-        ValueError: The number of channels, the height or the width is wrong.
+        ValueError: The number of images or channels, the height or the width is wrong.
     """
-    towers = config.vision_configs
-    for side in {tower.image_size for tower in towers}:
-        if pixel_values.shape[1:] != (3 * len(towers), side, side) or not pixel_values.is_floating_point():
+    channels = 3 * len(config.vision_configs)
+    for side in {tower.image_size for tower in config.vision_configs}:
+        if pixel_values.shape[1:] == (channels * config.num_images, side, side) and pixel_values.is_floating_point():
+            continue
+        images, rest = divmod(pixel_values.shape[1], channels) if pixel_values.ndim == 4 else (0, 0)
+        if images and not rest and images != config.num_images:
             raise ValueError(
-                f"`pixel_values` must be floating-point numbers of shape (batch, {3 * len(towers)}, {side}, {side}), "
-                f"got {tuple(pixel_values.shape)} of {pixel_values.dtype}: prepare them with this checkpoint's "
-                "own processor."
+                f"`pixel_values` contains {images} image{'s' * (images > 1)} for each observation, but this model "
+                f"sees {config.num_images}: give one image of each camera."
             )
+        raise ValueError(
+            f"`pixel_values` must be floating-point numbers of shape (batch, {channels * config.num_images}, {side}, "
+            f"{side}), got {tuple(pixel_values.shape)} of {pixel_values.dtype}: prepare them with this checkpoint's "
+            "own processor."
+        )
 
 
 def check_num_images(num_images: int, num_prompts: int) -> None:
@@ -218,19 +237,40 @@ def check_num_images(num_images: int, num_prompts: int) -> None:
         raise ValueError(f"Got {num_images} images for {num_prompts} prompts: give one image with each prompt.")
 
 
-def check_image_tokens(config: OpenVLAConfig, input_ids: torch.Tensor, num_images: int) -> None:
-    """Check that each row (B, T) has an image and its placeholders side by side.
+def check_proprio(config: OpenVLAConfig, proprio: torch.Tensor | None, rows: int) -> None:
+    """Check the normalised state (B, S) against the config.
 
     Raises:
-        ValueError: Images and rows differ in number, or a row does not have a placeholder for each patch, all side by
-            side.
+        ValueError: It is missing, it is not expected, or its shape is wrong.
+    """
+    if config.proprio_dim is None:
+        if proprio is not None:
+            raise ValueError("This model does not see the robot's state: leave `proprio` and `state` out.")
+    elif proprio is None:
+        raise ValueError(
+            f"This model also sees the robot's state: pass {config.proprio_dim} numbers for each observation, as "
+            "`state` (robot units) to `predict_action` or `proprio` (normalised) to `forward`."
+        )
+    elif proprio.shape != (rows, config.proprio_dim):
+        raise ValueError(
+            f"`proprio` has shape {tuple(proprio.shape)}, but this model needs ({rows}, {config.proprio_dim}): one "
+            "row of state dimensions for each observation."
+        )
+
+
+def check_image_tokens(config: OpenVLAConfig, input_ids: torch.Tensor, num_images: int) -> None:
+    """Check that each row (B, T) has images, and the placeholders of the whole prefix side by side.
+
+    Raises:
+        ValueError: Images and rows differ in number, or a row does not have a placeholder for each embedding of the
+            prefix, all side by side.
     """
     check_num_images(num_images, len(input_ids))
-    image = [config.image_token_id] * config.num_image_tokens
-    is_image = input_ids == image[0]
+    prefix = [config.image_token_id] * config.num_prefix_tokens
+    is_image = input_ids == config.image_token_id
     begins = is_image & ~torch.nn.functional.pad(is_image[:, :-1], (1, 0))
     for row, (count, runs) in enumerate(torch.stack([is_image.sum(1), begins.sum(1)], dim=1).tolist()):
-        _check_image_count(image, row, count)
+        _check_placeholder_count(prefix, row, count)
         if runs > 1:
             raise ValueError(_scattered(row))
 
@@ -241,22 +281,25 @@ def insert_image_tokens(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Insert the image placeholders after BOS in (B, T) ids that have none, and extend mask and labels with them."""
-    patches, length = config.num_image_tokens, input_ids.shape[1]
+    """Insert the placeholders that (B, T) ids lack after BOS, and extend mask and labels with them.
+
+    The ids contain none, those of the images (from the processor), or those of the whole prefix.
+    """
+    length, prefix = input_ids.shape[1], config.num_prefix_tokens
     if (
         torch.compiler.is_compiling()
-    ):  # values can't be read, so ids no longer than an image count as ids without placeholders
-        has_placeholders = length > patches
+    ):  # values can't be read, so ids no longer than the prefix count as ids without placeholders
+        missing = 0 if length > prefix else prefix
     else:
-        has_placeholders = bool((input_ids == config.image_token_id).any())
-    if has_placeholders:
+        missing = prefix - int((input_ids == config.image_token_id).sum(1).max())
+    if missing not in (prefix, prefix - len(_placeholder_run(config))) or not missing:
         return input_ids, attention_mask, labels
     # BOS is the first token that is attended to: rows may be padded on the left.
     bos = input_ids.new_zeros(len(input_ids)) if attention_mask is None else attention_mask.long().argmax(dim=1)
-    position = torch.arange(length + patches, device=input_ids.device).expand(len(input_ids), -1)
+    position = torch.arange(length + missing, device=input_ids.device).expand(len(input_ids), -1)
     bos = bos.unsqueeze(1)
-    image = (position > bos) & (position <= bos + patches)
-    source = torch.where(position > bos, position - patches, position).clamp(min=0)
+    image = (position > bos) & (position <= bos + missing)
+    source = torch.where(position > bos, position - missing, position).clamp(min=0)
 
     def grow(tensor: torch.Tensor | None, value: int) -> torch.Tensor | None:
         return None if tensor is None else tensor.gather(1, source).masked_fill(image, value)
@@ -270,6 +313,7 @@ __all__ = [
     "check_num_images",
     "check_pixel_values",
     "check_prompt_length",
+    "check_proprio",
     "insert_image_tokens",
     "prepare_prompts",
 ]

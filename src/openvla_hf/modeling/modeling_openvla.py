@@ -1,7 +1,7 @@
 """OpenVLA: one or two vision towers, a projector, and a causal language model that predicts actions as tokens.
 
 Shapes: B batch, P image patches, T tokens (image placeholders included), D width, V vocabulary,
-A action dimensions, N action bins.
+K actions of a chunk, A action dimensions, S state dimensions, N action bins.
 """
 
 import copy
@@ -25,10 +25,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .action_decoding import ActionPass, action_pass
+from .action_heads import ActionHead, DefaultLinear, InputProjector
 from .action_prediction import ActionPrediction, ActionPredictionMixin
 from .checkpoint_loading import CheckpointMixin
 from .configuration_openvla import OpenVLAConfig
-from .model_inputs import check_image_tokens, check_pixel_values, check_prompt_length, insert_image_tokens
+from .model_inputs import (
+    check_image_tokens,
+    check_pixel_values,
+    check_prompt_length,
+    check_proprio,
+    insert_image_tokens,
+)
 from .weight_mapping import register_conversions
 
 
@@ -103,6 +110,12 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, DefaultLinear):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
@@ -154,8 +167,12 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
         return [self.featurizer] + ([self.fused_featurizer] if self.config.fused_vision_config is not None else [])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, 3 * towers, H, W) as patch tokens before the final norm, (B, P, sum of towers' widths)."""
+        """Encode images (B, 3 * towers * images, H, W) as patch tokens before the final norm.
+
+        Returns (B, images * P, sum of towers' widths), one image after the other.
+        """
         check_pixel_values(self.config, pixel_values)
+        pixel_values = pixel_values.unflatten(1, (self.config.num_images, -1)).flatten(0, 1)
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1), strict=True):
             if isinstance(tower, tuple(TOWERS.values())):
@@ -164,7 +181,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
                 tokens = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
             # Class and register tokens come first.
             features.append(tokens[:, -self.config.num_image_tokens :])
-        return torch.cat(features, dim=-1)
+        return torch.cat(features, dim=-1).unflatten(0, (-1, self.config.num_images)).flatten(1, 2)
 
 
 class OpenVLAProjector(nn.Module):
@@ -197,6 +214,9 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         self.vision_backbone = OpenVLAVisionBackbone(config)
         self.projector = OpenVLAProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        width = config.text_config.hidden_size
+        self.proprio_projector = None if config.proprio_dim is None else InputProjector(config.proprio_dim, width)
+        self.noisy_action_projector = InputProjector(1, width) if config.action_head == "diffusion" else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -208,21 +228,33 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed images (B, 3 * towers, H, W) as (B, P, D), one embedding for each patch."""
+        """Embed images (B, 3 * towers * images, H, W) as (B, images * P, D), one embedding for each patch."""
         return self.projector(self.vision_backbone(pixel_values.to(self.projector.fc1.bias.dtype)))
 
-    def _place_image(
-        self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.Tensor:
-        placeholders = (input_ids == self.config.image_token_id).unsqueeze(-1).to(inputs_embeds.device)
-        return inputs_embeds.masked_scatter(placeholders, image_features.to(inputs_embeds))
+    def get_prefix_features(self, pixel_values: torch.Tensor, proprio: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed images (B, 3 * towers * images, H, W), then the normalised state (B, S), as (B, prefix, D)."""
+        check_proprio(self.config, proprio, len(pixel_values))
+        features = self.get_image_features(pixel_values)
+        if self.proprio_projector is None:
+            return features
+        return torch.cat([features, self.proprio_projector(proprio).to(features).unsqueeze(1)], dim=1)
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed ids (B, T) and the images in place of their placeholders as (B, T, D), without `forward`'s checks."""
+    def place_prefix(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """Put the embeddings of the prefix (B, prefix, D) in place of the placeholders in `input_ids` (B, T)."""
+        placeholders = (input_ids == self.config.image_token_id).unsqueeze(-1).to(inputs_embeds.device)
+        return inputs_embeds.masked_scatter(placeholders, prefix.to(inputs_embeds))
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed ids (B, T), and what replaces their placeholders, as (B, T, D), without `forward`'s checks."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return inputs_embeds
-        return self._place_image(inputs_embeds, input_ids, self.get_image_features(pixel_values))
+        return self.place_prefix(inputs_embeds, input_ids, self.get_prefix_features(pixel_values, proprio))
 
     @can_return_tuple
     def forward(
@@ -233,9 +265,13 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> OpenVLAModelOutputWithPast:
-        """Scatter the image over its placeholders in `input_ids` (B, T) and run the language model."""
+        """Scatter the images and the state over their placeholders in `input_ids` (B, T) and run the language model.
+
+        `generate` repeats `proprio` (B, S) in every pass; only the pass with `pixel_values` reads it.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`.")
         if inputs_embeds is None:
@@ -247,8 +283,9 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
             # Counting would break a compiled graph.
             if not torch.compiler.is_compiling():
                 check_image_tokens(self.config, input_ids, len(pixel_values))
-            image_features = self.get_image_features(pixel_values).to(inputs_embeds)
-            inputs_embeds = self._place_image(inputs_embeds, input_ids, image_features)
+            prefix = self.get_prefix_features(pixel_values, proprio).to(inputs_embeds)
+            image_features = prefix[:, : self.config.num_images * self.config.num_image_tokens]
+            inputs_embeds = self.place_prefix(inputs_embeds, input_ids, prefix)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -284,6 +321,7 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         super().__init__(config)
         self.model = OpenVLAModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.action_head = None if config.action_head == "none" else ActionHead(config)
         self.action_pass: ActionPass = action_pass
         self.action_caches: dict[tuple, Cache] = {}  # reused by the next call of the same size
         self.post_init()
