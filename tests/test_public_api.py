@@ -184,11 +184,11 @@ API = {
     "openvla_hf.tabletop.env": """
         MAX_STEP
         TASKS
-        TabletopEnv(tasks, render_mode, max_steps, hand_noise)
+        TabletopEnv(tasks, render_mode, max_steps, hand_noise, cameras, state)
     """,
     "openvla_hf.tabletop.expert": """
         expert_action(env)
-        record_demonstrations(tasks, seeds, noise)
+        record_demonstrations(tasks, seeds, noise, cameras, state)
         rollout_expert(env, seed, noise, options)
     """,
     "openvla_hf.tabletop.pictures": """

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from openvla_hf.tabletop.env import ENV_ID, HAND_NOISE, MAX_STEP, TASKS, TabletopEnv
+from openvla_hf.tabletop.env import CAMERAS, ENV_ID, HAND_NOISE, MAX_STEP, STATE_NAMES, TASKS, TabletopEnv
 from openvla_hf.tabletop.expert import expert_action, rollout_expert
-from openvla_hf.tabletop.scene import Goal, Scene, TableGripper, TableObject, draw_scene
+from openvla_hf.tabletop.scene import SHAPES, Goal, Scene, TableGripper, TableObject, draw_scene
 
 
 OPEN, CLOSED = 1.0, 0.0
@@ -47,6 +47,77 @@ def test_registered_environment_keeps_gymnasiums_contract():
     assert info["is_success"] is False
     assert info["moved_object"] is None
     np.testing.assert_array_equal(env.render(), image)
+
+
+def test_cameras_and_state_are_observed_on_request():
+    env = gymnasium.make(ENV_ID, cameras=["wrist", "image"], state=True)
+    check_env(env.unwrapped)
+    observation, _ = env.reset(seed=0)
+    assert list(observation) == ["wrist", "image", "state"]
+    assert observation["wrist"].shape == (224, 224, 3)
+    assert observation["state"].shape == (len(STATE_NAMES),)
+    np.testing.assert_array_equal(observation["image"], TabletopEnv().reset(seed=0)[0])
+    assert list(TabletopEnv(state=True).reset(seed=0)[0]) == ["image", "state"]
+
+
+def test_watching_more_does_not_change_the_episode(env):
+    def actions(env: TabletopEnv) -> list[np.ndarray]:
+        return [frame.executed for frame in rollout_expert(env, 5, noise=0.01)]
+
+    watched = TabletopEnv(TASKS, cameras=CAMERAS, state=True)
+    np.testing.assert_array_equal(actions(watched), actions(env))
+
+
+def test_state_is_where_the_hand_is_and_how_wide_the_fingers_are():
+    env = TabletopEnv(("put",), hand_noise=0.0, state=True)
+    observation, _ = env.reset(seed=0)
+    before, action = observation["state"], act(x=0.02, y=-0.01, z=-0.01)
+    observation, *_ = env.step(action)
+    np.testing.assert_allclose(observation["state"] - before, [0.02, -0.01, -0.01, 0.0], atol=1e-6)
+    opened = observation["state"][3]
+    closed = env.step(act(gripper=CLOSED))[0]["state"][3]
+    env.step(act())
+    held = 0.0
+    for _ in range(env.max_steps):
+        observation, *_ = env.step(expert_action(env))
+        if env.scene.gripper.held is not None:
+            held = observation["state"][3]
+            break
+    assert 0 < closed < held < opened
+    assert held > 2 * env.task.target.radius
+
+
+def test_wrist_camera_moves_with_the_hand_and_shows_the_grasp():
+    def frame(x: float, z: float, is_open: bool = True, holding: bool = False) -> np.ndarray:
+        cube = TableObject("red", "cube", np.array([x if holding else 0.05, 0.02, z - 0.015 if holding else 0.0]))
+        gripper = TableGripper(np.array([x, 0.02, z]), is_open, cube if holding else None)
+        return draw_scene(Scene([cube], [Goal("blue", "mat", -0.12, 0.0)], gripper), "wrist")
+
+    def place(image: np.ndarray) -> tuple[float, float]:
+        rows, columns = np.nonzero((image[..., 0] > 150) & (image[..., 1:] < 120).all(-1))
+        return float(rows.mean()), float(columns.mean())
+
+    assert place(frame(0.05, 0.1))[1] == pytest.approx(112, abs=4)
+    assert place(frame(0.02, 0.1))[1] > 130 > 94 > place(frame(0.08, 0.1))[1]
+    assert pixels_apart(frame(0.05, 0.1), frame(0.05, 0.09)) > 100
+    assert pixels_apart(frame(0.05, 0.1), frame(0.05, 0.1, is_open=False)) > 500
+    assert pixels_apart(frame(0.05, 0.1, is_open=False), frame(0.05, 0.1, is_open=False, holding=True)) > 1000
+    # What the hand holds stays where it is in the image.
+    carried = (
+        place(frame(0.05, 0.1, is_open=False, holding=True)),
+        place(frame(-0.1, 0.1, is_open=False, holding=True)),
+    )
+    assert carried[0] == pytest.approx(carried[1], abs=1)
+
+
+def test_wrist_camera_draws_objects_behind_it():
+    for y in (-0.2, 0.0, 0.2):
+        for height in (0.015, 0.2):
+            objects = [
+                TableObject("red", shape, np.array([0.0, place, 0.05])) for shape in SHAPES for place in (-0.17, 0.17)
+            ]
+            scene = Scene(objects, [Goal("blue", "plate", 0.0, -0.13)], TableGripper(np.array([0.0, y, height])))
+            assert draw_scene(scene, "wrist").shape == (224, 224, 3)
 
 
 def test_seed_determines_the_episode(env):
@@ -219,6 +290,12 @@ def test_unknown_names_are_refused(env):
         TabletopEnv(render_mode="human")
     with pytest.raises(ValueError, match="empty"):
         TabletopEnv(())
+    with pytest.raises(ValueError, match="Unknown camera 'front'; known: image, wrist"):
+        TabletopEnv(cameras=("front",))
+    with pytest.raises(ValueError, match="names a camera twice"):
+        TabletopEnv(cameras=("wrist", "wrist"))
+    with pytest.raises(ValueError, match="cameras is empty"):
+        TabletopEnv(cameras=())
     with pytest.raises(ValueError, match="max_steps"):
         TabletopEnv(max_steps=0)
     with pytest.raises(ValueError, match="hand_noise must not be negative"):

@@ -6,6 +6,9 @@ Importing this module registers `openvla_hf/Tabletop-v0`:
     env = gymnasium.make("openvla_hf/Tabletop-v0")
     image, info = env.reset(seed=0)
     image, reward, terminated, truncated, info = env.step(action)
+
+With `cameras=("image", "wrist"), state=True`, the observation is a dict with both cameras' frames and the state of the
+robot.
 """
 
 from __future__ import annotations
@@ -17,18 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from .physics import MAX_STEP, Physics, distance
+from .physics import MAX_STEP, TOP_HEIGHT, Physics, distance
 from .scene import (
+    CAMERAS,
     COLOURS,
+    FINGER_OPEN,
     GOAL_KINDS,
     IMAGE_SIZE,
     SHAPES,
+    STATE_NAMES,
     TABLE_HALF,
     Goal,
+    Observation,
     Scene,
     TableGripper,
     TableObject,
     draw_scene,
+    read_state,
 )
 
 
@@ -39,7 +47,18 @@ except ModuleNotFoundError as error:
     raise ImportError('The tabletop needs Gymnasium: run `pip install "openvla-hf[sim]"`.', name=error.name) from error
 
 
-__all__ = ["DIRECTIONS", "ENV_ID", "HAND_NOISE", "MAX_STEP", "MAX_STEPS", "TASKS", "TabletopEnv", "Task"]
+__all__ = [
+    "CAMERAS",
+    "DIRECTIONS",
+    "ENV_ID",
+    "HAND_NOISE",
+    "MAX_STEP",
+    "MAX_STEPS",
+    "STATE_NAMES",
+    "TASKS",
+    "TabletopEnv",
+    "Task",
+]
 
 ENV_ID = "openvla_hf/Tabletop-v0"
 TASKS = ("put", "push", "stack", "lift")
@@ -84,14 +103,20 @@ class Task:
     base: TableObject | None = None
 
 
-class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
     """Put, push, stack and lift coloured objects with a gripper that points down.
 
-    The observation is the camera's frame, uint8 (224, 224, 3). The action (7,) contains dx, dy, dz in metres (each
-    clipped to +-`MAX_STEP`), droll, dpitch, dyaw in radians (accepted and ignored: the gripper keeps pointing down),
-    and the gripper (1 = open, 0 = closed, threshold 0.5). In each step the fingers act first. Then the hand moves,
-    with a position error as on a real arm: `hand_noise`, drawn from the seed of the episode. The reward is 1 on
-    success, which ends the episode, and 0 otherwise. The environment itself truncates episodes after `max_steps`.
+    The action (7,) contains dx, dy, dz in metres (each clipped to +-`MAX_STEP`), droll, dpitch, dyaw in radians
+    (accepted and ignored: the gripper keeps pointing down), and the gripper (1 = open, 0 = closed, threshold 0.5). In
+    each step the fingers act first. Then the hand moves, with a position error as on a real arm: `hand_noise`, drawn
+    from the seed of the episode. The reward is 1 on success, which ends the episode, and 0 otherwise. The environment
+    itself truncates episodes after `max_steps`.
+
+    By default, the observation is the frame of the fixed camera, uint8 (224, 224, 3). With `cameras` or `state`, it is
+    a dict with the frame of each camera under its name (`"image"` is the fixed camera, and `"wrist"` moves with the
+    hand) and `state`, float32 (4,): x, y, z of the point between the fingertips, and the distance between the fingers
+    (`STATE_NAMES`), in metres. The origin is the middle of the table's top, x points to the right in the image of the
+    fixed camera, y away from it, and z up.
 
     The `info` of `reset` and `step` contains `instruction`, `task` (the family), `is_success`, and `moved_object`: the
     name of the object that was held last, or pushed last to at least 3 cm from its start, or None.
@@ -104,10 +129,12 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         render_mode: None or `"rgb_array"`.
         max_steps: Steps before truncation.
         hand_noise: Standard deviation along each axis in each step, metres.
+        cameras: Cameras to observe, out of `CAMERAS`.
+        state: Whether to observe the robot's state.
 
     Raises:
-        ValueError: If `tasks` is empty, a task or the render mode is unknown, `max_steps` is below 1, or `hand_noise`
-            is negative.
+        ValueError: If `tasks` or `cameras` is empty, a task, a camera or the render mode is unknown, a camera is named
+            twice, `max_steps` is below 1, or `hand_noise` is negative.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012 - Gymnasium's own declaration
@@ -122,6 +149,8 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         render_mode: str | None = None,
         max_steps: int = MAX_STEPS,
         hand_noise: float = HAND_NOISE,
+        cameras: Sequence[str] | None = None,
+        state: bool = False,
     ) -> None:
         if not tasks:
             raise ValueError(f"tasks is empty; choose from {', '.join(TASKS)}.")
@@ -139,11 +168,19 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.max_steps = max_steps
         limit = np.array([MAX_STEP] * 3 + [math.pi] * 3 + [1.0], dtype=np.float32)
         self.action_space = spaces.Box(np.append(-limit[:6], np.float32(0.0)), limit, dtype=np.float32)
-        self.observation_space = spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        frame = spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+        self.observation_space: spaces.Space[Any] = frame
+        self.cameras = ("image",) if cameras is None else tuple(cameras)
+        _check_cameras(self.cameras)
+        self.state = state
+        self._is_dict = cameras is not None or state
+        if self._is_dict:
+            parts: dict[str, spaces.Space[Any]] = dict.fromkeys(self.cameras, frame)
+            self.observation_space = spaces.Dict(parts | ({"state": _STATE_SPACE} if state else {}))
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Start a new episode; the class documents `options`.
 
         Raises:
@@ -162,9 +199,9 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._start = {thing.name: thing.position.copy() for thing in self.scene.objects}
         self._moved: str | None = None
         self._steps = 0
-        return draw_scene(self.scene), self._info()
+        return self._observe(), self._info()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Execute one action (7,); the class documents its dimensions.
 
         Raises:
@@ -183,7 +220,7 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._steps += 1
         success = self.is_success()
         truncated = not success and self._steps >= self.max_steps
-        return draw_scene(self.scene), float(success), success, truncated, self._info()
+        return self._observe(), float(success), success, truncated, self._info()
 
     def render(self) -> np.ndarray | None:
         """Return the current frame, uint8 (224, 224, 3), or None without a render mode."""
@@ -208,6 +245,12 @@ class TabletopEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         advance = float(shift @ along)
         return advance >= PUSH_DISTANCE and abs(float(shift @ across)) <= advance
 
+    def _observe(self) -> Observation:
+        if not self._is_dict:
+            return draw_scene(self.scene)
+        frames = {camera: draw_scene(self.scene, camera) for camera in self.cameras}
+        return frames | ({"state": read_state(self.scene)} if self.state else {})
+
     def _note_moved(self, before: Mapping[str, np.ndarray]) -> None:
         for thing in self.scene.objects:
             shifted = not np.array_equal(thing.position, before[thing.name])
@@ -229,6 +272,16 @@ def _check_family(family: str) -> None:
         raise ValueError(f"Unknown task {family!r}; known: {', '.join(TASKS)}.")
 
 
+def _check_cameras(cameras: tuple[str, ...]) -> None:
+    if not cameras:
+        raise ValueError(f"cameras is empty; choose from {', '.join(CAMERAS)}.")
+    for camera in cameras:
+        if camera not in CAMERAS:
+            raise ValueError(f"Unknown camera {camera!r}; known: {', '.join(CAMERAS)}.")
+    if len(set(cameras)) < len(cameras):
+        raise ValueError(f"cameras={cameras} names a camera twice; give each once.")
+
+
 def push_axes(direction: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the unit vectors (2,) along and across a direction of `DIRECTIONS`."""
     if direction is None:
@@ -237,6 +290,11 @@ def push_axes(direction: str | None) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x, y]), np.array([-y, x])
 
 
+_STATE_SPACE = spaces.Box(
+    np.array([-TABLE_HALF[0], -TABLE_HALF[1], 0.0, 0.0], dtype=np.float32),
+    np.array([*TABLE_HALF, TOP_HEIGHT, 2 * FINGER_OPEN], dtype=np.float32),
+    dtype=np.float32,
+)
 _NAMES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 _GOAL_NAMES = [(colour, kind) for colour in COLOURS for kind in GOAL_KINDS]
 _STACKABLE = [(colour, shape) for colour, shape in _NAMES if shape != "ball"]

@@ -16,7 +16,7 @@ import numpy as np
 
 from .env import TabletopEnv, Task, push_axes
 from .physics import CLOSED_RADIUS, GRASP_HEIGHT, MAX_STEP, Physics, distance
-from .scene import Scene, TableObject
+from .scene import Observation, Scene, TableObject, first_image
 
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Frame:
     """One step of the expert.
 
     Attributes:
-        image: The camera's frame, uint8 (224, 224, 3).
+        observation: What the environment returned: a frame, or a dict (see `TabletopEnv`).
         instruction: The task in words.
         action: The expert's action for this frame, float32 (7,): the label.
         executed: The action that was executed, float32 (7,): the label plus noise.
@@ -156,7 +156,7 @@ class Frame:
         state: The scene and the task, which the teaching of the shipped policy reads; a policy must not see them.
     """
 
-    image: np.ndarray
+    observation: Observation
     instruction: str
     action: np.ndarray
     executed: np.ndarray
@@ -164,9 +164,14 @@ class Frame:
     success: bool
     state: tuple[Scene, Task]
 
+    @property
+    def image(self) -> np.ndarray:
+        """The frame of the first camera, uint8 (224, 224, 3)."""
+        return first_image(self.observation)
+
 
 def rollout_expert(
-    env: gymnasium.Env[np.ndarray, np.ndarray],
+    env: gymnasium.Env[Any, np.ndarray],
     seed: int,
     *,
     noise: float = 0.0,
@@ -195,7 +200,7 @@ def rollout_expert(
         raise TypeError(f"rollout_expert needs a TabletopEnv, got {type(table).__name__}.")
     rng = np.random.default_rng([seed, 1])
     shove, shove_left = np.zeros(3), 0
-    image, info = env.reset(seed=seed, options=dict(options or {}))
+    observation, info = env.reset(seed=seed, options=dict(options or {}))
     done = False
     while not done:
         action = expert_action(table)
@@ -211,8 +216,8 @@ def rollout_expert(
             if rng.random() < 0.01:
                 executed[6] = 1.0 - executed[6]
         following, _, terminated, truncated, _ = env.step(executed)
-        yield Frame(image, info["instruction"], action, executed, info["task"], bool(terminated), state)
-        image, done = following, terminated or truncated
+        yield Frame(observation, info["instruction"], action, executed, info["task"], bool(terminated), state)
+        observation, done = following, terminated or truncated
 
 
 def demonstrated_action(action: np.ndarray) -> np.ndarray:
@@ -223,30 +228,49 @@ def demonstrated_action(action: np.ndarray) -> np.ndarray:
 
 
 def record_demonstrations(
-    tasks: Sequence[str], seeds: Iterable[int], *, noise: float = 0.0075
+    tasks: Sequence[str],
+    seeds: Iterable[int],
+    *,
+    noise: float = 0.0075,
+    cameras: Sequence[str] | None = None,
+    state: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the expert's episodes as training data for `from_episodes`, `write_lerobot` and `write_rlds`.
 
-    Each episode is a list of frames with `image` (224, 224, 3) uint8, `instruction`, and `action` (7,) float32. The
-    actions are the expert's own, but the executed ones are noisy, as in `rollout_expert`, so that the data shows how
-    to recover from mistakes. Failed episodes are left out.
+    Each episode is a list of frames with `image` (224, 224, 3) uint8, `instruction`, and `action` (7,) float32. With
+    `cameras`, frames have `images`, a dict from camera to frame, in place of `image`. With `state`, they have `state`
+    (4,) float32, in metres. The actions are the expert's own, but the executed ones are noisy, as in `rollout_expert`,
+    so that the data shows how to recover from mistakes. Failed episodes are left out.
 
     Args:
         tasks: Families to draw from, out of `TASKS`.
         seeds: One seed for each episode; evaluation uses seeds from `rollouts.FIRST_UNSEEN_SEED` on.
         noise: Standard deviation of the executed translation, metres.
+        cameras: Cameras to record, out of `CAMERAS`.
+        state: Whether to record the robot's state.
 
     Raises:
-        ValueError: If a task is unknown or `noise` is negative.
+        ValueError: If a task or a camera is unknown or `noise` is negative.
     """
     for seed in seeds:
-        frames = list(rollout_expert(TabletopEnv(tasks, hand_noise=0.0), seed, noise=noise))
+        env = TabletopEnv(tasks, hand_noise=0.0, cameras=cameras, state=state)
+        frames = list(rollout_expert(env, seed, noise=noise))
         if frames[-1].success:
             yield [
                 {
-                    "image": frame.image,
+                    **_recorded(frame.observation, cameras),
                     "instruction": frame.instruction,
                     "action": demonstrated_action(frame.action).astype(np.float32),
                 }
                 for frame in frames
             ]
+
+
+def _recorded(observation: Observation, cameras: Sequence[str] | None) -> dict[str, Any]:
+    """Return the part of a recorded frame that an observation gives."""
+    if not isinstance(observation, dict):
+        return {"image": observation}
+    state = {"state": observation["state"]} if "state" in observation else {}
+    if cameras is None:
+        return {"image": first_image(observation)} | state
+    return {"images": {camera: observation[camera] for camera in cameras}} | state

@@ -11,13 +11,14 @@ import numpy as np
 from .scene import FINGER_CLOSED, FINGER_LENGTH, FINGER_OPEN, TABLE_HALF, Scene, TableObject
 
 
-__all__ = ["CLOSED_RADIUS", "GRASP_HEIGHT", "MAX_STEP", "Physics", "distance"]
+__all__ = ["CLOSED_RADIUS", "GRASP_HEIGHT", "MAX_STEP", "TOP_HEIGHT", "Physics", "distance"]
 
 # The largest translation along one axis in one step.
 MAX_STEP = 0.04
 # The fingertips' height above the bottom of what they grasp, and the lowest that they go.
 GRASP_HEIGHT = 0.015
 GRASP_RADIUS = 0.02
+# The highest that the fingertips go.
 TOP_HEIGHT = 0.20
 # A step is longer than an object's radius. Without substeps the hand would jump over objects.
 SUBSTEPS = 4

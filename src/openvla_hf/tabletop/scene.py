@@ -1,14 +1,15 @@
 """The state of a tabletop scene, and its drawing with PIL.
 
 The world frame is in metres: x points to the right in the image, y away from the camera, z up. The origin is the
-middle of the table's top. One fixed camera looks down from the front. A single frame shows the whole state: the
-gripper's shadow shows its height, and its fingers and its lamp show whether it is closed.
+middle of the table's top. A fixed camera looks down from the front. A single frame of it shows the whole state: the
+gripper's shadow shows its height, and its fingers and its lamp show whether it is closed. A second camera on the wrist
+moves with the hand and shows the grasp from near.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -16,13 +17,33 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 
-__all__ = ["COLOURS", "GOAL_KINDS", "SHAPES", "Goal", "Scene", "TableGripper", "TableObject", "draw_scene"]
+__all__ = [
+    "CAMERAS",
+    "COLOURS",
+    "GOAL_KINDS",
+    "SHAPES",
+    "STATE_NAMES",
+    "Goal",
+    "Observation",
+    "Scene",
+    "TableGripper",
+    "TableObject",
+    "draw_scene",
+    "first_image",
+    "read_state",
+]
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
+# The frame of the fixed camera, or a dict with the frame of each camera and the state.
+Observation = np.ndarray | dict[str, np.ndarray]
 
 # Pixels along a side.
 IMAGE_SIZE = 224
+# The fixed camera, and the one on the wrist.
+CAMERAS = ("image", "wrist")
+# Dimensions of the state: position of the point between the fingertips, and distance between the fingers, metres.
+STATE_NAMES = ("x", "y", "z", "opening")
 # Half extents in x and y, metres.
 TABLE_HALF = (0.25, 0.20)
 
@@ -114,6 +135,13 @@ class TableGripper:
     is_open: bool = True
     held: TableObject | None = None
 
+    @property
+    def spread(self) -> float:
+        """Distance of each finger from the middle of the hand, metres."""
+        if self.held is not None:
+            return self.held.radius + 0.006
+        return FINGER_OPEN if self.is_open else FINGER_CLOSED
+
 
 @dataclass(eq=False)
 class Scene:
@@ -124,26 +152,40 @@ class Scene:
     gripper: TableGripper
 
 
-def draw_scene(scene: Scene) -> np.ndarray:
-    """Draw `scene` as the fixed camera sees it: uint8 RGB of shape (224, 224, 3)."""
-    image = _backdrop().copy()
-    draw = ImageDraw.Draw(image, "RGBA")
+def first_image(observation: Observation) -> np.ndarray:
+    """Return the frame of the first camera in an observation."""
+    return next(iter(observation.values())) if isinstance(observation, dict) else observation
+
+
+def read_state(scene: Scene) -> np.ndarray:
+    """Return the robot's state, float32 (4,), in metres: see `STATE_NAMES`."""
+    return np.array([*scene.gripper.position, 2 * scene.gripper.spread], dtype=np.float32)
+
+
+def draw_scene(scene: Scene, camera: str = "image") -> np.ndarray:
+    """Draw `scene` as one of `CAMERAS` sees it: uint8 RGB of shape (224, 224, 3)."""
+    is_fixed = camera == "image"
+    image = _backdrop().copy() if is_fixed else Image.new("RGB", (_CANVAS, _CANVAS), _FLOOR)
+    view = _View(_FIXED if is_fixed else _on_wrist(scene.gripper), ImageDraw.Draw(image, "RGBA"))
+    if not is_fixed:
+        _draw_table(view)
     gripper = scene.gripper
     for goal in sorted(scene.goals, key=lambda goal: -goal.y):
-        _draw_goal(draw, goal)
-    for thing in scene.objects:
-        _draw_object_shadow(draw, thing)
-    _draw_gripper_shadow(draw, gripper, 0.0)
+        _draw_goal(view, goal)
+    objects = [thing for thing in scene.objects if view.camera.is_before(thing)]
+    for thing in objects:
+        _draw_object_shadow(view, thing)
+    _draw_gripper_shadow(view, gripper, 0.0)
 
     # Painter's order: objects on the table, then objects above it, each far to near. The hand comes right after the
     # object between its fingers.
     layers: list[tuple[tuple[bool, float], Callable[[], None]]] = [
-        (_order(thing.position), partial(_DRAW_SHAPE[thing.shape], draw, thing)) for thing in scene.objects
+        (_order(thing.position), partial(_DRAW_SHAPE[thing.shape], view, thing)) for thing in objects
     ]
-    layers.append((_order(gripper.position, -0.015, -0.012), partial(_draw_gripper, draw, gripper)))
+    layers.append((_order(gripper.position, -0.015, -0.012), partial(_draw_gripper, view, gripper, is_fixed)))
     below = _highest_below(scene)
     if below is not None:  # the shadow falls on this object too
-        shadow = partial(_draw_gripper_shadow, draw, gripper, below.top, radius=0.014)
+        shadow = partial(_draw_gripper_shadow, view, gripper, below.top, radius=0.014)
         layers.append((_order(below.position, 0.0, -1e-6), shadow))
     for _, paint in sorted(layers, key=lambda layer: layer[0]):
         paint()
@@ -167,53 +209,90 @@ def _highest_below(scene: Scene) -> TableObject | None:
     return highest if highest is not None and highest.top < gripper.position[2] else None
 
 
-# --- Camera -----------------------------------------------------------------------------------------------
+# --- Cameras ----------------------------------------------------------------------------------------------
 
 _SUPERSAMPLE = 2
 _CANVAS = IMAGE_SIZE * _SUPERSAMPLE
-_ELEVATION = math.radians(60.0)
-_COS, _SIN = math.cos(_ELEVATION), math.sin(_ELEVATION)
-_DISTANCE = 1.15
-_FOCAL = 445.0 * _SUPERSAMPLE
-_HORIZON = 146.0 * _SUPERSAMPLE
+# The nearest that the camera on the wrist sees an object, metres.
+_NEAREST = 0.04
 
 
-def _project(x: float, y: float, z: float) -> Point:
-    """Project world metres to canvas pixels."""
-    scale = _FOCAL / (_DISTANCE + y * _COS - z * _SIN)
-    return _CANVAS / 2 + x * scale, _HORIZON - (y * _SIN + z * _COS) * scale
+class _Camera:
+    """A camera that looks at a point from the front, in the plane x = point[0].
+
+    Args:
+        point: Where it looks, metres.
+        elevation: Angle of its line of sight above the table, degrees.
+        distance: Distance from the point, metres.
+        focal: Focal length, pixels of the image.
+        row: Row of the image in which the point is.
+    """
+
+    def __init__(self, point: Iterable[float], elevation: float, distance: float, focal: float, row: float) -> None:
+        self.x, self.y, self.z = (float(value) for value in point)
+        self.cos, self.sin = math.cos(math.radians(elevation)), math.sin(math.radians(elevation))
+        self.distance, self.focal, self.row = distance, focal * _SUPERSAMPLE, row * _SUPERSAMPLE
+
+    def depth(self, y: float, z: float) -> float:
+        """Return how far a point is along the line of sight, metres."""
+        return self.distance + (y - self.y) * self.cos - (z - self.z) * self.sin
+
+    def pixels_per_metre(self, y: float, z: float) -> float:
+        return self.focal / self.depth(y, z)
+
+    def project(self, x: float, y: float, z: float) -> Point:
+        """Project world metres to canvas pixels."""
+        scale = self.pixels_per_metre(y, z)
+        across = (y - self.y) * self.sin + (z - self.z) * self.cos
+        return _CANVAS / 2 + (x - self.x) * scale, self.row - across * scale
+
+    def is_before(self, thing: TableObject) -> bool:
+        """Return whether all of an object is in front of the camera."""
+        return self.depth(float(thing.position[1]) - thing.radius, thing.top) > _NEAREST
+
+
+_FIXED = _Camera((0.0, 0.0, 0.0), elevation=60.0, distance=1.15, focal=445.0, row=146.0)
+
+
+def _on_wrist(gripper: TableGripper) -> _Camera:
+    """Return the camera on the wrist, which looks at the point between the fingertips."""
+    return _Camera(gripper.position, elevation=65.0, distance=0.18, focal=190.0, row=140.0)
+
+
+@dataclass(frozen=True)
+class _View:
+    """A canvas and the camera whose image is drawn on it."""
+
+    camera: _Camera
+    draw: ImageDraw.ImageDraw
+
+    def disc(self, x: float, y: float, z: float, radius: float) -> list[Point]:
+        """Outline a horizontal disc, counter-clockwise as seen from above, starting on the +x side."""
+        return [self.camera.project(x + radius * c, y + radius * s, z) for c, s in _CIRCLE]
+
+    def square(self, x: float, y: float, z: float, half_x: float, half_y: float) -> list[Point]:
+        """Return the corners of a horizontal rectangle: near left, near right, far right, far left."""
+        corners = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        return [self.camera.project(x + sx * half_x, y + sy * half_y, z) for sx, sy in corners]
 
 
 def image_positions(scene: Scene) -> dict[str, tuple[float, float]]:
-    """Return where the camera sees each thing: `{name: (u, v)}`, in fractions of the image from the upper left corner.
+    """Return where the fixed camera sees each thing.
 
-    Besides objects and goals, "open gripper" or "closed gripper" is the point between the fingertips, and "shadow" is
-    the point on the table below it.
+    The result is `{name: (u, v)}`, in fractions of the image from the upper left corner. Besides objects and goals,
+    "open gripper" or "closed gripper" is the point between the fingertips, and "shadow" is the point on the table
+    below it.
     """
     gripper = scene.gripper
     x, y, z = (float(value) for value in gripper.position)
     points = {thing.name: (*thing.position[:2], thing.position[2] + thing.height / 2) for thing in scene.objects}
     points |= {goal.name: (goal.x, goal.y, goal.thickness) for goal in scene.goals}
     points |= {"open gripper" if gripper.is_open else "closed gripper": (x, y, z), "shadow": (x, y, 0.0)}
-    projected = {name: _project(*point) for name, point in points.items()}
+    projected = {name: _FIXED.project(*point) for name, point in points.items()}
     return {name: (float(u) / _CANVAS, float(v) / _CANVAS) for name, (u, v) in projected.items()}
 
 
-def _pixels_per_metre(x: float, y: float, z: float) -> float:
-    return _FOCAL / (_DISTANCE + y * _COS - z * _SIN)
-
-
 _CIRCLE = [(math.cos(2 * math.pi * k / 28), math.sin(2 * math.pi * k / 28)) for k in range(28)]
-
-
-def _disc(x: float, y: float, z: float, radius: float) -> list[Point]:
-    """Outline a horizontal disc, counter-clockwise as seen from above, starting on the +x side."""
-    return [_project(x + radius * c, y + radius * s, z) for c, s in _CIRCLE]
-
-
-def _square(x: float, y: float, z: float, half_x: float, half_y: float) -> list[Point]:
-    """Return the corners of a horizontal rectangle: near left, near right, far right, far left."""
-    return [_project(x + sx * half_x, y + sy * half_y, z) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
 def _mix(colour: Rgb, other: Rgb, share: float) -> Rgb:
@@ -224,6 +303,8 @@ def _mix(colour: Rgb, other: Rgb, share: float) -> Rgb:
 
 _WHITE: Rgb = (255, 255, 255)
 _INK: Rgb = (24, 22, 30)
+# What the camera on the wrist sees beside the table.
+_FLOOR: Rgb = (214, 220, 226)
 
 
 # --- Table and goals --------------------------------------------------------------------------------------
@@ -237,93 +318,97 @@ def _backdrop() -> Image.Image:
     draw = ImageDraw.Draw(image, "RGBA")
     for row in range(_CANVAS):
         draw.line([(0, row), (_CANVAS, row)], fill=_mix(wall_top, wall_bottom, row / _CANVAS))
+    _draw_table(_View(_FIXED, draw))
+    return image
+
+
+def _draw_table(view: _View) -> None:
     half_x, half_y = TABLE_HALF[0] + 0.004, TABLE_HALF[1] + 0.004
-    near_left, near_right, far_right, far_left = _square(0, 0, 0, half_x, half_y)
+    near_left, near_right, far_right, far_left = view.square(0, 0, 0, half_x, half_y)
     wood: Rgb = (208, 199, 186)
-    below = [_project(sx * half_x, -half_y, -0.016) for sx in (1, -1)]
-    draw.polygon([near_left, near_right, *below], fill=_mix(wood, _INK, 0.35))
-    draw.polygon([near_left, near_right, far_right, far_left], fill=wood)
+    below = [view.camera.project(sx * half_x, -half_y, -0.016) for sx in (1, -1)]
+    view.draw.polygon([near_left, near_right, *below], fill=_mix(wood, _INK, 0.35))
+    view.draw.polygon([near_left, near_right, far_right, far_left], fill=wood)
     planks = 5
     for k in range(planks):
         left, right = (-half_x + 2 * half_x * edge / planks for edge in (k, k + 1))
         shade = _mix(wood, _WHITE, 0.10) if k % 2 else wood
         corners = [(left, -half_y), (right, -half_y), (right, half_y), (left, half_y)]
-        draw.polygon([_project(x, y, 0) for x, y in corners], fill=shade)
-    draw.line([near_left, near_right], fill=_mix(wood, _WHITE, 0.5), width=2)
-    return image
+        view.draw.polygon([view.camera.project(x, y, 0) for x, y in corners], fill=shade)
+    view.draw.line([near_left, near_right], fill=_mix(wood, _WHITE, 0.5), width=2)
 
 
-def _draw_goal(draw: ImageDraw.ImageDraw, goal: Goal) -> None:
+def _draw_goal(view: _View, goal: Goal) -> None:
     x, y, half, top = goal.x, goal.y, goal.half, goal.thickness
     colour = COLOURS[goal.colour]
     if goal.kind == "plate":
-        draw.polygon(_disc(x + 0.003, y - 0.004, 0, half + 0.002), fill=(*_INK, 60))
-        draw.polygon(_disc(x, y, 0, half * 0.9), fill=_mix(colour, _INK, 0.45))
-        draw.polygon(_disc(x, y, top, half), fill=_mix(colour, _WHITE, 0.30))
-        draw.polygon(_disc(x, y, top, half * 0.80), fill=_mix(colour, _INK, 0.12))
-        draw.polygon(_disc(x, y - 0.002, top, half * 0.75), fill=_mix(colour, _WHITE, 0.14))
+        view.draw.polygon(view.disc(x + 0.003, y - 0.004, 0, half + 0.002), fill=(*_INK, 60))
+        view.draw.polygon(view.disc(x, y, 0, half * 0.9), fill=_mix(colour, _INK, 0.45))
+        view.draw.polygon(view.disc(x, y, top, half), fill=_mix(colour, _WHITE, 0.30))
+        view.draw.polygon(view.disc(x, y, top, half * 0.80), fill=_mix(colour, _INK, 0.12))
+        view.draw.polygon(view.disc(x, y - 0.002, top, half * 0.75), fill=_mix(colour, _WHITE, 0.14))
     else:
-        draw.polygon(_square(x + 0.002, y - 0.003, 0, half + 0.001, half + 0.001), fill=(*_INK, 50))
-        draw.polygon(_square(x, y, top, half, half), fill=_mix(colour, _INK, 0.10))
-        draw.polygon(_square(x, y, top, half * 0.86, half * 0.86), fill=_mix(colour, _WHITE, 0.55))
-        draw.polygon(_square(x, y, top, half * 0.78, half * 0.78), fill=_mix(colour, _WHITE, 0.08))
+        view.draw.polygon(view.square(x + 0.002, y - 0.003, 0, half + 0.001, half + 0.001), fill=(*_INK, 50))
+        view.draw.polygon(view.square(x, y, top, half, half), fill=_mix(colour, _INK, 0.10))
+        view.draw.polygon(view.square(x, y, top, half * 0.86, half * 0.86), fill=_mix(colour, _WHITE, 0.55))
+        view.draw.polygon(view.square(x, y, top, half * 0.78, half * 0.78), fill=_mix(colour, _WHITE, 0.08))
 
 
 # --- Objects ----------------------------------------------------------------------------------------------
 
 
-def _draw_object_shadow(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+def _draw_object_shadow(view: _View, thing: TableObject) -> None:
     """Draw a soft shadow right below an object; it is smaller the lower the object is."""
     x, y, z = (float(value) for value in thing.position)
     spread = 1.12 + min(z, 0.1) * 2.0
     for grow, alpha in ((1.28, 26), (1.12, 38), (0.95, 52)):
-        draw.polygon(_disc(x + 0.004, y - 0.003, 0, thing.radius * spread * grow), fill=(*_INK, alpha))
+        view.draw.polygon(view.disc(x + 0.004, y - 0.003, 0, thing.radius * spread * grow), fill=(*_INK, alpha))
 
 
-def _draw_cube(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+def _draw_cube(view: _View, thing: TableObject) -> None:
     x, y, z = (float(value) for value in thing.position)
     colour, half = COLOURS[thing.colour], thing.radius
-    bottom, top = _square(x, y, z, half, half), _square(x, y, z + thing.height, half, half)
-    # Beside the middle of the image, the camera sees one of the sides too.
-    if x > 0:
-        draw.polygon([bottom[0], bottom[3], top[3], top[0]], fill=_mix(colour, _INK, 0.30))
+    bottom, top = view.square(x, y, z, half, half), view.square(x, y, z + thing.height, half, half)
+    # Beside the middle of the image, a camera sees one of the sides too.
+    if x > view.camera.x:
+        view.draw.polygon([bottom[0], bottom[3], top[3], top[0]], fill=_mix(colour, _INK, 0.30))
     else:
-        draw.polygon([bottom[1], bottom[2], top[2], top[1]], fill=_mix(colour, _INK, 0.50))
-    draw.polygon([bottom[0], bottom[1], top[1], top[0]], fill=_mix(colour, _INK, 0.22))
-    draw.polygon(top, fill=_mix(colour, _WHITE, 0.20))
-    draw.line([top[0], top[1]], fill=_mix(colour, _WHITE, 0.45), width=2)
+        view.draw.polygon([bottom[1], bottom[2], top[2], top[1]], fill=_mix(colour, _INK, 0.50))
+    view.draw.polygon([bottom[0], bottom[1], top[1], top[0]], fill=_mix(colour, _INK, 0.22))
+    view.draw.polygon(top, fill=_mix(colour, _WHITE, 0.20))
+    view.draw.line([top[0], top[1]], fill=_mix(colour, _WHITE, 0.45), width=2)
 
 
-def _draw_cylinder(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+def _draw_cylinder(view: _View, thing: TableObject) -> None:
     x, y, z = (float(value) for value in thing.position)
     colour = COLOURS[thing.colour]
-    bottom, top = _disc(x, y, z, thing.radius), _disc(x, y, z + thing.height, thing.radius)
+    bottom, top = view.disc(x, y, z, thing.radius), view.disc(x, y, z + thing.height, thing.radius)
     near = [*range(14, 28), 0]  # the half of the rim that faces the camera, from left to right
     for start in range(0, 14, 2):
         # Lit from the left: brightest near the left edge, dark on the right.
         share = abs(start - 3) / 11
         strip = near[start : start + 3]
         wall = [bottom[k] for k in strip] + [top[k] for k in reversed(strip)]
-        draw.polygon(wall, fill=_mix(_mix(colour, _WHITE, 0.10), _INK, 0.08 + 0.45 * share))
-    draw.polygon(top, fill=_mix(colour, _WHITE, 0.26))
-    draw.polygon(_disc(x, y, z + thing.height, thing.radius * 0.80), fill=_mix(colour, _WHITE, 0.14))
+        view.draw.polygon(wall, fill=_mix(_mix(colour, _WHITE, 0.10), _INK, 0.08 + 0.45 * share))
+    view.draw.polygon(top, fill=_mix(colour, _WHITE, 0.26))
+    view.draw.polygon(view.disc(x, y, z + thing.height, thing.radius * 0.80), fill=_mix(colour, _WHITE, 0.14))
 
 
-def _draw_ball(draw: ImageDraw.ImageDraw, thing: TableObject) -> None:
+def _draw_ball(view: _View, thing: TableObject) -> None:
     x, y, z = (float(value) for value in thing.position)
     colour = COLOURS[thing.colour]
-    u, v = _project(x, y, z + thing.radius)
-    radius = thing.radius * _pixels_per_metre(x, y, z + thing.radius)
+    u, v = view.camera.project(x, y, z + thing.radius)
+    radius = thing.radius * view.camera.pixels_per_metre(y, z + thing.radius)
     for size, shade in ((1.0, _mix(colour, _INK, 0.42)), (0.88, _mix(colour, _INK, 0.18)), (0.68, colour)):
-        _dot(draw, u, v, radius, size, shade)
-    _dot(draw, u, v, radius, 0.42, _mix(colour, _WHITE, 0.25))
-    _dot(draw, u, v, radius, 0.18, _mix(colour, _WHITE, 0.80))
+        _dot(view, u, v, radius, size, shade)
+    _dot(view, u, v, radius, 0.42, _mix(colour, _WHITE, 0.25))
+    _dot(view, u, v, radius, 0.18, _mix(colour, _WHITE, 0.80))
 
 
-def _dot(draw: ImageDraw.ImageDraw, u: float, v: float, radius: float, size: float, fill: Rgb) -> None:
+def _dot(view: _View, u: float, v: float, radius: float, size: float, fill: Rgb) -> None:
     """Draw one layer of a ball; smaller layers are nearer to the light at the upper left."""
     u, v, extent = u - radius * (1 - size) * 0.42, v - radius * (1 - size) * 0.52, radius * size
-    draw.ellipse([u - extent, v - extent, u + extent, v + extent], fill=fill)
+    view.draw.ellipse([u - extent, v - extent, u + extent, v + extent], fill=fill)
 
 
 _DRAW_SHAPE = {"cube": _draw_cube, "ball": _draw_ball, "cylinder": _draw_cylinder}
@@ -337,42 +422,39 @@ _LAMP_OPEN: Rgb = (150, 240, 250)
 _LAMP_CLOSED: Rgb = (236, 30, 190)
 
 
-def _draw_gripper_shadow(
-    draw: ImageDraw.ImageDraw, gripper: TableGripper, height: float, radius: float = 0.025
-) -> None:
+def _draw_gripper_shadow(view: _View, gripper: TableGripper, height: float, radius: float = 0.025) -> None:
     x, y, _ = (float(value) for value in gripper.position)
     for grow, alpha in ((1.25, 50), (1.1, 70), (0.95, 110)):
-        draw.polygon(_disc(x, y, height, radius * grow), fill=(*_INK, alpha))
+        view.draw.polygon(view.disc(x, y, height, radius * grow), fill=(*_INK, alpha))
 
 
-def _draw_gripper(draw: ImageDraw.ImageDraw, gripper: TableGripper) -> None:
+def _draw_gripper(view: _View, gripper: TableGripper, with_shaft: bool) -> None:
     x, y, z = (float(value) for value in gripper.position)
-    if gripper.held is not None:
-        spread = gripper.held.radius + 0.006
-    else:
-        spread = FINGER_OPEN if gripper.is_open else FINGER_CLOSED
+    spread = gripper.spread
     palm, wrist = z + FINGER_LENGTH, z + FINGER_LENGTH + 0.014
     for side in (-1, 1):
-        _box(draw, x + side * spread, y, z, palm, 0.006, 0.006, _STEEL)
-        _box(draw, x + side * spread, y, z, z + 0.018, 0.0065, 0.007, _TIP)
-    _box(draw, x, y, palm, wrist, max(spread + 0.008, 0.02), 0.010, _STEEL)
-    _box(draw, x, y, palm - 0.002, wrist, 0.016, 0.012, _LAMP_OPEN if gripper.is_open else _LAMP_CLOSED)
+        _box(view, x + side * spread, y, z, palm, 0.006, 0.006, _STEEL)
+        _box(view, x + side * spread, y, z, z + 0.018, 0.0065, 0.007, _TIP)
+    _box(view, x, y, palm, wrist, max(spread + 0.008, 0.02), 0.010, _STEEL)
+    _box(view, x, y, palm - 0.002, wrist, 0.016, 0.012, _LAMP_OPEN if gripper.is_open else _LAMP_CLOSED)
 
+    if not with_shaft:  # the camera on the wrist hangs beside it
+        return
     # The shaft has a fixed width in the image, so that it hides little near the camera.
-    _draw_rod(draw, _project(x, y, wrist), _project(x, y, 0.62), _STEEL)
+    _draw_rod(view, view.camera.project(x, y, wrist), view.camera.project(x, y, 0.62), _STEEL)
     for k in range(4):
-        ends = [_project(x, y, wrist + 0.013 * edge) for edge in (k, k + 1)]
-        _draw_rod(draw, ends[0], ends[1], _INK if k % 2 == 0 else _TIP, width=18)
+        ends = [view.camera.project(x, y, wrist + 0.013 * edge) for edge in (k, k + 1)]
+        _draw_rod(view, ends[0], ends[1], _INK if k % 2 == 0 else _TIP, width=18)
 
 
-def _draw_rod(draw: ImageDraw.ImageDraw, foot: Point, head: Point, colour: Rgb, width: int = 14) -> None:
+def _draw_rod(view: _View, foot: Point, head: Point, colour: Rgb, width: int = 14) -> None:
     """Draw an upright rod, lit from the left."""
-    draw.line([foot, head], fill=_mix(colour, _INK, 0.25), width=width)
-    draw.line([(foot[0] - 3, foot[1]), (head[0] - 3, head[1])], fill=_mix(colour, _WHITE, 0.30), width=width // 3)
+    view.draw.line([foot, head], fill=_mix(colour, _INK, 0.25), width=width)
+    view.draw.line([(foot[0] - 3, foot[1]), (head[0] - 3, head[1])], fill=_mix(colour, _WHITE, 0.30), width=width // 3)
 
 
 def _box(
-    draw: ImageDraw.ImageDraw,
+    view: _View,
     x: float,
     y: float,
     low: float,
@@ -382,6 +464,6 @@ def _box(
     colour: Rgb,
 ) -> None:
     """Draw the front and the top of an upright box."""
-    bottom, top = _square(x, y, low, half_x, half_y), _square(x, y, high, half_x, half_y)
-    draw.polygon([bottom[0], bottom[1], top[1], top[0]], fill=_mix(colour, _INK, 0.15))
-    draw.polygon(top, fill=_mix(colour, _WHITE, 0.25))
+    bottom, top = view.square(x, y, low, half_x, half_y), view.square(x, y, high, half_x, half_y)
+    view.draw.polygon([bottom[0], bottom[1], top[1], top[0]], fill=_mix(colour, _INK, 0.15))
+    view.draw.polygon(top, fill=_mix(colour, _WHITE, 0.25))
