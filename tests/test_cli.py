@@ -13,6 +13,7 @@ from openvla_hf.cli import build_parser, main
 from openvla_hf.cli.common import image, print_json
 from openvla_hf.data import load, write_lerobot
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.tabletop.expert import record_demonstrations
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 
 
@@ -349,6 +350,25 @@ def test_recorded_demonstrations_can_be_loaded(kind, capsys, tmp_path):
     assert np.asarray(frames[0]["image"]).shape == (224, 224, 3)
     assert main(["record", str(folder) + "2", "--task", "fold"]) == 2
     assert "known: put, push, stack, lift" in capsys.readouterr().err
+
+
+def test_both_cameras_and_the_state_are_recorded_on_request(capsys, tmp_path):
+    folder = tmp_path / "tabletop_lift"
+    options = ["--task", "lift", "--episodes", "1", "--cameras", "image", "wrist", "--state"]
+    assert main(["record", str(folder), *options, "--json"]) == 0
+    image, wrist = (load(folder, "tabletop", camera=f"observation.images.{name}") for name in ("image", "wrist"))
+    recorded = next(record_demonstrations(["lift"], [0], cameras=["image", "wrist"], state=True))
+    assert len(image) == len(wrist) == len(recorded)
+    for index, truth in enumerate(recorded):
+        np.testing.assert_array_equal(image[index]["state"], truth["state"])
+        for frames, name in ((image, "image"), (wrist, "wrist")):
+            assert np.abs(frames[index]["image"].astype(float) - truth["images"][name]).mean() < 6
+    assert json.loads((folder / "meta/info.json").read_text())["features"]["observation.state"]["names"] == [
+        "x",
+        "y",
+        "z",
+        "opening",
+    ]
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "predict", "record"])

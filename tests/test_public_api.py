@@ -219,7 +219,7 @@ COMMANDS = {
             --split --camera --every --drop-idle --json
     """,
     "record": """
-        destination --task --episodes --first-seed --format --json
+        destination --task --episodes --first-seed --cameras --state --format --json
     """,
     "predict": """
         --model --unnorm-key --device --image --instruction --dtype --json

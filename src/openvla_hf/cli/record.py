@@ -16,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-seed", type=natural, default=0, help="seed of the first episode (default: %(default)s)"
     )
     parser.add_argument(
+        "--cameras", nargs="+", help="cameras: image (fixed) and wrist (default: image, as the only camera)"
+    )
+    parser.add_argument("--state", action="store_true", help="record the robot's state too")
+    parser.add_argument(
         "--format", choices=("lerobot", "rlds"), default="lerobot", help="format of the dataset (default: %(default)s)"
     )
 
@@ -25,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..data import write_lerobot, write_rlds
     from ..tabletop.expert import record_demonstrations
+    from ..tabletop.scene import STATE_NAMES
 
     seeds = track(
         range(args.first_seed, args.first_seed + args.episodes),
@@ -32,11 +37,13 @@ def run(args: argparse.Namespace) -> None:
         console=console(stderr=True),
         disable=args.json,
     )
-    episodes = record_demonstrations(args.task, seeds)
+    episodes = record_demonstrations(args.task, seeds, cameras=args.cameras, state=args.state)
     if args.format == "rlds":
         written = write_rlds(episodes, args.destination)
     else:
-        written = write_lerobot(episodes, args.destination, action_names=ACTION_NAMES)
+        written = write_lerobot(
+            episodes, args.destination, action_names=ACTION_NAMES, state_names=STATE_NAMES if args.state else None
+        )
     if args.json:
         print_json({"folder": str(written)})
     else:

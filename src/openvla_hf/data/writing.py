@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ import pyarrow.parquet as pq
 
 from ..new_folder import new_folder
 from .episodes import Episodes
+from .feature_names import listed
 from .optional_packages import import_extra
 from .readers.lerobot import INFO_FILE
 from .readers.tfrecord import build_example, write_record
 from .statistics import summarize
 
 
-VIDEO_KEY = "observation.images.front"
+# Shape of a frame's part, by its name.
+Shapes = dict[str, tuple[int, ...]]
+# Name of the camera of frames with one `image`.
+LEROBOT_CAMERA, RLDS_CAMERA = "front", "image"
 # As in LeRobot: every frame is at most one frame away from a key frame.
 KEY_FRAME_DISTANCE = 2
 # Codec -> encoder and its quality setting (CRF).
@@ -38,11 +43,12 @@ def write_lerobot(
     action_names: Sequence[str] | None = None,
     state_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write episodes as a LeRobot 3.0 folder with one data file and one video.
+    """Write episodes as a LeRobot 3.0 folder with one data file and one video of each camera.
 
     Args:
         episodes: Episodes, each an iterable of frames with `image` (H, W, 3) uint8, `instruction`, `action` and
-            optionally `state`.
+            optionally `state`. Frames of several cameras have `images`, a dict from a camera's name to its image, in
+            place of `image`. All frames have the same cameras.
         path: New folder.
         frequency: Frames per second.
         codec: "h264" or "av1".
@@ -51,7 +57,8 @@ def write_lerobot(
 
     Raises:
         FileExistsError: The folder is not empty.
-        ValueError: There are no frames, or the number of names differs from the number of dimensions.
+        ValueError: There are no frames, the cameras of a frame differ from those of the first, or the number of names
+            differs from the number of dimensions.
     """
     with new_folder(Path(path)) as root:
         _write_lerobot(episodes, root, frequency, codec, {"action": action_names, "state": state_names})
@@ -62,19 +69,18 @@ def _write_lerobot(
     episodes: Episodes, root: Path, frequency: float, codec: str, names: Mapping[str, Sequence[str] | None]
 ) -> None:
     place = {"chunk_index": 0, "file_index": 0}
-    data, video_file = root / DATA_PATH.format(**place), root / VIDEO_PATH.format(video_key=VIDEO_KEY, **place)
-    records_file = root / "meta/episodes/chunk-000/file-000.parquet"
-    for file in (data, video_file, records_file):
+    data, records_file = root / DATA_PATH.format(**place), root / "meta/episodes/chunk-000/file-000.parquet"
+    for file in (data, records_file):
         file.parent.mkdir(parents=True)
     tasks: dict[str, int] = {}
     records: list[dict[str, Any]] = []
     numbers: dict[str, list[np.ndarray]] = {}
     writer, total = None, 0
-    with _VideoWriter(video_file, frequency, codec) as video:
+    with _VideoWriters(root, frequency, codec) as videos:
         for index, episode in enumerate(episodes):
             rows: list[dict[str, Any]] = []
             for frame in episode:
-                video.add(frame["image"])
+                videos.add(_images_of(frame, LEROBOT_CAMERA))
                 task = tasks.setdefault(frame["instruction"], len(tasks))
                 if not total and not rows:
                     _check_names(frame, names)
@@ -88,7 +94,8 @@ def _write_lerobot(
                 if name in table.column_names:
                     numbers.setdefault(name, []).append(np.array(table[name].to_pylist()))
             used = list(dict.fromkeys(row["task_index"] for row in rows))
-            records.append(_lerobot_record(index, [list(tasks)[task] for task in used], total, len(rows), frequency))
+            named = [list(tasks)[task] for task in used]
+            records.append(_lerobot_record(index, named, total, len(rows), frequency, list(videos.sizes)))
             total += len(rows)
         if writer is None:
             raise ValueError("There are no frames to write.")
@@ -100,8 +107,58 @@ def _write_lerobot(
     (root / "meta/stats.json").write_text(json.dumps(stats, indent=2))
     widths = {name: rows[0].shape[1] for name, rows in numbers.items()}
     counts = {"total_episodes": len(records), "total_frames": total, "total_tasks": len(tasks)}
-    info = _lerobot_info(counts, frequency, _lerobot_features(video.size, widths, names))
+    info = _lerobot_info(counts, frequency, _lerobot_features(videos.sizes, widths, names))
     (root / INFO_FILE).write_text(json.dumps(info, indent=2))
+
+
+def _images_of(frame: Mapping[str, Any], camera: str) -> Mapping[str, Any]:
+    """Return a frame's images by camera; `camera` is the name of the only one."""
+    return frame["images"] if "images" in frame else {camera: frame["image"]}
+
+
+def _check_cameras(images: Mapping[str, Any], cameras: Collection[str]) -> None:
+    if not images:
+        raise ValueError("A frame has no images: give at least one camera.")
+    if cameras and set(images) != set(cameras):
+        raise ValueError(
+            f"A frame has the cameras {listed(images)}, but the first frame has {listed(cameras)}. Give every frame "
+            "the same cameras."
+        )
+
+
+class _VideoWriters:
+    """Encode the images of each camera as a video below `root`."""
+
+    def __init__(self, root: Path, frequency: float, codec: str):
+        self.root, self.frequency, self.codec = root, frequency, codec
+        self.writers: dict[str, _VideoWriter] = {}
+        self.opened = ExitStack()
+
+    def __enter__(self) -> "_VideoWriters":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.opened.__exit__(*error)
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """Shape of the images of each video."""
+        return {_video_key(camera): writer.size for camera, writer in self.writers.items()}
+
+    def add(self, images: Mapping[str, Any]) -> None:
+        """Append a frame of each camera."""
+        _check_cameras(images, self.writers)
+        for camera, image in images.items():
+            if camera not in self.writers:
+                path = self.root / VIDEO_PATH.format(video_key=_video_key(camera), chunk_index=0, file_index=0)
+                path.parent.mkdir(parents=True)
+                writer = _VideoWriter(path, self.frequency, self.codec)
+                self.writers[camera] = self.opened.enter_context(writer)
+            self.writers[camera].add(image)
+
+
+def _video_key(camera: str) -> str:
+    return f"observation.images.{camera}"
 
 
 class _VideoWriter:
@@ -159,8 +216,15 @@ def _lerobot_row(
     }
 
 
-def _lerobot_record(episode: int, tasks: list[str], start: int, length: int, frequency: float) -> dict[str, Any]:
-    video = f"videos/{VIDEO_KEY}"
+def _lerobot_record(
+    episode: int, tasks: list[str], start: int, length: int, frequency: float, videos: Sequence[str]
+) -> dict[str, Any]:
+    place = {
+        "chunk_index": 0,
+        "file_index": 0,
+        "from_timestamp": start / frequency,
+        "to_timestamp": (start + length) / frequency,
+    }
     return {
         "episode_index": episode,
         "tasks": tasks,
@@ -169,10 +233,7 @@ def _lerobot_record(episode: int, tasks: list[str], start: int, length: int, fre
         "data/file_index": 0,
         "dataset_from_index": start,
         "dataset_to_index": start + length,
-        f"{video}/chunk_index": 0,
-        f"{video}/file_index": 0,
-        f"{video}/from_timestamp": start / frequency,
-        f"{video}/to_timestamp": (start + length) / frequency,
+        **{f"videos/{video}/{name}": value for video in videos for name, value in place.items()},
         "meta/episodes/chunk_index": 0,
         "meta/episodes/file_index": 0,
     }
@@ -195,12 +256,12 @@ def _lerobot_info(counts: dict[str, int], frequency: float, features: dict[str, 
 
 
 def _lerobot_features(
-    size: tuple[int, ...], widths: Mapping[str, int], names: Mapping[str, Sequence[str] | None]
+    sizes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], names: Mapping[str, Sequence[str] | None]
 ) -> dict[str, Any]:
-    """Describe the features: images of this size, columns of these widths and names, and indices."""
+    """Describe the features: videos of these sizes, columns of these widths and names, and indices."""
     named = {column: list(names[column.removeprefix("observation.")] or ()) or None for column in widths}
     return {
-        VIDEO_KEY: _lerobot_feature("video", size, ["height", "width", "channel"]),
+        **{key: _lerobot_feature("video", size, ["height", "width", "channel"]) for key, size in sizes.items()},
         **{column: _lerobot_feature("float32", (width,), named[column]) for column, width in widths.items()},
         "timestamp": _lerobot_feature("float32", (1,)),
         **{name: _lerobot_feature("int64", (1,)) for name in ("frame_index", "episode_index", "index", "task_index")},
@@ -230,7 +291,7 @@ def write_rlds(
 
     Raises:
         FileExistsError: The folder is not empty.
-        ValueError: There are no frames.
+        ValueError: There are no frames, or the cameras of a frame differ from those of the first.
     """
     with new_folder(Path(path) / version) as root:
         _write_rlds(episodes, root, Path(path).name, episodes_per_file, quality, version)
@@ -239,13 +300,14 @@ def write_rlds(
 
 def _write_rlds(episodes: Episodes, root: Path, name: str, episodes_per_file: int, quality: int, version: str) -> None:
     lengths: list[int] = []
-    shapes: dict[str, tuple[int, ...]] = {}
+    images: Shapes = {}
+    numbers: Shapes = {}
     num_bytes = 0
     for index, episode in enumerate(episodes):
         frames = list(episode)
         if not frames:
             raise ValueError(f"Episode {index} has no frames to write.")
-        payload, shapes = _rlds_example(frames, quality)
+        payload, images, numbers = _rlds_example(frames, quality, images)
         if index % episodes_per_file == 0:
             lengths.append(0)
         # Files are renamed at the end, since their names contain the number of files.
@@ -266,33 +328,45 @@ def _write_rlds(episodes: Episodes, root: Path, name: str, episodes_per_file: in
     }
     info = {"name": name, "version": version, "fileFormat": "tfrecord", "splits": [split]}
     (root / "dataset_info.json").write_text(json.dumps(info, indent=2))
-    (root / "features.json").write_text(json.dumps(_rlds_features(shapes), indent=2))
+    (root / "features.json").write_text(json.dumps(_rlds_features(images, numbers), indent=2))
 
 
-def _rlds_example(frames: Sequence[Mapping[str, Any]], quality: int) -> tuple[bytes, dict[str, tuple[int, ...]]]:
-    """Encode an episode, and return it with the shapes of its images and numbers."""
+def _rlds_example(
+    frames: Sequence[Mapping[str, Any]], quality: int, cameras: Collection[str]
+) -> tuple[bytes, Shapes, Shapes]:
+    """Encode an episode, and return it with the shapes of its images by camera and of its numbers by key.
+
+    `cameras` are those of earlier episodes.
+    """
     simplejpeg = import_extra("simplejpeg", "data")
-    images = [np.ascontiguousarray(frame["image"]) for frame in frames]
+    images: dict[str, list[np.ndarray]] = {}
+    for frame in frames:
+        pictures = _images_of(frame, RLDS_CAMERA)
+        _check_cameras(pictures, cameras or images)
+        for camera, image in pictures.items():
+            images.setdefault(camera, []).append(np.ascontiguousarray(image))
+    pictures = {
+        f"steps/observation/{camera}": [simplejpeg.encode_jpeg(image, quality=quality) for image in rows]
+        for camera, rows in images.items()
+    }
     columns = {"steps/action": np.stack([np.asarray(frame["action"], np.float32) for frame in frames])}
     if frames[0].get("state") is not None:
         columns["steps/observation/state"] = np.stack([np.asarray(frame["state"], np.float32) for frame in frames])
     order = np.arange(len(frames))
     payload = build_example(
         {
-            "steps/observation/image": [simplejpeg.encode_jpeg(image, quality=quality) for image in images],
+            **pictures,
             "steps/language_instruction": [frame["instruction"].encode() for frame in frames],
             **columns,
             "steps/is_first": (order == 0).astype(np.int64),
             "steps/is_last": (order == len(frames) - 1).astype(np.int64),
         }
     )
-    return payload, {
-        "steps/observation/image": images[0].shape,
-        **{key: rows.shape[1:] for key, rows in columns.items()},
-    }
+    numbers = {key: rows.shape[1:] for key, rows in columns.items()}
+    return payload, {camera: rows[0].shape for camera, rows in images.items()}, numbers
 
 
-def _rlds_features(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _rlds_features(images: Shapes, numbers: Shapes) -> dict[str, Any]:
     """Build the content of `features.json` for steps whose images and numbers have these shapes."""
     package = "tensorflow_datasets.core.features"
 
@@ -307,17 +381,19 @@ def _rlds_features(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def features_dict(features: dict[str, Any]) -> dict[str, Any]:
         return {"pythonClassName": f"{package}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
 
-    shape = {"dimensions": [str(size) for size in shapes["steps/observation/image"]]}
-    image = {
-        "pythonClassName": f"{package}.image_feature.Image",
-        "image": {"shape": shape, "dtype": "uint8", "encodingFormat": "jpeg"},
-    }
-    observation = {"image": image}
-    if "steps/observation/state" in shapes:
-        observation["state"] = tensor("float32", shapes["steps/observation/state"])
+    def image(shape: tuple[int, ...]) -> dict[str, Any]:
+        dimensions = {"dimensions": [str(size) for size in shape]}
+        return {
+            "pythonClassName": f"{package}.image_feature.Image",
+            "image": {"shape": dimensions, "dtype": "uint8", "encodingFormat": "jpeg"},
+        }
+
+    observation = {camera: image(shape) for camera, shape in images.items()}
+    if "steps/observation/state" in numbers:
+        observation["state"] = tensor("float32", numbers["steps/observation/state"])
     steps = {
         "observation": features_dict(observation),
-        "action": tensor("float32", shapes["steps/action"]),
+        "action": tensor("float32", numbers["steps/action"]),
         "language_instruction": {"pythonClassName": f"{package}.text_feature.Text", "text": {}},
         "is_first": tensor("bool", ()),
         "is_last": tensor("bool", ()),
