@@ -19,6 +19,7 @@ INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red bloc
 TRAIN = """
 import json, sys
 import torch
+from accelerate import PartialState
 from openvla_hf.data import Augmentation, load
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
@@ -71,6 +72,7 @@ def run(data, output, name, batch_size, streaming=False, steps=4, spoil=False):
 
 for arguments in json.loads(sys.argv[1]):
     run(**arguments)
+PartialState().destroy_process_group()
 """
 
 

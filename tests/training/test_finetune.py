@@ -63,6 +63,17 @@ def run(base, data, output, *more, settings=SETTINGS):
     return main(["finetune", *common, *quick, *more, "--set", *settings])
 
 
+def test_finetune_ends_the_process_group(base, data, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert run(base, data, tmp_path / "tuned", "--steps", "1") == 0
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_path, capsys):
     output = tmp_path / "tuned"

@@ -1,9 +1,7 @@
 import json
-import os
 import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -309,8 +307,10 @@ def test_an_evaluation_whose_loss_is_not_finite_ends_the_run(tmp_path):
         trainer.evaluate(frames(episodes=1, steps=2))
 
 
+# Runs of one policy, each in a process of its own that has imported everything before. A run may be killed at the
+# `count`-th time that `name` is written, renamed or removed: at once, or when a file exceeds `limit`.
 TRAIN = """
-import sys
+import json, os, resource, signal, sys
 import torch
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -319,43 +319,76 @@ from openvla_hf.training.collator import ActionCollator
 from openvla_hf.training.recipes import recipe
 from openvla_hf.training.trainer import ActionTrainer
 
-output, steps = sys.argv[1], int(sys.argv[2])
-tokenizer = tiny_tokenizer()
-config = tiny_config(tokenizer)
-torch.manual_seed(0)
-model = OpenVLAForActionPrediction(config)
-chosen = recipe("full", dtype="float32", batch_size=2)
-trainer = ActionTrainer(
-    model=chosen.prepare(model),
-    args=chosen.training_arguments(
-        output, max_steps=steps, save_steps=1, save_total_limit=3, logging_steps=1, use_cpu=True, disable_tqdm=True
-    ),
-    data_collator=ActionCollator(tiny_processor(tokenizer, config), model.action_tokenizer, model.get_action_stats()),
-    train_dataset=fake_episode(steps=40),
-)
-trainer.train(resume_from_checkpoint=last_checkpoint(output))
+def train(output, steps):
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer)
+    torch.manual_seed(0)
+    model = OpenVLAForActionPrediction(config)
+    chosen = recipe("full", dtype="float32", batch_size=2)
+    processor = tiny_processor(tokenizer, config)
+    trainer = ActionTrainer(
+        model=chosen.prepare(model),
+        args=chosen.training_arguments(
+            output, max_steps=steps, save_steps=1, save_total_limit=3, logging_steps=1, use_cpu=True, disable_tqdm=True
+        ),
+        data_collator=ActionCollator(processor, model.action_tokenizer, model.get_action_stats()),
+        train_dataset=fake_episode(steps=40),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+
+def kill(event, name, count, limit=None):
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+    def watch(happened, args):
+        nonlocal count
+        if happened != event or not str(args[0]).endswith(name) or (event == "open" and args[1] != "w"):
+            return
+        count -= 1
+        if count == 0:
+            if limit is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    sys.addaudithook(watch)
+
+for run in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        if "kill" in run:
+            kill(**run["kill"])
+        train(run["output"], run["steps"])
+        sys.exit()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("ended", json.dumps([status, last_checkpoint(run["output"])]), flush=True)
 """
+# By stage of a save: where a run is killed, and the last step that is saved whole then. The next run resumes there.
+KILLS = {
+    "before the weights": ({"event": "open", "name": "/generation_config.json", "count": 2}, 1),
+    "in the weights": ({"event": "open", "name": "/generation_config.json", "count": 2, "limit": 100_000}, 2),
+    "before the processor": ({"event": "open", "name": "/processing_openvla.py", "count": 2}, 3),
+    "in the optimizer": ({"event": "open", "name": "/processing_openvla.py", "count": 2, "limit": 100_000}, 4),
+    "before the state": ({"event": "open", "name": "/trainer_state.json", "count": 3}, 5),
+    "before it has its name": ({"event": "os.rename", "name": "_unfinished/checkpoint-7", "count": 1}, 6),
+    "after it has its name": ({"event": "shutil.rmtree", "name": "/killed/_unfinished", "count": 2}, 7),
+    "before an old one goes": ({"event": "shutil.rmtree", "name": "/killed/checkpoint-6", "count": 1}, 9),
+    "while an old one goes": ({"event": "os.rmdir", "name": "/killed/checkpoint-7", "count": 1}, 10),
+}
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(tmp_path, interpreters, run_python):
+def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(tmp_path, run_python):
     steps = 12
-    rng = np.random.default_rng()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    for run in range(3):
-        process = interpreters.start("-c", TRAIN, str(tmp_path / "killed"), str(steps), env=environment)
-        begun = last_checkpoint(tmp_path / "killed")
-        while process.poll() is None:
-            is_saving = (tmp_path / "killed" / UNFINISHED).exists()
-            if is_saving and last_checkpoint(tmp_path / "killed") != begun and rng.random() < 0.01:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(float(rng.uniform(0, 0.002)))
-        assert process.wait() == -signal.SIGKILL or run, process.errors()
-        whole = last_checkpoint(tmp_path / "killed")
-        assert len(load_file(f"{whole}/model.safetensors")) > 10
-    run_python(TRAIN, tmp_path / "killed", steps)
-    run_python(TRAIN, tmp_path / "straight", steps)
+    killed, straight = ({"output": str(tmp_path / name), "steps": steps} for name in ("killed", "straight"))
+    runs = [*(killed | {"kill": kill} for kill, _ in KILLS.values()), killed, straight]
+    told = run_python(TRAIN, json.dumps(runs)).stdout.splitlines()
+    ended = [json.loads(line.removeprefix("ended ")) for line in told if line.startswith("ended ")]
+    checkpoints = {
+        stage: (-signal.SIGXFSZ if "limit" in kill else -signal.SIGKILL, f"{tmp_path}/killed/checkpoint-{step}")
+        for stage, (kill, step) in KILLS.items()
+    }
+    assert dict(zip(KILLS, map(tuple, ended[:-2]), strict=True)) == checkpoints
+    assert [status for status, _ in ended[-2:]] == [0, 0]
     expected = load_file(tmp_path / "straight" / f"checkpoint-{steps}" / "model.safetensors")
     actual = load_file(tmp_path / "killed" / f"checkpoint-{steps}" / "model.safetensors")
+    assert len(expected) > 10
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())

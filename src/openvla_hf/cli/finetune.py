@@ -126,6 +126,9 @@ def run(args: argparse.Namespace) -> None:
         print_json({"output": args.output, "figures": result.figures})
     elif is_main:
         print(f"Fine-tuned: {args.output}")
+    # Otherwise the threads of the process group can still run while Python exits, which aborts the process. Not after
+    # an error: the other processes may be waiting for this one.
+    PartialState().destroy_process_group()
 
 
 def read_arguments(args: argparse.Namespace) -> FinetuneArguments:
