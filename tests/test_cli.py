@@ -102,7 +102,14 @@ def test_a_device_of_no_known_kind_is_refused_in_one_line(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["predict --image https://example.com/a.png --instruction x", "bench", "merge a/b c", "quantize a/b c"]
+    "command",
+    [
+        "predict --image https://example.com/a.png --instruction x",
+        "bench",
+        "merge a/b c",
+        "quantize a/b c",
+        "convert a/b c",
+    ],
 )
 def test_an_unknown_dtype_is_refused_in_one_line(command, capsys):
     assert "--dtype: invalid choice: 'garbage'" in refusal(capsys, *command.split(), "--dtype", "garbage")
@@ -122,6 +129,7 @@ CHECKPOINT_COMMANDS = [
     "finetune --data lab/kitchen --output out --model {}",
     "info {}",
     "export {} out",
+    "convert {} out",
     "quantize {} out",
     "merge {} out",
     "merge a/b out --base {}",

@@ -100,6 +100,10 @@ API = {
         tiny_processor(tokenizer, config)
         tiny_tokenizer(texts, merges, phrases)
     """,
+    "openvla_hf.checkpoints.convert": """
+        BASE_MODELS
+        convert(source, destination, checkpoint, tokenizer, dtype, revision, token, on_progress, **config_overrides)
+    """,
     "openvla_hf.checkpoints.describe": """
         CheckpointInfo(layout, files, vision_towers, language_model, action_dims, dtype, quantization, parameters,
             size, base_model, has_code, statistics, statistics_file)
@@ -235,6 +239,9 @@ COMMANDS = {
     """,
     "export": """
         checkpoint destination --max-shard-size --revision --json
+    """,
+    "convert": """
+        source destination --checkpoint --tokenizer --dtype --config --revision --json
     """,
     "finetune": """
         --data --weights --robot --robots --split --camera --every --drop-idle --name --statistics --streaming

@@ -26,7 +26,7 @@ FIELDS = {
     "modeling_utils.LoadStateDictConfig": {
         "pretrained_model_name_or_path", "device_map", "dtype", "dtype_plan", "hf_quantizer", "weight_mapping",
     },
-    "modeling_utils.LoadStateDictInfo": {"missing_keys", "unexpected_keys", "conversion_errors"},
+    "modeling_utils.LoadStateDictInfo": {"missing_keys", "unexpected_keys", "mismatched_keys", "conversion_errors"},
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_a_file_that_was_cut_short_is_refused(file, kept):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "weights.pt"
     path.write_text("not weights")
-    with pytest.raises(OSError, match="was not written by `torch.save`"):
+    with pytest.raises(OSError, match=r"was not written by `torch\.save`"):
         read_torch_file(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "nothing")

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import test_parity as parity
 import torch
 from make_fixture import main as make_fixture
-from recordings import KEPT, Recorded, unpack
+from recordings import KEPT, Recorded, read_tower_overrides, unpack
 from safetensors.torch import load_file
-from transformers import AutoProcessor
+from transformers import AutoModel, AutoProcessor
+
+from openvla_hf.checkpoints.convert import convert
 
 
 CASES = ["fused-224", "siglip-224"]
@@ -62,3 +65,36 @@ def test_recorded_tokenizer_strings_survive_a_save(golden, case, tmp_path):
         for string in strings:
             assert tokenizer(string["text"])["input_ids"] == string["input_ids"]
             assert tokenizer.decode(string["input_ids"]) == string["decoded"]
+
+
+@pytest.fixture(scope="module")
+def trained(golden, tmp_path_factory):
+    """The recorded training run, converted, with the recordings of the checkpoint that has the same weights."""
+    run, record = golden / "prismatic-pt", Recorded(golden / "fused-224")
+    text_config = json.loads((run / "tiny_dims.json").read_text())["llm"]
+    record.checkpoint = convert(
+        run,
+        tmp_path_factory.mktemp("trained") / "converted",
+        tokenizer=record.checkpoint,
+        text_config=text_config,
+        **read_tower_overrides(run),
+    )
+    record.overrides = {}
+    return record
+
+
+def test_a_training_run_is_converted_bit_for_bit(golden, trained):
+    """The published code converts the recorded run to the same weights."""
+    published = Recorded(golden / "fused-224").load(dtype="auto").state_dict()
+    ours = AutoModel.from_pretrained(trained.checkpoint, dtype="auto").state_dict()
+    assert ours.keys() == published.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in published.items())
+
+
+def test_a_converted_training_run_meets_every_recording(trained):
+    parity.test_pixels(trained)
+    parity.test_features_and_projector(trained)
+    parity.test_forward(trained)
+    for placeholders in (True, False):
+        parity.test_every_step_of_every_prediction(trained, placeholders)
+    parity.test_training_loss_and_metrics(trained)

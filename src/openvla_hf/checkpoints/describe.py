@@ -21,7 +21,7 @@ from ..modeling.checkpoint_files import (
     hub_error,
     unreadable_weights,
 )
-from ..modeling.checkpoint_loading import OFT_FILES, named_base, statistics_in_file
+from ..modeling.checkpoint_loading import OFT_FILES, named_base, refuse_training_run, statistics_in_file
 from ..modeling.configuration_openvla import OpenVLAConfig
 
 
@@ -79,6 +79,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
     files = CheckpointFiles.locate(source, revision=revision, token=token)
     config = files.read_json(CONFIG_NAME) or {}
     adapter = files.read_json(ADAPTER_CONFIG)
+    refuse_training_run(source, config)
     if adapter is None and config.get("model_type") != OpenVLAConfig.model_type:
         raise ValueError(
             f"{source} is not an OpenVLA checkpoint: its {CONFIG_NAME} "

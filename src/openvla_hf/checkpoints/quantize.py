@@ -5,7 +5,6 @@
 docs/quantization.md compares the memory and the speed of the formats.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
@@ -29,11 +27,9 @@ from ..modeling.known_names import check_name
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
 from ..new_folder import new_folder, require_new_folder
+from .shard_writing import SHARD_BYTES, Shard, write_shards
 from .transformers_internals import PartLoader, local_torch_dtype
 
-
-SHARD_BYTES = 2 * 10**9
-"""Bytes of 16-bit weights in memory at a time while a checkpoint is rewritten."""
 
 NF4_BLOCK, INT4_GROUP = 64, 128
 """Number of weights that share a scale."""
@@ -219,9 +215,7 @@ def _groups(files: list[str], shard_bytes: int) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _quantized_groups(
-    loader: PartLoader, groups: list[tuple[str, list[str]]]
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, str]]]:
+def _quantized_groups(loader: PartLoader, groups: list[tuple[str, list[str]]]) -> Iterator[Shard]:
     """Yield the quantised tensors of each group and the metadata of its file. Each group is freed before the next."""
     for path, names in groups:
         # Open the file for each group: pages that were read stay in memory until the file is closed.
@@ -283,7 +277,8 @@ def quantize(
     with new_folder(destination) as folder:
         model.save_pretrained(folder, state_dict={})  # config, code and statistics
         processor.save_pretrained(folder)
-        _write_weights(folder, PartLoader(model, quantizer, dtype, source), groups, on_progress)
+        shards = _quantized_groups(PartLoader(model, quantizer, dtype, source), groups)
+        write_shards(folder, shards, len(groups), on_progress)
     return destination
 
 
@@ -297,30 +292,6 @@ def _empty_model(config: OpenVLAConfig, name: str, towers: bool, dtype: torch.dt
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": "cpu"})
     model.config.quantization_config = quantizer.quantization_config
     return model, quantizer
-
-
-def _write_weights(
-    folder: Path, loader: PartLoader, groups: list[tuple[str, list[str]]], on_progress: Callable[[int, int], None]
-) -> None:
-    """Write one file for each group, and the index if there are several."""
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    metadata: dict[str, str] = {"format": "pt"}
-    part = 0
-    for tensors, part_metadata in _quantized_groups(loader, groups):
-        part += 1  # noqa: SIM113 - `enumerate` would keep the tensors of the last part
-        # torchao lists the tensors in this field, and readers use the list of the last file, so it names them all.
-        known, new = (json.loads(each.get("tensor_names", "[]")) for each in (metadata, part_metadata))
-        metadata |= part_metadata | ({"tensor_names": json.dumps(known + new)} if known + new else {})
-        file_name = f"model-{part:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SAFE_WEIGHTS_NAME
-        save_file(tensors, folder / file_name, metadata)
-        weight_map |= dict.fromkeys(tensors, file_name)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-        on_progress(part, len(groups))
-        del tensors  # before the next ones are made
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 __all__ = ["FORMATS", "Format", "expected_weight_bytes", "quantization", "quantize", "weight_bytes"]

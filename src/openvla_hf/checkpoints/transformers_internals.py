@@ -18,11 +18,11 @@ from ..modeling.checkpoint_loading import refuse_foreign_weights
 
 
 class PartLoader:
-    """Load and quantise the weights of a model part by part. `from_pretrained` needs memory for the whole model.
+    """Load the weights of a model part by part. `from_pretrained` needs memory for the whole model.
 
     Args:
         model: Model on the meta device, with the quantiser's layers.
-        quantizer: The quantiser of transformers.
+        quantizer: The quantiser of transformers; `None` to leave the weights as they are.
         dtype: Data type of the weights that are not quantised.
         source: Folder or Hub id of the checkpoint, for error messages.
     """
@@ -35,7 +35,7 @@ class PartLoader:
         self._info: Any = None
         self._config = LoadStateDictConfig(
             pretrained_model_name_or_path=str(source),
-            device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+            device_map={"": "cuda" if quantizer is not None and torch.cuda.is_available() else "cpu"},
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),
             hf_quantizer=quantizer,
@@ -43,20 +43,23 @@ class PartLoader:
         )
 
     def load(self, part: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Load and quantise some weights, and return the tensors to save and the metadata of their file.
+        """Load some weights, and return the tensors to save and the metadata of their file.
 
         Raises:
-            ValueError: A weight can't be quantised.
+            ValueError: A weight can't be quantised, or has another shape than the model's.
         """
         info, _ = convert_and_load_state_dict_in_model(self.model, dict(part), self._config)
         if info.conversion_errors:
-            raise ValueError(f"Cannot quantise {self.source}: {next(iter(info.conversion_errors.values()))}")
+            raise ValueError(f"Cannot convert {self.source}: {next(iter(info.conversion_errors.values()))}")
+        refuse_foreign_weights(self.source, (), (), info.mismatched_keys)
         if self._info is None:
             self._info = info
         self._info.missing_keys &= info.missing_keys
         self._info.unexpected_keys |= info.unexpected_keys
         loaded = _Loaded(self.model)
-        tensors, metadata = self.quantizer.get_state_dict_and_metadata(loaded)
+        tensors, metadata = (
+            (None, {}) if self.quantizer is None else self.quantizer.get_state_dict_and_metadata(loaded)
+        )
         tensors = loaded.tensors if tensors is None else tensors
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata
 

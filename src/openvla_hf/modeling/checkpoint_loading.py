@@ -153,6 +153,15 @@ def named_base(adapter_config: dict[str, Any]) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
+def refuse_training_run(source: Any, config: dict[str, Any]) -> None:
+    """Raise `ValueError` for the config of a training run of Prismatic, whose weights are in `.pt` files."""
+    if "model_type" not in config and "vla" in config:
+        raise ValueError(
+            f"{source} is a training run of the original's code: convert it first with `openvla-hf convert {source} "
+            "NEW_FOLDER`."
+        )
+
+
 def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter | None) -> None:
     """Raise an error if the config (`config`, or the checkpoint's own) is missing or belongs to another model.
 
@@ -164,6 +173,7 @@ def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter 
     content = files.read_json(CONFIG_NAME)
     if content is None:
         raise OSError(f"{files.source} is not an OpenVLA checkpoint: its {CONFIG_NAME} is missing.")
+    refuse_training_run(files.source, content)
     kind = content.get("model_type")
     if kind != OpenVLAConfig.model_type:
         sentence = f"{files.source} is not an OpenVLA checkpoint: its {CONFIG_NAME} is for {kind!r}."
@@ -328,5 +338,6 @@ __all__ = [
     "refuse_foreign_files",
     "refuse_foreign_weights",
     "refuse_oft",
+    "refuse_training_run",
     "statistics_in_file",
 ]
