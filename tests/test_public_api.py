@@ -64,8 +64,8 @@ API = {
         OpenVLAModel.get_prefix_features(pixel_values, proprio)
         OpenVLAModel.place_prefix(inputs_embeds, input_ids, prefix)
         OpenVLAProcessor(image_processor, tokenizer, prompt_template, lowercase_instruction, strip_full_stop,
-            image_token, image_token_id, num_image_tokens)
-        OpenVLAProcessor.__call__(*args, images, text, instruction, add_image_tokens, **kwargs)
+            image_token, image_token_id, num_image_tokens, cameras, state_dim)
+        OpenVLAProcessor.__call__(*args, images, text, instruction, state, add_image_tokens, **kwargs)
         OpenVLAProcessor.build_prompt(instruction)
         load_adapter(model, adapter, **hub_kwargs)
     """,

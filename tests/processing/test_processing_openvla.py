@@ -379,6 +379,8 @@ def test_round_trip(tokenizer, images, tmp_path):
         "tokenizer_config.json",
         "image_processing_openvla.py",
         "image_resizing.py",
+        "observations.py",
+        "oft_presets.py",
         "processing_openvla.py",
     }
     expected = processor(images, instruction=["Red", "open", "up."])

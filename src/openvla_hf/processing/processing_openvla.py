@@ -13,6 +13,8 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from .image_processing_openvla import OpenVLAImageProcessor, find_file, select_hub_kwargs
+from .observations import ObservationInputs, flatten_observations, read_state, refuse_camera_names
+from .oft_presets import IMAGE_FIELDS, read_oft_fields
 
 
 QUESTION = "What action should the robot take to"
@@ -55,7 +57,14 @@ class OpenVLAProcessor(ProcessorMixin):
     ```python
     inputs = processor(image, instruction="pick up the red block")  # fills the checkpoint's prompt template
     inputs = processor(prompt, image)  # a whole prompt, used as it is
+    # With cameras=["full_image", "wrist_image"] and state_dim=8, as for OpenVLA-OFT on LIBERO:
+    inputs = processor([image, wrist], instruction="pick up the red block", state=state)
     ```
+
+    `from_pretrained` finds the cameras, the state and the evaluation's image options (`resample="lanczos3"`,
+    `center_crop_area=0.9`) of a published OpenVLA-OFT checkpoint by the dimensions of its statistics. It also takes
+    them as arguments, or as `platform="libero"`, `"aloha"` or `"bridge"`. Images must be as the original gives them to
+    the model: LIBERO's turned by 180 degrees, ALOHA's stretched to 256 x 256 pixels with PIL's bicubic filter.
 
     Args:
         image_processor: Makes `pixel_values`.
@@ -69,9 +78,12 @@ class OpenVLAProcessor(ProcessorMixin):
         image_token_id: Id of the placeholder. By default the tokenizer's own id of `image_token` if it knows
             it, else 32001, a row of the padded embedding that OpenVLA's tokenizer does not know.
         num_image_tokens: Patches of an image (256 at 224 pixels).
+        cameras: Names of the cameras, whose images the model takes in this order; `None` for a single image.
+        state_dim: Dimensions of the robot's state, in robot units; `None` if the model takes no state.
 
     Raises:
-        ValueError: The template has no `{instruction}`, or the tokenizer has no pad token.
+        ValueError: The template has no `{instruction}`, the tokenizer has no pad token, or the cameras are not
+            different names.
     """
 
     def __init__(
@@ -84,6 +96,8 @@ class OpenVLAProcessor(ProcessorMixin):
         image_token: str = "<image>",
         image_token_id: int | None = None,
         num_image_tokens: int = 256,
+        cameras: Sequence[str] | None = None,
+        state_dim: int | None = None,
     ):
         super().__init__(image_processor, tokenizer)
         if "{instruction}" not in prompt_template:
@@ -102,6 +116,14 @@ class OpenVLAProcessor(ProcessorMixin):
             known_id = IMAGE_TOKEN_ID
         self.image_token_id: int = known_id if image_token_id is None else image_token_id
         self.num_image_tokens = num_image_tokens
+        if cameras is not None and (
+            not is_text(cameras) or isinstance(cameras, str) or len({*cameras}) < len(cameras)
+        ):
+            raise ValueError(f"`cameras` must be a list of different names, got {cameras!r}.")
+        self.cameras = None if cameras is None else list(cameras)
+        if state_dim is not None and not (isinstance(state_dim, int) and state_dim >= 1):
+            raise ValueError(f"`state_dim` must be at least 1, or None for a model without state, got {state_dim!r}.")
+        self.state_dim = state_dim
 
     def __call__(
         self,
@@ -109,18 +131,23 @@ class OpenVLAProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: str | Sequence[str] | None = None,
         instruction: str | Sequence[str] | None = None,
+        state: Any = None,
         add_image_tokens: bool = True,
         **kwargs: Unpack[OpenVLAProcessorKwargs],
     ) -> BatchFeature:
-        """Prepare a batch with one image and one text each.
+        """Prepare a batch of observations with one text each.
 
         Args:
             *args: The images with `instruction=`; else text and images in either order (if both are strings,
                 the text comes first, as in the original).
-            images: One image or a batch of them, see `OpenVLAImageProcessor`.
+            images: One observation or a list of them. Without `cameras`, an observation is an image, see
+                `OpenVLAImageProcessor`. With `cameras`, it is a list of images in their order, or a dict from camera
+                names to images.
             text: Whole prompts, which are not changed. A text without the prompt template's words gives a warning.
             instruction: Task of the robot, put into the prompt template. One str serves a whole batch. A final full
                 stop gives a warning unless `strip_full_stop` is set.
+            state: The robot's state (P,) or (B, P) in robot units, if `state_dim` is set: an array, a tensor or a
+                list, which is copied.
             add_image_tokens: Whether to insert the placeholders; if not, the model inserts them.
             **kwargs: Options, flat or in `text_kwargs`, as in other processors of transformers:
 
@@ -132,11 +159,13 @@ class OpenVLAProcessor(ProcessorMixin):
                 - return_mm_token_type_ids: whether to add `mm_token_type_ids`, 1 for placeholders and 0 for text.
 
         Returns:
-            `input_ids` and `attention_mask` (B, T), `pixel_values` (B, 3 * towers, height, width).
+            `input_ids` and `attention_mask` (B, T), and `pixel_values` (B, 3 * towers * cameras, height, width) with
+            all channels of the first camera first. With a state, `state` (B, P) float64, which `to` leaves as it is.
 
         Raises:
-            ValueError: An image or a text is missing or empty, their numbers differ, a whole prompt is given as
-                `instruction`, or a text contains an image placeholder besides the inserted ones.
+            ValueError: An image, a camera, a state or a text is missing or empty, their numbers differ, a state has
+                another length or is not finite, a whole prompt is given as `instruction`, or a text contains an image
+                placeholder besides the inserted ones.
             TypeError: Too many or wrong arguments.
         """
         text_kwargs, images_kwargs = self._read_options(**kwargs)
@@ -155,18 +184,21 @@ class OpenVLAProcessor(ProcessorMixin):
                 "without one. Leave it out, or set `strip_full_stop=True` for this processor.",
                 stacklevel=2,
             )
-        pixel_values = self.image_processor(images, **images_kwargs)["pixel_values"]
+        pixel_values = self._process_observations(images, **images_kwargs)
         batch_size = len(pixel_values)
         prompts = as_list(text) * batch_size if isinstance(text, str) else as_list(text)
         if len(prompts) != batch_size:
+            kind = "images" if self.cameras is None else "observations"
             raise ValueError(
-                f"Got {len(prompts)} texts for {batch_size} images: give one image for each text, or a single text (a "
-                "str) for all images."
+                f"Got {len(prompts)} texts for {batch_size} {kind}: give one of the {kind} for each text, or a single "
+                "text (a str) for all."
             )
-        text_inputs = self._encode(prompts, self.num_image_tokens if add_image_tokens else 0, text_kwargs)
-        return BatchFeature(
-            {**text_inputs, "pixel_values": pixel_values}, tensor_type=text_kwargs.get("return_tensors")
-        )
+        states = read_state(state, self.state_dim, batch_size)
+        num_placeholders = self.num_image_tokens * len(self.cameras or [None]) if add_image_tokens else 0
+        inputs = self._encode(prompts, num_placeholders, text_kwargs) | {"pixel_values": pixel_values}
+        if states is not None:
+            inputs["state"] = states
+        return ObservationInputs(inputs, tensor_type=text_kwargs.get("return_tensors"))
 
     def _encode(self, prompts: list[str], num_placeholders: int, text_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Encode prompts as lists of ids and masks, with placeholders, truncated and padded as the options say."""
@@ -200,6 +232,16 @@ class OpenVLAProcessor(ProcessorMixin):
             ]
         return text_inputs
 
+    def _process_observations(self, images: Any, **images_kwargs: Any) -> Any:
+        """Return the pixels (B, 3 * towers * cameras, height, width) of one observation or a batch."""
+        if self.cameras is None:
+            refuse_camera_names(images)
+            return self.image_processor(images, **images_kwargs)["pixel_values"]
+        images = flatten_observations(images, self.cameras)
+        pixel_values = self.image_processor(images, **images_kwargs)["pixel_values"]
+        batch_size = len(images) // len(self.cameras)
+        return pixel_values.reshape(batch_size, -1, *pixel_values.shape[2:])
+
     def _read_options(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Split the options of a call into those for the text and those for the images."""
         groups = {"text_kwargs": TEXT_OPTIONS, "images_kwargs": IMAGE_OPTIONS, "common_kwargs": IMAGE_OPTIONS}
@@ -225,7 +267,8 @@ class OpenVLAProcessor(ProcessorMixin):
     ) -> MultiModalData:
         """Count the placeholders of images (height, width), for engines that plan their memory before a call.
 
-        All images are resized to the same size, so they have the same number of placeholders.
+        All images are resized to the same size, so they have the same number of placeholders. An observation has those
+        of one image for each camera.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -315,20 +358,32 @@ class OpenVLAProcessor(ProcessorMixin):
         start = 1 if row[:1] == [self.tokenizer.bos_token_id] else 0
         return row[:start] + placeholders + row[start:]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields; without cameras or a state, the dictionary has no such field."""
+        unset = {name for name in ("cameras", "state_dim") if getattr(self, name) is None}
+        return {name: value for name, value in super().to_dict().items() if name not in unset}
+
     @classmethod
     def get_processor_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, platform: str | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read our `processor_config.json`, or derive the fields from a published `config.json`."""
+        """Read our `processor_config.json`, or derive the fields from published files.
+
+        A `platform` replaces the fields of the file. Fields among the other arguments override both.
+        """
         hub_kwargs = select_hub_kwargs(kwargs)
         find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_kwargs)  # raises if the Hub refuses the file
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if "prompt_template" not in fields:
+        is_published = "prompt_template" not in fields
+        if is_published:
             config_file = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_kwargs)
             if config_file is not None:
                 with open(config_file, encoding="utf-8") as file:
                     fields |= read_published_fields(json.load(file))
-        return fields, kwargs
+        oft_fields = read_oft_fields(
+            pretrained_model_name_or_path, platform, kwargs.keys(), is_published, **hub_kwargs
+        )
+        return fields | oft_fields, kwargs
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -340,8 +395,10 @@ class OpenVLAProcessor(ProcessorMixin):
         # The Auto classes are not used: for published files they ask whether to trust remote code, and build a
         # LlamaTokenizer, which splits some texts differently from tokenizer.json. There is no other public way to
         # build the parts of a processor.
+        saved = (processor_dict or {}).get("image_processor", {})
+        image_fields = {name: saved[name] for name in IMAGE_FIELDS if name in saved}
         return [
-            OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **image_fields | kwargs),
             PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **select_hub_kwargs(kwargs)),
         ]
 
