@@ -22,7 +22,7 @@ SHIPPED = [
     for path in sorted((PACKAGE / folder).glob("*.py"))
     if path.name != "__init__.py"
 ]
-THIRD_PARTY = {"torch", "transformers", "numpy", "PIL", "safetensors"}
+THIRD_PARTY = {"torch", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub"}
 
 REMOTE = (
     WITHOUT_THE_PACKAGE
