@@ -320,13 +320,18 @@ def test_demo_writes_pictures_and_evaluate_counts(policy, capsys, tmp_path):
     assert Image.open(result["gif"]).n_frames > 10
     assert Image.open(result["strip"]).width > 1000
     assert main(["evaluate", *more, "--condition", "swapped"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["results"]) == ["swapped"]
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["results"]) == ["swapped"]
+    assert 1 < report["forward_passes_per_action"] <= 7
+    assert report["actions_per_second"] > 0
 
 
 def test_options_of_the_other_evaluation_are_refused(policy, capsys):
     model = ["--model", str(policy)]
     assert main(["evaluate", *model, "--frames", "3"]) == 2
     assert "--frames is for recorded data: give --data." in capsys.readouterr().err
+    assert main(["evaluate", *model, "--execute", "2"]) == 2
+    assert "execute=2 is not between 1 and 1" in capsys.readouterr().err
     assert main(["evaluate", *model, "--data", "there", "--task", "put"]) == 2
     assert "--task is for the tabletop: leave out --data." in capsys.readouterr().err
 

@@ -203,9 +203,10 @@ API = {
         CONDITIONS
         FIRST_UNSEEN_SEED
         TABLETOP_POLICY
-        Rollout(seed, task, instruction, success, moved_target, steps, frames)
-        load_policy(model, processor, unnorm_key)
-        run_episodes(policy, seeds, tasks, condition, batch_size, keep_frames)
+        ModelPolicy(model, processor, unnorm_key, execute)
+        Rollout(seed, task, instruction, success, moved_target, steps, frames, predictions)
+        load_policy(model, processor, unnorm_key, execute)
+        run_episodes(policy, seeds, tasks, condition, batch_size, keep_frames, cameras, state)
         success_by_task(rollouts)
         success_table(title, results)
     """,
@@ -219,8 +220,8 @@ COMMANDS = {
         --model --unnorm-key --device --episodes --batch-size --task --output --json
     """,
     "evaluate": """
-        --model --unnorm-key --device --episodes --batch-size --task --condition --data --frames --robot --robots
-            --split --camera --every --drop-idle --json
+        --model --unnorm-key --device --episodes --batch-size --task --condition --execute --data --frames --robot
+            --robots --split --camera --every --drop-idle --json
     """,
     "record": """
         destination --task --episodes --first-seed --cameras --state --format --json

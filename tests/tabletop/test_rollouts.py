@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,6 +31,36 @@ def test_playing_many_at_a_time_changes_no_episode():
     assert outcome(run_episodes(wander, SEEDS, batch_size=4)) == outcome(run_episodes(wander, SEEDS, batch_size=1))
 
 
+def test_a_chunk_is_played_to_its_end_before_the_policy_looks_again():
+    chunk = np.stack([wander([np.full((2, 2), level)], ["go"])[0] for level in (10, 90, 170)])
+    looked = []
+
+    def plan(images, instructions):
+        looked.append(len(images))
+        return np.stack([chunk] * len(images))
+
+    episodes = list(run_episodes(plan, SEEDS, batch_size=4))
+    assert sum(looked) == sum(one.predictions for one in episodes)
+    assert all(one.predictions == -(-one.steps // 3) for one in episodes)
+    actions = itertools.cycle(chunk)
+    alone = list(run_episodes(lambda images, instructions: next(actions)[None], SEEDS[:1]))
+    assert outcome(alone).items() <= outcome(episodes).items()
+    assert alone[0].predictions == alone[0].steps
+
+
+def test_a_policy_may_see_both_cameras_and_the_state_of_the_same_episodes():
+    def look(observations, instructions):
+        assert all(list(one) == ["image", "wrist", "state"] for one in observations)
+        return wander([one["image"] for one in observations], instructions)
+
+    watched = list(
+        run_episodes(look, SEEDS, cameras=("image", "wrist"), state=True, keep_frames=SEEDS[:1].__contains__)
+    )
+    assert outcome(watched) == outcome(run_episodes(wander, SEEDS))
+    shown = next(one for one in watched if one.seed == SEEDS[0])
+    np.testing.assert_array_equal(shown.frames[0], TabletopEnv().reset(seed=SEEDS[0])[0])
+
+
 def test_every_seed_is_played_once_and_only_the_frames_asked_for_are_kept():
     episodes = list(run_episodes(wander, SEEDS, keep_frames=lambda seed: seed == SEEDS[2]))
     assert sorted(one.seed for one in episodes) == list(SEEDS)
@@ -56,6 +88,17 @@ def test_the_black_condition_shows_the_policy_nothing():
     assert not np.any(seen)
 
 
+def test_the_black_condition_keeps_the_state():
+    def watch(observations, instructions):
+        for one in observations:
+            assert not one["image"].any()
+            assert not one["wrist"].any()
+            assert one["state"].any()
+        return wander([one["image"] for one in observations], instructions)
+
+    assert list(run_episodes(watch, SEEDS[:1], condition="black", cameras=("image", "wrist"), state=True))
+
+
 def test_an_unknown_condition_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'upside down'.*as told, swapped, black"):
         next(run_episodes(wander, SEEDS, condition="upside down"))
@@ -64,10 +107,16 @@ def test_an_unknown_condition_names_the_known_ones():
 def test_a_model_with_its_processor_is_a_policy():
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer, norm_stats=load_statistics(TABLETOP_POLICY))
-    policy = load_policy(OpenVLAForActionPrediction(config).eval(), tiny_processor(tokenizer, config))
+    model, processor = OpenVLAForActionPrediction(config).eval(), tiny_processor(tokenizer, config)
+    with pytest.raises(ValueError, match="execute=2 is not between 1 and 1"):
+        load_policy(model, processor, execute=2)
+    policy = load_policy(model, processor)
     image, info = TabletopEnv().reset(seed=0)
     assert policy([image], [info["instruction"]]).shape == (1, 7)
     assert policy([image] * 3, [info["instruction"]] * 3).shape == (3, 7)
+    assert policy.forward_passes % 4 == 0  # summed over the observations
+    assert policy.forward_passes <= 4 * 7
+    assert policy.seconds > 0
 
 
 def test_the_tabletop_is_not_the_robot_of_another_policy(tiny):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .common import default_model, print_json, print_table
-from .episodes import add_episode_arguments, play
+from .episodes import add_episode_arguments, play, tabletop_policy
 
 
 EXAMPLE = "demo --episodes 12 --output outputs/demo"
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     from ..tabletop.pictures import draw_strip, save_gif
     from ..tabletop.rollouts import success_by_task, success_table
 
-    episodes = play(args, args.model or default_model(), "as told", keep=6)
+    episodes = play(args, tabletop_policy(args, args.model or default_model()), "as told", keep=6)
     results = {"as told": success_by_task(episodes)}
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from .common import add_policy_arguments, console, load_model, positive
 
 
 if TYPE_CHECKING:
-    from ..tabletop.rollouts import Rollout
+    from ..tabletop.rollouts import ModelPolicy, Rollout
 
 
 def add_episode_arguments(
@@ -24,14 +24,20 @@ def add_episode_arguments(
     parser.add_argument("--task", nargs="+", help="tasks: put, push, stack or lift (default: put and push)")
 
 
-def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0) -> "list[Rollout]":
+def tabletop_policy(args: argparse.Namespace, model_id: str, execute: int | None = None) -> "ModelPolicy":
+    """Load the policy of `model_id`, which executes `execute` actions of each chunk."""
+    from ..tabletop.rollouts import load_policy
+
+    model, processor = load_model(model_id, device=args.device)
+    return load_policy(model, processor, args.unnorm_key, execute)
+
+
+def play(args: argparse.Namespace, policy: "ModelPolicy", condition: str, keep: int = 0) -> "list[Rollout]":
     """Run the episodes of one condition and print each outcome. Frames are kept for the first `keep` episodes."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..tabletop.rollouts import FIRST_UNSEEN_SEED, load_policy, run_episodes
+    from ..tabletop.rollouts import FIRST_UNSEEN_SEED, run_episodes
 
-    model, processor = load_model(model_id, device=args.device)
-    policy = load_policy(model, processor, args.unnorm_key)
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
     episodes: list[Rollout] = []
     columns = (
@@ -52,6 +58,8 @@ def play(args: argparse.Namespace, model_id: str, condition: str, keep: int = 0)
             condition=condition,
             batch_size=args.batch_size,
             keep_frames=first.__contains__,
+            cameras=policy.cameras,
+            state=policy.state,
         ):
             episodes.append(episode)
             verdict = "[green]done[/]    " if episode.success else "[red]not done[/]"

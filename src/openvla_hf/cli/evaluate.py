@@ -15,7 +15,7 @@ from .common import (
     refuse_options,
     register_robots,
 )
-from .episodes import add_episode_arguments, play
+from .episodes import add_episode_arguments, play, tabletop_policy
 
 
 EXAMPLE = "evaluate --model outputs/kitchen --data lab/kitchen"
@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("as told", "swapped", "black"),
         help="what to change in each tabletop episode: nothing (as told), the instruction, which then names the other "
         "object (swapped), or the image (black) (default: run all three)",
+    )
+    parser.add_argument(
+        "--execute",
+        type=positive,
+        help="actions of a chunk to execute on the tabletop before the policy predicts again (default: all)",
     )
     parser.add_argument(
         "--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)"
@@ -56,11 +61,22 @@ def _run_on_tabletop(args: argparse.Namespace) -> None:
     refuse_options(args, "is for recorded data: give --data", "frames", "robots", *READING)
     model_id = args.model or default_model()
     args.episodes = args.episodes or TABLETOP_EPISODES
-    results = {name: success_by_task(play(args, model_id, name)) for name in args.condition or CONDITIONS}
+    policy = tabletop_policy(args, model_id, args.execute)
+    results, actions = {}, 0
+    for name in args.condition or CONDITIONS:
+        episodes = play(args, policy, name)
+        results[name] = success_by_task(episodes)
+        actions += sum(one.steps for one in episodes)
+    cost = {
+        "forward_passes_per_action": policy.forward_passes / actions,
+        "actions_per_second": actions / policy.seconds,
+    }
     if args.json:
-        print_json({"model": model_id, "episodes": args.episodes, "results": results})
-    else:
-        print_table(success_table(f"{model_id}: {args.episodes} unseen episodes per condition", results))
+        print_json({"model": model_id, "episodes": args.episodes, "results": results, **cost})
+        return
+    print_table(success_table(f"{model_id}: {args.episodes} unseen episodes per condition", results))
+    passes, rate = cost.values()
+    print(f"{passes:.2f} forward passes per action; {rate:.0f} actions per second with --batch-size {args.batch_size}")
 
 
 def _run_on_data(args: argparse.Namespace) -> None:
@@ -68,7 +84,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
     from ..data.frames import read_action_names
     from ..evaluation.open_loop import evaluate_open_loop, load_recorded, open_loop_table
 
-    refuse_options(args, "is for the tabletop: leave out --data", "task", "condition")
+    refuse_options(args, "is for the tabletop: leave out --data", "task", "condition", "execute")
     register_robots(args)
     model_id = args.model or default_model()
     training = read_training(model_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from .physics import MAX_STEP
+from .scene import Observation, first_image
 
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ __all__ = [
     "CONDITIONS",
     "FIRST_UNSEEN_SEED",
     "TABLETOP_POLICY",
+    "ModelPolicy",
     "Policy",
     "Rollout",
     "load_policy",
@@ -34,8 +37,9 @@ __all__ = [
 TABLETOP_POLICY = Path(__file__).parent / "policy"
 # Evaluation draws its seeds from here on; training stays below.
 FIRST_UNSEEN_SEED = 1_000_000
-# Frames (B of (224, 224, 3) uint8) and instructions (B) -> actions (B, 7) in the robot's units.
-Policy = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
+# Observations (B, as the environment returns them) and instructions (B) -> actions (B, 7) in the robot's units, or
+# chunks (B, K, 7) of actions to execute one after the other.
+Policy = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
 CONDITIONS = {
     "as told": "the instruction names the target",
     "swapped": "the same scene, with the target's name exchanged for the distractor's",
@@ -54,7 +58,8 @@ class Rollout:
         success: Whether the task was solved.
         moved_target: Whether the object that was moved last is the one that the instruction names.
         steps: Number of actions.
-        frames: The camera's frames, uint8 (224, 224, 3), first to last; empty unless they are kept.
+        frames: The first camera's frames, uint8 (224, 224, 3), first to last; empty unless they are kept.
+        predictions: Number of times that the policy predicted an action or a chunk.
     """
 
     seed: int
@@ -64,26 +69,63 @@ class Rollout:
     moved_target: bool = False
     steps: int = 0
     frames: list[np.ndarray] = field(default_factory=list)
+    predictions: int = 0
 
 
 @dataclass
 class _Running:
     env: TabletopEnv
     rollout: Rollout
-    image: np.ndarray
+    observation: Observation
+    planned: deque[np.ndarray] = field(default_factory=deque)
 
 
-def load_policy(model: Any, processor: Any, unnorm_key: str | None = None) -> Policy:
-    """Wrap a model and its processor in a function from frames and instructions to actions.
+class ModelPolicy:
+    """A model and its processor as a `Policy` that counts what its actions cost.
+
+    Attributes:
+        cameras: Cameras whose images the model takes, or `None` for the fixed camera alone.
+        state: Whether the model takes the robot's state.
+        forward_passes: Passes of the language model so far, summed over the observations.
+        seconds: Time spent in the processor and the model so far.
+    """
+
+    def __init__(self, model: Any, processor: Any, unnorm_key: str | None = None, execute: int | None = None):
+        self.model, self.processor = model, processor
+        self.unnorm_key, self.execute = unnorm_key, execute
+        self.cameras: tuple[str, ...] | None = None
+        self.state = False
+        self.forward_passes = 0
+        self.seconds = 0.0
+
+    def __call__(self, observations: Sequence[Observation], instructions: Sequence[str]) -> np.ndarray:
+        """Predict the actions (B, 7) or chunks (B, K, 7) for observations and instructions."""
+        start = time.perf_counter()
+        inputs = self.processor(list(observations), instruction=list(instructions))
+        details = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, return_details=True)
+        self.seconds += time.perf_counter() - start
+        self.forward_passes += details.forward_passes * len(observations)
+        return details.actions if details.actions.ndim == 2 else details.actions[:, : self.execute]
+
+
+def load_policy(model: Any, processor: Any, unnorm_key: str | None = None, execute: int | None = None) -> ModelPolicy:
+    """Wrap a model and its processor in a function from observations and instructions to actions.
 
     Args:
         model: An `OpenVLAForActionPrediction`.
         processor: Its processor.
         unnorm_key: Name of the action statistics, if the model has several.
+        execute: Number of a chunk's actions to execute before the model sees the next observation. By default, all.
 
     Raises:
-        ValueError: If the statistics of the model's actions are those of another robot.
+        ValueError: If the statistics of the model's actions are those of another robot, or `execute` is below 1 or
+            above the number of actions in a chunk.
     """
+    horizon = model.config.action_horizon
+    if execute is not None and not 1 <= execute <= horizon:
+        raise ValueError(
+            f"execute={execute} is not between 1 and {horizon}, the number of actions that the model predicts."
+        )
     stats = model.get_action_stats(unnorm_key)
     # Metres, without rotation because the gripper points down.
     limits = np.array([MAX_STEP] * 3 + [0.0] * 3 + [1.0])
@@ -94,12 +136,7 @@ def load_policy(model: Any, processor: Any, unnorm_key: str | None = None) -> Po
             "rotate, but the statistics of this policy's actions exceed these limits. Evaluate the policy on recorded "
             "data instead (`openvla-hf evaluate --data`)."
         )
-
-    def act(images: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
-        inputs = processor(list(images), instruction=list(instructions))
-        return np.atleast_2d(model.predict_action(**inputs, unnorm_key=unnorm_key))
-
-    return act
+    return ModelPolicy(model, processor, unnorm_key, execute)
 
 
 def run_episodes(
@@ -110,8 +147,13 @@ def run_episodes(
     condition: str = "as told",
     batch_size: int = 16,
     keep_frames: Callable[[int], bool] = lambda seed: False,
+    cameras: Sequence[str] | None = None,
+    state: bool = False,
 ) -> Iterator[Rollout]:
     """Run one episode for each seed, `batch_size` at a time, and yield each as it ends.
+
+    A chunk is executed to its end before the policy predicts again, so the episodes of a batch need not predict at the
+    same time.
 
     Args:
         policy: The policy to run, as `load_policy` returns it.
@@ -120,9 +162,11 @@ def run_episodes(
         condition: One of `CONDITIONS`.
         batch_size: Episodes that run side by side; the policy predicts their actions in one batch.
         keep_frames: Given a seed, whether to keep the frames of its episode.
+        cameras: Cameras that the policy observes, see `TabletopEnv`.
+        state: Whether the policy observes the robot's state.
 
     Raises:
-        ValueError: If the condition or a task is unknown.
+        ValueError: If the condition, a task or a camera is unknown.
         ImportError: If Gymnasium is not installed.
     """
     from .env import TabletopEnv
@@ -134,33 +178,50 @@ def run_episodes(
     while waiting or running:
         while waiting and len(running) < batch_size:
             seed = waiting.popleft()
-            env = TabletopEnv(tasks)
-            image, info = env.reset(seed=seed, options={"swap_target": condition == "swapped"})
-            running.append(_Running(env, Rollout(seed, info["task"], info["instruction"]), image))
-        seen = [np.zeros_like(one.image) if condition == "black" else one.image for one in running]
-        actions = policy(seen, [one.rollout.instruction for one in running])
+            env = TabletopEnv(tasks, cameras=cameras, state=state)
+            observation, info = env.reset(seed=seed, options={"swap_target": condition == "swapped"})
+            running.append(_Running(env, Rollout(seed, info["task"], info["instruction"]), observation))
+        _plan(policy, [one for one in running if not one.planned], condition == "black")
         still_running = []
-        for one, action in zip(running, actions, strict=True):
-            if _step(one, action, keep_frames(one.rollout.seed)):
+        for one in running:
+            if _step(one, keep_frames(one.rollout.seed)):
                 yield one.rollout
             else:
                 still_running.append(one)
         running = still_running
 
 
-def _step(running: _Running, action: np.ndarray, keep_frames: bool) -> bool:
-    """Execute one action (7,) and return whether the episode has ended."""
+def _plan(policy: Policy, running: Sequence[_Running], blind: bool) -> None:
+    """Predict the next action or chunk of each episode."""
+    if not running:
+        return
+    seen = [_blacken(one.observation) if blind else one.observation for one in running]
+    predicted = policy(seen, [one.rollout.instruction for one in running])
+    for one, actions in zip(running, predicted, strict=True):
+        one.planned.extend(np.atleast_2d(actions))
+        one.rollout.predictions += 1
+
+
+def _blacken(observation: Observation) -> Observation:
+    """Return the observation with black images; the state stays as it is."""
+    if not isinstance(observation, dict):
+        return np.zeros_like(observation)
+    return {name: value if name == "state" else np.zeros_like(value) for name, value in observation.items()}
+
+
+def _step(running: _Running, keep_frames: bool) -> bool:
+    """Execute the next planned action and return whether the episode has ended."""
     rollout = running.rollout
     if keep_frames:
-        rollout.frames.append(running.image)
-    running.image, _, terminated, truncated, info = running.env.step(action)
+        rollout.frames.append(first_image(running.observation))
+    running.observation, _, terminated, truncated, info = running.env.step(running.planned.popleft())
     rollout.steps += 1
     if not (terminated or truncated):
         return False
     rollout.success = info["is_success"]
     rollout.moved_target = info["moved_object"] == running.env.task.target.name
     if keep_frames:
-        rollout.frames.append(running.image)
+        rollout.frames.append(first_image(running.observation))
     return True
 
 
