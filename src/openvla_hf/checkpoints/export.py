@@ -69,6 +69,12 @@ LANGUAGE_MODELS = {
     VICUNA_PROMPT: {"llm_backbone_id": "vicuna-v15-7b", "hf_llm_id": "lmsys/vicuna-7b-v1.5"},
 }
 
+# Layers with LoRA in the vision backbone that the original saves for FiLM, and the rank that its evaluation scripts
+# expect unless `--lora_rank` gives another.
+FILM_LORA_LAYERS = re.compile(r"(.*\.(?:qkv|proj|fc1|fc2|q|kv))\.(weight|bias)")
+FILM_LORA_RANK = 32
+FILM_WEIGHT = re.compile(r"\.(scale|shift)\.(weight|bias)$")
+
 # Values that are fixed in the original code and have no field in the layout.
 FIXED_FIELDS = {
     "vision_feature_layer": -2,
@@ -143,13 +149,7 @@ def export(
 
 def published_state_dict(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
     """Return the tensors of the published layout, sorted by name. Tensors that are only renamed share their memory."""
-    tensors = {}
-    backbone = model.model.vision_backbone
-    names = ("featurizer", "fused_featurizer")
-    for name, tower, config in zip(names, backbone.towers, model.config.vision_configs, strict=False):
-        read = _published_tower(tower)
-        for key, tensor in (read | _never_read(read, config)).items():
-            tensors[f"vision_backbone.{name}.{key}"] = tensor
+    tensors = {name: tensor for name, tensor in _published_backbone(model).items() if not FILM_WEIGHT.search(name)}
     for prefix, module in (
         ("projector.", model.model.projector),
         ("language_model.model.", model.model.language_model),
@@ -157,6 +157,42 @@ def published_state_dict(model: OpenVLAForActionPrediction) -> dict[str, torch.T
     ):
         tensors |= {prefix + key: tensor for key, tensor in module.state_dict().items()}
     return dict(sorted(tensors.items()))
+
+
+def published_film_backbone(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
+    """Return the vision backbone of a model with FiLM, as the original saves it in a file of its own.
+
+    The original reads it into a backbone whose layers have a LoRA. The weights are complete without one, so that it is
+    written as zeros.
+    """
+    tensors = {}
+    for name, tensor in _published_backbone(model).items():
+        if not FILM_WEIGHT.search(name):
+            name = re.sub(r"(\.blocks\.\d+\.)", r"\1block.", name)
+        adapted = FILM_LORA_LAYERS.fullmatch(name)
+        if adapted is None:
+            tensors[name] = tensor
+            continue
+        layer, kind = adapted.groups()
+        tensors[f"{layer}.base_layer.{kind}"] = tensor
+        if kind == "weight":
+            outputs, *inputs = tensor.shape
+            tensors[f"{layer}.lora_A.default.weight"] = tensor.new_zeros(FILM_LORA_RANK, *inputs)
+            tensors[f"{layer}.lora_B.default.weight"] = tensor.new_zeros(
+                outputs, FILM_LORA_RANK, *[1] * len(inputs[1:])
+            )
+    return tensors
+
+
+def _published_backbone(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
+    tensors = {}
+    backbone = model.model.vision_backbone
+    names = ("featurizer", "fused_featurizer")
+    for name, tower, config in zip(names, backbone.towers, model.config.vision_configs, strict=False):
+        read = _published_tower(tower)
+        for key, tensor in (read | _never_read(read, config)).items():
+            tensors[f"vision_backbone.{name}.{key}"] = tensor
+    return tensors
 
 
 def _published_tower(tower: PreTrainedModel) -> dict[str, torch.Tensor]:

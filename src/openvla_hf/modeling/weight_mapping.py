@@ -5,7 +5,8 @@ rule for `qkv` or `norm1` would rewrite the language model too. Source patterns 
 transformers finds a converter by its pattern alone.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def _qkv(attention: str) -> WeightConverter:
     )
 
 
+# FiLM in the layers of a tower.
+FILM = {r"\.scale\.": ".film_scale.", r"\.shift\.": ".film_shift."}
 # Class name of a tower, or model type -> published name (a pattern) -> ours.
 RENAMINGS: dict[str, dict[str, str]] = {
     "openvla": {r"^language_model\.model\.": "language_model.", r"^language_model\.lm_head\.": "lm_head."},
@@ -79,6 +82,7 @@ RENAMINGS: dict[str, dict[str, str]] = {
         r"\.attn\.proj\.": ".attention.o_proj.",
         r"\.ls1\.scale_factor": ".layer_scale1.lambda1",
         r"\.ls2\.scale_factor": ".layer_scale2.lambda1",
+        **FILM,
     },
     "OpenVLASiglipTower": {
         r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
@@ -87,6 +91,7 @@ RENAMINGS: dict[str, dict[str, str]] = {
         r"\.norm2\.": ".layer_norm2.",
         r"\.attn\.qkv\.": ".self_attn.qkv.",
         r"\.attn\.proj\.": ".self_attn.out_proj.",
+        **FILM,
     },
 }
 # Conversions that change tensors, applied after the renamings.
@@ -113,10 +118,32 @@ CONVERSIONS = {
 }
 
 
+def convert_tower(tower_class: str, published: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convert the published weights of a tower, which is not loaded with `from_pretrained`, to our names and shapes.
+
+    Args:
+        tower_class: Class name of the tower.
+        published: Weights by their names below the tower.
+    """
+    ours: dict[str, torch.Tensor] = {}
+    for name, tensor in published.items():
+        for pattern, target in RENAMINGS[tower_class].items():
+            name = re.sub(pattern, target, name)
+        parts = {name: tensor}
+        for rule in CONVERTERS[tower_class]:
+            pattern = rule.source_patterns[0]
+            if re.search(pattern, name):
+                (operation,) = rule.operations
+                converted = operation.convert({pattern: [tensor]}, rule.source_patterns, rule.target_patterns)
+                parts = {re.sub(pattern, target, name): part for target, part in converted.items()}
+        ours |= parts
+    return ours
+
+
 def register_conversions() -> None:
     """Make `from_pretrained` apply the rules; safe to call again, also from a second copy of this module."""
     for name, rules in CONVERSIONS.items():
         register_checkpoint_conversion_mapping(name, rules, overwrite=True)
 
 
-__all__ = ["CONVERSIONS", "RENAMINGS", "register_conversions"]
+__all__ = ["CONVERSIONS", "RENAMINGS", "convert_tower", "register_conversions"]

@@ -1,0 +1,226 @@
+"""FiLM: vision towers whose features the instruction modulates, as in OpenVLA-OFT+.
+
+In every layer, between attention and MLP, the mean embedding of the text scales and shifts each feature of every
+patch: `x * (1 + gamma) + beta`, with gamma and beta as linear functions of that mean.
+
+Shapes: B batch, T tokens, P patches (class and register tokens included), D width of the tower, L width of the
+language model.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersLayer,
+)
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+from .weight_mapping import convert_tower
+
+
+# LoRA of a published FiLM backbone has alpha = min(rank, 16).
+LARGEST_ALPHA = 16
+
+
+def mean_text_embedding(embeddings: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
+    """Average the embeddings of each row's text.
+
+    The text is every token of a row but images, state, actions and padding: BOS, the prompt and, after the action
+    slots, EOS. The original also averages the padding of a training batch, which makes a row depend on the longest
+    prompt beside it. Here a row has the mean that it has alone.
+
+    Args:
+        embeddings: (B, T, L).
+        is_text: (B, T), true for text.
+
+    Returns:
+        (B, L).
+    """
+    weights = is_text.to(embeddings).unsqueeze(-1)
+    return (embeddings * weights).sum(1) / weights.sum(1)
+
+
+class FilmLayer(nn.Module):
+    """Layer of a tower with FiLM; a mixin for the layers of transformers."""
+
+    film_scale: nn.Linear
+    film_shift: nn.Linear
+
+    def add_film(self, width: int, text_width: int) -> None:
+        """Add the two projections, (L) -> (D)."""
+        self.film_scale = nn.Linear(text_width, width)
+        self.film_shift = nn.Linear(text_width, width)
+
+    def modulate(self, hidden_states: torch.Tensor, language_embedding: torch.Tensor) -> torch.Tensor:
+        """Scale and shift features (B, P, D) by the mean embedding of the text (B, L)."""
+        gamma, beta = self.film_scale(language_embedding), self.film_shift(language_embedding)
+        return hidden_states * (1 + gamma.unsqueeze(1)) + beta.unsqueeze(1)
+
+
+class FilmDinov2Layer(FilmLayer, Dinov2WithRegistersLayer):
+    """Layer of DINOv2 with FiLM between attention and MLP."""
+
+    def __init__(self, config: PreTrainedConfig, text_width: int):
+        super().__init__(config)
+        self.add_film(config.hidden_size, text_width)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        language_embedding: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Transform (B, P, D), given the mean embedding of the text (B, L)."""
+        attended, _ = self.attention(self.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(attended))
+        hidden_states = self.modulate(hidden_states, language_embedding)
+        return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
+
+
+class FilmSiglipLayer(FilmLayer, SiglipEncoderLayer):
+    """Layer of SigLIP with FiLM between attention and MLP."""
+
+    def __init__(self, config: PreTrainedConfig, text_width: int):
+        super().__init__(config)
+        self.add_film(config.hidden_size, text_width)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        language_embedding: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Transform (B, P, D), given the mean embedding of the text (B, L)."""
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = self.modulate(hidden_states + attended, language_embedding)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+FILM_LAYERS: dict[type[nn.Module], type[FilmLayer]] = {
+    Dinov2WithRegistersLayer: FilmDinov2Layer,
+    SiglipEncoderLayer: FilmSiglipLayer,
+}
+
+
+def add_film(tower: PreTrainedModel, text_width: int) -> None:
+    """Replace the layers of a tower by new layers with FiLM.
+
+    Raises:
+        ValueError: The tower is neither DINOv2 nor SigLIP.
+    """
+    names = [name for name, module in tower.named_modules() if type(module) in FILM_LAYERS]
+    if not names:
+        raise ValueError(
+            f"`use_film` supports the towers DINOv2 and SigLIP, but this model has a tower of type "
+            f"{tower.config.model_type!r}."
+        )
+    for name in names:
+        film_layer = FILM_LAYERS[type(tower.get_submodule(name))]
+        tower.set_submodule(name, film_layer(tower.config, text_width))
+
+
+def film_backbone_weights(
+    backbone: PreTrainedModel, published: Mapping[str, torch.Tensor], source: str
+) -> dict[str, torch.Tensor]:
+    """Convert the vision backbone that the original saves beside a checkpoint with FiLM.
+
+    Args:
+        backbone: Backbone with FiLM that the weights are for.
+        published: Content of `vision_backbone--N_checkpoint.pt`: all weights of the backbone, with a LoRA that is not
+            merged.
+        source: Name of the file, for error messages.
+
+    Returns:
+        A weight for every parameter of the backbone. Weights that had a LoRA are float32.
+
+    Raises:
+        ValueError: A LoRA is incomplete, or the weights do not fit this backbone.
+    """
+    merged = merge_lora(published, source)
+    ours: dict[str, torch.Tensor] = {}
+    for tower_name, tower in backbone.named_children():
+        prefix = f"vision_backbone.{tower_name}."
+        of_tower = {name[len(prefix) :]: merged.pop(name) for name in list(merged) if name.startswith(prefix)}
+        converted = convert_tower(type(tower).__name__, of_tower)
+        ours |= {f"{prefix}{name}": tensor for name, tensor in converted.items()}
+    unread = [re.compile(pattern) for pattern in backbone._keys_to_ignore_on_load_unexpected or ()]
+    read = {
+        name.removeprefix("vision_backbone."): tensor
+        for name, tensor in (ours | merged).items()
+        if not any(pattern.search(name) for pattern in unread)
+    }
+    expected = dict(backbone.named_parameters())
+    for problem, names in (("lacks", expected.keys() - read), ("contains the unknown weight", read.keys() - expected)):
+        if names:
+            raise ValueError(
+                f"{source} {problem} {min(names)!r}: it is not the FiLM vision backbone of this checkpoint."
+            )
+    for name, parameter in expected.items():
+        if read[name].shape != parameter.shape:
+            raise ValueError(
+                f"{source} belongs to another model: {name!r} has the shape {tuple(read[name].shape)} instead of "
+                f"{tuple(parameter.shape)}."
+            )
+    return read
+
+
+def merge_lora(published: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """Merge the LoRA of a published FiLM backbone into its weights, with the names of a plain published backbone.
+
+    The original scales B A by alpha / rank, with alpha = min(rank, 16), and saves neither. The rank is the number of
+    rows of A.
+
+    Args:
+        published: Weights by their names in `vision_backbone--N_checkpoint.pt`.
+        source: Name of the file, for error messages.
+
+    Returns:
+        Weights by names such as `vision_backbone.featurizer.blocks.0.attn.qkv.weight`. Weights with LoRA are float32.
+
+    Raises:
+        ValueError: A LoRA has no layer, or its parts do not fit together.
+    """
+    merged = {}
+    for name, tensor in published.items():
+        layer, is_lora, _ = name.partition(".lora_")
+        if is_lora:
+            if f"{layer}.base_layer.weight" not in published:
+                raise ValueError(f"{source} contains {name!r}, but lacks the weight of this layer.")
+            continue
+        if name.endswith(".base_layer.weight"):
+            tensor = tensor.float() + _lora_delta(published, name.removesuffix(".base_layer.weight"), tensor, source)
+        merged[name.replace(".base_layer.", ".").replace(".block.", ".")] = tensor
+    return merged
+
+
+def _lora_delta(published: Mapping[str, torch.Tensor], layer: str, weight: torch.Tensor, source: str) -> torch.Tensor:
+    """Return what LoRA adds to the weight of a linear layer or of a convolution."""
+    try:
+        a, b = (published[f"{layer}.lora_{side}.default.weight"].float().flatten(1) for side in "AB")
+    except KeyError as error:
+        raise ValueError(f"{source} lacks {error.args[0]!r}: copy or download it again.") from error
+    rank = len(a)
+    if a.shape != (b.shape[1], weight[0].numel()) or len(b) != len(weight):
+        raise ValueError(
+            f"{source} is damaged: the LoRA of {layer!r} has the shapes {tuple(b.shape)} and {tuple(a.shape)}, which "
+            f"do not fit a weight of shape {tuple(weight.shape)}."
+        )
+    return (min(rank, LARGEST_ALPHA) / rank) * (b @ a).view_as(weight)
+
+
+__all__ = [
+    "FilmDinov2Layer",
+    "FilmSiglipLayer",
+    "add_film",
+    "film_backbone_weights",
+    "mean_text_embedding",
+    "merge_lora",
+]
