@@ -47,7 +47,7 @@ API = {
             **kwargs)
         OpenVLAForActionPrediction.get_action_dim(unnorm_key)
         OpenVLAForActionPrediction.get_action_stats(unnorm_key)
-        OpenVLAForActionPrediction.get_image_features(pixel_values)
+        OpenVLAForActionPrediction.get_image_features(pixel_values, language_embedding)
         OpenVLAForActionPrediction.load_adapter(peft_model_id, adapter_name, **kwargs)
         OpenVLAForActionPrediction.norm_stats
         OpenVLAForActionPrediction.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, stats,
@@ -60,8 +60,8 @@ API = {
         OpenVLAModel.embed(input_ids, pixel_values, proprio)
         OpenVLAModel.forward(input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             proprio, **kwargs)
-        OpenVLAModel.get_image_features(pixel_values)
-        OpenVLAModel.get_prefix_features(pixel_values, proprio)
+        OpenVLAModel.get_image_features(pixel_values, language_embedding)
+        OpenVLAModel.get_prefix_features(pixel_values, proprio, language_embedding)
         OpenVLAModel.place_prefix(inputs_embeds, input_ids, prefix)
         OpenVLAProcessor(image_processor, tokenizer, prompt_template, lowercase_instruction, strip_full_stop,
             image_token, image_token_id, num_image_tokens, cameras, state_dim)

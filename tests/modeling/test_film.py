@@ -3,20 +3,19 @@
 import pytest
 import torch
 from film_reference import PublishedTower
+from transformers import ViTConfig
 
 from openvla_hf.checkpoints.export import published_film_backbone
-from openvla_hf.modeling.film import add_film, film_backbone_weights, mean_text_embedding, merge_lora
+from openvla_hf.modeling.film import film_backbone_weights, mean_text_embedding, merge_lora
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
+from openvla_hf.modeling.vision_towers import build_tower
 from openvla_hf.testing import tiny_config
 
 
 def film_model(**kwargs):
-    """A tiny model with FiLM."""
-    config = tiny_config(**kwargs)
-    model = OpenVLAForActionPrediction(config).eval()
-    for tower in model.model.vision_backbone.towers:
-        add_film(tower, config.text_config.hidden_size)
-    return model
+    """A tiny model with FiLM and two images."""
+    fields = {"use_film": True, "num_images": 2, "action_decoding": "parallel", "action_head": "l1", "action_dim": 7}
+    return OpenVLAForActionPrediction(tiny_config(**fields | kwargs)).eval()
 
 
 def randomize(published, rank, seed=0):
@@ -31,13 +30,6 @@ def randomize(published, rank, seed=0):
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
 
 
-def features(backbone, pixel_values, language):
-    """Features (B, P, D) of all towers."""
-    pairs = zip(backbone.towers, pixel_values.split(3, dim=1), strict=True)
-    tokens = [tower(pixel_values=pixels, language_embedding=language).last_hidden_state for tower, pixels in pairs]
-    return torch.cat([one[:, -backbone.config.num_image_tokens :] for one in tokens], dim=-1)
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("rank", [4, 16, 24])
 def test_a_published_backbone_computes_what_its_unmerged_parts_compute(fused, rank):
@@ -46,57 +38,81 @@ def test_a_published_backbone_computes_what_its_unmerged_parts_compute(fused, ra
     published = randomize(published_film_backbone(model), rank)
     backbone.load_state_dict(film_backbone_weights(backbone, published, "the file"))
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(2, 3, 56, 56, generator=generator)
+    images = torch.randn(2, 2, len(backbone.towers), 3, 56, 56, generator=generator)
     language = torch.randn(2, config.text_config.hidden_size, generator=generator)
-    for (name, tower), tower_config in zip(backbone.named_children(), config.vision_configs, strict=True):
-        reference = PublishedTower(published, f"vision_backbone.{name}.", tower_config.num_attention_heads)
-        with torch.no_grad():
-            features = tower(pixel_values=pixels, language_embedding=language).last_hidden_state
-        expected = reference(pixels, language, config.vision_layers_built(tower_config))
-        torch.testing.assert_close(features[:, -config.num_image_tokens :], expected, rtol=1e-5, atol=2e-5)
+    towers = []
+    for index, (name, tower) in enumerate(
+        zip(("featurizer", "fused_featurizer"), config.vision_configs, strict=False)
+    ):
+        reference = PublishedTower(published, f"vision_backbone.{name}.", tower.num_attention_heads)
+        blocks = config.vision_layers_built(tower)
+        towers.append([reference(images[:, image, index], language, blocks) for image in range(2)])
+    expected = torch.cat([torch.cat(tower, dim=1) for tower in towers], dim=-1)
+    with torch.no_grad():
+        features = backbone(images.flatten(1, 3), language)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_an_exported_backbone_reads_back_unchanged():
     model = film_model()
     backbone = model.model.vision_backbone
-    pixels, language = torch.randn(2, 6, 56, 56), torch.randn(2, model.config.text_config.hidden_size)
+    pixels, language = torch.randn(2, 12, 56, 56), torch.randn(2, model.config.text_config.hidden_size)
     with torch.no_grad():
-        expected = features(backbone, pixels, language)
+        expected = backbone(pixels, language)
         backbone.load_state_dict(film_backbone_weights(backbone, published_film_backbone(model), "the file"))
-        torch.testing.assert_close(features(backbone, pixels, language), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(backbone(pixels, language), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_scale_and_a_shift_of_zero_leave_a_tower_as_it_is(fused, attention):
-    plain = OpenVLAForActionPrediction(tiny_config(fused=fused)).eval().model.vision_backbone
+    plain = film_model(fused=fused, use_film=False).model.vision_backbone
     film = film_model(fused=fused).model.vision_backbone
     assert not film.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
     for backbone in (plain, film):
         for tower in backbone.towers:
             tower.set_attn_implementation(attention)
-    pixels, language = torch.randn(2, 3 * len(film.towers), 56, 56), torch.randn(2, 64)
+    pixels, language = torch.randn(2, 6 * len(film.towers), 56, 56), torch.randn(2, 64)
     with torch.no_grad():
-        assert not features(film, pixels, language).equal(plain(pixels))
+        assert not film(pixels, language).equal(plain(pixels))
         for name, parameter in film.named_parameters():
             if ".film_" in name:
                 parameter.zero_()
-        assert features(film, pixels, language).equal(plain(pixels))
+        assert film(pixels, language).equal(plain(pixels))
 
 
 def test_gradients_reach_film_and_the_text_and_checkpointing_does_not_change_them():
     backbone = film_model().model.vision_backbone.train()
-    pixels, gradients = torch.randn(2, 6, 56, 56), []
+    pixels, gradients = torch.randn(2, 12, 56, 56), []
     language = torch.randn(2, 64, requires_grad=True)
     for checkpointing in (False, True):
         if checkpointing:
             backbone.activation_checkpointing_enable()
-        features(backbone, pixels, language).square().mean().backward()
+        backbone(pixels, language).square().mean().backward()
         gradients.append([one.grad for one in (language, *backbone.parameters())])
         assert all(gradient.any() for gradient in gradients[-1])
         backbone.zero_grad()
         language.grad = None
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_text_embedding_that_does_not_fit_is_refused():
+    film, plain = (film_model(use_film=use_film).model.vision_backbone for use_film in (True, False))
+    pixels = torch.randn(2, 12, 56, 56)
+    with pytest.raises(ValueError, match="`language_embedding` is missing"):
+        film(pixels)
+    with pytest.raises(ValueError, match=r"has shape \(1, 64\)"):
+        film(pixels, torch.randn(1, 64))
+    with pytest.raises(ValueError, match="no FiLM"):
+        plain(pixels, torch.randn(2, 64))
+
+
+def test_film_of_other_towers_or_of_autoregressive_decoding_is_refused():
+    tower = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    with pytest.raises(ValueError, match="'vit'"):
+        build_tower(tower, film_width=8)
+    with pytest.raises(ValueError, match="needs `action_decoding='parallel'`"):
+        tiny_config(use_film=True)
 
 
 def test_the_mean_of_the_text_is_that_of_each_row_alone():

@@ -263,6 +263,8 @@ class OpenVLAConfig(PreTrainedConfig):
             raise ValueError(f"`action_head={self.action_head!r}` needs `action_decoding='parallel'`.")
         if self.action_horizon > 1:
             raise ValueError(f"`action_horizon={self.action_horizon}` needs `action_decoding='parallel'`.")
+        if self.use_film:
+            raise ValueError("`use_film=True` needs `action_decoding='parallel'`.")
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary, without the fields of OpenVLA-OFT if all of them have their defaults."""

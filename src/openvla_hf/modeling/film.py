@@ -19,6 +19,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from .configuration_openvla import OpenVLAConfig
 from .weight_mapping import convert_tower
 
 
@@ -42,6 +43,25 @@ def mean_text_embedding(embeddings: torch.Tensor, is_text: torch.Tensor) -> torc
     """
     weights = is_text.to(embeddings).unsqueeze(-1)
     return (embeddings * weights).sum(1) / weights.sum(1)
+
+
+def check_language_embedding(config: OpenVLAConfig, language_embedding: torch.Tensor | None, rows: int) -> None:
+    """Check the mean embedding of the text (B, L) against the config.
+
+    Raises:
+        ValueError: It is missing, it is not expected, or its shape is wrong.
+    """
+    if not config.use_film:
+        if language_embedding is not None:
+            raise ValueError("The towers of this model have no FiLM: leave `language_embedding` out.")
+        return
+    shape = (rows, config.text_config.hidden_size)
+    if language_embedding is None or language_embedding.shape != shape:
+        given = "is missing" if language_embedding is None else f"has shape {tuple(language_embedding.shape)}"
+        raise ValueError(
+            f"The text modulates the towers of this model (FiLM), but `language_embedding` {given}: pass the mean "
+            f"embedding of each row's text, of shape {shape}."
+        )
 
 
 class FilmLayer(nn.Module):
@@ -220,6 +240,7 @@ __all__ = [
     "FilmDinov2Layer",
     "FilmSiglipLayer",
     "add_film",
+    "check_language_embedding",
     "film_backbone_weights",
     "mean_text_embedding",
     "merge_lora",

@@ -13,11 +13,9 @@ from torch import nn
 from transformers import (
     AutoModel,
     Cache,
-    Dinov2WithRegistersModel,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    SiglipVisionModel,
 )
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -29,6 +27,7 @@ from .action_heads import ActionHead, DefaultLinear, InputProjector
 from .action_prediction import ActionPrediction, ActionPredictionMixin
 from .checkpoint_loading import CheckpointMixin
 from .configuration_openvla import OpenVLAConfig
+from .film import FilmDinov2Layer, FilmSiglipLayer, check_language_embedding
 from .model_inputs import (
     check_image_tokens,
     check_pixel_values,
@@ -36,6 +35,7 @@ from .model_inputs import (
     check_proprio,
     insert_image_tokens,
 )
+from .vision_towers import TOWERS, build_tower
 from .weight_mapping import register_conversions
 
 
@@ -67,32 +67,6 @@ class OpenVLACausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
-
-
-class OpenVLADinov2Tower(Dinov2WithRegistersModel):
-    """DINOv2 without the mask token and the final norm, which OpenVLA never reads."""
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        mask_token = self.embeddings.mask_token
-        del self.embeddings.mask_token
-        self.embeddings.register_buffer("mask_token", torch.zeros_like(mask_token), persistent=False)
-        self.layernorm = nn.Identity()
-
-
-class OpenVLASiglipTower(SiglipVisionModel):
-    """SigLIP without the final norm and the pooling head."""
-
-    def __init__(self, config: PreTrainedConfig):
-        config.vision_use_head = False
-        super().__init__(config)
-        self.post_layernorm = nn.Identity()
-
-
-TOWERS: dict[str, type[PreTrainedModel]] = {
-    "dinov2_with_registers": OpenVLADinov2Tower,
-    "siglip_vision_model": OpenVLASiglipTower,
-}
 
 
 class OpenVLAPreTrainedModel(PreTrainedModel):
@@ -140,6 +114,7 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
     """One or two towers, each built up to the block whose output is read."""
 
     main_input_name = "pixel_values"
+    _no_split_modules = [FilmDinov2Layer.__name__, FilmSiglipLayer.__name__]  # noqa: RUF012
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__(config)
@@ -158,27 +133,32 @@ class OpenVLAVisionBackbone(OpenVLAPreTrainedModel):
             rf"|encoder\.layers?\.({above})\.)" if above else ")"
         )
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), unread}  # type: ignore[has-type]
-        tower_class = TOWERS.get(tower_config.model_type)
-        return AutoModel.from_config(tower_config) if tower_class is None else tower_class(tower_config)
+        return build_tower(tower_config, self.config.text_config.hidden_size if self.config.use_film else None)
 
     @property
     def towers(self) -> list[PreTrainedModel]:
         """The towers in the order of their channels in `pixel_values`."""
         return [self.featurizer] + ([self.fused_featurizer] if self.config.fused_vision_config is not None else [])
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, language_embedding: torch.Tensor | None = None) -> torch.Tensor:
         """Encode images (B, 3 * towers * images, H, W) as patch tokens before the final norm.
+
+        `language_embedding` (B, D) is the mean embedding of each row's text, for FiLM.
 
         Returns (B, images * P, sum of towers' widths), one image after the other.
         """
         check_pixel_values(self.config, pixel_values)
+        check_language_embedding(self.config, language_embedding, len(pixel_values))
+        film = {}
+        if language_embedding is not None:
+            film["language_embedding"] = language_embedding.repeat_interleave(self.config.num_images, dim=0)
         pixel_values = pixel_values.unflatten(1, (self.config.num_images, -1)).flatten(0, 1)
         features = []
         for tower, pixels in zip(self.towers, pixel_values.split(3, dim=1), strict=True):
             if isinstance(tower, tuple(TOWERS.values())):
-                tokens = tower(pixel_values=pixels).last_hidden_state  # type: ignore[operator]
+                tokens = tower(pixel_values=pixels, **film).last_hidden_state  # type: ignore[operator]
             else:  # other towers have a final norm: read the hidden states before it
-                tokens = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+                tokens = tower(pixel_values=pixels, output_hidden_states=True, **film).hidden_states[-1]
             # Class and register tokens come first.
             features.append(tokens[:, -self.config.num_image_tokens :])
         return torch.cat(features, dim=-1).unflatten(0, (-1, self.config.num_images)).flatten(1, 2)
@@ -227,14 +207,30 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed images (B, 3 * towers * images, H, W) as (B, images * P, D), one embedding for each patch."""
-        return self.projector(self.vision_backbone(pixel_values.to(self.projector.fc1.bias.dtype)))
+    def get_image_features(
+        self, pixel_values: torch.Tensor, language_embedding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed images (B, 3 * towers * images, H, W) as (B, images * P, D), one embedding for each patch.
 
-    def get_prefix_features(self, pixel_values: torch.Tensor, proprio: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed images (B, 3 * towers * images, H, W), then the normalised state (B, S), as (B, prefix, D)."""
+        `language_embedding` (B, D) is the mean embedding of each row's text, for FiLM.
+        """
+        dtype = self.projector.fc1.bias.dtype
+        if language_embedding is not None:
+            language_embedding = language_embedding.to(dtype)
+        return self.projector(self.vision_backbone(pixel_values.to(dtype), language_embedding))
+
+    def get_prefix_features(
+        self,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None = None,
+        language_embedding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed images (B, 3 * towers * images, H, W), then the normalised state (B, S), as (B, prefix, D).
+
+        `language_embedding` (B, D) is the mean embedding of each row's text, for FiLM.
+        """
         check_proprio(self.config, proprio, len(pixel_values))
-        features = self.get_image_features(pixel_values)
+        features = self.get_image_features(pixel_values, language_embedding)
         if self.proprio_projector is None:
             return features
         return torch.cat([features, self.proprio_projector(proprio).to(features).unsqueeze(1)], dim=1)
@@ -330,9 +326,11 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         """Return the LM head."""
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed images (B, 3 * towers, H, W) as (B, P, D), one embedding for each patch."""
-        return self.model.get_image_features(pixel_values)
+    def get_image_features(
+        self, pixel_values: torch.Tensor, language_embedding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed images like `OpenVLAModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, language_embedding)
 
     @can_return_tuple
     def forward(
