@@ -99,6 +99,7 @@ API = {
             fused, norm_stats, **fields)
         tiny_processor(tokenizer, config)
         tiny_tokenizer(texts, merges, phrases)
+        write_tiny_oft(folder, platform, head, proprio, step)
     """,
     "openvla_hf.checkpoints.convert": """
         BASE_MODELS

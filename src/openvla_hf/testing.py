@@ -1,13 +1,20 @@
 """Build tiny models, processors and episodes offline in milliseconds, for tests, notebooks and examples."""
 
+import json
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .modeling.checkpoint_files import STATISTICS_FILE
 from .modeling.configuration_openvla import OpenVLAConfig
+from .modeling.modeling_openvla import OpenVLAForActionPrediction
+from .modeling.oft_loading import HEAD_PREFIXES, MODULES, PARALLEL_PREFIX, PLATFORMS, SUFFIX
 from .processing.image_processing_openvla import OpenVLAImageProcessor
 from .processing.processing_openvla import PURE_PROMPT, OpenVLAProcessor
 
@@ -163,3 +170,76 @@ def fake_episode(
         {"image": image, "instruction": instruction, "action": action}
         for image, action in zip(images, actions, strict=True)
     ]
+
+
+def write_tiny_oft(
+    folder: str | os.PathLike,
+    *,
+    platform: str = "libero",
+    head: str = "l1",
+    proprio: bool = True,
+    step: str = "latest",
+) -> Path:
+    """Write a tiny OpenVLA-OFT checkpoint with random weights, in the layout of the original code.
+
+    Args:
+        folder: Folder to write into.
+        platform: Robot, whose dimensions the action head, the projector of the state and the statistics have.
+        head: "l1", "diffusion", or "none" for a policy that predicts action tokens.
+        proprio: Whether the policy sees the robot's state. Without head and state there are no further files.
+        step: Training step in the names of the files.
+
+    Returns:
+        The folder. Its statistics have the key "tiny".
+    """
+    folder, preset = Path(folder), PLATFORMS[platform]
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = OpenVLAForActionPrediction(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    tiny_processor(config=config).save_pretrained(folder)
+    statistics = {"action": _tiny_statistics(preset["action_dim"]), "proprio": _tiny_statistics(preset["proprio_dim"])}
+    (folder / STATISTICS_FILE).write_text(json.dumps({"tiny": statistics}), encoding="utf-8")
+
+    width, dims = config.text_config.hidden_size, preset["action_dim"]
+    projectors = {"proprio_projector": preset["proprio_dim"]} if proprio else {}
+    if head == "diffusion":
+        projectors["noisy_action_projector"] = 1
+    states = {
+        name: {
+            **_tiny_layer("fc1", width, inputs),
+            **_tiny_layer("fc2", width, width),
+        }
+        for name, inputs in projectors.items()
+    }
+    if head != "none":
+        sizes = {"layer_norm1": (dims * width,), "fc1": (width, dims * width), "fc2": (dims, width)}
+        states["action_head"] = {
+            key: tensor.bfloat16()
+            for module in MODULES["action_head"]
+            for key, tensor in _tiny_layer(
+                HEAD_PREFIXES[head] + module,
+                *sizes.get(module, (width,) if module.endswith(("ffn.0", "layer_norm2")) else (width, width)),
+            ).items()
+        }
+    for name, state in states.items():
+        torch.save(
+            {PARALLEL_PREFIX + key: tensor for key, tensor in state.items()}, folder / f"{name}--{step}{SUFFIX}"
+        )
+    return folder
+
+
+def _tiny_layer(name: str, *sizes: int) -> dict[str, torch.Tensor]:
+    """Make the weight (of the given sizes) and the bias of a layer."""
+    return {f"{name}.weight": 0.15 * torch.randn(sizes), f"{name}.bias": 0.15 * torch.randn(sizes[:1])}
+
+
+def _tiny_statistics(dims: int) -> dict[str, Any]:
+    """Make statistics of `dims` dimensions, of which the last is a gripper."""
+    bounds = {"q01": -0.5, "q99": 0.5, "min": -1.0, "max": 1.0, "mean": 0.0, "std": 0.3}
+    statistics: dict[str, Any] = {
+        name: [value * (1 + index / 10) for index in range(dims)] for name, value in bounds.items()
+    }
+    return statistics | {"mask": [True] * (dims - 1) + [False]}

@@ -10,11 +10,9 @@ from PIL import Image
 
 from openvla_hf import load_adapter
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 from openvla_hf.training.recipes import recipe
 
-
-OFT_FILE = "action_head--150000_checkpoint.pt"
 
 LOAD = """
 import json, sys
@@ -29,7 +27,7 @@ AutoModel.from_pretrained("someone/good", local_files_only=True)
 
 for load in (AutoModel, openvla_hf.OpenVLAForActionPrediction):
     try:
-        load.from_pretrained("someone/oft")
+        load.from_pretrained("someone/oft", num_images=1, action_dim=6)
     except ValueError as error:
         print(error)
 AutoModel.from_pretrained("someone/oft", subfolder="plain")
@@ -49,7 +47,8 @@ def fail(*args, **kwargs):
 HfApi.model_info = fail
 for repo in ("someone/good", "someone/oft"):
     try:
-        AutoModel.from_pretrained(repo)
+        config = AutoModel.from_pretrained(repo).config
+        print(config.action_head, config.num_images)
     except (OSError, ValueError) as error:
         print(error)
 """
@@ -65,27 +64,27 @@ def test_a_checkpoint_on_the_hub(tiny, run_python, tmp_path):
         good, oft = hub.root / "someone/good", hub.root / "someone/oft"
         model.save_pretrained(good)
         processor.save_pretrained(good)
-        shutil.copytree(good, oft)
+        write_tiny_oft(oft)
         shutil.copytree(good, oft / "plain")
-        (oft / OFT_FILE).write_bytes(b"weights")
 
         loaded, refused, again = run_python(LOAD, image, **hub.env).stdout.splitlines()
         assert json.loads(loaded) == action
         assert refused == again
-        assert f"someone/oft is an OpenVLA-OFT checkpoint (it contains '{OFT_FILE}')" in refused
+        assert "`action_dim=6` contradicts action_head--latest_checkpoint.pt of someone/oft" in refused
         # Both Auto classes ask which commit it is, and the model for the files (the tree is for chat templates).
         asked = [request for request in hub.requests if "/api/models/someone/good" in request]
         assert len([request for request in asked if "/tree/" not in request]) == 3
-        # What is refused is not downloaded first.
+        # The weights of what is refused are not downloaded first.
         weights = [request for request in hub.requests if "/oft/resolve/" in request and "safetensors" in request]
         assert "/plain/" in weights[0]
 
         # Where there is no list, what is in the cache is looked at and loaded, and nothing else.
-        assert run_python(LOAD_WITHOUT_THE_LIST, **hub.env).stdout.strip() == refused
+        cached = ["none 1", "l1 2"]
+        assert run_python(LOAD_WITHOUT_THE_LIST, **hub.env).stdout.splitlines() == cached
         unknown = run_python(LOAD_WITHOUT_THE_LIST, **hub.env, HF_HOME=str(tmp_path / "empty")).stdout.splitlines()
         for repo, sentence in zip(("someone/good", "someone/oft"), unknown, strict=True):
             assert sentence.startswith(f"Cannot read the weights of {repo}: the Hub does not answer")
-    assert run_python(LOAD_WITHOUT_THE_LIST, HF_HUB_OFFLINE="1").stdout.strip() == refused
+    assert run_python(LOAD_WITHOUT_THE_LIST, HF_HUB_OFFLINE="1").stdout.splitlines() == cached
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from ..modeling.action_tokenizer import action_dim, check_statistics
 from ..modeling.checkpoint_files import (
     ADAPTER_CONFIG,
     HUB_ERRORS,
+    OFT_FILES,
     STATISTICS_FILE,
     CheckpointFiles,
     hub_error,
     unreadable_weights,
 )
-from ..modeling.checkpoint_loading import OFT_FILES, named_base, refuse_training_run, statistics_in_file
+from ..modeling.checkpoint_loading import named_base, refuse_training_run, statistics_in_file
 from ..modeling.configuration_openvla import OpenVLAConfig
 
 

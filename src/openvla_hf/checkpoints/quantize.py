@@ -21,10 +21,11 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..modeling.checkpoint_files import CheckpointFiles, unreadable_weights
-from ..modeling.checkpoint_loading import read_statistics, refuse_foreign_files, refuse_oft
+from ..modeling.checkpoint_loading import read_statistics, refuse_foreign_files
 from ..modeling.configuration_openvla import OpenVLAConfig
 from ..modeling.known_names import check_name
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
+from ..modeling.oft_loading import component_files
 from ..modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
 from ..new_folder import new_folder, require_new_folder
 from .shard_writing import SHARD_BYTES, Shard, write_shards
@@ -266,8 +267,12 @@ def quantize(
     require_new_folder(destination)
     files = CheckpointFiles.locate(source, **hub_kwargs)
     hub_kwargs = hub_kwargs | files.hub_kwargs
-    refuse_oft(files)
     refuse_foreign_files(files)
+    if components := component_files(files):
+        raise ValueError(
+            f"{source} has weights in files of their own ({', '.join(components.values())}), which are not quantised. "
+            "Load it with `from_pretrained`, save it with `save_pretrained`, and quantise the saved checkpoint."
+        )
     config = config or AutoConfig.from_pretrained(source, **hub_kwargs)
     refuse_second(source, getattr(config, "quantization_config", None))
     model, quantizer = _empty_model(config, name, towers, dtype)

@@ -30,6 +30,8 @@ from transformers.utils.hub import (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 STATISTICS_FILE = "dataset_statistics.json"
+# Weights of published OpenVLA-OFT checkpoints beside the safetensors files.
+OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
 # Arguments that select files of a repository and say how to download them.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Seconds to wait for the Hub's list of a repository's files.
@@ -259,6 +261,7 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "HUB_ERRORS",
     "HUB_KWARGS",
+    "OFT_FILES",
     "STATISTICS_FILE",
     "CheckpointFiles",
     "hub_error",

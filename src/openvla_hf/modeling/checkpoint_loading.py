@@ -27,6 +27,7 @@ from .checkpoint_files import (
 )
 from .configuration_openvla import AUTO_MAP, OpenVLAConfig
 from .folder_writing import written_whole
+from .oft_loading import complete_config, place_components, read_components, report_muted
 from .quantized_loading import missing_package, prepare_quantized, refuse_second, with_defaults
 
 
@@ -35,21 +36,8 @@ if TYPE_CHECKING:
 else:  # a mixin, combined with a `PreTrainedModel`
     _Base = object
 
-# Files of OpenVLA-OFT checkpoints, whose other weights have the names of OpenVLA's.
-OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
-
-
 # Weights, or an index of them, in the same folder.
 PLAIN_WEIGHTS = re.compile(r"[^/\\:\0]+\.safetensors(\.index\.json)?")
-
-
-def refuse_oft(files: CheckpointFiles) -> None:
-    """Raise `ValueError` for an OpenVLA-OFT checkpoint: it would load, but act wrongly without its action head."""
-    if found := files.match(OFT_FILES):
-        raise ValueError(
-            f"{files.source} is an OpenVLA-OFT checkpoint (it contains {found[0]!r}), whose action head this class "
-            "does not have: run it with the code of OpenVLA-OFT."
-        )
 
 
 def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
@@ -92,8 +80,8 @@ def refuse_foreign_weights(
         if keys := sorted(names):
             count = f"{len(keys)} weights are" if len(keys) > 1 else "1 weight is"
             raise ValueError(
-                f"Cannot load {repo} as OpenVLA: {count} {problem} (for example {keys[0]!r}). An OpenVLA-OFT "
-                "checkpoint needs the code of OpenVLA-OFT."
+                f"Cannot load {repo} as OpenVLA: {count} {problem} (for example {keys[0]!r}). Weights and "
+                "config belong to different models."
             )
     if shapes := sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in mismatched):
         name, found, wanted = shapes[0]
@@ -226,22 +214,31 @@ class CheckpointMixin(_Base):
     ) -> Any:
         """Load a published checkpoint or our own, like `PreTrainedModel.from_pretrained`.
 
-        A `quantization_config` leaves the head, the towers and the projector in 16 bits by default. Weights are read
-        from safetensors files only: a pickled file could run code.
+        A published OpenVLA-OFT checkpoint has components in files of their own (`action_head--*_checkpoint.pt`). They
+        and `platform` ("libero", "aloha" or "bridge") give the fields of the config that it does not state. The
+        platform is recognised by the dimensions of the action and the state where only one has them. A checkpoint
+        without components that decodes in parallel is not recognised, so it needs `platform`: it has no action head,
+        one image and no state, unless fields of the config are given (`num_images=2`).
+
+        A `quantization_config` leaves the heads, the towers and the projectors in 16 bits by default. Weights are read
+        from safetensors files, and components as data alone: a pickled file could run code.
 
         Raises:
-            ValueError: Weights are missing or unexpected, the checkpoint is an OpenVLA-OFT one, or it is quantised
-                already and `quantization_config` is given.
+            ValueError: Weights are missing or unexpected, a field of the config stays unknown or contradicts the
+                components, a component is not one of OpenVLA-OFT, or the checkpoint is quantised already and
+                `quantization_config` is given.
             OSError: A weights file is missing or can't be read.
             ImportError: The package that the quantised weights need is not installed.
         """
+        platform, given_statistics = kwargs.pop("platform", None), kwargs.get("norm_stats")
         files, adapter = resolve_adapter(pretrained_model_name_or_path, kwargs)
         source = files.source
         refuse_foreign_config(files, kwargs.get("config"), adapter)
-        refuse_oft(files)
         refuse_foreign_files(files)
         if not files.is_whole and not any(name.endswith(".safetensors") for name in files.names):
             raise hub_error(str(source), "the weights", files.failure)
+        components = read_components(files)
+        complete_config(files, components, platform, kwargs)
         if kwargs.get("quantization_config") is not None:
             refuse_second(source, stored_quantization(files, kwargs.get("config")))
             kwargs["quantization_config"] = with_defaults(kwargs["quantization_config"])
@@ -249,7 +246,8 @@ class CheckpointMixin(_Base):
         # Weights of another shape are refused below, with a clearer error.
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         try:
-            model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+            with report_muted(components):
+                model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise unreadable_weights(source, error) from error
         except OSError as error:
@@ -267,9 +265,9 @@ class CheckpointMixin(_Base):
                 f"Cannot load {source} as OpenVLA: a weight has a different shape from the config's. Weights and "
                 "config belong to different models."
             ) from error
+        info["missing_keys"] -= place_components(model, components, source)
         refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-        given = kwargs.get("norm_stats")
-        model.norm_stats = read_statistics(files, model.norm_stats) if given is None else given
+        model.norm_stats = read_statistics(files, model.norm_stats) if given_statistics is None else given_statistics
         prepare_quantized(model)
         if adapter is not None:
             model.load_adapter(adapter.source, **adapter.hub_kwargs)
@@ -331,13 +329,11 @@ class CheckpointMixin(_Base):
 
 
 __all__ = [
-    "OFT_FILES",
     "CheckpointMixin",
     "named_base",
     "read_statistics",
     "refuse_foreign_files",
     "refuse_foreign_weights",
-    "refuse_oft",
     "refuse_training_run",
     "statistics_in_file",
 ]

@@ -156,6 +156,8 @@ class OpenVLAConfig(PreTrainedConfig):
 
     model_type = "openvla"
     attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
+    # Names of the fields in `OFT_FIELDS` that the caller of `from_pretrained` gave. Not saved.
+    given_fields = ()
     sub_configs_defaults = {  # noqa: RUF012
         "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2_with_registers"),
         "fused_vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model", optional=True),
@@ -206,7 +208,7 @@ class OpenVLAConfig(PreTrainedConfig):
                     f"{config.num_hidden_layers} layers: give at least -{config.num_hidden_layers}."
                 )
         self._check_ids()
-        self._check_action_fields()
+        self.check_action_fields()
         check_name(self.projector_hidden_act, ACT2CLS, "`projector_hidden_act`")
         patches = {(config.image_size // config.patch_size) ** 2 for config in self.vision_configs}
         if len(patches) != 1:
@@ -240,8 +242,8 @@ class OpenVLAConfig(PreTrainedConfig):
                 f"{self.action_vocab_end - 1}): choose an id outside this range."
             )
 
-    def _check_action_fields(self) -> None:
-        """Check the fields that OpenVLA-OFT adds."""
+    def check_action_fields(self) -> None:
+        """Check the fields that OpenVLA-OFT adds; raise `ValueError` if one is wrong or contradicts another."""
         for name, choices in ACTION_CHOICES.items():
             check_name(getattr(self, name), choices, f"`{name}`")
         counts = ["num_images", "action_horizon", "diffusion_steps"]
@@ -269,6 +271,7 @@ class OpenVLAConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary, without the fields of OpenVLA-OFT if all of them have their defaults."""
         fields = super().to_dict()
+        fields.pop("given_fields", None)
         added = {name: type(self).__dataclass_fields__[name].default for name in OFT_FIELDS}
         # Code that was pushed with older checkpoints does not know these fields.
         if all(fields.get(name, default) == default for name, default in added.items()):
@@ -285,7 +288,11 @@ class OpenVLAConfig(PreTrainedConfig):
                 merged = (config_dict.get(name) or {}) | kwargs.pop(name)
                 # These fields name the stages of the stored number of layers, which the override may change.
                 config_dict[name] = {k: v for k, v in merged.items() if k not in ("out_features", "out_indices")}
-        return super().from_dict(config_dict, **kwargs)
+        built = super().from_dict(config_dict, **kwargs)
+        if given := tuple(name for name in OFT_FIELDS if name in kwargs):
+            config = built[0] if kwargs.get("return_unused_kwargs") else built
+            config.given_fields = given
+        return built
 
     def _read_published(self, backbone_id: str) -> None:
         """Fill in the sub-configs that a published config gives by the names of its backbones."""

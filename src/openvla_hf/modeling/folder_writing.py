@@ -11,7 +11,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
-from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, STATISTICS_FILE
+from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OFT_FILES, STATISTICS_FILE
 
 
 # Prefix of folders that are being written. Uploads to the Hub skip names that begin with "_".
@@ -28,7 +28,7 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
 
     If the writing fails, `folder` stays as it was. If the process ends while files are moved, the config is missing
     and `folder` does not load. Earlier weights and statistics that the new files replace are removed. A whole
-    checkpoint replaces an earlier adapter as well.
+    checkpoint replaces an earlier adapter and the components of OpenVLA-OFT as well.
 
     Args:
         folder: New or existing folder. Other files in an existing folder are kept.
@@ -79,6 +79,8 @@ def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
     if CONFIG_NAME in configs and stems:  # an earlier adapter would be applied to it
         stems.add(_stem(ADAPTER_WEIGHTS))
         (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+        for component in (path for pattern in OFT_FILES for path in folder.glob(pattern)):
+            component.unlink()
     for name in configs:
         (folder / name).unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):

@@ -1,0 +1,424 @@
+"""Published OpenVLA-OFT checkpoints: weights in files of their own, and the fields that no file states.
+
+An OFT checkpoint is an OpenVLA checkpoint with further components beside it, each saved by `torch.save`. Its
+`config.json` is that of plain OpenVLA: the original takes all else from its command line. Here the files and the
+shapes in them, the robot's platform and the arguments of `from_pretrained` give the fields of the config.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from .checkpoint_files import OFT_FILES, CheckpointFiles, hub_error
+from .configuration_openvla import OFT_FIELDS, OpenVLAConfig
+from .known_names import check_name
+from .torch_files import read_torch_file
+
+
+# Fields of the config that the original keeps in constants, chosen by a word in its command line.
+PLATFORMS: dict[str, dict[str, Any]] = {
+    "libero": {
+        "num_images": 2,
+        "action_horizon": 8,
+        "action_dim": 7,
+        "proprio_dim": 8,
+        "action_normalization": "q99",
+    },
+    "aloha": {
+        "num_images": 3,
+        "action_horizon": 25,
+        "action_dim": 14,
+        "proprio_dim": 14,
+        "action_normalization": "bounds",
+    },
+    "bridge": {
+        "num_images": 1,
+        "action_horizon": 5,
+        "action_dim": 7,
+        "proprio_dim": 7,
+        "action_normalization": "q99",
+    },
+}
+# Fields without a default in the config of a policy that decodes in parallel.
+NEEDED_FIELDS = ("num_images", "action_horizon", "action_dim", "action_normalization")
+# Without a component there is no head and no state, and these checkpoints see one image.
+WITHOUT_COMPONENTS: dict[str, Any] = {
+    "action_decoding": "parallel",
+    "action_head": "none",
+    "num_images": 1,
+    "proprio_dim": None,
+    "use_film": False,
+}
+
+SUFFIX = "_checkpoint.pt"
+# Field of the config -> component that it belongs to.
+COMPONENTS_OF_FIELDS = {
+    "action_head": "action_head",
+    "action_dim": "action_head",
+    "proprio_dim": "proprio_projector",
+    "use_film": "vision_backbone",
+}
+
+# Prefix in files of a model that was trained with DistributedDataParallel.
+PARALLEL_PREFIX = "module."
+# Prefix of the head's modules in its file, by the kind of the head.
+HEAD_PREFIXES = {"l1": "model.", "diffusion": "noise_predictor.mlp_resnet."}
+PROJECTOR_MODULES = {"fc1": "fc1", "fc2": "fc2"}
+# Component -> published module -> ours.
+MODULES: dict[str, dict[str, str]] = {
+    "action_head": {
+        "layer_norm1": "layer_norm1",
+        "fc1": "fc1",
+        "mlp_resnet_blocks.0.ffn.0": "blocks.0.norm",
+        "mlp_resnet_blocks.0.ffn.1": "blocks.0.linear",
+        "mlp_resnet_blocks.1.ffn.0": "blocks.1.norm",
+        "mlp_resnet_blocks.1.ffn.1": "blocks.1.linear",
+        "layer_norm2": "layer_norm2",
+        "fc2": "fc2",
+    },
+    "proprio_projector": PROJECTOR_MODULES,
+    "noisy_action_projector": PROJECTOR_MODULES,
+}
+# Component -> path of its module in our model.
+PATHS = {
+    "action_head": "action_head.",
+    "proprio_projector": "model.proprio_projector.",
+    "noisy_action_projector": "model.noisy_action_projector.",
+}
+
+
+@dataclass(frozen=True)
+class Components:
+    """Components of a published OFT checkpoint.
+
+    Attributes:
+        files: Component -> name of its file.
+        weights: Weights by our names.
+        fields: Fields of the config that the files and the shapes in them determine.
+    """
+
+    files: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def component_files(files: CheckpointFiles) -> dict[str, str]:
+    """Find the file of each component of a published OFT checkpoint: component -> name.
+
+    Raises:
+        ValueError: A component has two files, or a file with another ending.
+        OSError: A file is listed, but is not in the cache and can't be downloaded.
+    """
+    found = {}
+    for pattern in OFT_FILES:
+        component = pattern.removesuffix("--*")
+        names = files.match([pattern])
+        if not names:
+            continue
+        if len(names) > 1:
+            raise ValueError(
+                f"{files.source} has {len(names)} files of the {component} ({', '.join(names)}): keep the one of the "
+                "training step to load."
+            )
+        if names[0] not in files.names:
+            raise hub_error(str(files.source), names[0], files.failure)
+        if not names[0].endswith(SUFFIX):
+            raise ValueError(
+                f"{names[0]} of {files.source} is not a file of the {component} that can be read: its name must be "
+                f"{component}--STEP{SUFFIX}."
+            )
+        found[component] = names[0]
+    return found
+
+
+def read_components(files: CheckpointFiles) -> Components:
+    """Read the components of a published OFT checkpoint; without any, the result is empty.
+
+    Raises:
+        ValueError: A component is refused (it holds more than tensors), has other weights than the original's, or the
+            components don't belong together.
+        OSError: A file can't be read.
+    """
+    found = component_files(files)
+    weights: dict[str, torch.Tensor] = {}
+    known: dict[str, Any] = {"action_decoding": "parallel", "action_head": "none", "use_film": False} if found else {}
+    for component, name in found.items():
+        if component == "vision_backbone":
+            raise ValueError(
+                f"{files.source} conditions its vision towers on the text (FiLM), which is not supported."
+            )
+        path = files.find(name)
+        assert path is not None  # it was listed
+        renamed = _rename(component, _read_state_dict(path), f"{name} of {files.source}")
+        known |= renamed.fields
+        weights |= renamed.weights
+    if found:
+        _check_head(files.source, found, known["action_head"])
+    return Components(found, weights, known)
+
+
+def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
+    """Read a state dict, and remove the prefix of DistributedDataParallel."""
+    state = read_torch_file(path)
+    if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} is not a state dict: save the state dict of the component alone.")
+    return {key.removeprefix(PARALLEL_PREFIX): tensor for key, tensor in state.items()}
+
+
+def _rename(component: str, state: dict[str, torch.Tensor], where: str) -> Components:
+    """Translate the weights of a component to our names, and read the fields that their shapes determine."""
+    shown: dict[str, Any] = {}
+    prefix = ""
+    if component == "action_head":
+        kinds = [kind for kind, start in HEAD_PREFIXES.items() if all(key.startswith(start) for key in state)]
+        if not kinds:
+            raise ValueError(
+                f"{where} has the unknown weight {min(state)!r}: it is not an action head of OpenVLA-OFT."
+            )
+        shown["action_head"] = kinds[0]
+        prefix = HEAD_PREFIXES[kinds[0]]
+    names = {
+        f"{prefix}{published}.{kind}": f"{PATHS[component]}{ours}.{kind}"
+        for published, ours in MODULES[component].items()
+        for kind in ("weight", "bias")
+    }
+    for problem, keys in (
+        ("lacks", names.keys() - state.keys()),
+        ("has the unknown weight", state.keys() - names.keys()),
+    ):
+        if keys:
+            raise ValueError(f"{where} {problem} {min(keys)!r}: it is not a {component} of OpenVLA-OFT.")
+    if component == "action_head":
+        shown["action_dim"] = len(state[f"{prefix}fc2.weight"])
+    elif component == "proprio_projector":
+        shown["proprio_dim"] = state["fc1.weight"].shape[-1]
+    return Components(weights={names[key]: tensor for key, tensor in state.items()}, fields=shown)
+
+
+def _check_head(source: Any, found: dict[str, str], head: str) -> None:
+    """Raise `ValueError` unless the noisy action projector is there for a diffusion head, and only for one."""
+    has_projector = "noisy_action_projector" in found
+    if head == "diffusion" and not has_projector:
+        raise ValueError(
+            f"{source} has a diffusion head ({found['action_head']}) without a file "
+            f"noisy_action_projector--*{SUFFIX}: copy the file beside the config."
+        )
+    if has_projector and head != "diffusion":
+        of_head = f"{found['action_head']} is not a diffusion head" if "action_head" in found else "has no action head"
+        raise ValueError(
+            f"{source} has {found['noisy_action_projector']}, but {of_head}: keep the files of one training run."
+        )
+
+
+def resolve_fields(components: Components, platform: str | None, given: dict[str, Any], source: Any) -> dict[str, Any]:
+    """Resolve the fields of the config that a published OFT checkpoint does not state.
+
+    Args:
+        components: Components of the checkpoint. Without any, the checkpoint has no head, no state and one image.
+        platform: Name in `PLATFORMS`, or `None` to recognise it from the dimensions of the action and the state.
+        given: Fields that the caller of `from_pretrained` gave; they take precedence over the platform's.
+        source: Folder or Hub id, for the messages.
+
+    Returns:
+        All fields, those in `given` included.
+
+    Raises:
+        ValueError: The platform is unknown, a field contradicts the files, or a field stays unknown.
+    """
+    if platform is not None:
+        check_name(platform, PLATFORMS, "`platform`")
+    known = components.fields if components.files else dict(WITHOUT_COMPONENTS)
+    _refuse_contradictions(components, known, given, source)
+    if components.files and "proprio_dim" not in known | given:
+        raise ValueError(
+            f"{source} has no file proprio_projector--*{SUFFIX}: copy it beside the config, or pass "
+            "`proprio_dim=None` if the policy was trained without the robot's state."
+        )
+    stated = known | given
+    unknown = [name for name in NEEDED_FIELDS if name not in stated]
+    if platform is None and unknown:
+        platform = _recognized_platform(stated, source, unknown[0])
+    preset = PLATFORMS[platform] if platform is not None else {}
+    for name in ("action_dim", "proprio_dim"):
+        if name not in given and known.get(name) is not None and preset.get(name, known[name]) != known[name]:
+            raise ValueError(
+                f"{components.files[COMPONENTS_OF_FIELDS[name]]} of {source} is for {name}={known[name]}, but the "
+                f"platform {platform!r} has {preset[name]}: pass another `platform=`, one of {_options(PLATFORMS)}."
+            )
+    return preset | stated
+
+
+def _refuse_contradictions(components: Components, known: dict[str, Any], given: dict[str, Any], source: Any) -> None:
+    for name, component in COMPONENTS_OF_FIELDS.items():
+        if name not in given or given[name] == known.get(name, given[name]):
+            continue
+        if component in components.files:
+            raise ValueError(
+                f"`{name}={given[name]!r}` contradicts {components.files[component]} of {source}, which is for "
+                f"{name}={known[name]!r}: leave out `{name}`."
+            )
+        raise ValueError(
+            f"`{name}={given[name]!r}` needs a file {component}--*{SUFFIX}, which {source} lacks: copy the file "
+            f"beside the config, or leave out `{name}`."
+        )
+    if given.get("action_decoding", "parallel") != "parallel":
+        first = next(iter(components.files.values()))
+        raise ValueError(
+            f"`action_decoding={given['action_decoding']!r}` contradicts {first} of {source}, a component of a policy "
+            "that decodes in parallel: leave out `action_decoding`."
+        )
+
+
+def _recognized_platform(stated: dict[str, Any], source: Any, unknown: str) -> str:
+    """Recognise the platform by the dimensions of the action and the state, where only one has them."""
+    dims = [name for name in ("action_dim", "proprio_dim") if stated.get(name) is not None]
+    fitting = [name for name, preset in PLATFORMS.items() if dims and all(preset[dim] == stated[dim] for dim in dims)]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = " and ".join(f"{name}={stated[name]}" for name in dims)
+    reason = f", and {found} fits {'several platforms' if fitting else 'no known platform'}" if dims else ""
+    raise ValueError(
+        f"{source} does not state `{unknown}`{reason}: pass `platform=`, one of {_options(fitting or PLATFORMS)}, or "
+        f"`{unknown}=`."
+    )
+
+
+def _options(names: Any) -> str:
+    return ", ".join(map(repr, names))
+
+
+def complete_config(
+    files: CheckpointFiles, components: Components, platform: str | None, kwargs: dict[str, Any]
+) -> None:
+    """Give a published OFT checkpoint the config that its files do not state, as `kwargs["config"]`.
+
+    Fields of the config are moved there from `kwargs`. The arguments of any other checkpoint stay as they are.
+
+    Args:
+        files: Files of the checkpoint.
+        components: Its components.
+        platform: See `resolve_fields`. Named for a checkpoint without components, it means one that decodes in
+            parallel; for a checkpoint whose config states its fields, it must agree with them.
+        kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: See `resolve_fields`, or the config states fields that components or the platform contradict.
+    """
+    stored = files.read_json(CONFIG_NAME) or {}
+    in_config = {name: stored[name] for name in OFT_FIELDS if name in stored}
+    given = in_config | _given_fields(kwargs)
+    if in_config.get("action_decoding") == "parallel":
+        if components.files and "vision_backbone_id" not in stored:  # our own layout, which has all weights
+            component, name = next(iter(components.files.items()))
+            raise ValueError(
+                f"{files.source} has the weights of the {component} twice, in its safetensors files and in {name}: "
+                "delete the second file."
+            )
+        if not components.files:
+            _refuse_other_platform(platform, given, files.source)
+            return
+    if not components.files and platform is None and given.get("action_decoding") != "parallel":
+        return
+    resolved = resolve_fields(components, platform, given, files.source)
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        names = {one.name for one in fields(OpenVLAConfig)} - {"dtype"}
+        overrides = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
+        config = OpenVLAConfig.from_pretrained(config or files.source, **files.hub_kwargs, **overrides)
+    for name, value in resolved.items():
+        setattr(config, name, value)
+    config.check_action_fields()
+    kwargs["config"] = config
+
+
+def _given_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that the caller of `from_pretrained` gave, also through the Auto classes."""
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        return {name: kwargs[name] for name in OFT_FIELDS if name in kwargs}
+    defaults = {one.name: one.default for one in fields(OpenVLAConfig)}
+    return {
+        name: getattr(config, name)
+        for name in OFT_FIELDS
+        if name in config.given_fields or getattr(config, name) != defaults[name]
+    }
+
+
+def _refuse_other_platform(platform: str | None, stated: dict[str, Any], source: Any) -> None:
+    if platform is None:
+        return
+    check_name(platform, PLATFORMS, "`platform`")
+    for name in ("action_horizon", "action_dim", "action_normalization"):
+        if name in stated and stated[name] != PLATFORMS[platform][name]:
+            raise ValueError(
+                f"{source} states {name}={stated[name]!r} in its {CONFIG_NAME}, but the platform {platform!r} has "
+                f"{PLATFORMS[platform][name]!r}: leave out `platform=`."
+            )
+
+
+@contextmanager
+def report_muted(components: Components) -> Iterator[None]:
+    """Mute the report of transformers that the weights of the components are missing and random."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not components.weights or "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def place_components(model: nn.Module, components: Components, source: Any) -> set[str]:
+    """Copy the weights of the components into a model, in the data type of the model, and return their names.
+
+    Raises:
+        ValueError: A weight has another shape than the model's, or its module is offloaded.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in components.weights.items():
+        component, path = next(one for one in PATHS.items() if name.startswith(one[1]))
+        where = f"{components.files[component]} of {source}"
+        parameter = parameters[name]
+        if parameter.shape != tensor.shape:
+            raise ValueError(
+                f"{where} belongs to another model: {name.removeprefix(path)!r} has the shape {tuple(tensor.shape)} "
+                f"instead of {tuple(parameter.shape)}."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"{where} can't be loaded into a module that `device_map` offloads: load the model on the CPU, save "
+                "it with `save_pretrained`, and load the result with `device_map`."
+            )
+        with torch.no_grad():
+            parameter.copy_(tensor)
+    return set(components.weights)
+
+
+__all__ = [
+    "HEAD_PREFIXES",
+    "MODULES",
+    "PARALLEL_PREFIX",
+    "PATHS",
+    "PLATFORMS",
+    "SUFFIX",
+    "Components",
+    "complete_config",
+    "component_files",
+    "place_components",
+    "read_components",
+    "report_muted",
+    "resolve_fields",
+]
