@@ -47,6 +47,7 @@ def rate(count: float, seconds: float, unit: str) -> str:
 def rlds(args: argparse.Namespace) -> None:
     """Read RLDS files that are in the system's cache, without and with decoding the images."""
     from openvla_hf.data import load, write_rlds
+    from openvla_hf.data.frame_spec import FrameSpec
     from openvla_hf.data.loading import open_source
     from openvla_hf.data.robots import GENERIC
 
@@ -58,7 +59,9 @@ def rlds(args: argparse.Namespace) -> None:
         for _ in range(args.repeats):
             source = open_source(f"{folder}/bench", "train", streaming=True)
             start = time.perf_counter()
-            read = sum(len(each.images) for shard in source.shards() for each in source.read(shard, GENERIC))
+            read = sum(
+                len(each.instructions) for shard in source.shards() for each in source.read(shard, FrameSpec(GENERIC))
+            )
             seconds = time.perf_counter() - start
             assert read == count
             print(f"records, undecoded: {rate(megabytes, seconds, 'MB')}, {rate(count, seconds, 'frames')}", end="; ")

@@ -78,11 +78,13 @@ API = {
         Gripper.to_openvla(values)
         MIXTURES
         Robot(name, camera, action, state, instruction, select, action_dim, rotation, relative, gripper, frequency,
-            space, as_delta, every, drop_idle)
+            space, as_delta, every, drop_idle, cameras)
         TrainingStream(stream, rank, ranks, batch_size)
         compute_statistics(frames)
-        from_episodes(episodes, robot, name, cache_key, every, drop_idle, streaming, skip_bad_episodes)
-        load(data, robot, split, name, camera, every, drop_idle, streaming, shuffle_buffer, seed, skip_bad_episodes)
+        from_episodes(episodes, robot, name, cache_key, every, drop_idle, streaming, skip_bad_episodes,
+            cameras, chunk, chunk_end, state)
+        load(data, robot, split, name, camera, every, drop_idle, streaming, shuffle_buffer, seed, skip_bad_episodes,
+            cameras, chunk, chunk_end, state)
         load_mixture(mixture, folder, seed, num_frames, **options)
         load_statistics(path)
         mix(parts, seed)

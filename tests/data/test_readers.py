@@ -36,6 +36,7 @@ from openvla_hf.data import (
     write_lerobot,
     write_rlds,
 )
+from openvla_hf.data.frame_spec import FrameSpec
 from openvla_hf.data.images import OPEN_VIDEOS, encode_png
 from openvla_hf.data.readers import lerobot
 from openvla_hf.data.readers.lerobot import LeRobotSource
@@ -210,7 +211,7 @@ def test_the_footer_of_a_lerobot_file_is_read_once_however_many_episodes_it_hold
     source = LeRobotSource(fs, str(tmp_path / "arm"))
     shards = source.shards()
     fs.opened.clear()
-    episodes = [episode for shard in shards for episode in source.read(shard, GENERIC)]
+    episodes = [episode for shard in shards for episode in source.read(shard, FrameSpec(GENERIC))]
     assert fs.opened[data.name] == 1
     for index, episode in enumerate(episodes):
         truth = np.array([frame["action"] for frame in make_episode(index)])

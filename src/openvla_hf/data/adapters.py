@@ -8,7 +8,7 @@ Letters in shapes: T frames of an episode, K frames that are kept, A dimensions 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -52,6 +52,9 @@ class Robot:
             kept. Its action joins the group's movements or takes its last target, and grippers take their last value.
             The last group of an episode may be smaller.
         drop_idle: Whether to leave out frames whose action moves nothing, after merging by `every`.
+        cameras: Features of several cameras by the names that policies give them, such as "full_image" and
+            "wrist_image", in the order of the policy's images. Each is given in the same form as `camera`.
+            `load(cameras=[...])` chooses from these names.
 
     Raises:
         ValueError: `rotation` or `space` is unknown, or the fields contradict each other.
@@ -72,6 +75,7 @@ class Robot:
     as_delta: bool | None = None
     every: int = 1
     drop_idle: bool = False
+    cameras: Mapping[str, Names] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.rotation not in ROTATIONS:
@@ -177,25 +181,25 @@ class Robot:
         """
         return find_columns(self.action, available, "action")
 
-    def state_columns(self, available: Collection[str]) -> list[str]:
+    def state_columns(self, available: Collection[str], required: bool = False) -> list[str]:
         """List the columns that make up the state, in order.
 
-        The list is empty if the dataset has no state and the action does not need one.
+        The list is empty if the dataset has no state, unless the state is required or the action needs one.
 
         Raises:
             ValueError: A column is missing from the dataset.
         """
-        if not self.needs_state and not any(name in available for name in as_tuple(self.state)):
+        if not (required or self.needs_state) and not any(name in available for name in as_tuple(self.state)):
             return []
         return find_columns(self.state, available, "state")
 
-    def wanted_columns(self, available: Collection[str]) -> list[str]:
+    def wanted_columns(self, available: Collection[str], require_state: bool = False) -> list[str]:
         """List the columns of numbers that `standardize` reads.
 
         Raises:
-            ValueError: The action, or a state that it needs, is missing from the dataset.
+            ValueError: The action, or a state that is needed, is missing from the dataset.
         """
-        return list(dict.fromkeys([*self.action_columns(available), *self.state_columns(available)]))
+        return list(dict.fromkeys([*self.action_columns(available), *self.state_columns(available, require_state)]))
 
     @property
     def needs_state(self) -> bool:
@@ -233,13 +237,14 @@ class Robot:
         return [index not in grippers for index in range(action_dim)]
 
     def standardize(
-        self, columns: dict[str, np.ndarray], length: int
+        self, columns: dict[str, np.ndarray], length: int, require_state: bool = False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Convert an episode's columns to OpenVLA's actions.
 
         Args:
             columns: By name, numbers (T, ...).
             length: T.
+            require_state: Whether a missing state is an error.
 
         Returns:
             Indices of the kept frames (K,), their actions (K, A) float64, and states (K, S) float64 or `None`.
@@ -249,11 +254,11 @@ class Robot:
                 from is not finite. A state that is not finite but not needed is dropped instead.
         """
         action = _join(columns, self.action_columns(columns), length)
-        state_columns = self.state_columns(columns)
+        state_columns = self.state_columns(columns, require_state)
         state = _join(columns, state_columns, length) if state_columns else None
         _check_finite(action, self.action_columns(columns))
         if state is not None and not np.isfinite(state).all():
-            if self.needs_state:
+            if require_state or self.needs_state:
                 _check_finite(state, state_columns)
             state = None
         if self.action_dim is not None and action.shape[1] != self.action_dim:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .adapters import Robot
+from .frame_spec import DROPPED_COLUMNS, FrameSpec
 
 
 # Largest share of the episodes that `skip_bad_episodes=True` skips.
@@ -49,14 +49,14 @@ class RecordedEpisode:
     Attributes:
         source: File and record, for messages.
         index: Number of the episode in its split.
-        images: References (T,) to the images.
+        images: By column of the rows, references (T,) to the images.
         instructions: Texts (T,), empty where a frame has no instruction.
         columns: By name, numbers (T, ...) of the frames. Dots join nested names.
     """
 
     source: str
     index: int
-    images: Sequence[ImageReference]
+    images: Mapping[str, Sequence[ImageReference]]
     instructions: Sequence[str]
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -129,7 +129,7 @@ class Losses:
 
 def usable_columns(
     episodes: Iterable[RecordedEpisode | BadEpisodeError],
-    robot: Robot,
+    spec: FrameSpec,
     dataset: str,
     losses: Losses,
     check: Callable[[Any], Any] | None = None,
@@ -138,68 +138,108 @@ def usable_columns(
 
     Args:
         episodes: Episodes in order, with an error in place of each that can't be read.
-        robot: Adapter that converts them.
+        spec: Says how they become frames.
         dataset: Name of the dataset.
         losses: Records what is left out.
         check: Called with each image. It raises `BadEpisodeError` if the image is damaged.
     """
+    state_size = None
+    too_short = 0
     for episode in episodes:
         losses.read += 1
         try:
             if isinstance(episode, BadEpisodeError):
                 raise episode
-            columns = _convert(episode, robot, dataset)
+            columns = _convert(episode, spec, dataset)
+            if spec.state:
+                state_size = _check_state_size(columns["state"], state_size, episode.source)
             if check is not None:
-                _check_each(check, columns, episode.source)
+                _check_each(check, columns, episode)
         except BadEpisodeError as error:
             losses.note(error)
         else:
             losses.without_instruction += sum(not text.strip() for text in episode.instructions)
+            too_short += not columns["action"] and any(text.strip() for text in episode.instructions)
             yield columns
+    if spec.drops_ends and too_short:
+        logger.warning(
+            "%d episodes of %s give no frames, since they are shorter than chunk=%d. Set chunk_end='pad' to use them.",
+            too_short,
+            dataset,
+            spec.chunk,
+        )
 
 
 def usable_rows(
-    episodes: Iterable[RecordedEpisode | BadEpisodeError], robot: Robot, dataset: str, losses: Losses
+    episodes: Iterable[RecordedEpisode | BadEpisodeError], spec: FrameSpec, dataset: str, losses: Losses
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of each usable episode one by one; see `usable_columns`."""
-    for columns in usable_columns(episodes, robot, dataset, losses):
+    for columns in usable_columns(episodes, spec, dataset, losses):
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
 
 
-def _convert(episode: RecordedEpisode, robot: Robot, dataset: str) -> dict[str, Any]:
+def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[str, Any]:
     """Convert an episode to the columns of its rows, without the frames that have no instruction.
 
     Raises:
         BadEpisodeError: The episode has no frames, a column is missing, or numbers have the wrong size, are not finite
             or lie outside their range.
     """
-    if not len(episode.images):
+    length = len(episode.instructions)
+    if not length:
         raise BadEpisodeError(f"{episode.source}: the episode has length 0.")
     try:
-        kept, actions, states = robot.standardize(episode.columns, len(episode.images))
+        kept, actions, states = spec.robot.standardize(episode.columns, length, spec.state)
     except ValueError as error:
         raise BadEpisodeError(f"{episode.source}: {error}") from error
     instructed = np.array([bool(episode.instructions[index].strip()) for index in kept], bool)
-    kept, actions = kept[instructed], actions[instructed]
-    return {
-        "image": [episode.images[index] for index in kept],
-        "instruction": [episode.instructions[index] for index in kept],
-        "action": list(actions),
-        "action_mask": [robot.mask(actions.shape[1])] * len(kept),
-        "state": [None] * len(kept) if states is None else list(states[instructed]),
-        "episode_index": [episode.index] * len(kept),
-        "frame_index": kept.tolist(),
-        "dataset": [dataset] * len(kept),
+    chunks, recorded = spec.make_chunks(actions)
+    chosen = np.flatnonzero(instructed & (recorded.all(1) | (not spec.drops_ends)))
+    columns = {
+        **{column: [images[index] for index in kept[chosen]] for column, images in episode.images.items()},
+        "instruction": [episode.instructions[index] for index in kept[chosen]],
+        "action": list(actions[chosen]),
+        "action_mask": [spec.robot.mask(actions.shape[1])] * len(chosen),
+        "state": [None] * len(chosen) if states is None else list(states[chosen]),
+        "episode_index": [episode.index] * len(chosen),
+        "frame_index": kept[chosen].tolist(),
+        "dataset": [dataset] * len(chosen),
     }
+    if spec.chunk > 1:
+        columns["actions"] = chunks[chosen].tolist()
+    if spec.drops_ends:
+        dropped = instructed & ~recorded.all(1)
+        for column, values in zip(DROPPED_COLUMNS, (actions, states), strict=True):
+            last = [] if values is None else values[dropped].tolist()
+            columns[column] = [*[[]] * (len(chosen) - 1), last][: len(chosen)]
+    elif spec.chunk > 1:
+        columns["chunk_mask"] = recorded[chosen].tolist()
+    return columns
 
 
-def _check_each(check: Callable[[Any], Any], columns: dict[str, Any], source: str) -> None:
-    for image, frame in zip(columns["image"], columns["frame_index"], strict=True):
-        try:
-            check(image)
-        except BadEpisodeError as error:
-            raise BadEpisodeError(f"{source}, frame {frame}: {error}") from error
+def _check_state_size(states: Sequence[np.ndarray], expected: int | None, source: str) -> int | None:
+    """Return the size of an episode's states.
+
+    Raises:
+        BadEpisodeError: The size is not the expected one.
+    """
+    if not states:
+        return expected
+    if expected not in (None, len(states[0])):
+        raise BadEpisodeError(
+            f"{source}: the state has {len(states[0])} numbers, but it has {expected} in earlier episodes."
+        )
+    return len(states[0])
+
+
+def _check_each(check: Callable[[Any], Any], columns: dict[str, Any], episode: RecordedEpisode) -> None:
+    for column in episode.images:
+        for image, frame in zip(columns[column], columns["frame_index"], strict=True):
+            try:
+                check(image)
+            except BadEpisodeError as error:
+                raise BadEpisodeError(f"{episode.source}, frame {frame}: {error}") from error
 
 
 __all__ = [

@@ -1,5 +1,6 @@
 """The names of a dataset's features, as robots give them and as they are found in a dataset."""
 
+import difflib
 from collections.abc import Collection
 
 from ..modeling.known_names import unknown_name
@@ -44,6 +45,28 @@ def find_name(wanted: Names, available: Collection[str], kind: str) -> str:
     raise unknown_name(" or ".join(map(repr, names)), sorted(available), kind, nearest_to=names[0])
 
 
+def find_camera(wanted: Names, available: Collection[str]) -> str:
+    """Return the first of the wanted cameras that is available, by its name or by the last part of its name.
+
+    Raises:
+        ValueError: None is available, or several names end in the same way.
+    """
+    for name in as_tuple(wanted):
+        ending = [camera for camera in available if camera.endswith(f".{name}")]
+        if name in available:
+            return name
+        if len(ending) > 1:
+            raise ValueError(f"Several cameras are called {name!r}. Choose one of {listed(ending)}.")
+        if ending:
+            return ending[0]
+    # Look for a typing error in the last parts of the names too.
+    last_parts = {camera.rpartition(".")[2]: camera for camera in available}
+    names = as_tuple(wanted)
+    near = difflib.get_close_matches(names[0], last_parts, n=1)
+    shown = " or ".join(map(repr, names))
+    raise unknown_name(shown, sorted(available), "camera", nearest_to=last_parts[near[0]] if near else names[0])
+
+
 def find_columns(wanted: Names, available: Collection[str], kind: str) -> list[str]:
     """Return the columns that a robot names: one, the first of several alternatives, or all to concatenate.
 
@@ -66,4 +89,14 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, sorted(names))) or "none"
 
 
-__all__ = ["INSTRUCTION_NAMES", "STATE_NAMES", "FirstOf", "Names", "as_tuple", "find_columns", "find_name", "listed"]
+__all__ = [
+    "INSTRUCTION_NAMES",
+    "STATE_NAMES",
+    "FirstOf",
+    "Names",
+    "as_tuple",
+    "find_camera",
+    "find_columns",
+    "find_name",
+    "listed",
+]

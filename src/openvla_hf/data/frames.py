@@ -2,7 +2,7 @@
 
 A row is a frame whose image is still a reference; see `images`.
 
-Letters in shapes: A dimensions of an action, S of a state, H and W pixels.
+Letters in shapes: K actions of a chunk, A dimensions of an action, S of a state, H and W pixels.
 """
 
 import json
@@ -10,31 +10,16 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, IterableDataset
 
 from .episodes import BadEpisodeError
+from .frame_spec import CAMERA_PREFIX, DROPPED_COLUMNS
 from .images import ImageReader, to_pixels
 from .motion import name_by_space
 
 
 Frames: TypeAlias = Dataset | IterableDataset
 
-# Columns of the rows of every reader. `dataset` names the statistics of the action, and `action_mask` says which
-# dimensions they scale.
-FEATURES = Features(
-    {
-        "image": Image(decode=False),
-        "instruction": Value("string"),
-        "action": List(Value("float64")),
-        "action_mask": List(Value("bool")),
-        "state": List(Value("float64")),
-        "episode_index": Value("int64"),
-        "frame_index": Value("int64"),
-        "dataset": Value("string"),
-    }
-)
-# Columns of frames, whose images are arrays. `datasets` can't infer them from a stream.
-DECODED = Features({**FEATURES, "image": Image()})
 # Columns that identify a frame.
 PLACE = ("dataset", "episode_index", "frame_index")
 # Prefixes of the lines in the description of frames.
@@ -42,7 +27,10 @@ NAMES, SPACE = "Action dimensions of", "Action space of"
 
 
 class FrameDecoder:
-    """Decode rows into frames: `image` uint8 (H, W, 3), `action` float64 (A,), `state` float64 (S,) or `None`.
+    """Decode rows into frames, whose images and numbers are arrays.
+
+    The images are uint8 (H, W, 3): `image`, or `images` by camera. The numbers are float64: `action` (A,), `actions`
+    (K, A) and `state` (S,) or `None`. `chunk_mask` contains bools (K,).
 
     All decoders compare equal, since `datasets` keeps the transform of concatenated tables only if their transforms
     are equal.
@@ -66,12 +54,18 @@ class FrameDecoder:
         Raises:
             BadEpisodeError: An image can't be read or decoded.
         """
-        decoded = dict(rows)
+        decoded = {name: values for name, values in rows.items() if not is_stored(name)}
         if "image" in rows:
-            decoded["image"] = [self._read_image(rows, index) for index in range(len(rows["image"]))]
-        for name in ("action", "state"):
+            decoded["image"] = self._read_images(rows, "image")
+        if cameras := [name for name in rows if name.startswith(CAMERA_PREFIX)]:
+            names = [name.removeprefix(CAMERA_PREFIX) for name in cameras]
+            images = zip(*(self._read_images(rows, camera) for camera in cameras), strict=True)
+            decoded = {"images": [dict(zip(names, each, strict=True)) for each in images], **decoded}
+        for name in ("action", "actions", "state"):
             if name in rows:
                 decoded[name] = [None if row is None else np.array(row, np.float64) for row in rows[name]]
+        if "chunk_mask" in rows:
+            decoded["chunk_mask"] = [np.array(row, bool) for row in rows["chunk_mask"]]
         return decoded
 
     def decode_row(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -82,8 +76,10 @@ class FrameDecoder:
         """
         return {name: values[0] for name, values in self({name: [value] for name, value in row.items()}).items()}
 
-    def _read_image(self, rows: dict[str, list[Any]], index: int) -> np.ndarray | None:
-        image = rows["image"][index]
+    def _read_images(self, rows: dict[str, list[Any]], column: str) -> list[np.ndarray | None]:
+        return [self._read_image(image, rows, index) for index, image in enumerate(rows[column])]
+
+    def _read_image(self, image: Any, rows: dict[str, list[Any]], index: int) -> np.ndarray | None:
         if image is None:
             return None
         try:
@@ -91,6 +87,29 @@ class FrameDecoder:
         except (OSError, ValueError) as error:
             where = ", ".join(f"{name} {rows[name][index]}" for name in PLACE if name in rows)
             raise BadEpisodeError(f"{where}: {error}" if where else str(error)) from error
+
+
+def is_stored(column: str) -> bool:
+    """Return whether a column of rows is not a column of frames."""
+    return column.startswith(CAMERA_PREFIX) or column in DROPPED_COLUMNS
+
+
+def decoded_features(features: Features) -> Features:
+    """Return the columns of the frames that rows with these columns become; `datasets` can't infer them."""
+    cameras = [name.removeprefix(CAMERA_PREFIX) for name in features if name.startswith(CAMERA_PREFIX)]
+    images = {"images": {name: Image() for name in cameras}} if cameras else {"image": Image()}
+    return Features(
+        images | {name: kind for name, kind in features.items() if name != "image" and not is_stored(name)}
+    )
+
+
+def describe_contents(frames: Frames) -> str:
+    """Describe the cameras and the chunks of frames, for a message."""
+    features = frames.features if isinstance(frames, IterableDataset) else decoded_features(frames.features)
+    cameras = f"the cameras {', '.join(features['images'])}" if "images" in features else "one camera"
+    if "actions" not in features:
+        return f"{cameras} and no chunks"
+    return f"{cameras} and {'padded ' * ('chunk_mask' in features)}chunks of {features['actions'].length} actions"
 
 
 def note_action(frames: Frames, dataset: str, names: list[str] | None, space: str | None) -> None:
@@ -123,4 +142,12 @@ def _read_noted(frames: Frames, begin: str) -> dict[str, Any]:
     return found
 
 
-__all__ = ["DECODED", "FEATURES", "FrameDecoder", "Frames", "note_action", "read_action_names"]
+__all__ = [
+    "FrameDecoder",
+    "Frames",
+    "decoded_features",
+    "describe_contents",
+    "is_stored",
+    "note_action",
+    "read_action_names",
+]

@@ -2,10 +2,12 @@
 
 A frame is a dict: `image` uint8 (H, W, 3), `instruction` str, `action` float64 (A,), `state` float64 (S,) or `None`,
 `episode_index`, `frame_index`, `dataset` (the name of its statistics) and `action_mask`, (A,) bools that say which
-dimensions of the action statistics scale.
+dimensions of the action statistics scale. Several cameras give `images` by name instead of `image`. Chunks of K
+actions add `actions` float64 (K, A) and, if they are padded, `chunk_mask`, (K,) bools.
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,6 +23,7 @@ from huggingface_hub import snapshot_download
 
 from .adapters import Robot
 from .episodes import Losses, usable_columns, usable_rows
+from .frame_spec import Cameras, FrameSpec, make_spec
 from .frames import Frames, note_action
 from .plain_datasets import adapt_stream, adapt_table
 from .readers.lerobot import INFO_FILE, LeRobotSource
@@ -49,6 +52,10 @@ def load(
     shuffle_buffer: int = 0,
     seed: int = 0,
     skip_bad_episodes: bool | float = False,
+    cameras: Cameras | None = None,
+    chunk: int = 1,
+    chunk_end: str = "drop",
+    state: bool = False,
 ) -> Frames:
     """Load a dataset in any known format: LeRobot 3.x and 2.x, RLDS, or `datasets` with an Image column.
 
@@ -70,6 +77,15 @@ def load(
         seed: Seed of the draws.
         skip_bad_episodes: Whether to skip episodes that can't be used, up to a tenth of all or up to the given share.
             The log names each one. Making a table then takes longer, since it decodes every image once.
+        cameras: Names of several cameras, whose images a frame has as `images`, a dict in this order. A name is one of
+            the adapter's `cameras`, a camera of the dataset, or the last part of the name of such a camera. A dict
+            gives the dataset's camera for each name. By default, a frame has the `image` of one camera.
+        chunk: Number of actions to predict at once. Above 1, a frame has them as `actions` (chunk, A): its own action
+            and those of the frames after it, once frames are merged and idle ones are left out.
+        chunk_end: What happens to the last `chunk - 1` frames of an episode: "drop" leaves them out, as OpenVLA-OFT
+            does, and "pad" repeats the last action, with a `chunk_mask` (chunk,) that is false for the repetitions.
+        state: Whether every frame must have a state. A dataset without a state, a state with NaN and a state that
+            changes its size are then errors.
 
     Raises:
         FileNotFoundError: There is nothing at `data`.
@@ -77,19 +93,25 @@ def load(
         BadEpisodeError: An episode can't be used (the message gives the file and the record), or more episodes are bad
             than may be skipped.
     """
+    if camera is not None and cameras is not None:
+        raise ValueError(f"camera={camera!r} and cameras={cameras!r} exclude each other. Give only one of them.")
     source = open_source(data, split, streaming)
     name = name or name_of(source, data)
     adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
+    spec = make_spec(adapter, cameras, chunk, chunk_end, state)
     losses = Losses.allow(skip_bad_episodes)
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
-        frames = read_table(source, adapter, name, losses, decode_all=losses.limit > 0)
+        frames = read_table(source, spec, name, losses, decode_all=losses.limit > 0)
+        spec.require_frames(frames, name)
     elif isinstance(source, IterableDataset):
-        rows = adapt_stream(source, adapter, name, losses)
+        rows = adapt_stream(source, spec, name, losses)
         stored = None if source is data else (source.info.splits or {}).get(split)
-        count = _count_frames(stored and stored.num_examples, adapter)
-        frames = FrameStream(rows, name, count, losses, shuffle_buffer=shuffle_buffer, seed=seed)
+        count = _count_frames(stored and stored.num_examples, None, spec)
+        frames = FrameStream(
+            rows, name, count, losses, shuffle_buffer=shuffle_buffer, seed=seed, features=spec.features
+        )
     else:
-        frames = _open_stream(source, adapter, name, losses, shuffle_buffer, seed)
+        frames = _open_stream(source, spec, name, losses, shuffle_buffer, seed)
     is_plain = isinstance(source, (Dataset, IterableDataset))
     names = None if is_plain else adapter.name_dimensions(source.numbers, source.dimension_names)
     note_action(frames, name, names, adapter.standard_space)
@@ -104,65 +126,73 @@ def name_of(source: Source | Frames, data: str | os.PathLike | Frames) -> str:
     return source.info.dataset_name or folder.strip(".") or "data"
 
 
-def read_table(source: Source | Dataset, robot: Robot, name: str, losses: Losses, decode_all: bool = False) -> Dataset:
+def read_table(
+    source: Source | Dataset, spec: FrameSpec, name: str, losses: Losses, decode_all: bool = False
+) -> Dataset:
     """Make the table of all frames, or read it from the cache.
 
     Args:
         source: From `open_source`, not streaming.
-        robot: Adapter.
+        spec: Says how episodes become frames.
         name: Name of the dataset.
         losses: Records what is left out.
         decode_all: Whether to decode every image, to find the damaged ones.
 
     Raises:
-        ValueError: The dataset lacks what the robot reads.
+        ValueError: The dataset lacks what is read.
         BadEpisodeError: An episode can't be used, or more are bad than `losses` allow.
     """
     if isinstance(source, Dataset):
-        return adapt_table(source, robot, name, losses, decode_all)
-    source.check(robot)
+        return adapt_table(source, spec, name, losses, decode_all)
+    source.check(spec)
     losses.total = source.num_episodes
 
     def columns() -> Iterator[dict[str, Any]]:
-        for shard in tqdm(source.shards(), desc=f"Reading {name}", unit=" shards"):
-            check = source.images.read if decode_all else None
-            yield from usable_columns(source.read(shard, robot), robot, name, losses, check)
+        shards = tqdm(source.shards(), desc=f"Reading {name}", unit=" shards")
+        episodes = itertools.chain.from_iterable(source.read(shard, spec) for shard in shards)
+        yield from usable_columns(episodes, spec, name, losses, source.images.read if decode_all else None)
 
     with closing(source):
-        return cached_table(columns(), losses, name, _make_key(source, robot, name, losses.limit, decode_all))
+        return cached_table(columns(), spec, losses, name, _make_key(source, spec, name, losses.limit, decode_all))
 
 
 def _open_stream(
-    source: Source, robot: Robot, name: str, losses: Losses, shuffle_buffer: int, seed: int
+    source: Source, spec: FrameSpec, name: str, losses: Losses, shuffle_buffer: int, seed: int
 ) -> FrameStream:
-    source.check(robot)
+    source.check(spec)
     losses.total = source.num_episodes
-    arguments = {"shards": source.shards(), "source": source, "robot": robot, "name": name, "losses": losses}
+    arguments = {"shards": source.shards(), "source": source, "spec": spec, "name": name, "losses": losses}
     return FrameStream(
         IterableDataset.from_generator(_generate, gen_kwargs=arguments),
         name,
-        _count_frames(source.num_frames, robot),
+        _count_frames(source.num_frames, source.num_episodes, spec),
         losses,
-        functools.partial(_make_key, source, robot, name, losses.limit),
+        functools.partial(_make_key, source, spec, name, losses.limit),
         shuffle_buffer=shuffle_buffer,
         seed=seed,
         images=source.images,
+        features=spec.features,
     )
 
 
-def _generate(shards: list[Any], source: Source, robot: Robot, name: str, losses: Losses) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        yield from usable_rows(source.read(shard, robot), robot, name, losses)
+def _generate(
+    shards: list[Any], source: Source, spec: FrameSpec, name: str, losses: Losses
+) -> Iterator[dict[str, Any]]:
+    episodes = itertools.chain.from_iterable(source.read(shard, spec) for shard in shards)
+    yield from usable_rows(episodes, spec, name, losses)
 
 
-def _count_frames(recorded: int | None, robot: Robot) -> int | None:
-    """Return the number of frames after merging, or `None` if it is unknown."""
-    return None if recorded is None or robot.drop_idle else -(-recorded // robot.every)
+def _count_frames(recorded: int | None, episodes: int | None, spec: FrameSpec) -> int | None:
+    """Return the number of frames after merging and dropping, or `None` if it is unknown."""
+    if recorded is None or spec.robot.drop_idle:
+        return None
+    merged = -(-recorded // spec.robot.every)
+    return max(0, merged - (spec.chunk - 1) * (episodes or 0)) if spec.drops_ends else merged
 
 
-def _make_key(source: Source, robot: Robot, name: str, limit: float, decode_all: bool = False) -> str:
+def _make_key(source: Source, spec: FrameSpec, name: str, limit: float, decode_all: bool = False) -> str:
     versions = [file_version(source.fs, path) for path in source.files()]
-    return make_key(versions, source.split, robot, name, limit, decode_all)
+    return make_key(versions, source.split, spec, name, limit, decode_all)
 
 
 def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -> Source | Frames:

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset, interleave_datasets
 
 from ..modeling.known_names import check_name
-from .frames import Frames
+from .frames import Frames, describe_contents
 from .loading import load
 from .streams import FrameStream, mix_streams
 
@@ -71,8 +71,8 @@ def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed:
         For tables, a table that contains every frame at least once. For streams, an endless stream.
 
     Raises:
-        ValueError: There are no parts, a weight is not positive, tables are mixed with streams, or the number of
-            frames of a stream is unknown.
+        ValueError: There are no parts, a weight is not positive, tables are mixed with streams, the number of frames
+            of a stream is unknown, or the datasets have different cameras or chunks.
     """
     frames, weights = [part[0] for part in parts], [part[1] for part in parts]
     if not parts or not min(weights) > 0:
@@ -80,6 +80,7 @@ def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed:
     tables = [isinstance(part, Dataset) for part in frames]
     if any(tables) != all(tables):
         raise ValueError("A mixture can't combine tables and streams. Load all datasets with streaming=True, or none.")
+    _require_same_contents(frames)
     sizes = [
         len(part[0]) if isinstance(part[0], Dataset) else _count(number, *part) for number, part in enumerate(parts)
     ]
@@ -88,6 +89,18 @@ def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed:
     if all(tables):
         return interleave_datasets(frames, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     return mix_streams(list(zip(frames, shares, strict=True)), seed)
+
+
+def _require_same_contents(parts: Sequence[Frames]) -> None:
+    """Raise `ValueError` if frames differ in their cameras or chunks."""
+    contents = [describe_contents(part) for part in parts if part.features is not None]
+    for other in contents[1:]:
+        if other != contents[0]:
+            raise ValueError(
+                f"The datasets of a mixture must have the same cameras and chunks, but one has {contents[0]} and "
+                f"another has {other}. Load them with the same cameras, chunk and chunk_end; "
+                "cameras={'name': 'feature'} gives cameras a common name."
+            )
 
 
 def _count(number: int, stream: IterableDataset, weight: float, num_frames: int | None = None) -> int:

@@ -8,25 +8,29 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 from datasets.utils import tqdm
 
-from .adapters import Robot
 from .columns import stack_rows
 from .datasets_internals import fingerprint
 from .episodes import BadEpisodeError, Losses, RecordedEpisode, usable_columns
 from .feature_names import find_name
-from .frames import FEATURES, FrameDecoder, Frames
+from .frame_spec import NUMBERS, FrameSpec
+from .frames import FrameDecoder, Frames
 from .images import ImageReader
 from .table_cache import WRITE_ROWS, cache_folder, file_version, lock, make_key, write_json
 
 
-def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_all: bool = False) -> Dataset:
+# Stands for the images of a row until the kept rows are known.
+ROW = "row"
+
+
+def adapt_table(data: Dataset, spec: FrameSpec, name: str, losses: Losses, decode_all: bool = False) -> Dataset:
     """Convert a table's columns to the robot's standard form, and keep its images where they are.
 
     Args:
-        data: Table with an Image column, or frames.
-        robot: Adapter.
+        data: Table with Image columns, or frames.
+        spec: Says how episodes become frames.
         name: Name of the dataset.
         losses: Records what is left out.
         decode_all: Whether to decode every image, to find the damaged ones.
@@ -34,18 +38,17 @@ def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_a
     Raises:
         ValueError: The columns do not fit the robot.
     """
-    _require_unconverted(data, robot)
-    camera = robot.choose_camera(_image_columns(data))
-    images = data.with_format(None).select_columns([camera]).cast_column(camera, Image(decode=False))
-    columns = robot.wanted_columns(data.column_names)
-    instruction = find_name(robot.instruction, data.column_names, "instruction")
+    _require_unconverted(data, spec)
+    images = _select_images(data, spec)
+    columns = spec.wanted_columns(data.column_names)
+    instruction = find_name(spec.robot.instruction, data.column_names, "instruction")
     read_text = _text_reader(instruction, data.features[instruction])
     ordering = [column for column in ("episode_index", "frame_index") if column in data.column_names]
     # The numpy format would turn float64 into float32 by default.
     table = data.select_columns([*columns, instruction, *ordering]).with_format("numpy", dtype=np.float64)[:]
     episode_of = np.asarray(table.get("episode_index", np.zeros(len(data))), np.int64)
-    if robot.needs_whole_episodes and "episode_index" not in ordering:
-        raise ValueError(f"The adapter {robot.name!r} needs whole episodes, but there is no column 'episode_index'.")
+    if spec.needs_whole_episodes and "episode_index" not in ordering:
+        raise ValueError(f"{_whole(spec)} needs whole episodes, but there is no column 'episode_index'.")
     starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
 
     def episodes() -> Iterator[RecordedEpisode | BadEpisodeError]:
@@ -58,43 +61,52 @@ def adapt_table(data: Dataset, robot: Robot, name: str, losses: Losses, decode_a
             except ValueError as error:
                 yield BadEpisodeError(f"{place}: {error}")
             else:
-                # Row numbers stand for the images until the kept rows are known.
-                yield RecordedEpisode(place, index, range(start, end), texts, numbers)  # type: ignore[arg-type]
+                yield RecordedEpisode(place, index, {ROW: range(start, end)}, texts, numbers)  # type: ignore[dict-item]
 
     losses.total = len(starts)
     tables = []
     row_of: list[int] = []
-    for rows in usable_columns(episodes(), robot, name, losses, _row_check(images) if decode_all else None):
-        row_of += rows.pop("image")
+    for rows in usable_columns(episodes(), spec, name, losses, _row_check(images) if decode_all else None):
+        row_of += rows.pop(ROW)
         tables.append(rows)
-    schema = FEATURES.arrow_schema.remove(0)
+    kept = {column: kind for column, kind in spec.features.items() if column not in images.column_names}
+    schema = Features(kept).arrow_schema
     numbers = Dataset(pa.concat_tables([schema.empty_table(), *(pa.table(each, schema=schema) for each in tables)]))
-    if camera != "image":
-        images = images.rename_column(camera, "image")
     if len(row_of) < len(data):
         images = images.select(row_of)
     return concatenate_datasets([images, numbers], axis=1).with_transform(FrameDecoder())
 
 
-def adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses) -> IterableDataset:
+def _select_images(data: Dataset, spec: FrameSpec) -> Dataset:
+    """Select the images of a table as references, in columns named as in rows."""
+    cameras = spec.choose_cameras(_image_columns(data))
+    parts = []
+    for column, camera in cameras.items():
+        images = data.with_format(None).select_columns([camera]).cast_column(camera, Image(decode=False))
+        parts.append(images if column == camera else images.rename_column(camera, column))
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts, axis=1)
+
+
+def adapt_stream(data: IterableDataset, spec: FrameSpec, name: str, losses: Losses) -> IterableDataset:
     """Convert a stream to the robot's standard form row by row. A bad row counts as a bad episode.
 
     Args:
-        data: Stream with an Image column, or frames.
-        robot: Adapter.
+        data: Stream with Image columns, or frames.
+        spec: Says how rows become frames.
         name: Name of the dataset.
         losses: Records what is left out.
 
     Raises:
-        ValueError: The columns are unknown or do not fit the robot, or the robot needs whole episodes.
+        ValueError: The columns are unknown or do not fit the robot, or whole episodes are needed.
     """
-    _require_unconverted(data, robot)
-    if robot.needs_whole_episodes:
-        raise ValueError(f"The adapter {robot.name!r} needs whole episodes. Load this dataset without streaming.")
+    _require_unconverted(data, spec)
+    if spec.needs_whole_episodes:
+        raise ValueError(f"{_whole(spec)} needs whole episodes. Load this dataset without streaming.")
     if data.features is None:
         raise ValueError("The features of this stream are unknown. Define them, or load it without streaming.")
-    camera = robot.choose_camera(_image_columns(data))
-    columns = robot.wanted_columns(data.column_names)
+    robot, features = spec.robot, spec.features
+    cameras = spec.choose_cameras(_image_columns(data))
+    columns = spec.wanted_columns(data.column_names)
     instruction = find_name(robot.instruction, data.column_names, "instruction")
     read_text = _text_reader(instruction, data.features[instruction])
 
@@ -102,12 +114,12 @@ def adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses)
         numbers = {column: np.asarray(row[column], np.float64)[None] for column in columns}
         losses.read += 1
         try:
-            _, actions, states = robot.standardize(numbers, 1)
+            _, actions, states = robot.standardize(numbers, 1, spec.state)
         except ValueError as error:
             losses.note(BadEpisodeError(f"{name}, row {index}: {error}"))
-            return dict.fromkeys(FEATURES)  # dropped below, since it has no instruction
+            return dict.fromkeys(features)  # dropped below, since it has no instruction
         return {
-            "image": row[camera],
+            **{column: row[camera] for column, camera in cameras.items()},
             "instruction": read_text(row[instruction]),
             "action": actions[0],
             "action_mask": robot.mask(actions.shape[1]),
@@ -118,7 +130,8 @@ def adapt_stream(data: IterableDataset, robot: Robot, name: str, losses: Losses)
             "dataset": name,
         }
 
-    data = data.cast_column(camera, Image(decode=False))
+    for camera in cameras.values():
+        data = data.cast_column(camera, Image(decode=False))
     return data.map(adapt, with_indices=True, remove_columns=data.column_names).filter(_has_instruction)
 
 
@@ -141,13 +154,22 @@ def _text_reader(name: str, feature: Any) -> Callable[[Any], str]:
     return lambda text: text or ""
 
 
-def _require_unconverted(data: Frames, robot: Robot) -> None:
-    """Raise `ValueError` if the data are frames, with standard actions, and the robot would convert them again."""
-    if robot.converts and {*FEATURES} <= {*(data.column_names or ())}:
+def _whole(spec: FrameSpec) -> str:
+    return f"chunk={spec.chunk}" if spec.chunk > 1 else f"The adapter {spec.robot.name!r}"
+
+
+def _require_unconverted(data: Frames, spec: FrameSpec) -> None:
+    """Raise `ValueError` if the data are frames, and reading them would convert or chunk their actions again."""
+    columns = {*(data.column_names or ())}
+    if not {*NUMBERS} <= columns:
+        return
+    if spec.robot.converts:
         raise ValueError(
-            f"The actions of these frames are already converted, and {robot.name!r} would convert them a second time. "
-            "Load the original dataset instead, or leave the robot out."
+            f"The actions of these frames are already converted, and {spec.robot.name!r} would convert them a second "
+            "time. Load the original dataset instead, or leave the robot out."
         )
+    if spec.chunk > 1 and "actions" in columns:
+        raise ValueError("These frames already have chunks of actions. Load the original dataset instead.")
 
 
 def _row_check(images: Dataset) -> Callable[[int], None]:
@@ -161,7 +183,8 @@ def _row_check(images: Dataset) -> Callable[[int], None]:
             with ImageReader() as reader:
                 for row in tqdm(range(len(images)), desc="Decoding", unit=" images"):
                     try:
-                        reader.read(next(iter(images[row].values())))
+                        for image in images[row].values():
+                            reader.read(image)
                     except BadEpisodeError as error:
                         damaged[row] = str(error)
             write_json(path, damaged)
@@ -178,11 +201,11 @@ def _image_files(images: Dataset) -> list[str]:
     """List the files outside a table from which its images are read."""
     files: set[str] = set()
     for batch in images.with_format("arrow").iter(batch_size=WRITE_ROWS):
-        (references,) = batch.columns
-        is_outside = pc.is_null(pc.struct_field(references, "bytes"))
-        paths = pc.struct_field(references, "path").filter(is_outside).drop_null()
-        # The fragment after "#" gives the place in the file.
-        files.update(path.partition("#")[0] for path in paths.to_pylist())
+        for references in batch.columns:
+            is_outside = pc.is_null(pc.struct_field(references, "bytes"))
+            paths = pc.struct_field(references, "path").filter(is_outside).drop_null()
+            # The fragment after "#" gives the place in the file.
+            files.update(path.partition("#")[0] for path in paths.to_pylist())
     return sorted(files)
 
 

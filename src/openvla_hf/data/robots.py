@@ -89,10 +89,12 @@ def resolve_robot(robot: "Robot | str | None", dataset: str, **options: Any) -> 
 def describe_robot(robot: Robot) -> dict[str, str]:
     """Describe an adapter by its class and the fields that differ from their defaults, as text.
 
-    A checkpoint stores the description, so that another adapter under the same name is noticed later.
+    A checkpoint stores the description, so that another adapter under the same name is noticed later. It leaves out
+    `cameras`, since a checkpoint stores the features of the cameras that it read.
     """
-    values = {field.name: repr(getattr(robot, field.name)) for field in fields(robot)}
-    defaults = {field.name: repr(field.default) for field in fields(robot)}
+    described = [field for field in fields(robot) if field.name != "cameras"]
+    values = {field.name: repr(getattr(robot, field.name)) for field in described}
+    defaults = {field.name: repr(field.default) for field in described}
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     return {"class": type(robot).__name__, **changed}
 
@@ -138,6 +140,12 @@ LIBERO = register_robot(
         gripper=Gripper(open=-1.0, closed=1.0),
         frequency=20.0,
         space="end_effector_delta",
+        cameras={
+            "full_image": FirstOf("observation.image", "observation.images.image", "image"),
+            "wrist_image": FirstOf(
+                "observation.wrist_image", "observation.images.wrist_image", "observation.images.image2", "wrist_image"
+            ),
+        },
     )
 )
 for _suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"):
@@ -152,10 +160,26 @@ BRIDGE = register_robot(
         gripper=Gripper(open=1.0, closed=0.0, binarize=True),
         frequency=5.0,
         space="end_effector_delta",
+        cameras={"full_image": FirstOf("observation.image_0", "observation.images.image_0")},
+    )
+)
+# Two arms of six joints and a gripper each. All dimensions are scaled, and so are the grippers.
+ALOHA = register_robot(
+    Robot(
+        "aloha",
+        camera=FirstOf("observation.images.cam_high", "observation.images.top", "observation.image"),
+        frequency=50.0,
+        space="joint_positions",
+        cameras={
+            "full_image": FirstOf("observation.images.cam_high", "observation.images.top", "observation.image"),
+            "left_wrist_image": FirstOf("observation.images.cam_left_wrist", "observation.left_wrist_image"),
+            "right_wrist_image": FirstOf("observation.images.cam_right_wrist", "observation.right_wrist_image"),
+        },
     )
 )
 
 __all__ = [
+    "ALOHA",
     "BRIDGE",
     "GENERIC",
     "LIBERO",

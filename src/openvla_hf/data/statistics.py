@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets.fingerprint import Hasher
 
 from ..modeling.checkpoint_files import STATISTICS_FILE
 from .columns import matrix
 from .datasets_internals import drop_repeats, fingerprint
-from .frames import FEATURES, Frames, read_action_names
+from .frame_spec import DROPPED_COLUMNS, NUMBERS
+from .frames import Frames, read_action_names
 from .streams import FrameStream
 from .table_cache import cache_folder, write_json
 
@@ -49,6 +50,9 @@ def compute_statistics(frames: Frames) -> dict[str, Any]:
     parquet files or of a dataset that is already loaded, is read again at each call. Images are not decoded, except in
     streams that result from operations of `datasets` such as `map`.
 
+    As in OpenVLA-OFT, the last frames of an episode count even if `load` drops them because their chunks are
+    incomplete. They are unknown after an operation such as `map`.
+
     Args:
         frames: Frames from `load`, `from_episodes` or `mix`. Each stream of a mixture is read once.
 
@@ -58,7 +62,7 @@ def compute_statistics(frames: Frames) -> dict[str, Any]:
         "proprio" if there is a state.
 
     Raises:
-        ValueError: There are no frames, or actions of one dataset differ in size.
+        ValueError: There are no frames, or actions or states of one dataset differ in size.
     """
     statistics = _compute_or_reuse(frames)
     parts = [part for part, _ in frames.parts] if isinstance(frames, FrameStream) else []
@@ -97,21 +101,17 @@ def _compute(pieces: Iterable[tuple[str, pa.Table]]) -> dict[str, Any]:
     masks: dict[str, list[bool]] = {}
     episodes: dict[str, set[int]] = {}
     for name, batch in pieces:
-        actions.setdefault(name, []).append(matrix(batch["action"], f"{name}: action"))
+        actions.setdefault(name, []).append(_read_numbers(batch, name, "action", DROPPED_COLUMNS[0]))
         masks.setdefault(name, batch["action_mask"][0].as_py())
         episodes.setdefault(name, set()).update(pc.unique(batch["episode_index"]).to_pylist())
-        if len(known := batch["state"].drop_null()):
-            states.setdefault(name, []).append(matrix(known, f"{name}: state"))
+        if len(known := batch.filter(pc.is_valid(batch["state"]))):
+            states.setdefault(name, []).append(_read_numbers(known, name, "state", DROPPED_COLUMNS[1]))
     if not actions:
         raise ValueError("There are no frames to compute statistics from.")
     statistics = {}
     for name, parts in actions.items():
-        sizes = sorted({part.shape[1] for part in parts})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{name!r} has actions of {' and '.join(map(str, sizes))} dimensions. Give each robot its own dataset "
-                "name."
-            )
+        _require_one_size(name, "actions", parts)
+        _require_one_size(name, "states", states.get(name, []))
         statistics[name] = {
             "action": summarize(np.concatenate(parts)) | {"mask": masks[name]},
             **({"proprio": summarize(np.concatenate(states[name]))} if name in states else {}),
@@ -119,6 +119,25 @@ def _compute(pieces: Iterable[tuple[str, pa.Table]]) -> dict[str, Any]:
             "num_trajectories": len(episodes[name]),
         }
     return statistics
+
+
+def _read_numbers(rows: pa.Table, name: str, column: str, dropped_column: str) -> np.ndarray:
+    """Read the numbers of rows (N, D), and place those of dropped frames after the row that contains them."""
+    numbers = matrix(rows[column], f"{name}: {column}")
+    if dropped_column not in rows.column_names or not len(dropped := pc.list_flatten(rows[dropped_column])):
+        return numbers
+    counts = pc.list_value_length(rows[dropped_column]).to_numpy()
+    return np.insert(
+        numbers, np.repeat(np.arange(1, len(numbers) + 1), counts), matrix(dropped, f"{name}: {column}"), axis=0
+    )
+
+
+def _require_one_size(name: str, kind: str, parts: list[np.ndarray]) -> None:
+    sizes = sorted({part.shape[1] for part in parts})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name!r} has {kind} of {' and '.join(map(str, sizes))} dimensions. Give each robot its own dataset name."
+        )
 
 
 def _read(frames: Frames) -> Iterator[tuple[str, pa.Table]]:
@@ -129,12 +148,15 @@ def _read(frames: Frames) -> Iterator[tuple[str, pa.Table]]:
             yield from _read(part)
         return
     if isinstance(frames, Dataset):
-        pieces = drop_repeats(frames).select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=READ_ROWS)
+        columns = [*COLUMNS, *(name for name in DROPPED_COLUMNS if name in frames.column_names)]
+        pieces = drop_repeats(frames).select_columns(columns).with_format("arrow").iter(batch_size=READ_ROWS)
     else:
-        rows = frames.unshuffled if isinstance(frames, FrameStream) else frames
-        schema = pa.schema([FEATURES.arrow_schema.field(name) for name in COLUMNS])
-        batches = rows.select_columns(list(COLUMNS)).iter(batch_size=READ_ROWS)
-        pieces = (pa.table(batch, schema=schema) for batch in batches)
+        rows, known = (
+            (frames.unshuffled, frames.row_features) if isinstance(frames, FrameStream) else (frames, NUMBERS)
+        )
+        features = {name: known[name] for name in (*COLUMNS, *DROPPED_COLUMNS) if name in known}
+        batches = rows.select_columns(list(features)).iter(batch_size=READ_ROWS)
+        pieces = (pa.table(batch, schema=Features(features).arrow_schema) for batch in batches)
     for piece in pieces:
         for name in pc.unique(piece["dataset"]).to_pylist():
             yield name, piece.filter(pc.equal(piece["dataset"], name))

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch.utils.data
-from datasets import IterableDataset, concatenate_datasets
+from datasets import Features, IterableDataset, concatenate_datasets
 
 from .datasets_internals import constructor_arguments
 from .episodes import BadEpisodeError, Losses
-from .frames import DECODED, FrameDecoder
+from .frame_spec import CAMERA_PREFIX, FEATURES
+from .frames import FrameDecoder, decoded_features, is_stored
 from .images import ImageReader
 
 
@@ -32,7 +33,7 @@ class FrameStream(IterableDataset):
     Operations of `datasets`, such as `map`, turn it into a plain `IterableDataset`.
 
     Args:
-        rows: Rows whose images are references, as in `frames.FEATURES`.
+        rows: Rows whose images are references.
         name: Name of the dataset.
         num_frames: Number of frames in one pass, or `None` if it is unknown.
         losses: Says whether damaged images are skipped, and records them.
@@ -40,6 +41,7 @@ class FrameStream(IterableDataset):
         shuffle_buffer: Number of rows to keep in memory and draw from; 0 keeps the order.
         seed: Seed of the shuffling and of a mixture's draws.
         images: Reads the images.
+        features: Columns of the rows, see `FrameSpec.features`.
 
     Attributes:
         parts: For a mixture, whose rows are endless, its streams with their shares of the draws; empty otherwise.
@@ -57,12 +59,18 @@ class FrameStream(IterableDataset):
         shuffle_buffer: int = 0,
         seed: int = 0,
         images: ImageReader | None = None,
+        features: Features = FEATURES,
     ):
-        self.unshuffled, self.shuffle_buffer = rows, shuffle_buffer
+        self.unshuffled, self.shuffle_buffer, self.row_features = rows, shuffle_buffer, features
         if shuffle_buffer:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self.losses, self.decoder = losses or Losses(), FrameDecoder(images)
-        frames = rows.map(_decode, fn_kwargs={"losses": self.losses, "decoder": self.decoder}, features=DECODED)
+        frames = rows.map(
+            _decode,
+            remove_columns=list(filter(is_stored, features)),
+            fn_kwargs={"losses": self.losses, "decoder": self.decoder},
+            features=decoded_features(features),
+        )
         if self.losses.limit:
             frames = frames.filter(_is_frame)
         super().__init__(**constructor_arguments(frames))
@@ -84,6 +92,7 @@ class FrameStream(IterableDataset):
                 shuffle_buffer=self.shuffle_buffer,
                 seed=int(seed),
                 images=self.decoder.images,
+                features=self.row_features,
             )
             for seed in seeds
         ]
@@ -96,7 +105,11 @@ def _decode(row: Row, losses: Losses, decoder: FrameDecoder) -> Row:
         return decoder.decode_row(row)
     except BadEpisodeError as error:
         losses.note(error, (row.get("dataset"), row.get("episode_index")))
-        return row | {"image": None, "instruction": None}
+        images = "images" if any(name.startswith(CAMERA_PREFIX) for name in row) else "image"
+        return {name: value for name, value in row.items() if not is_stored(name)} | {
+            images: None,
+            "instruction": None,
+        }
 
 
 def _is_frame(row: Row) -> bool:
@@ -111,7 +124,8 @@ def mix_streams(parts: Parts, seed: int = 0) -> FrameStream:
     noted = [part.losses for part, _ in parts if isinstance(part, FrameStream)]
     totals = [losses.total for losses in noted if losses.total is not None]
     losses = Losses(max((one.limit for one in noted), default=0.0), sum(totals) if len(totals) == len(parts) else None)
-    mixture = FrameStream(rows, "mixture", losses=losses, seed=seed)
+    features = next((part.row_features for part, _ in parts if isinstance(part, FrameStream)), FEATURES)
+    mixture = FrameStream(rows, "mixture", losses=losses, seed=seed, features=features)
     mixture.parts = tuple(parts)
     return mixture
 

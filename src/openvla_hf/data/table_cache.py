@@ -19,7 +19,8 @@ from datasets.fingerprint import Hasher
 from huggingface_hub.utils import WeakFileLock
 
 from .episodes import Losses
-from .frames import FEATURES, FrameDecoder
+from .frame_spec import FrameSpec
+from .frames import FrameDecoder
 
 
 # Part of every key: increase it when the content of tables changes, so that old tables are not read.
@@ -69,23 +70,26 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(complete, path)
 
 
-def cached_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, key: str | None) -> Dataset:
+def cached_table(
+    columns: Iterable[dict[str, Any]], spec: FrameSpec, losses: Losses, name: str, key: str | None
+) -> Dataset:
     """Return the table of a key, written from the columns on a cache miss.
 
     Args:
         columns: Columns of the rows of each episode. On a cache hit they are not read.
+        spec: Gives the types of the columns.
         losses: Receives the counts of what the table leaves out.
         name: Name of the dataset, for the file.
         key: From `make_key`. Without a key, the table is always written and named after a hash of its content.
     """
-    folder = cache_folder()
+    folder, schema = cache_folder(), spec.features.arrow_schema
     if key is None:
-        path = _write_table(columns, losses, folder, name)
+        path = _write_table(columns, schema, losses, folder, name)
     else:
         path = folder / f"{name}-{key}.arrow"
         with lock(path):
             if not path.exists():
-                _write_table(columns, losses, folder, name, path)
+                _write_table(columns, schema, losses, folder, name, path)
         for field, value in json.loads(path.with_suffix(".json").read_text()).items():
             setattr(losses, field, value)
     if losses.skipped:
@@ -94,12 +98,17 @@ def cached_table(columns: Iterable[dict[str, Any]], losses: Losses, name: str, k
 
 
 def _write_table(
-    columns: Iterable[dict[str, Any]], losses: Losses, folder: Path, name: str, path: Path | None = None
+    columns: Iterable[dict[str, Any]],
+    schema: pa.Schema,
+    losses: Losses,
+    folder: Path,
+    name: str,
+    path: Path | None = None,
 ) -> Path:
     """Write a table to a temporary folder and move it into place, so that an incomplete one is never read."""
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         table = Path(unfinished, "table.arrow")
-        _write_rows(table, columns)
+        _write_rows(table, columns, schema)
         if path is None:
             with table.open("rb") as file:
                 path = folder / f"{name}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.arrow"
@@ -108,8 +117,7 @@ def _write_table(
     return path
 
 
-def _write_rows(path: Path, columns: Iterable[dict[str, Any]]) -> None:
-    schema = FEATURES.arrow_schema
+def _write_rows(path: Path, columns: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     waiting: list[pa.Table] = []
 
     def flush() -> None:

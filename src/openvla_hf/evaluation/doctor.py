@@ -13,6 +13,7 @@ from rich.table import Table
 from ..data.adapters import Robot
 from ..data.columns import matrix
 from ..data.episodes import Losses
+from ..data.frame_spec import FrameSpec
 from ..data.frames import Frames
 from ..data.gripper import GRIPPER_OPEN
 from ..data.loading import name_of, open_source, read_table
@@ -138,7 +139,7 @@ def examine(
     source = open_source(data, split, streaming=False)
     name = name_of(source, data)
     adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
-    frames = read_table(source, adapter, name, losses)
+    frames = read_table(source, FrameSpec(adapter), name, losses)
     if not len(frames):
         reason = f" The first reason: {losses.bad_episodes[0]}" if losses.bad_episodes else ""
         raise ValueError(f"{name} has no usable frame.{reason}")

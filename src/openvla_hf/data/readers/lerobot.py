@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from ...modeling.known_names import check_name
-from ..adapters import Robot
 from ..columns import matrix
 from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode
 from ..feature_names import as_tuple
+from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
 from ..recently_used import RecentlyUsed
 
@@ -170,12 +170,15 @@ class LeRobotSource:
         rows = self.fs.read_text(f"{self.root}/meta/tasks.jsonl").splitlines()
         return {row["task_index"]: row["task"] for row in map(json.loads, filter(None, rows))}
 
-    def check(self, robot: Robot) -> None:
-        """Raise `ValueError` if the dataset lacks what the robot reads."""
-        for name in as_tuple(robot.camera):
-            if name in self.depth_maps and not {*as_tuple(robot.camera)} & {*self.cameras}:
-                raise ValueError(f"{name!r} is a depth map. Choose a colour camera, one of {self.cameras}.")
-        robot.choose_camera(self.cameras)
+    def check(self, spec: FrameSpec) -> None:
+        """Raise `ValueError` if the dataset lacks a camera or a state that is read."""
+        for names in spec.camera_features:
+            for name in as_tuple(names):
+                if name in self.depth_maps and not {*as_tuple(names)} & {*self.cameras}:
+                    raise ValueError(f"{name!r} is a depth map. Choose a colour camera, one of {self.cameras}.")
+        spec.choose_cameras(self.cameras)
+        if spec.state:
+            spec.robot.state_columns(self.numbers, required=True)
         _ = self.tasks  # read now, since every episode needs them
 
     @property
@@ -199,42 +202,51 @@ class LeRobotSource:
         """List all files that the frames depend on."""
         return [path for path in self.fs.find(self.root) if path.endswith((".parquet", ".mp4", ".json", ".jsonl"))]
 
-    def read(self, shard: EpisodeFiles, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
+    def read(self, shard: EpisodeFiles, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
         """Yield the episode of a shard, or the error if it can't be used."""
         try:
-            yield self._read(shard, robot)
+            yield self._read(shard, spec)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             yield BadEpisodeError(f"{shard.path}, episode {shard.episode}: {error}")
 
-    def _read(self, shard: EpisodeFiles, robot: Robot) -> RecordedEpisode:
-        camera = robot.choose_camera(self.cameras)
-        names = robot.wanted_columns(self.numbers)
-        is_video = camera in shard.videos
-        stored = [*names, "task_index", "timestamp", *([] if is_video else [camera])]
-        file = self._data_file.get((shard.path, *stored), lambda: DataFile(self.fs, shard.path, stored))
-        if not (is_video or self.inline) and shard.episode == self.episodes.start:
-            self._warn_of_large_groups(file, camera, shard.path)
+    def _read(self, shard: EpisodeFiles, spec: FrameSpec) -> RecordedEpisode:
+        cameras = spec.choose_cameras(self.cameras)
+        names = spec.wanted_columns(self.numbers)
+        stored = [camera for camera in dict.fromkeys(cameras.values()) if camera not in shard.videos]
+        read = [*names, "task_index", "timestamp", *stored]
+        file = self._data_file.get((shard.path, *read), lambda: DataFile(self.fs, shard.path, read))
+        if not self.inline and shard.episode == self.episodes.start:
+            for camera in stored:
+                self._warn_of_large_groups(file, camera, shard.path)
         rows = file.find(shard.episode)
         table = file.read(rows)
         if len(table) != shard.length:
             raise ValueError(f"there are {len(table)} rows, but the metadata says {shard.length}.")
         if not shard.length:
             raise ValueError("the episode has length 0.")
-        images: list[ImageReference]
-        if is_video:
-            video, start = shard.videos[camera]
-            times = [start + time for time in table["timestamp"].to_pylist()]
-            self.images.open_video(video).check(max(times))
-            images = [{"bytes": None, "path": f"{video}#t={time:.6f}"} for time in times]
-        else:
-            images = table[camera].to_pylist()
-            check_images(image["bytes"] for image in images if image["bytes"] is not None)
-            if not self.inline:
-                places = [f"{self.prefix}{shard.path}#row={row}:{camera}" for row in rows.tolist()]
-                images = [{"bytes": None, "path": place} for place in places]
+        images = {
+            column: self._stored_images(table, camera, shard.path, rows)
+            if camera in stored
+            else self._video_frames(table, *shard.videos[camera])
+            for column, camera in cameras.items()
+        }
         instructions = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
         columns = {name: matrix(table[name], name) for name in names}
         return RecordedEpisode(f"{shard.path}, episode {shard.episode}", shard.episode, images, instructions, columns)
+
+    def _video_frames(self, table: pa.Table, video: str, start: float) -> list[ImageReference]:
+        """List the frames of a video in which the episode begins at `start` (seconds)."""
+        times = [start + time for time in table["timestamp"].to_pylist()]
+        self.images.open_video(video).check(max(times))
+        return [{"bytes": None, "path": f"{video}#t={time:.6f}"} for time in times]
+
+    def _stored_images(self, table: pa.Table, camera: str, path: str, rows: np.ndarray) -> list[ImageReference]:
+        """List the images in these rows of a parquet file."""
+        images = table[camera].to_pylist()
+        check_images(image["bytes"] for image in images if image["bytes"] is not None)
+        if self.inline:
+            return images
+        return [{"bytes": None, "path": f"{self.prefix}{path}#row={row}:{camera}"} for row in rows.tolist()]
 
     def _warn_of_large_groups(self, file: DataFile, camera: str, path: str) -> None:
         if file.largest_group(camera) > LARGE_GROUP:

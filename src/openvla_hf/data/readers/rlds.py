@@ -4,16 +4,16 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from ..adapters import Robot
 from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode
 from ..feature_names import as_tuple, find_name
+from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
 from .tfrecord import Span, open_records, parse_example, read_records
 
@@ -110,11 +110,13 @@ class RLDSSource:
         """Close all files."""
         self.images.close()
 
-    def check(self, robot: Robot) -> None:
-        """Raise `ValueError` if the dataset lacks what the robot reads."""
+    def check(self, spec: FrameSpec) -> None:
+        """Raise `ValueError` if the dataset lacks what is read."""
+        robot = spec.robot
         unread = {name: self.features[name].problem for name in self._named("unread")}
-        wanted = [(robot.camera, self.cameras), (robot.action, self.numbers), (robot.instruction, self.texts)]
-        if robot.needs_state:
+        wanted = [(names, self.cameras) for names in spec.camera_features]
+        wanted += [(robot.action, self.numbers), (robot.instruction, self.texts)]
+        if spec.state or robot.needs_state:
             wanted.append((robot.state, self.numbers))
         for names, readable in wanted:
             for name in as_tuple(names):
@@ -123,7 +125,9 @@ class RLDSSource:
         if unread:
             listed = "; ".join(f"{name!r} ({problem})" for name, problem in unread.items())
             logger.warning("Ignored features of %s: %s", self.name, listed)
-        robot.choose_camera(self.cameras)
+        spec.choose_cameras(self.cameras)
+        if spec.state:
+            robot.state_columns(self.numbers, required=True)
         find_name(robot.instruction, self.texts, "instruction")
 
     def _named(self, kind: str) -> list[str]:
@@ -168,21 +172,21 @@ class RLDSSource:
         """List all files that the frames depend on."""
         return [f"{self.root}/features.json", *(shard.path for shard in self.shards())]
 
-    def read(self, shard: RecordFile, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
+    def read(self, shard: RecordFile, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
         """Yield the episodes of a file in order, with an error in place of each that can't be used."""
         read = 0
         try:
-            for episode in self._read(shard, robot):
+            for episode in self._read(shard, spec):
                 read += 1
                 yield episode
         except OSError as error:
             yield BadEpisodeError(f"{shard.path}: the file can't be read ({error}).", shard.length - read)
 
-    def _read(self, shard: RecordFile, robot: Robot) -> Iterator[RecordedEpisode | BadEpisodeError]:
-        camera = robot.choose_camera(self.cameras)
-        columns = robot.wanted_columns(self.numbers)
-        instruction = find_name(robot.instruction, self.texts, "instruction")
-        wanted = {name: self.features[name] for name in (camera, *columns, instruction)}
+    def _read(self, shard: RecordFile, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
+        cameras = spec.choose_cameras(self.cameras)
+        columns = spec.wanted_columns(self.numbers)
+        instruction = find_name(spec.robot.instruction, self.texts, "instruction")
+        wanted = {name: self.features[name] for name in (*cameras.values(), *columns, instruction)}
         keys = {feature.key for feature in wanted.values()}
         index, is_damaged = -1, False
         with self.fs.open(shard.path, "rb") as stored:
@@ -200,13 +204,15 @@ class RLDSSource:
                     missing = sorted(keys - {*values})
                     if missing:
                         raise ValueError(f"the record has no {' or '.join(map(repr, missing))}.")
-                    spans = values[wanted[camera].key]
-                    length = len(spans)
-                    check_images(memoryview(payload)[start:end] for start, end in spans)
+                    spans = {column: values[wanted[camera].key] for column, camera in cameras.items()}
+                    length = _check_spans(payload, spans)
                     episode = RecordedEpisode(
                         source,
                         shard.first_episode + index,
-                        [_image(shard.path, offset, payload, span, inline) for span in spans],
+                        {
+                            column: [_image(shard.path, offset, payload, span, inline) for span in of_one]
+                            for column, of_one in spans.items()
+                        },
                         _texts(payload, values[wanted[instruction].key], wanted[instruction], length),
                         {
                             name: _numbers(name, payload, values[wanted[name].key], wanted[name], length)
@@ -282,6 +288,20 @@ def _read_feature(description: dict[str, Any], key: str) -> Feature:
     if encoding not in ("none", "bytes", "zlib"):
         return Feature(key, "unread", problem=f"its encoding {encoding!r} is not supported")
     return Feature(key, "numbers", shape, tensor["dtype"], encoding)
+
+
+def _check_spans(payload: bytes, spans: Mapping[str, Any]) -> int:
+    """Check the images of each camera, given by the places of their bytes, and return their number.
+
+    Raises:
+        ValueError: An image can't be decoded, or the cameras have different numbers of images.
+    """
+    lengths = {column: len(of_one) for column, of_one in spans.items()}
+    if len({*lengths.values()}) > 1:
+        raise ValueError(f"the cameras have different numbers of images: {lengths}.")
+    for of_one in spans.values():
+        check_images(memoryview(payload)[start:end] for start, end in of_one)
+    return max(lengths.values())
 
 
 def _image(path: str, offset: int, payload: bytes, span: Span, inline: bool) -> ImageReference:

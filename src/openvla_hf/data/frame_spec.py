@@ -1,0 +1,179 @@
+"""What frames contain: the cameras, the chunks of actions and the state, beside the robot that converts the actions.
+
+Letters in shapes: N frames of an episode, K actions of a chunk, A dimensions of an action.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+
+from ..modeling.known_names import check_name
+from .adapters import Robot
+from .feature_names import Names, find_camera
+
+
+# Columns of the rows of every reader, beside the images. `dataset` names the statistics of the action, and
+# `action_mask` says which dimensions they scale.
+NUMBERS = {
+    "instruction": Value("string"),
+    "action": List(Value("float64")),
+    "action_mask": List(Value("bool")),
+    "state": List(Value("float64")),
+    "episode_index": Value("int64"),
+    "frame_index": Value("int64"),
+    "dataset": Value("string"),
+}
+# Columns of rows with one camera and without chunks.
+FEATURES = Features({"image": Image(decode=False), **NUMBERS})
+# What becomes of the last frames of an episode, after which fewer than K actions are recorded.
+CHUNK_ENDS = ("drop", "pad")
+# Prefix of the columns of rows that contain the images of several cameras.
+CAMERA_PREFIX = "images."
+# Columns of rows for the statistics, which frames do not have: the last row of an episode contains the actions and
+# states (N, A) and (N, S) of the N frames that are dropped after it, and the other rows are empty.
+DROPPED_COLUMNS = ("dropped_actions", "dropped_states")
+
+# Cameras by name, or the names alone.
+Cameras = Sequence[str] | Mapping[str, Names]
+
+
+@dataclass(frozen=True)
+class FrameSpec:
+    """How episodes become frames.
+
+    Args:
+        robot: Adapter.
+        cameras: Names of the cameras in a frame, each with the features that it may be read from. Empty for the one
+            image of a plain frame.
+        chunk: Number of actions that a frame contains.
+        chunk_end: Whether to "drop" the last frames of an episode, whose chunks are incomplete, or to "pad" their
+            chunks with the last action.
+        state: Whether every frame must have a state.
+    """
+
+    robot: Robot
+    cameras: tuple[tuple[str, Names], ...] = ()
+    chunk: int = 1
+    chunk_end: str = "drop"
+    state: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.chunk_end, CHUNK_ENDS, "chunk_end")
+        if self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk} is not a number of actions. Give at least 1.")
+
+    @property
+    def needs_whole_episodes(self) -> bool:
+        """Whether a frame depends on later frames of its episode."""
+        return self.chunk > 1 or self.robot.needs_whole_episodes
+
+    @property
+    def drops_ends(self) -> bool:
+        """Whether the last frames of each episode are left out."""
+        return self.chunk > 1 and self.chunk_end == "drop"
+
+    @property
+    def camera_features(self) -> list[Names]:
+        """For each camera, the features that it may be read from; empty if the robot names no camera."""
+        return [names for _, names in self.cameras] or ([self.robot.camera] if self.robot.camera else [])
+
+    def choose_cameras(self, available: Collection[str]) -> dict[str, str]:
+        """Choose the cameras to read from a dataset's cameras.
+
+        Returns:
+            By column of the rows, the dataset's camera.
+
+        Raises:
+            ValueError: The dataset lacks a camera, or it has several and none is named.
+        """
+        if not self.cameras:
+            return {"image": self.robot.choose_camera(available)}
+        return {f"{CAMERA_PREFIX}{name}": find_camera(names, available) for name, names in self.cameras}
+
+    def wanted_columns(self, available: Collection[str]) -> list[str]:
+        """List the columns of numbers to read.
+
+        Raises:
+            ValueError: The action, or a state that is needed, is missing from the dataset.
+        """
+        return self.robot.wanted_columns(available, self.state)
+
+    @property
+    def features(self) -> Features:
+        """Columns of the rows."""
+        images = [f"{CAMERA_PREFIX}{name}" for name, _ in self.cameras] or ["image"]
+        columns = dict.fromkeys(images, Image(decode=False)) | NUMBERS
+        if self.chunk > 1:
+            columns["actions"] = List(List(Value("float64")), length=self.chunk)
+        if self.drops_ends:
+            columns |= dict.fromkeys(DROPPED_COLUMNS, List(List(Value("float64"))))
+        elif self.chunk > 1:
+            columns["chunk_mask"] = List(Value("bool"), length=self.chunk)
+        return Features(columns)
+
+    def require_frames(self, frames: Dataset, name: str) -> None:
+        """Raise `ValueError` if a table is empty because all of its episodes are shorter than a chunk."""
+        if self.drops_ends and not len(frames):
+            raise ValueError(
+                f"No episode of {name!r} has chunk={self.chunk} usable frames. Give a smaller chunk, or "
+                "chunk_end='pad'."
+            )
+
+    def make_chunks(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Make a chunk of actions for each frame: its own action and those of the frames after it.
+
+        Args:
+            actions: Actions of a whole episode (N, A).
+
+        Returns:
+            Chunks (N, K, A), where the last action is repeated after the end of the episode, and a mask (N, K) that is
+            false for the repetitions.
+        """
+        steps = np.arange(len(actions))[:, None] + np.arange(self.chunk)
+        return actions[np.minimum(steps, len(actions) - 1)], steps < len(actions)
+
+
+def make_spec(
+    robot: Robot, cameras: Cameras | None = None, chunk: int = 1, chunk_end: str = "drop", state: bool = False
+) -> FrameSpec:
+    """Make the specification of frames from the options of `load`.
+
+    Raises:
+        TypeError: `cameras` is a single name, or contains something else than names.
+        ValueError: `cameras` is empty or repeats a name, or the options of chunks are not valid.
+    """
+    return FrameSpec(robot, () if cameras is None else name_cameras(robot, cameras), chunk, chunk_end, state)
+
+
+def name_cameras(robot: Robot, cameras: Cameras) -> tuple[tuple[str, Names], ...]:
+    """Return each camera's name in a frame with the features that it may be read from.
+
+    Raises:
+        TypeError: `cameras` is a single name, or contains something else than names.
+        ValueError: `cameras` is empty or repeats a name.
+    """
+    if isinstance(cameras, str):
+        raise TypeError(f"cameras={cameras!r} is a single name. Give a list of names, or camera={cameras!r}.")
+    if wrong := [name for name in cameras if not isinstance(name, str)]:
+        raise TypeError(f"cameras contains {wrong[0]!r}, which is not a name. Give the names of the cameras.")
+    if not cameras or len({*cameras}) < len(cameras):
+        raise ValueError(f"cameras={cameras!r} must contain at least one name, and each name once.")
+    if isinstance(cameras, Mapping):
+        return tuple(
+            (name, tuple(feature) if isinstance(feature, list) else feature) for name, feature in cameras.items()
+        )
+    return tuple((name, robot.cameras.get(name, name)) for name in cameras)
+
+
+__all__ = [
+    "CAMERA_PREFIX",
+    "DROPPED_COLUMNS",
+    "FEATURES",
+    "NUMBERS",
+    "Cameras",
+    "FrameSpec",
+    "make_spec",
+    "name_cameras",
+]
