@@ -119,6 +119,21 @@ def test_a_model_with_its_processor_is_a_policy():
     assert policy.seconds > 0
 
 
+def test_a_model_with_two_cameras_is_a_policy_that_sees_both():
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer, norm_stats=load_statistics(TABLETOP_POLICY))
+    config.num_images = 2
+    processor = tiny_processor(tokenizer, config)
+    processor.cameras = ["wrist", "image"]
+    model = OpenVLAForActionPrediction(config).eval()
+    policy = load_policy(model, processor)
+    observation, info = TabletopEnv(cameras=("image", "wrist")).reset(seed=0)
+    action = policy([observation] * 2, [info["instruction"]] * 2)
+    images = [observation["wrist"], observation["image"]]
+    expected = model.predict_action(**processor(images, instruction=info["instruction"]))
+    np.testing.assert_array_equal(action, [expected, expected])
+
+
 def test_the_tabletop_is_not_the_robot_of_another_policy(tiny):
     with pytest.raises(ValueError, match="The tabletop is not this policy's robot"):
         load_policy(*tiny())

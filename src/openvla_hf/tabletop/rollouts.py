@@ -93,19 +93,29 @@ class ModelPolicy:
     def __init__(self, model: Any, processor: Any, unnorm_key: str | None = None, execute: int | None = None):
         self.model, self.processor = model, processor
         self.unnorm_key, self.execute = unnorm_key, execute
-        self.cameras: tuple[str, ...] | None = None
-        self.state = False
+        self.cameras: list[str] | None = processor.cameras
+        self.state = processor.state_dim is not None
         self.forward_passes = 0
         self.seconds = 0.0
 
     def __call__(self, observations: Sequence[Observation], instructions: Sequence[str]) -> np.ndarray:
         """Predict the actions (B, 7) or chunks (B, K, 7) for observations and instructions."""
         start = time.perf_counter()
-        inputs = self.processor(list(observations), instruction=list(instructions))
+        inputs = self.processor(
+            [self._images(one) for one in observations],
+            instruction=list(instructions),
+            state=np.stack([one["state"] for one in observations]) if self.state else None,
+        )
         details = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, return_details=True)
         self.seconds += time.perf_counter() - start
         self.forward_passes += details.forward_passes * len(observations)
         return details.actions if details.actions.ndim == 2 else details.actions[:, : self.execute]
+
+    def _images(self, observation: Observation) -> Any:
+        """Return the images in the order in which the processor takes them."""
+        if self.cameras is None or not isinstance(observation, dict):
+            return first_image(observation)
+        return [observation[camera] for camera in self.cameras]
 
 
 def load_policy(model: Any, processor: Any, unnorm_key: str | None = None, execute: int | None = None) -> ModelPolicy:
