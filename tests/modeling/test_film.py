@@ -3,13 +3,13 @@
 import pytest
 import torch
 from film_reference import PublishedTower
-from transformers import ViTConfig
+from transformers import AutoModel, ViTConfig
 
 from openvla_hf.checkpoints.export import published_film_backbone
 from openvla_hf.modeling.film import film_backbone_weights, mean_text_embedding, merge_lora
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.modeling.vision_towers import build_tower
-from openvla_hf.testing import tiny_config
+from openvla_hf.testing import tiny_config, write_tiny_oft
 
 
 def film_model(**kwargs):
@@ -30,27 +30,47 @@ def randomize(published, rank, seed=0):
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("rank", [4, 16, 24])
-def test_a_published_backbone_computes_what_its_unmerged_parts_compute(fused, rank):
-    model = film_model(fused=fused)
-    backbone, config = model.model.vision_backbone, model.config
-    published = randomize(published_film_backbone(model), rank)
-    backbone.load_state_dict(film_backbone_weights(backbone, published, "the file"))
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(2, 2, len(backbone.towers), 3, 56, 56, generator=generator)
-    language = torch.randn(2, config.text_config.hidden_size, generator=generator)
+def expected_features(published, config, pixel_values, language):
+    """Features of the images, computed from the published file as it is."""
+    images = pixel_values.unflatten(1, (config.num_images, -1, 3))
     towers = []
     for index, (name, tower) in enumerate(
         zip(("featurizer", "fused_featurizer"), config.vision_configs, strict=False)
     ):
         reference = PublishedTower(published, f"vision_backbone.{name}.", tower.num_attention_heads)
         blocks = config.vision_layers_built(tower)
-        towers.append([reference(images[:, image, index], language, blocks) for image in range(2)])
-    expected = torch.cat([torch.cat(tower, dim=1) for tower in towers], dim=-1)
-    with torch.no_grad():
-        features = backbone(images.flatten(1, 3), language)
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=2e-5)
+        features = [reference(images[:, image, index], language, blocks) for image in range(config.num_images)]
+        towers.append(torch.cat(features, dim=1))
+    return torch.cat(towers, dim=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rank", [4, 16, 24])
+def test_a_published_backbone_computes_what_its_unmerged_parts_compute(fused, rank):
+    model = film_model(fused=fused)
+    backbone = model.model.vision_backbone
+    published = randomize(published_film_backbone(model), rank)
+    backbone.load_state_dict(film_backbone_weights(backbone, published, "the file"))
+    pixels, language = torch.randn(2, 6 * len(backbone.towers), 56, 56), torch.randn(2, 64)
+    expected = expected_features(published, model.config, pixels, language)
+    torch.testing.assert_close(backbone(pixels, language), expected, rtol=1e-5, atol=3e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["l1", "none"])
+def test_the_backbone_beside_a_published_checkpoint_replaces_that_of_the_main_file(tmp_path, head):
+    folder = write_tiny_oft(tmp_path / "published", head=head)
+    published = randomize(published_film_backbone(film_model()), rank=8)
+    torch.save(published, folder / "vision_backbone--latest_checkpoint.pt")
+    model = AutoModel.from_pretrained(folder, platform="libero")
+    assert model.config.use_film
+    pixels, language = torch.randn(2, 12, 56, 56), torch.randn(2, 64)
+    expected = expected_features(published, model.config, pixels, language)
+    torch.testing.assert_close(model.model.vision_backbone(pixels, language), expected, rtol=1e-5, atol=3e-5)
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModel.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(again.model.vision_backbone(pixels, language), expected, rtol=1e-5, atol=3e-5)
 
 
 def test_an_exported_backbone_reads_back_unchanged():

@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from .checkpoint_files import OFT_FILES, CheckpointFiles, hub_error
 from .configuration_openvla import OFT_FIELDS, OpenVLAConfig
+from .film import film_backbone_weights
 from .known_names import check_name
 from .torch_files import read_torch_file
 
@@ -92,6 +93,7 @@ PATHS = {
     "action_head": "action_head.",
     "proprio_projector": "model.proprio_projector.",
     "noisy_action_projector": "model.noisy_action_projector.",
+    "vision_backbone": "model.vision_backbone.",
 }
 
 
@@ -103,11 +105,13 @@ class Components:
         files: Component -> name of its file.
         weights: Weights by our names.
         fields: Fields of the config that the files and the shapes in them determine.
+        backbone: Weights of a vision backbone with FiLM, as published. They replace those of the main file.
     """
 
     files: dict[str, str] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def component_files(files: CheckpointFiles) -> dict[str, str]:
@@ -149,20 +153,22 @@ def read_components(files: CheckpointFiles) -> Components:
     """
     found = component_files(files)
     weights: dict[str, torch.Tensor] = {}
+    backbone: dict[str, torch.Tensor] = {}
     known: dict[str, Any] = {"action_decoding": "parallel", "action_head": "none", "use_film": False} if found else {}
     for component, name in found.items():
-        if component == "vision_backbone":
-            raise ValueError(
-                f"{files.source} conditions its vision towers on the text (FiLM), which is not supported."
-            )
         path = files.find(name)
         assert path is not None  # it was listed
-        renamed = _rename(component, _read_state_dict(path), f"{name} of {files.source}")
+        state = _read_state_dict(path)
+        if component == "vision_backbone":
+            known["use_film"] = True
+            backbone = state
+            continue
+        renamed = _rename(component, state, f"{name} of {files.source}")
         known |= renamed.fields
         weights |= renamed.weights
     if found:
         _check_head(files.source, found, known["action_head"])
-    return Components(found, weights, known)
+    return Components(found, weights, known, backbone)
 
 
 def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
@@ -372,7 +378,7 @@ def report_muted(components: Components) -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
 
     def keep(record: logging.LogRecord) -> bool:
-        return not components.weights or "LOAD REPORT" not in record.getMessage()
+        return not components.files or "LOAD REPORT" not in record.getMessage()
 
     logger.addFilter(keep)
     try:
@@ -388,7 +394,13 @@ def place_components(model: nn.Module, components: Components, source: Any) -> s
         ValueError: A weight has another shape than the model's, or its module is offloaded.
     """
     parameters = dict(model.named_parameters())
-    for name, tensor in components.weights.items():
+    weights = dict(components.weights)
+    if components.backbone:
+        where = f"{components.files['vision_backbone']} of {source}"
+        path = PATHS["vision_backbone"]
+        backbone = film_backbone_weights(model.get_submodule(path[:-1]), components.backbone, where)
+        weights |= {f"{path}{name}": tensor for name, tensor in backbone.items()}
+    for name, tensor in weights.items():
         component, path = next(one for one in PATHS.items() if name.startswith(one[1]))
         where = f"{components.files[component]} of {source}"
         parameter = parameters[name]
@@ -404,7 +416,7 @@ def place_components(model: nn.Module, components: Components, source: Any) -> s
             )
         with torch.no_grad():
             parameter.copy_(tensor)
-    return set(components.weights)
+    return set(weights)
 
 
 __all__ = [
