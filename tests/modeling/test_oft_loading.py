@@ -15,6 +15,7 @@ from openvla_hf.checkpoints.quantize import quantize
 from openvla_hf.modeling.checkpoint_files import CheckpointFiles
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.modeling.oft_loading import PLATFORMS, read_components, resolve_fields
+from openvla_hf.processing import oft_presets
 from openvla_hf.testing import write_tiny_oft
 
 
@@ -331,7 +332,18 @@ def test_a_checkpoint_with_components_is_saved_before_it_is_quantised_on_disk(of
         quantize(oft(), tmp_path / "small", "8bit")
 
 
-RECORDED = {"oft-l1": {}, "oft-l1-aloha": {}, "oft-diffusion": {}, "oft-discrete": {"platform": "libero"}}
+def test_model_and_processor_agree_on_the_platforms():
+    ours = {name: (one["action_dim"], one["proprio_dim"], one["num_images"]) for name, one in PLATFORMS.items()}
+    assert ours == {name: (*one[:2], len(one.cameras)) for name, one in oft_presets.PLATFORMS.items()}
+
+
+RECORDED = {
+    "oft-l1": {},
+    "oft-film": {},
+    "oft-l1-aloha": {},
+    "oft-diffusion": {},
+    "oft-discrete": {"platform": "libero"},
+}
 
 
 @pytest.mark.parametrize("case", RECORDED)

@@ -88,9 +88,11 @@ def test_given_fields_win(publish, tmp_path):
 def test_a_platform_sets_the_fields_of_any_checkpoint(publish, tmp_path):
     folder = publish(tmp_path / "plain", files=())
     loaded = AutoProcessor.from_pretrained(folder, platform="aloha")
-    assert fields_of(loaded) == oft("aloha")
+    assert fields_of(loaded) == (["full_image"], None, "lanczos3", 0.9)
     loaded.save_pretrained(tmp_path / "saved")
-    assert fields_of(AutoProcessor.from_pretrained(tmp_path / "saved")) == oft("aloha")
+    assert fields_of(AutoProcessor.from_pretrained(tmp_path / "saved")) == fields_of(loaded)
+    changed = AutoProcessor.from_pretrained(tmp_path / "saved", platform="aloha")
+    assert fields_of(changed) == oft("aloha")
     changed = AutoProcessor.from_pretrained(tmp_path / "saved", platform="libero", state_dim=None)
     assert fields_of(changed) == oft("libero", state_dim=None)
 

@@ -45,7 +45,9 @@ def read_oft_fields(
 
     Args:
         source: Folder or Hub id.
-        platform: Name of a platform. By default, the one whose dimensions the checkpoint's statistics have.
+        platform: Name of a platform. By default, the one whose dimensions the checkpoint's statistics have. For a
+            published checkpoint without the components of OpenVLA-OFT, the platform means one that predicts tokens
+            from its first camera, without the state.
         given: Names of fields that the caller gives, which need not be found.
         is_published: Whether the files may be those of OpenVLA-OFT; the files that `save_pretrained` writes are not.
         hub_kwargs: `revision`, `token` and so on.
@@ -68,10 +70,11 @@ def read_oft_fields(
         return {}
     fields: dict[str, Any] = {"image_processor": IMAGE_FIELDS}
     preset = None if platform is None else PLATFORMS[platform]
+    predicts_tokens = is_published and not is_oft
     if "cameras" not in given:
         preset = preset or _recognize(source, **hub_kwargs)
-        fields["cameras"] = list(preset.cameras)
-    if is_oft and not takes_state:
+        fields["cameras"] = list(preset.cameras)[: 1 if predicts_tokens else None]
+    if predicts_tokens or (is_oft and not takes_state):
         fields["state_dim"] = None
     elif "state_dim" not in given:
         fields["state_dim"] = preset.state_dim if preset else _read_dims(source, **hub_kwargs)[1]
