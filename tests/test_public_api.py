@@ -101,7 +101,7 @@ API = {
             fused, norm_stats, **fields)
         tiny_processor(tokenizer, config)
         tiny_tokenizer(texts, merges, phrases)
-        write_tiny_oft(folder, platform, head, proprio, step)
+        write_tiny_oft(folder, platform, head, proprio, film, step)
     """,
     "openvla_hf.checkpoints.convert": """
         BASE_MODELS

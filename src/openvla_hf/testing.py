@@ -11,11 +11,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .checkpoints.export import published_film_backbone
 from .modeling.checkpoint_files import STATISTICS_FILE
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
 from .modeling.oft_loading import HEAD_PREFIXES, MODULES, PARALLEL_PREFIX, PLATFORMS, SUFFIX
 from .processing.image_processing_openvla import OpenVLAImageProcessor
+from .processing.oft_presets import PLATFORMS as OFT_CAMERAS
 from .processing.processing_openvla import PURE_PROMPT, OpenVLAProcessor
 
 
@@ -178,6 +180,7 @@ def write_tiny_oft(
     platform: str = "libero",
     head: str = "l1",
     proprio: bool = True,
+    film: bool = False,
     step: str = "latest",
 ) -> Path:
     """Write a tiny OpenVLA-OFT checkpoint with random weights, in the layout of the original code.
@@ -187,6 +190,7 @@ def write_tiny_oft(
         platform: Robot, whose dimensions the action head, the projector of the state and the statistics have.
         head: "l1", "diffusion", or "none" for a policy that predicts action tokens.
         proprio: Whether the policy sees the robot's state. Without head and state there are no further files.
+        film: Whether the instruction modulates the vision towers, whose weights are then in a further file.
         step: Training step in the names of the files.
 
     Returns:
@@ -199,7 +203,11 @@ def write_tiny_oft(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
-    tiny_processor(config=config).save_pretrained(folder)
+    processor = tiny_processor(config=config)
+    cameras = OFT_CAMERAS[platform].cameras
+    processor.cameras = list(cameras if head != "none" or proprio else cameras[:1])
+    processor.state_dim = preset["proprio_dim"] if proprio else None
+    processor.save_pretrained(folder)
     statistics = {"action": _tiny_statistics(preset["action_dim"]), "proprio": _tiny_statistics(preset["proprio_dim"])}
     (folder / STATISTICS_FILE).write_text(json.dumps({"tiny": statistics}), encoding="utf-8")
 
@@ -224,10 +232,13 @@ def write_tiny_oft(
                 *sizes.get(module, (width,) if module.endswith(("ffn.0", "layer_norm2")) else (width, width)),
             ).items()
         }
-    for name, state in states.items():
-        torch.save(
-            {PARALLEL_PREFIX + key: tensor for key, tensor in state.items()}, folder / f"{name}--{step}{SUFFIX}"
-        )
+    files = {name: {PARALLEL_PREFIX + key: tensor for key, tensor in state.items()} for name, state in states.items()}
+    if film:
+        fields = {"use_film": True, "action_decoding": "parallel", "action_dim": dims}
+        backbone = published_film_backbone(OpenVLAForActionPrediction(tiny_config(**fields)))
+        files["vision_backbone"] = {key: 0.15 * torch.randn(tensor.shape) for key, tensor in backbone.items()}
+    for name, state in files.items():
+        torch.save(state, folder / f"{name}--{step}{SUFFIX}")
     return folder
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from openvla_hf.checkpoints.quantize import quantize
 from openvla_hf.modeling.checkpoint_files import CheckpointFiles
+from openvla_hf.modeling.film import film_backbone_weights
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.modeling.oft_loading import PLATFORMS, read_components, resolve_fields
 from openvla_hf.processing import oft_presets
@@ -230,6 +231,19 @@ def test_a_loaded_model_has_the_weights_of_all_files(oft, silent, load, head):
     plain = load_file(folder / "model.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.items())
     assert len(state) == len(plain) + len(components(folder).weights)
+
+
+def test_a_backbone_with_film_replaces_the_vision_weights_of_the_main_file(oft, silent):
+    folder = oft(film=True)
+    model = AutoModel.from_pretrained(folder)
+    assert model.config.use_film
+    backbone = model.model.vision_backbone
+    published = torch.load(folder / "vision_backbone--latest_checkpoint.pt")
+    expected = film_backbone_weights(backbone, published, "the file")
+    assert set(expected) == set(dict(backbone.named_parameters()))
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in backbone.named_parameters())
+    with pytest.raises(ValueError, match=r"`use_film=False` contradicts vision_backbone--latest_checkpoint\.pt"):
+        AutoModel.from_pretrained(folder, use_film=False)
 
 
 @pytest.mark.parametrize("load", LOADERS)
