@@ -163,7 +163,8 @@ API = {
             bad_episodes, frames_without_instruction, idle, duplicates, lowest, highest, q01, q99, clipped,
             unused_dimensions, gripper_open, frequency, names, follows_state, motionless_start, histograms, model,
             warnings)
-        examine(data, robot, split, camera, every, drop_idle, stats, max_images, progress)
+        examine(data, robot, split, camera, every, drop_idle, stats, max_images, progress, cameras,
+            state)
         plot_actions(report, path, names)
         report_tables(report, names)
     """,
@@ -253,7 +254,8 @@ COMMANDS = {
             --keep --workers --resume --report-to --dry-run --eval-share --eval-frames --keep-best --patience --json
     """,
     "doctor": """
-        data --robot --robots --split --camera --every --drop-idle --model --unnorm-key --frames --plot --json
+        data --robot --robots --split --camera --every --drop-idle --model --unnorm-key --frames --cameras --state
+            --plot --json
     """,
     "merge": """
         adapter output --base --dtype --max-shard-size --json

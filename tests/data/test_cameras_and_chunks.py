@@ -21,7 +21,8 @@ from openvla_hf.data import (
     write_lerobot,
     write_rlds,
 )
-from openvla_hf.data.robots import describe_robot
+from openvla_hf.data.frame_spec import name_cameras
+from openvla_hf.data.robots import GENERIC, describe_robot
 from openvla_hf.data.splits import read_split
 
 
@@ -257,6 +258,8 @@ def test_cameras_may_be_renamed_and_come_from_the_adapter(tmp_path, two_cameras)
     assert list(by_hand["images"]) == list(by_robot["images"]) == ["full_image", "wrist_image"]
     assert identical(by_hand, by_robot)
     assert describe_robot(robot) == describe_robot(Robot("arm"))
+    recorded = json.loads(json.dumps(name_cameras(robot, ["full_image", "wrist_image"])))
+    assert identical(load(folder, cameras=recorded)[2], by_hand)
 
 
 def test_libero_s_adapter_names_the_cameras_as_oft_does(tmp_path, make_episode):
@@ -375,3 +378,43 @@ def test_an_episode_shorter_than_a_chunk_is_logged(make_episode, caplog):
     assert set(frames[:]["episode_index"]) == {1}
     assert "1 episodes of arm give no frames, since they are shorter than chunk=4." in caplog.text
     assert len(from_episodes([short, long], **OPTIONS, chunk_end="pad")) == 3 + STEPS
+
+
+def test_samples_of_every_format_give_the_same_chunks_and_states(samples):
+    metaworld = Robot("metaworld", gripper=Gripper(open=-1.0, closed=1.0))
+    options = {"name": "arm", "chunk": 8, "state": True}
+    plain = load(samples / "hf_parquet", metaworld, cameras=["image"], **options)
+    whole = load(samples / "hf_parquet", metaworld, name="arm")
+    assert len(plain) == len(whole) - 7 * len(set(whole[:]["episode_index"]))
+    statistics = compute_statistics(plain)["arm"]
+    assert statistics == compute_statistics(whole)["arm"]
+    for folder in ("lerobot_v21_av1", "lerobot_v3_h264"):
+        frames = load(samples / folder, cameras=["front"], **options)
+        assert len(frames) == len(plain)
+        for index in range(0, len(frames), 50):
+            np.testing.assert_allclose(frames[index]["actions"], plain[index]["actions"], atol=1e-6)
+            np.testing.assert_array_equal(frames[index]["state"], plain[index]["state"])
+            assert (
+                np.abs(frames[index]["images"]["front"] - plain[index]["images"]["image"].astype(float)).mean() < LOSSY
+            )
+        for part in ("action", "proprio"):
+            np.testing.assert_allclose(
+                compute_statistics(frames)["arm"][part]["q99"], statistics[part]["q99"], atol=1e-6
+            )
+
+
+def test_samples_of_bridge_give_several_cameras_and_a_state_of_seven_numbers(samples):
+    folder = samples / "rlds" / "bridge_orig"
+    cameras = {"full_image": "observation.image_0", "black": "image_1"}
+    for robot, frames_left_out in ((GENERIC, 0), ("bridge_orig", 2)):
+        table = load(folder, robot, cameras=cameras, chunk=5, state=True)
+        stream = load(folder, robot, cameras=cameras, chunk=5, state=True, streaming=True)
+        plain = load(folder, robot, camera="observation.image_0")
+        assert len(table) == len(plain) - 4 * 4 == sum(1 for _ in stream)
+        assert plain[0]["frame_index"] == (frames_left_out > 0)
+        for frame, other in zip(table.select(range(20)), stream.take(20), strict=True):
+            assert frame["state"].shape == (7,)
+            assert frame["images"]["full_image"].max() > 0 == frame["images"]["black"].max()
+            np.testing.assert_array_equal(frame["actions"], other["actions"])
+        assert compute_statistics(table) == compute_statistics(stream) == compute_statistics(plain)
+    assert list(load(folder, cameras=["full_image"])[0]["images"]) == ["full_image"]

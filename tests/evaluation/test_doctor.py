@@ -64,6 +64,25 @@ def test_each_fault_is_found(make_episode, tmp_path):
     assert "record 1: 'action' contains NaN" in report.warnings[0]
 
 
+def test_faults_of_the_state_and_of_each_camera_are_found_if_they_are_asked_for(make_episode, tmp_path):
+    episodes = [make_episode(index, steps=8) for index in range(15)]
+    for frame in (frame for episode in episodes for frame in episode):
+        frame["images"] = {"front": frame.pop("image"), "wrist": np.full((32, 32, 3), 90, np.uint8)}
+        frame["state"][2] = 0.25
+    episodes[2][4]["state"][1] = 40.0
+    folder = write_lerobot(episodes, tmp_path / "arm")
+    plain, _ = examine(folder, ARM, camera="observation.images.front")
+    report, _ = examine(folder, ARM, cameras=["front", "wrist"], state=True)
+    assert plain.warnings == []
+    assert plain.duplicates == 0.0
+    assert report.duplicates == 1.0
+    assert "100% of the images equal the image before them" in report.warnings[0]
+    assert report.warnings[1:] == [
+        "State dimensions [2] are constant. Check whether they were recorded.",
+        "State dimension 1 reaches 40, far outside its usual range. Check the recording.",
+    ]
+
+
 def reaching(index, still=0, steps=24):
     """An arm of two joints that stands still, and then follows targets with a lag; and its movements."""
     targets = np.concatenate([np.zeros(still), np.sin(np.linspace(0, 3, steps) + index)])[:, None] * [1.0, -0.5]

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=positive, default=64, help="number of frames that the policy acts on (default: %(default)s)"
     )
+    parser.add_argument("--cameras", nargs="+", help="cameras of a policy that sees several, instead of --camera")
+    parser.add_argument("--state", action="store_true", help="require a state in every frame, and examine the states")
     parser.add_argument("--plot", metavar="FILE", help="save a plot of the action histograms with the 256 bins")
 
 
@@ -51,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
             every=args.every,
             drop_idle=args.drop_idle,
             stats=stats,
+            cameras=args.cameras,
+            state=args.state,
             progress=lambda done, total: progress.update(images, completed=done, total=total, visible=True),
         )
         if model is not None:

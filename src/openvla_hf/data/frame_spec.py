@@ -12,6 +12,7 @@ from datasets import Dataset, Features, Image, List, Value
 from ..modeling.known_names import check_name
 from .adapters import Robot
 from .feature_names import Names, find_camera
+from .robots import resolve_robot
 
 
 # Columns of the rows of every reader, beside the images. `dataset` names the statistics of the action, and
@@ -135,23 +136,36 @@ class FrameSpec:
         return actions[np.minimum(steps, len(actions) - 1)], steps < len(actions)
 
 
-def make_spec(
-    robot: Robot, cameras: Cameras | None = None, chunk: int = 1, chunk_end: str = "drop", state: bool = False
+def resolve_spec(
+    robot: Robot | str | None,
+    dataset: str,
+    *,
+    camera: str | None = None,
+    every: int | None = None,
+    drop_idle: bool | None = None,
+    cameras: Cameras | None = None,
+    chunk: int = 1,
+    chunk_end: str = "drop",
+    state: bool = False,
 ) -> FrameSpec:
-    """Make the specification of frames from the options of `load`.
+    """Make the specification of a dataset's frames from the options of `load`.
 
     Raises:
-        TypeError: `cameras` is a single name, or contains something else than names.
-        ValueError: `cameras` is empty or repeats a name, or the options of chunks are not valid.
+        TypeError: `cameras` is a single name, or contains something other than names.
+        ValueError: An option is not valid or does not fit the adapter, or `camera` and `cameras` are both given.
     """
-    return FrameSpec(robot, () if cameras is None else name_cameras(robot, cameras), chunk, chunk_end, state)
+    if camera is not None and cameras is not None:
+        raise ValueError(f"camera={camera!r} and cameras={cameras!r} exclude each other. Give only one of them.")
+    adapter = resolve_robot(robot, dataset, camera=camera, every=every, drop_idle=drop_idle)
+    named = () if cameras is None else tuple(name_cameras(adapter, cameras).items())
+    return FrameSpec(adapter, named, chunk, chunk_end, state)
 
 
-def name_cameras(robot: Robot, cameras: Cameras) -> tuple[tuple[str, Names], ...]:
+def name_cameras(robot: Robot, cameras: Cameras) -> dict[str, Names]:
     """Return each camera's name in a frame with the features that it may be read from.
 
     Raises:
-        TypeError: `cameras` is a single name, or contains something else than names.
+        TypeError: `cameras` is a single name, or contains something other than names.
         ValueError: `cameras` is empty or repeats a name.
     """
     if isinstance(cameras, str):
@@ -161,10 +175,9 @@ def name_cameras(robot: Robot, cameras: Cameras) -> tuple[tuple[str, Names], ...
     if not cameras or len({*cameras}) < len(cameras):
         raise ValueError(f"cameras={cameras!r} must contain at least one name, and each name once.")
     if isinstance(cameras, Mapping):
-        return tuple(
-            (name, tuple(feature) if isinstance(feature, list) else feature) for name, feature in cameras.items()
-        )
-    return tuple((name, robot.cameras.get(name, name)) for name in cameras)
+        # Names read from JSON are lists.
+        return {name: feature if isinstance(feature, str) else tuple(feature) for name, feature in cameras.items()}
+    return {name: robot.cameras.get(name, name) for name in cameras}
 
 
 __all__ = [
@@ -174,6 +187,6 @@ __all__ = [
     "NUMBERS",
     "Cameras",
     "FrameSpec",
-    "make_spec",
     "name_cameras",
+    "resolve_spec",
 ]

@@ -23,12 +23,11 @@ from huggingface_hub import snapshot_download
 
 from .adapters import Robot
 from .episodes import Losses, usable_columns, usable_rows
-from .frame_spec import Cameras, FrameSpec, make_spec
+from .frame_spec import Cameras, FrameSpec, resolve_spec
 from .frames import Frames, note_action
 from .plain_datasets import adapt_stream, adapt_table
 from .readers.lerobot import INFO_FILE, LeRobotSource
 from .readers.rlds import RLDSSource, find_version
-from .robots import resolve_robot
 from .streams import FrameStream
 from .table_cache import cached_table, file_version, make_key
 
@@ -93,12 +92,19 @@ def load(
         BadEpisodeError: An episode can't be used (the message gives the file and the record), or more episodes are bad
             than may be skipped.
     """
-    if camera is not None and cameras is not None:
-        raise ValueError(f"camera={camera!r} and cameras={cameras!r} exclude each other. Give only one of them.")
     source = open_source(data, split, streaming)
     name = name or name_of(source, data)
-    adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
-    spec = make_spec(adapter, cameras, chunk, chunk_end, state)
+    spec = resolve_spec(
+        robot,
+        name,
+        camera=camera,
+        every=every,
+        drop_idle=drop_idle,
+        cameras=cameras,
+        chunk=chunk,
+        chunk_end=chunk_end,
+        state=state,
+    )
     losses = Losses.allow(skip_bad_episodes)
     if isinstance(source, Dataset) or not (streaming or isinstance(source, IterableDataset)):
         frames = read_table(source, spec, name, losses, decode_all=losses.limit > 0)
@@ -113,6 +119,7 @@ def load(
     else:
         frames = _open_stream(source, spec, name, losses, shuffle_buffer, seed)
     is_plain = isinstance(source, (Dataset, IterableDataset))
+    adapter = spec.robot
     names = None if is_plain else adapter.name_dimensions(source.numbers, source.dimension_names)
     note_action(frames, name, names, adapter.standard_space)
     return frames

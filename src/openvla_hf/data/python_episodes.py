@@ -10,10 +10,9 @@ from .adapters import Robot
 from .columns import stack_rows
 from .episodes import BadEpisodeError, Episodes, Losses, RecordedEpisode, usable_columns, usable_rows
 from .feature_names import listed
-from .frame_spec import Cameras, FrameSpec, make_spec
+from .frame_spec import Cameras, FrameSpec, resolve_spec
 from .frames import Frames, note_action
 from .images import ImageReader, encode_png
-from .robots import resolve_robot
 from .streams import FrameStream
 from .table_cache import cached_table, make_key
 
@@ -59,8 +58,16 @@ def from_episodes(
         BadEpisodeError: An episode can't be used. The message gives its number.
         TypeError: `streaming` is set, but `episodes` is not a function.
     """
-    adapter = resolve_robot(robot, name, every=every, drop_idle=drop_idle)
-    spec = make_spec(adapter, cameras, chunk, chunk_end, state)
+    spec = resolve_spec(
+        robot,
+        name,
+        every=every,
+        drop_idle=drop_idle,
+        cameras=cameras,
+        chunk=chunk,
+        chunk_end=chunk_end,
+        state=state,
+    )
     losses = Losses.allow(skip_bad_episodes)
     key = None if cache_key is None else make_key(cache_key, spec, name, losses.limit)
     frames: Frames
@@ -77,7 +84,7 @@ def from_episodes(
     else:
         frames = cached_table(_encoded_columns(episodes, spec, name, losses), spec, losses, name, key)
         spec.require_frames(frames, name)
-    note_action(frames, name, None, adapter.standard_space)
+    note_action(frames, name, None, spec.robot.standard_space)
     return frames
 
 

@@ -13,13 +13,12 @@ from rich.table import Table
 from ..data.adapters import Robot
 from ..data.columns import matrix
 from ..data.episodes import Losses
-from ..data.frame_spec import FrameSpec
+from ..data.frame_spec import Cameras, resolve_spec
 from ..data.frames import Frames
 from ..data.gripper import GRIPPER_OPEN
 from ..data.loading import name_of, open_source, read_table
 from ..data.motion import JOINTS, STILL, TARGETS, find_idle, name_by_space
 from ..data.optional_packages import import_extra
-from ..data.robots import resolve_robot
 from ..data.statistics import compute_statistics
 from ..modeling.action_tokenizer import ActionTokenizer, normalize
 
@@ -115,6 +114,8 @@ def examine(
     stats: dict[str, Any] | None = None,
     max_images: int = 500,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    cameras: Cameras | None = None,
+    state: bool = False,
 ) -> tuple[Report, Dataset]:
     """Examine a dataset: all of its numbers, and some of its images.
 
@@ -128,6 +129,8 @@ def examine(
         stats: Action statistics that will normalise the actions, such as a model's; the dataset's own by default.
         max_images: Largest number of images to compare with the next one.
         progress: Called with the number of compared images and their total.
+        cameras: See `load`. The images of each camera are compared.
+        state: See `load`. The states are then examined too.
 
     Returns:
         The report, and the frames.
@@ -138,8 +141,9 @@ def examine(
     losses = Losses(limit=1.0)
     source = open_source(data, split, streaming=False)
     name = name_of(source, data)
-    adapter = resolve_robot(robot, name, camera=camera, every=every, drop_idle=drop_idle)
-    frames = read_table(source, FrameSpec(adapter), name, losses)
+    spec = resolve_spec(robot, name, camera=camera, every=every, drop_idle=drop_idle, cameras=cameras, state=state)
+    adapter = spec.robot
+    frames = read_table(source, spec, name, losses)
     if not len(frames):
         reason = f" The first reason: {losses.bad_episodes[0]}" if losses.bad_episodes else ""
         raise ValueError(f"{name} has no usable frame.{reason}")
@@ -149,7 +153,8 @@ def examine(
             f"The actions of {name} have {numbers.dims} dimensions, but the model's statistics have "
             f"{len(stats['q01'])}. Give data from the model's robot."
         )
-    own = compute_statistics(frames)[name]["action"]
+    statistics = compute_statistics(frames)[name]
+    own = statistics["action"]
     recorded_rate = names = None
     if not isinstance(source, Dataset):
         recorded_rate = source.frequency
@@ -171,6 +176,8 @@ def examine(
         **_judge_motion(numbers, adapter, names),
     )
     report.warnings = _warnings(report, adapter, numbers, recorded_rate)
+    if state:
+        report.warnings += _warn_of_states(statistics["proprio"])
     return report, frames
 
 
@@ -293,21 +300,33 @@ def _motionless_start(states: np.ndarray, episodes: Sequence[slice]) -> float:
 
 
 def _duplicates(frames: Dataset, episode_of: np.ndarray, limit: int, progress: Callable[[int, int], None]) -> float:
-    """Return the share of images that equal the next one of their episode, among up to `limit` pairs."""
+    """Return the share of images that equal the next one of their episode, among up to `limit` pairs.
+
+    With several cameras, it is the share of the camera that has the most equal images.
+    """
     pairs = np.flatnonzero(episode_of[:-1] == episode_of[1:])
     if not len(pairs):
         return 0.0
     # Runs of consecutive pairs, because a video is read fastest in sequence.
     runs = np.array_split(pairs, min(len(pairs), 10))
     chosen = np.concatenate([run[: max(1, limit // len(runs))] for run in runs])
-    same, previous = 0, (-1, np.empty(0))
+    same: dict[str, int] = {}
+    previous: tuple[int, dict[str, np.ndarray]] = (-1, {})
     for done, index in enumerate(chosen.tolist()):
-        first = previous[1] if previous[0] == index else frames[index]["image"].astype(np.int16)
-        second = frames[index + 1]["image"].astype(np.int16)
-        same += first.shape == second.shape and np.abs(first - second).mean() < SAME_IMAGE
+        first = previous[1] if previous[0] == index else _pictures(frames[index])
+        second = _pictures(frames[index + 1])
+        for camera, image in first.items():
+            is_same = image.shape == second[camera].shape and np.abs(image - second[camera]).mean() < SAME_IMAGE
+            same[camera] = same.get(camera, 0) + is_same
         previous = (index + 1, second)
         progress(done + 1, len(chosen))
-    return same / len(chosen)
+    return max(same.values()) / len(chosen)
+
+
+def _pictures(frame: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the images of a frame by camera, with a type that can be subtracted."""
+    images = frame["images"] if "images" in frame else {"image": frame["image"]}
+    return {camera: image.astype(np.int16) for camera, image in images.items()}
 
 
 def _warnings(report: Report, robot: Robot, numbers: _Numbers, recorded_rate: float | None) -> list[str]:
@@ -375,13 +394,24 @@ def _warn_of_values(report: Report) -> Iterator[str]:
     for dimension, share in enumerate(report.clipped):
         if share > CLIPPED_SHARE:
             yield f"The statistics clip {share:.0%} of the values of {_label(report, dimension)}."
-    q01, q99 = np.array(report.q01), np.array(report.q99)
-    span = q99 - q01
-    far = np.maximum(np.array(report.highest) - q99, q01 - np.array(report.lowest)) > FAR_OUT * span
-    for dimension in np.flatnonzero(far & (span > 0)).tolist():
-        value = max((report.lowest[dimension], report.highest[dimension]), key=abs)
+    for dimension, value in _find_far_out(report.lowest, report.q01, report.q99, report.highest):
         label = _label(report, dimension)
         yield f"{label[0].upper()}{label[1:]} reaches {value:g}, far outside its usual range. Check the recording."
+
+
+def _warn_of_states(stats: dict[str, list[float]]) -> Iterator[str]:
+    if constant := np.flatnonzero(np.ptp([stats["min"], stats["max"]], axis=0) == 0).tolist():
+        yield f"State dimensions {constant} are constant. Check whether they were recorded."
+    for dimension, value in _find_far_out(stats["min"], stats["q01"], stats["q99"], stats["max"]):
+        yield f"State dimension {dimension} reaches {value:g}, far outside its usual range. Check the recording."
+
+
+def _find_far_out(lowest: Any, q01: Any, q99: Any, highest: Any) -> list[tuple[int, float]]:
+    """List the dimensions with values far outside their quantiles, each with its value."""
+    span = np.subtract(q99, q01)
+    far = np.maximum(np.subtract(highest, q99), np.subtract(q01, lowest)) > FAR_OUT * span
+    found = np.flatnonzero(far & (span > 0)).tolist()
+    return [(dimension, max((lowest[dimension], highest[dimension]), key=abs)) for dimension in found]
 
 
 def _warn_of_gripper(report: Report, robot: Robot, numbers: _Numbers) -> Iterator[str]:

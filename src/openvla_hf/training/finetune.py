@@ -22,6 +22,7 @@ from transformers import AutoProcessor, EarlyStoppingCallback, TrainingArguments
 from ..checkpoints.describe import describe, refuse_adapter
 from ..checkpoints.model_card import write_card
 from ..data import Augmentation, compute_statistics, load, load_statistics
+from ..data.frame_spec import name_cameras
 from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, sample_frames, split_parts
 from ..modeling.checkpoint_files import STATISTICS_FILE
@@ -257,6 +258,8 @@ def _record_reading(data: TrainingData, name: str) -> dict[str, Any]:
     """Record how a dataset is read, with the adapter that its name selects if the options name none."""
     options = {option: value for option, value in data.options.items() if option not in NOT_RECORDED}
     robot = resolve_robot(options.get("robot"), name)
+    if options.get("cameras") is not None:
+        options["cameras"] = name_cameras(robot, options["cameras"])
     return options | {"robot": robot.name, "adapter": describe_robot(robot)}
 
 
