@@ -19,7 +19,7 @@ API = {
     "openvla_hf": """
         ActionPrediction(actions, normalized_actions, token_ids, probabilities, entropy, forward_passes)
         ActionStream(model, unnorm_key)
-        ActionStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, return_details)
+        ActionStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, state, return_details)
         ActionStream.reset()
         ActionTokenizer(vocab_end, n_bins)
         ActionTokenizer.bin_values
@@ -27,6 +27,10 @@ API = {
         ActionTokenizer.encode(actions)
         ActionTokenizer.first_id
         AutoModelForVision2Seq
+        ChunkStream(model, unnorm_key, execute, ensemble)
+        ChunkStream.needs_observation
+        ChunkStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, **inputs)
+        ChunkStream.reset()
         OpenVLAConfig(vision_config, fused_vision_config, text_config, vision_feature_layer, projector_hidden_act,
             image_token_index, prompt_suffix_token_id, n_action_bins, pad_to_multiple_of, pad_token_id, norm_stats,
             tie_word_embeddings, num_images, action_decoding, action_head, action_horizon, action_dim, proprio_dim,
@@ -37,12 +41,12 @@ API = {
         OpenVLAConfig.num_prefix_tokens
         OpenVLAConfig.vision_configs
         OpenVLAForActionPrediction(config)
-        OpenVLAForActionPrediction.action_stream(unnorm_key)
+        OpenVLAForActionPrediction.action_stream(unnorm_key, execute, ensemble)
         OpenVLAForActionPrediction.action_tokenizer
         OpenVLAForActionPrediction.compile_for_actions(mode)
         OpenVLAForActionPrediction.decode_actions(token_ids, unnorm_key)
         OpenVLAForActionPrediction.forward(input_ids, pixel_values, attention_mask, position_ids, past_key_values,
-            inputs_embeds, labels, logits_to_keep, **kwargs)
+            inputs_embeds, labels, logits_to_keep, proprio, actions, action_mask, **kwargs)
         OpenVLAForActionPrediction.from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info,
             **kwargs)
         OpenVLAForActionPrediction.get_action_dim(unnorm_key)
@@ -50,8 +54,8 @@ API = {
         OpenVLAForActionPrediction.get_image_features(pixel_values, language_embedding)
         OpenVLAForActionPrediction.load_adapter(peft_model_id, adapter_name, **kwargs)
         OpenVLAForActionPrediction.norm_stats
-        OpenVLAForActionPrediction.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, stats,
-            constrained, return_details, draft_token_ids, **decoding)
+        OpenVLAForActionPrediction.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, state,
+            stats, constrained, return_details, draft_token_ids, **decoding)
         OpenVLAForActionPrediction.save_pretrained(save_directory, **kwargs)
         OpenVLAImageProcessor(image_resize_strategy, size, image_mean, image_std, resample, letterbox_fill,
             center_crop_area)

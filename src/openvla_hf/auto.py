@@ -15,7 +15,8 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from .modeling.action_prediction import ActionPrediction, ActionStream
+from .modeling.action_prediction import ActionPrediction
+from .modeling.action_stream import ActionStream, ChunkStream
 from .modeling.action_tokenizer import ActionTokenizer
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction, OpenVLAModel
@@ -29,6 +30,7 @@ __all__ = [
     "ActionStream",
     "ActionTokenizer",
     "AutoModelForVision2Seq",
+    "ChunkStream",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",

@@ -41,6 +41,22 @@ class ActionTokens:
     forward_passes: int
 
 
+@dataclass
+class DecodedActions:
+    """Decoded actions, or chunks (B, K, A) instead of (B, A) with parallel decoding.
+
+    normalized_actions: (B, A) float64, as a rule in [-1, 1]; NaN where the model's output is not finite.
+    token_ids: (B, A) int64; `None` with an action head.
+    action_logits: (B, A, N) logits of the action ids, lowest action value first; `None` with an action head.
+    forward_passes: Number of passes of the language model.
+    """
+
+    normalized_actions: np.ndarray
+    token_ids: np.ndarray | None
+    action_logits: torch.Tensor | None
+    forward_passes: int
+
+
 class ActionIdsOnly(LogitsProcessor):
     """Restrict `generate` to the action ids."""
 
@@ -60,20 +76,42 @@ def decode_actions(
     pixel_values: torch.Tensor,
     attention_mask: torch.Tensor,
     dims: Sequence[int],
+    proprio: torch.Tensor | None = None,
     constrained: bool = True,
+    **decoding: Any,
+) -> DecodedActions:
+    """Decode one action per row after left-padded prompts (B, T) with their placeholders in place.
+
+    `proprio` (B, S) is the normalised state of the robots, where the model sees it.
+    """
+    tokens = _decode_ids(model, input_ids, pixel_values, attention_mask, dims, proprio, constrained, **decoding)
+    token_ids = tokens.token_ids.cpu().numpy()
+    normalized = model.action_tokenizer.decode(token_ids)
+    normalized[token_ids < 0] = np.nan
+    return DecodedActions(normalized, token_ids, tokens.action_logits, tokens.forward_passes)
+
+
+def _decode_ids(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dims: Sequence[int],
+    proprio: torch.Tensor | None,
+    constrained: bool,
     draft_token_ids: torch.Tensor | np.ndarray | Sequence | None = None,
     **generate_kwargs: Any,
 ) -> ActionTokens:
-    """Decode the ids of one action per row after left-padded prompts (B, T) with their placeholders in place.
+    """Decode the ids of `decode_actions`.
 
     Greedy decoding runs here, in `max(dims)` passes of the language model, or fewer with a draft. Other decoding goes
     through `generate`, and so do language models whose attention does not take an additive mask.
     """
     if generate_kwargs or not _takes_additive_masks(model, input_ids.shape[1] + max(dims)):
         return _decode_by_generate(
-            model, input_ids, pixel_values, attention_mask, max(dims), constrained, **generate_kwargs
+            model, input_ids, pixel_values, attention_mask, max(dims), constrained, proprio, **generate_kwargs
         )
-    with _Decoding(model, input_ids, pixel_values, attention_mask, max(dims), constrained) as decoding:
+    with _Decoding(model, input_ids, pixel_values, attention_mask, max(dims), constrained, proprio) as decoding:
         if draft_token_ids is None:
             return decoding.one_by_one()
         return decoding.verify(decoding.as_draft(draft_token_ids), torch.tensor(dims, device=input_ids.device))
@@ -103,6 +141,7 @@ def _decode_by_generate(
     attention_mask: torch.Tensor,
     num_tokens: int,
     constrained: bool,
+    proprio: torch.Tensor | None,
     do_sample: bool = False,
     **generate_kwargs: Any,
 ) -> ActionTokens:
@@ -116,6 +155,7 @@ def _decode_by_generate(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
+            proprio=proprio,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             do_sample=do_sample,
@@ -165,6 +205,7 @@ def action_pass(
     slot: torch.Tensor,
     keep: int,
     constrained: bool,
+    proprio: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the language model over `input_ids` (B, T): all the work of the device between two tokens.
 
@@ -180,6 +221,7 @@ def action_pass(
         slot: () int64, the first slot that is written.
         keep: Number of positions to predict at, counted from the last.
         constrained: Choose among the action ids only.
+        proprio: (B, S) normalised state, read with `pixel_values` by a model that sees it.
 
     Returns:
         Greedy ids (B, keep), their logits (B, keep; NaN where any logit is NaN), and the logits (B, keep, N) of the
@@ -190,12 +232,29 @@ def action_pass(
     for layer in cache.layers:
         layer.cumulative_length.copy_(slot)
     hidden = model.model.language_model(
-        inputs_embeds=model.model.embed(input_ids, pixel_values),
+        inputs_embeds=model.model.embed(input_ids, pixel_values, proprio),
         attention_mask=mask,
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state[:, -keep:]
+    return greedy_ids(model, hidden, constrained)
+
+
+def greedy_ids(
+    model: PreTrainedModel, hidden: torch.Tensor, constrained: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose the best id at each of the hidden states (B, T, D).
+
+    Args:
+        model: The policy.
+        hidden: Last hidden states.
+        constrained: Choose among the action ids only.
+
+    Returns:
+        Ids (B, T), their logits (B, T; NaN where any logit is NaN), and the logits (B, T, N) of the action ids, the
+        highest id first.
+    """
     first_id, end_id = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
     head = model.lm_head
     # A plain weight is sliced before the product. A head that is adapted, quantised or offloaded computes all logits,
@@ -280,6 +339,7 @@ class _Decoding:
         attention_mask: torch.Tensor,
         num_tokens: int,
         constrained: bool,
+        proprio: torch.Tensor | None,
     ):
         self.model, self.constrained, self.num_tokens = model, constrained, num_tokens
         self.compiled = model.action_pass is not action_pass
@@ -287,7 +347,7 @@ class _Decoding:
             missing = -input_ids.shape[1] % PROMPT_BUCKET
             input_ids = nn.functional.pad(input_ids, (missing, 0), value=model.config.pad_token_id)
             attention_mask = nn.functional.pad(attention_mask, (missing, 0), value=0)
-        self.input_ids, self.pixel_values = input_ids, pixel_values
+        self.input_ids, self.pixel_values, self.proprio = input_ids, pixel_values, proprio
         rows, self.prompt = input_ids.shape
         slots = self.prompt + num_tokens - 1  # the last token is never read back
         self.capacity = -(-slots // PROMPT_BUCKET) * PROMPT_BUCKET
@@ -330,6 +390,7 @@ class _Decoding:
             self.slots[slot],
             keep,
             self.constrained,
+            self.proprio,
         )
 
     def one_by_one(self) -> ActionTokens:
@@ -408,7 +469,9 @@ __all__ = [
     "ActionPass",
     "ActionTokens",
     "CompiledActionPass",
+    "DecodedActions",
     "action_pass",
     "attention_reach",
     "decode_actions",
+    "greedy_ids",
 ]

@@ -1,6 +1,7 @@
 """Predict actions in the robot's units from observations.
 
-Shapes: B batch, T tokens (image placeholders included), A action dimensions, N action bins.
+Shapes: B batch, T tokens (image placeholders included), K actions of a chunk, A action dimensions, S state dimensions,
+N action bins.
 """
 
 from collections.abc import Sequence
@@ -14,16 +15,19 @@ from transformers import Cache
 
 from .action_decoding import (
     ActionPass,
-    ActionTokens,
     CompiledActionPass,
+    DecodedActions,
     attention_reach,
     decode_actions,
 )
+from .action_stream import ActionStream, ChunkStream
 from .action_tokenizer import (
+    RANGE_MARGIN,
     ActionTokenizer,
     action_dim,
     check_action_stats,
     check_statistics,
+    normalize_state,
     resolve_action_stats,
     resolve_key,
     unnormalize,
@@ -34,8 +38,11 @@ from .model_inputs import (
     check_num_images,
     check_pixel_values,
     check_prompt_length,
+    check_proprio,
     prepare_prompts,
+    read_state,
 )
+from .parallel_decoding import decode_chunk, num_new_tokens
 
 
 if TYPE_CHECKING:
@@ -48,19 +55,22 @@ else:  # a mixin, combined with a `PreTrainedModel`
 class ActionPrediction:
     """Result of `predict_action(return_details=True)`; rows with fewer dimensions than the longest end in NaN.
 
+    With parallel decoding, each shape has a further axis K after B.
+
     actions: (B, A) float64, in the robot's units.
-    normalized_actions: (B, A) float64 in [-1, 1].
-    token_ids: (B, A) int64.
+    normalized_actions: (B, A) float64 in [-1, 1]; an action head may go beyond.
+    token_ids: (B, A) int64; `None` with an action head.
     probabilities: (B, A, N) float32 over the bins, lowest value first; `ActionTokenizer.bin_values` gives the values.
-    entropy: (B, A) float32 in nats, of `probabilities`.
+        `None` with an action head.
+    entropy: (B, A) float32 in nats, of `probabilities`; `None` with an action head.
     forward_passes: Number of passes of the language model.
     """
 
     actions: np.ndarray
     normalized_actions: np.ndarray
-    token_ids: np.ndarray
-    probabilities: np.ndarray
-    entropy: np.ndarray
+    token_ids: np.ndarray | None
+    probabilities: np.ndarray | None
+    entropy: np.ndarray | None
     forward_passes: int
 
 
@@ -109,7 +119,11 @@ class ActionPredictionMixin(_Base):
                 f"`token_ids` has shape {normalized.shape}, but an action has {action_dim(stats)} dimensions: give "
                 "one id for each on the last axis."
             )
-        return unnormalize(normalized, stats)
+        return self._to_robot_units(normalized, stats)
+
+    def _to_robot_units(self, normalized: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
+        margin = RANGE_MARGIN if self.config.is_parallel else 0.0
+        return unnormalize(normalized, stats, self.config.action_normalization, margin)
 
     def _row_stats(self, keys: Sequence[str | None]) -> list[dict[str, Any]]:
         """Look up each row's statistics, and check them: the config may have changed after loading."""
@@ -117,6 +131,29 @@ class ActionPredictionMixin(_Base):
         in_use = {name: self.config.norm_stats[name] for name in dict.fromkeys(names)}  # type: ignore[index]
         check_statistics(in_use, "`norm_stats`")
         return [in_use[name]["action"] for name in names]
+
+    def _normalize_state(self, state: Any, keys: Sequence[str | None]) -> torch.Tensor | None:
+        """Normalise the state (B, S) or (S,) with the statistics of each row; `None` if the model does not see it."""
+        if state is None or self.config.proprio_dim is None:
+            check_proprio(self.config, state, len(keys))
+            return None
+        values = read_state(self.config, state, len(keys))
+        for row, key in enumerate(keys):
+            name = resolve_key(self.norm_stats, key)
+            stats = self.config.norm_stats[name].get("proprio")  # type: ignore[index]
+            if stats is None:
+                raise ValueError(
+                    f"The statistics of {name!r} have no 'proprio', so the state can't be normalised: compute the "
+                    "statistics again, with the state."
+                )
+            check_action_stats(stats, f"`norm_stats`, 'proprio' of {name!r}")
+            if action_dim(stats) != self.config.proprio_dim:
+                raise ValueError(
+                    f"The statistics of {name!r} describe {action_dim(stats)} state dimensions, but this model sees "
+                    f"{self.config.proprio_dim}: pass the `unnorm_key` of another dataset."
+                )
+            values[row] = normalize_state(values[row], stats, self.config.action_normalization)
+        return torch.from_numpy(values).to(self.dtype).to(self.device)
 
     @torch.no_grad()
     def predict_action(
@@ -126,31 +163,35 @@ class ActionPredictionMixin(_Base):
         attention_mask: torch.Tensor | None = None,
         unnorm_key: str | list[str] | None = None,
         *,
+        state: torch.Tensor | np.ndarray | None = None,
         stats: dict[str, Any] | None = None,
         constrained: bool = True,
         return_details: bool = False,
         draft_token_ids: torch.Tensor | np.ndarray | None = None,
         **decoding: Any,
     ) -> np.ndarray | ActionPrediction:
-        """Predict the action for one observation or a batch.
+        """Predict the action, or a chunk of K actions with parallel decoding, for one observation or a batch.
 
         Args:
             input_ids: (B, T) prompts, with or without image placeholders, padded on either side. Tensors here and
                 below may also be arrays or lists.
-            pixel_values: (B, 3 * towers, H, W).
+            pixel_values: (B, 3 * towers * images, H, W).
             attention_mask: (B, T), 1 for tokens and 0 for padding: ids of the config's `pad_token_id` at the ends of a
                 row. All ones when left out, so rows with padding need their mask.
             unnorm_key: Name of the statistics that turn the action into robot units; a list gives each row its own.
+            state: (B, S) or (S,) state of the robots in their own units, where the model sees it.
             stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
             constrained: Choose among the action ids only. `False` takes the best id of the whole vocabulary and clips
                 it to the action ids, as the original code does.
             return_details: Return an `ActionPrediction`, which always has a batch dimension.
             draft_token_ids: (B, A) or (A,) guess of the action's ids, such as the last action's. The guess does not
                 change the result; a better guess takes fewer passes of the language model.
-            decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default.
+            decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default. A diffusion head
+                takes `initial_noise` (B, K, A) or (K, A), random by default, and `num_inference_steps`.
 
         Returns:
-            float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics.
+            float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics. With parallel
+            decoding (K, A) and (B, K, A).
 
         Raises:
             ValueError: The statistics can't be resolved, an input does not fit this model, or the model's output is
@@ -162,47 +203,50 @@ class ActionPredictionMixin(_Base):
         pixel_values = as_tensor("pixel_values", pixel_values)
         check_pixel_values(self.config, pixel_values)
         check_num_images(len(pixel_values), rows)
-        # 2. Look up the statistics of each row
+        # 2. Look up the statistics of each row, and normalise the state
         keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * rows
         if len(keys) != rows:
             raise ValueError(f"Got {len(keys)} `unnorm_key`s for {rows} observations: give one, or one for each.")
         row_stats = [check_action_stats(stats, "`stats`")] * rows if stats is not None else self._row_stats(keys)
         dims = [action_dim(one) for one in row_stats]
-        check_prompt_length(self.config, attention_mask, max(dims))
-        # 3. Decode the action's ids, one for each dimension
+        proprio = self._normalize_state(state, keys)
+        # 3. Decode each row's action or chunk
         device = self.device
-        tokens: ActionTokens = decode_actions(
-            self,
-            input_ids.to(device),
-            pixel_values.to(device, self.dtype),
-            attention_mask.to(device),
-            dims,
-            constrained=constrained,
-            draft_token_ids=draft_token_ids,
-            **decoding,
-        )
-        # 4. Convert ids to bins, and bins to robot units
-        token_ids = tokens.token_ids.cpu().numpy()
-        _refuse_not_finite(token_ids, dims)
-        normalized = self.action_tokenizer.decode(token_ids)
+        inputs = (input_ids.to(device), pixel_values.to(device, self.dtype), attention_mask.to(device))
+        new_tokens = num_new_tokens(self.config) if self.config.is_parallel else max(dims)
+        check_prompt_length(self.config, attention_mask, new_tokens)
+        if draft_token_ids is not None:
+            decoding["draft_token_ids"] = draft_token_ids
+        decode = decode_chunk if self.config.is_parallel else decode_actions
+        decoded = decode(self, *inputs, dims, proprio, constrained=constrained, **decoding)
+        # 4. Convert normalised values to robot units
+        normalized = decoded.normalized_actions
+        _refuse_not_finite(normalized, dims)
         actions = np.full(normalized.shape, np.nan)
         for row, (one, dim) in enumerate(zip(row_stats, dims, strict=True)):
-            normalized[row, dim:] = np.nan
-            actions[row, :dim] = unnormalize(normalized[row, :dim], one)
-        if not return_details:
-            return actions[0] if rows == 1 else actions
-        log_probabilities = tokens.action_logits.float().log_softmax(-1)
-        return ActionPrediction(
-            actions=actions,
-            normalized_actions=normalized,
-            token_ids=token_ids,
-            probabilities=log_probabilities.exp().cpu().numpy(),
-            entropy=-(log_probabilities.exp() * log_probabilities).sum(-1).cpu().numpy(),
-            forward_passes=tokens.forward_passes,
-        )
+            normalized[row, ..., dim:] = np.nan
+            actions[row, ..., :dim] = self._to_robot_units(normalized[row, ..., :dim], one)
+        if return_details:
+            return _details(actions, decoded)
+        return actions[0] if rows == 1 else actions
 
-    def action_stream(self, unnorm_key: str | list[str] | None = None) -> "ActionStream":
-        """Start a control loop in which each action's tokens are the draft of the next."""
+    def action_stream(
+        self, unnorm_key: str | list[str] | None = None, execute: int | None = None, ensemble: float | None = None
+    ) -> ActionStream | ChunkStream:
+        """Start a control loop: a `ChunkStream` with parallel decoding, otherwise an `ActionStream`.
+
+        Args:
+            unnorm_key: As in `predict_action`.
+            execute: Number of actions of a chunk that are played before the next prediction, see `ChunkStream`.
+            ensemble: Decay of the temporal ensembling, see `ChunkStream`.
+
+        Raises:
+            ValueError: `execute` or `ensemble` does not fit this model.
+        """
+        if self.config.is_parallel:
+            return ChunkStream(self, unnorm_key, execute, ensemble)
+        if execute is not None or ensemble is not None:
+            raise ValueError("`execute` and `ensemble` need a model that predicts chunks of actions: leave them out.")
         return ActionStream(self, unnorm_key)
 
     def compile_for_actions(self, mode: str | None = None) -> None:
@@ -215,7 +259,15 @@ class ActionPredictionMixin(_Base):
 
         Args:
             mode: Mode of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU and "default" elsewhere.
+
+        Raises:
+            ValueError: The model decodes in parallel.
         """
+        if self.config.is_parallel:
+            raise ValueError(
+                "Compiled passes are for decoding token by token, and this model decodes a chunk in one pass: predict "
+                "without `compile_for_actions`."
+            )
         mode = mode or ("reduce-overhead" if self.device.type == "cuda" else "default")
         self.action_pass, self.action_caches = CompiledActionPass(mode), {}
 
@@ -224,9 +276,9 @@ class ActionPredictionMixin(_Base):
         return super().__getstate__() | {"action_caches": {}}
 
 
-def _refuse_not_finite(token_ids: np.ndarray, dims: Sequence[int]) -> None:
-    """Raise `ValueError` if a row of ids (B, A) contains -1, decoding's mark for logits that are not finite."""
-    spoilt = [row for row, dim in enumerate(dims) if (token_ids[row, :dim] < 0).any()]
+def _refuse_not_finite(normalized: np.ndarray, dims: Sequence[int]) -> None:
+    """Raise `ValueError` if decoding marked a value of a row (B, ..., A) as not finite."""
+    spoilt = [row for row, dim in enumerate(dims) if not np.isfinite(normalized[row, ..., :dim]).all()]
     if spoilt:
         raise ValueError(
             f"The model's output is not finite for observation{'s' * (len(spoilt) > 1)} "
@@ -235,60 +287,21 @@ def _refuse_not_finite(token_ids: np.ndarray, dims: Sequence[int]) -> None:
         )
 
 
-class ActionStream:
-    """Control loop of a robot, in which the tokens of the last action are the draft of the next.
-
-    The actions equal those of `predict_action` and take fewer passes, since a robot's next action resembles its last.
-    A batch is a group of robots that act in step.
-
-    Example:
-        ```python
-        stream = model.action_stream("bridge_orig")
-        for frame in camera:
-            robot.step(stream.predict_action(**processor(frame, instruction=instruction)))
-        stream.reset()  # a new episode
-        ```
-
-    Attributes:
-        token_ids: (B, A) of the last action, or `None` at the start of an episode.
-        forward_passes: Number of passes of the language model for the last action.
-    """
-
-    def __init__(self, model: ActionPredictionMixin, unnorm_key: str | list[str] | None = None):
-        self.model, self.unnorm_key = model, unnorm_key
-        self.reset()
-
-    def reset(self) -> None:
-        """Start an episode: forget the last action."""
-        self.token_ids: np.ndarray | None = None
-        self.forward_passes = 0
-
-    def predict_action(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        unnorm_key: str | list[str] | None = None,
-        *,
-        return_details: bool = False,
-    ) -> Any:
-        """Predict like `OpenVLAForActionPrediction.predict_action`; `unnorm_key` defaults to the stream's own."""
-        input_ids = as_tensor("input_ids", input_ids)
-        draft = self.token_ids
-        if draft is not None and input_ids.shape[:1] != (len(draft),):  # another number of robots
-            draft = None
-        details = self.model.predict_action(
-            input_ids,
-            pixel_values,
-            attention_mask,
-            self.unnorm_key if unnorm_key is None else unnorm_key,
-            draft_token_ids=draft,
-            return_details=True,
-        )
-        self.token_ids, self.forward_passes = details.token_ids, details.forward_passes
-        if return_details:
-            return details
-        return details.actions[0] if len(details.actions) == 1 else details.actions
+def _details(actions: np.ndarray, decoded: DecodedActions) -> ActionPrediction:
+    """Add probabilities and entropies of the action ids, where there are any."""
+    probabilities = entropy = None
+    if decoded.action_logits is not None:
+        log_probabilities = decoded.action_logits.float().log_softmax(-1)
+        probabilities = log_probabilities.exp().cpu().numpy()
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1).cpu().numpy()
+    return ActionPrediction(
+        actions=actions,
+        normalized_actions=decoded.normalized_actions,
+        token_ids=decoded.token_ids,
+        probabilities=probabilities,
+        entropy=entropy,
+        forward_passes=decoded.forward_passes,
+    )
 
 
-__all__ = ["ActionPrediction", "ActionPredictionMixin", "ActionStream"]
+__all__ = ["ActionPrediction", "ActionPredictionMixin"]

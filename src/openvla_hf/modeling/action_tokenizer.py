@@ -12,6 +12,9 @@ from .known_names import check_name
 
 # Pairs of bounds, the lower one first.
 BOUNDS = ("q01", "q99", "min", "max")
+# `action_normalization` of a config -> the statistics of -1 and 1.
+BOUNDS_OF = {"q99": BOUNDS[:2], "bounds": BOUNDS[2:]}
+RANGE_MARGIN = 1e-8
 
 
 class ActionTokenizer:
@@ -232,23 +235,49 @@ def normalize(values: np.ndarray, stats: dict[str, Any], kind: str = "bounds_q99
         raise ValueError(f"Unknown normalisation {kind!r}: give 'bounds_q99', 'bounds' or 'normal'.")
     lowest, highest = _read(stats, "min"), _read(stats, "max")
     low, high = (_read(stats, "q01"), _read(stats, "q99")) if kind == "bounds_q99" else (lowest, highest)
-    scaled = np.clip(2.0 * (values - low) / (high - low + 1e-8) - 1.0, -1.0, 1.0)
+    scaled = np.clip(2.0 * (values - low) / (high - low + RANGE_MARGIN) - 1.0, -1.0, 1.0)
     return np.where(lowest == highest, 0.0, np.where(mask, scaled, values))
 
 
-def unnormalize(actions: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
-    """Convert normalised actions (..., dims) to robot units, in float64; keep unmasked dimensions (the gripper)."""
+def unnormalize(actions: np.ndarray, stats: dict[str, Any], bounds: str = "q99", margin: float = 0.0) -> np.ndarray:
+    """Convert normalised actions (..., dims) to robot units, in float64; keep unmasked dimensions (the gripper).
+
+    Args:
+        actions: (..., dims).
+        stats: Their statistics.
+        bounds: Statistics that correspond to -1 and 1: "q99" or "bounds" (minimum and maximum).
+        margin: Added to the range, `RANGE_MARGIN` in OpenVLA-OFT.
+    """
     actions = np.asarray(actions, dtype=np.float64)
-    low, high = _read(stats, "q01"), _read(stats, "q99")
-    return np.where(_mask(stats), 0.5 * (actions + 1.0) * (high - low) + low, actions)
+    low, high = (_read(stats, name) for name in BOUNDS_OF[bounds])
+    return np.where(_mask(stats), 0.5 * (actions + 1.0) * (high - low + margin) + low, actions)
+
+
+def normalize_state(state: np.ndarray, stats: dict[str, Any], bounds: str = "q99") -> np.ndarray:
+    """Convert the state (..., dims) from robot units to [-1, 1], in float64, as OpenVLA-OFT does for predictions.
+
+    Args:
+        state: (..., dims).
+        stats: Its statistics.
+        bounds: Statistics that correspond to -1 and 1: "q99" or "bounds" (minimum and maximum).
+
+    Returns:
+        Values clipped to [-1, 1]. Unlike in `normalize`, a dimension that never changes becomes -1 at its value.
+    """
+    state = np.asarray(state, dtype=np.float64)
+    low, high = (_read(stats, name) for name in BOUNDS_OF[bounds])
+    scaled = 2.0 * (state - low) / (high - low + RANGE_MARGIN) - 1.0
+    return np.clip(np.where(_mask(stats), scaled, state), -1.0, 1.0)
 
 
 __all__ = [
+    "RANGE_MARGIN",
     "ActionTokenizer",
     "action_dim",
     "check_action_stats",
     "check_statistics",
     "normalize",
+    "normalize_state",
     "resolve_action_stats",
     "resolve_key",
     "unnormalize",

@@ -200,7 +200,8 @@ def check_prompt_length(config: OpenVLAConfig, attention_mask: torch.Tensor, num
     """
     # Language models without a limit on positions lack this field.
     limit = getattr(config.text_config, "max_position_embeddings", None)
-    room = attention_mask.shape[1] if limit is None else limit - num_new_tokens + 1  # the last token is not read
+    room = attention_mask.shape[1] if limit is None else limit - num_new_tokens
+    room += not config.is_parallel  # autoregressive decoding does not read the last token
     if attention_mask.shape[1] > room and (longest := int(attention_mask.sum(1).max())) > room:
         raise ValueError(
             f"A prompt of {longest} tokens, image included, and {num_new_tokens} new tokens exceed the {limit} "
@@ -256,6 +257,25 @@ def check_proprio(config: OpenVLAConfig, proprio: torch.Tensor | None, rows: int
             f"`proprio` has shape {tuple(proprio.shape)}, but this model needs ({rows}, {config.proprio_dim}): one "
             "row of state dimensions for each observation."
         )
+
+
+def read_state(config: OpenVLAConfig, state: Any, rows: int) -> np.ndarray:
+    """Read the state (rows, S), or (S,) of one robot, as a new float64 array.
+
+    Raises:
+        ValueError: The shape is wrong, or a value is not finite.
+    """
+    tensor = as_tensor("state", state)
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
+    if tensor.shape != (rows, config.proprio_dim):
+        raise ValueError(
+            f"`state` has shape {tuple(tensor.shape)}, but this model needs ({rows}, {config.proprio_dim}): one row "
+            "of state dimensions for each observation."
+        )
+    values = tensor.detach().to("cpu", torch.float64, copy=True).numpy()
+    if not np.isfinite(values).all():
+        raise ValueError("`state` contains NaN or infinity: pass finite numbers in the robot's units.")
+    return values
 
 
 def check_image_tokens(config: OpenVLAConfig, input_ids: torch.Tensor, num_images: int) -> None:
@@ -316,4 +336,5 @@ __all__ = [
     "check_proprio",
     "insert_image_tokens",
     "prepare_prompts",
+    "read_state",
 ]

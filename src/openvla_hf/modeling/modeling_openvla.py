@@ -35,6 +35,13 @@ from .model_inputs import (
     check_proprio,
     insert_image_tokens,
 )
+from .parallel_decoding import (
+    ParallelPass,
+    bidirectional_mask,
+    chunk_loss,
+    lay_out,
+    refuse_autoregressive_inputs,
+)
 from .vision_towers import TOWERS, build_tower
 from .weight_mapping import register_conversions
 
@@ -57,8 +64,9 @@ class OpenVLACausalLMOutputWithPast(ModelOutput):
     """Outputs of `OpenVLAForActionPrediction`.
 
     loss: Mean cross entropy over the labels that are not -100.
-    logits: (B, T, V).
+    logits: (B, T, V). With parallel decoding without a head: (B, K * A + 1, V) of the slots and the stop token.
     image_hidden_states: (B, P, D) projected patches of the images given with this call.
+    actions: (B, K, A) predicted normalised actions, with parallel decoding.
     """
 
     loss: torch.Tensor | None = None
@@ -67,6 +75,7 @@ class OpenVLACausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    actions: torch.Tensor | None = None
 
 
 class OpenVLAPreTrainedModel(PreTrainedModel):
@@ -282,6 +291,12 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
             prefix = self.get_prefix_features(pixel_values, proprio).to(inputs_embeds)
             image_features = prefix[:, : self.config.num_images * self.config.num_image_tokens]
             inputs_embeds = self.place_prefix(inputs_embeds, input_ids, prefix)
+        if self.config.is_parallel:
+            if past_key_values is not None:
+                raise ValueError("A model with parallel decoding has no cache: leave `past_key_values` out.")
+            if attention_mask is None:
+                attention_mask = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device)
+            attention_mask = bidirectional_mask(self.config.text_config, inputs_embeds, attention_mask)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -343,13 +358,30 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        proprio: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
+        action_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> OpenVLACausalLMOutputWithPast:
         """Compute logits (B, T, V), and the loss if `labels` (B, T; -100 is ignored) are given.
 
         `input_ids` without image placeholders (from the original processor) get them after BOS. `logits_to_keep`
         selects the positions with logits: the number of last positions, an index, or positions (B, K) of each row.
+        `proprio` (B, S) is the normalised state of the robots, where the model sees it.
+
+        A model with parallel decoding takes prompts without actions. It predicts `actions` (B, K, A), and computes the
+        loss if the targets `actions` are given: absolute errors (head "l1"), squared errors of the noise ("diffusion")
+        or cross entropy ("none"), averaged over the actions where `action_mask` (B, K) is true.
         """
+        if self.config.is_parallel:
+            foreign = {"inputs_embeds": inputs_embeds, "labels": labels, "past_key_values": past_key_values}
+            refuse_autoregressive_inputs(foreign | {"position_ids": position_ids})
+            kwargs.pop("use_cache", None)
+            return self._forward_parallel(
+                input_ids, pixel_values, attention_mask, proprio, actions=actions, action_mask=action_mask, **kwargs
+            )
+        if actions is not None or action_mask is not None:
+            raise ValueError("Only a model with parallel decoding learns from `actions`: pass `labels`.")
         if pixel_values is not None and input_ids is not None:
             input_ids, attention_mask, labels = insert_image_tokens(self.config, input_ids, attention_mask, labels)
         outputs = self.model(
@@ -359,6 +391,7 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            proprio=proprio,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -380,6 +413,22 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def _forward_parallel(
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        proprio: torch.Tensor | None,
+        **targets: Any,
+    ) -> OpenVLACausalLMOutputWithPast:
+        if input_ids is None or pixel_values is None:
+            raise ValueError("A model with parallel decoding needs both `input_ids` and `pixel_values`.")
+        input_ids, mask = lay_out(self.config, input_ids, attention_mask, len(pixel_values))
+        device = self.device
+        parallel = ParallelPass(self, input_ids.to(device), pixel_values, mask.to(device), proprio)
+        result = chunk_loss(self, parallel, **targets)
+        return OpenVLACausalLMOutputWithPast(loss=result.loss, logits=result.logits, actions=result.actions)
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -394,8 +443,14 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         The output contains the placeholders.
 
         Raises:
-            ValueError: The prompt and `max_new_tokens` exceed the positions of the language model.
+            ValueError: The prompt and `max_new_tokens` exceed the positions of the language model, or the model
+                decodes in parallel.
         """
+        if self.config.is_parallel:
+            raise ValueError(
+                "This model decodes actions in parallel and generates no text: call `predict_action` instead of "
+                "`generate`."
+            )
         input_ids = inputs if input_ids is None else input_ids
         if pixel_values is not None:
             input_ids, attention_mask, _ = insert_image_tokens(self.config, input_ids, attention_mask)

@@ -1,0 +1,184 @@
+"""Control loops of a robot: actions that build on the last ones.
+
+Shapes: B batch (robots that act in step), T tokens, K actions of a chunk, A action dimensions, S state dimensions.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from .model_inputs import as_tensor
+
+
+class ActionStream:
+    """Control loop of a robot, in which the tokens of the last action are the draft of the next.
+
+    The actions equal those of `predict_action` and take fewer passes, since a robot's next action resembles its last.
+    A batch is a group of robots that act in step.
+
+    Example:
+        ```python
+        stream = model.action_stream("bridge_orig")
+        for frame in camera:
+            robot.step(stream.predict_action(**processor(frame, instruction=instruction)))
+        stream.reset()  # a new episode
+        ```
+
+    Attributes:
+        token_ids: (B, A) of the last action, or `None` at the start of an episode.
+        forward_passes: Number of passes of the language model for the last action.
+    """
+
+    def __init__(self, model: PreTrainedModel, unnorm_key: str | list[str] | None = None):
+        self.model, self.unnorm_key = model, unnorm_key
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an episode: forget the last action."""
+        self.token_ids: np.ndarray | None = None
+        self.forward_passes = 0
+
+    def predict_action(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        unnorm_key: str | list[str] | None = None,
+        *,
+        state: torch.Tensor | np.ndarray | None = None,
+        return_details: bool = False,
+    ) -> Any:
+        """Predict like `OpenVLAForActionPrediction.predict_action`; `unnorm_key` defaults to the stream's own."""
+        input_ids = as_tensor("input_ids", input_ids)
+        draft = self.token_ids
+        if draft is not None and input_ids.shape[:1] != (len(draft),):  # another number of robots
+            draft = None
+        details = self.model.predict_action(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            self.unnorm_key if unnorm_key is None else unnorm_key,
+            state=state,
+            draft_token_ids=draft,
+            return_details=True,
+        )
+        self.token_ids, self.forward_passes = details.token_ids, details.forward_passes
+        if return_details:
+            return details
+        return details.actions[0] if len(details.actions) == 1 else details.actions
+
+
+class ChunkStream:
+    """Control loop of a robot whose model predicts chunks of actions, which the stream plays one by one.
+
+    Most steps replay a chunk and need no observation. Inputs given to such a step are ignored. A batch is a group of
+    robots that act in step.
+
+    Temporal ensembling (ACT) averages the predictions of all chunks for the current step. The i-th oldest of them,
+    counted from 0, has a weight proportional to `exp(-ensemble * i)`: at 0 all weights are equal, and a higher decay
+    trusts older predictions more.
+
+    Example:
+        ```python
+        stream = model.action_stream("libero_spatial_no_noops", execute=4)
+        while not done:
+            if stream.needs_observation:
+                inputs = processor(camera.read(), instruction=instruction, state=robot.state())
+                robot.step(stream.predict_action(**inputs))
+            else:
+                robot.step(stream.predict_action())
+        stream.reset()  # a new episode
+        ```
+
+    Args:
+        model: The policy.
+        unnorm_key: As in `predict_action`.
+        execute: Number of actions that are played before the next prediction: K by default, and 1 with `ensemble`.
+        ensemble: Decay of the weights in temporal ensembling; `None` for no ensembling.
+
+    Attributes:
+        needs_observation: Whether the next step predicts a chunk.
+        forward_passes: Number of passes of the language model for the last action; 0 for a replayed one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        unnorm_key: str | list[str] | None = None,
+        execute: int | None = None,
+        ensemble: float | None = None,
+    ):
+        horizon = model.config.action_horizon
+        if execute is None:
+            execute = horizon if ensemble is None else 1
+        if not isinstance(execute, int) or isinstance(execute, bool) or not 1 <= execute <= horizon:
+            raise ValueError(
+                f"`execute` must be an integer from 1 to {horizon} (the actions of a chunk), got {execute!r}."
+            )
+        if ensemble is not None and not math.isfinite(ensemble):
+            raise ValueError(f"`ensemble` must be a finite number, got {ensemble!r}.")
+        self.model, self.unnorm_key = model, unnorm_key
+        self.horizon, self.execute, self.ensemble = horizon, execute, ensemble
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an episode: forget all chunks."""
+        self._chunks: list[np.ndarray] = []  # (B, later steps, A) each, the oldest first
+        self._played = 0  # steps since the last prediction
+        self.forward_passes = 0
+
+    @property
+    def needs_observation(self) -> bool:
+        """Whether the next step predicts a chunk."""
+        return not self._chunks or self._played >= self.execute
+
+    def predict_action(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        unnorm_key: str | list[str] | None = None,
+        **inputs: Any,
+    ) -> np.ndarray:
+        """Return the action of the next step, float64 (A,) or (B, A), in the robot's units.
+
+        Args:
+            input_ids: As in `OpenVLAForActionPrediction.predict_action`, and so are the others. They may be left out
+                unless `needs_observation` is true. Another number of robots than before starts again.
+            pixel_values: (B, 3 * towers * images, H, W).
+            attention_mask: (B, T).
+            unnorm_key: By default the stream's own.
+            inputs: `state` and further arguments of `predict_action`.
+
+        Raises:
+            ValueError: An observation is needed and missing, or does not fit the model.
+        """
+        if input_ids is not None:
+            input_ids = as_tensor("input_ids", input_ids)
+            if self._chunks and input_ids.shape[:1] != self._chunks[-1].shape[:1]:
+                self.reset()
+        self.forward_passes = 0
+        if self.needs_observation:
+            if input_ids is None or pixel_values is None:
+                raise ValueError("This step predicts a new chunk: pass the processor's output for the observation.")
+            key = self.unnorm_key if unnorm_key is None else unnorm_key
+            details = self.model.predict_action(
+                input_ids, pixel_values, attention_mask, key, **inputs | {"return_details": True}
+            )
+            self.forward_passes, self._played = details.forward_passes, 0
+            self._chunks = [*(self._chunks if self.ensemble is not None else []), details.actions]
+        action = self._average() if self.ensemble is not None else self._chunks[-1][:, 0]
+        self._played += 1
+        self._chunks = [chunk[:, 1:] for chunk in self._chunks if chunk.shape[1] > 1]
+        return action[0] if len(action) == 1 else action
+
+    def _average(self) -> np.ndarray:
+        """Average what the chunks predict for this step, (B, A)."""
+        weights = np.exp(-self.ensemble * np.arange(len(self._chunks)))  # type: ignore[operator]
+        return np.average([chunk[:, 0] for chunk in self._chunks], axis=0, weights=weights)
+
+
+__all__ = ["ActionStream", "ChunkStream"]
