@@ -176,9 +176,7 @@ def test_flex_attention_agrees(l1):
 
 def test_an_attention_implementation_without_a_bidirectional_mask_is_refused(l1):
     l1.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(
-        ValueError, match="'flash_attention_2' does not take a bidirectional mask: load"
-    ):
+    with pytest.raises(ValueError, match="'flash_attention_2' does not take a bidirectional mask: load"):
         l1.predict_action(**row_of(make_inputs(l1), 0))
 
 
