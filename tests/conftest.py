@@ -10,19 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
-import torch
 from hub_server import HubServer
-from huggingface_hub import constants
 from interpreters import Interpreters
-from recordings import Recorded, unpack
-from transformers import AutoModel
-
-from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
 
 
+# What is slow to import is imported in fixtures: the process that only distributes the tests does without it.
 STEPS = 6  # of an episode that `make_episode` makes
 
 
@@ -73,6 +67,8 @@ def torchao():
 @pytest.fixture(scope="session")
 def recordings(pytestconfig, tmp_path_factory):
     """Gives the folder of a case: what is kept in tests/parity, or the full recordings with `--golden`."""
+    from recordings import unpack
+
     full = pytestconfig.getoption("golden")
     if full is not None:
         yield lambda case: Path(full, case)
@@ -85,6 +81,8 @@ def recordings(pytestconfig, tmp_path_factory):
 @pytest.fixture(scope="session")
 def recorded(recordings):
     """Gives a case's recordings, read once in a session."""
+    from recordings import Recorded
+
     return functools.cache(lambda case: Recorded(recordings(case)))
 
 
@@ -166,6 +164,8 @@ def hub(tmp_path):
 @pytest.fixture
 def owner(hub, monkeypatch, tmp_path):
     """This process takes the stand-in for the Hub, with the owner's token and an empty cache."""
+    from huggingface_hub import constants
+
     for name, value in {
         "ENDPOINT": hub.endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
@@ -197,12 +197,18 @@ def full_disk():
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from openvla_hf.testing import tiny_tokenizer
+
     return tiny_tokenizer()
 
 
 @pytest.fixture
 def tiny(tokenizer):
     """Builds a tiny model with random weights and its processor: `tiny(fused=False, ...)`."""
+    import torch
+    from transformers import AutoModel
+
+    from openvla_hf.testing import tiny_config, tiny_processor
 
     def build(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
         config = tiny_config(tokenizer, **fields)
@@ -219,6 +225,8 @@ def tiny(tokenizer):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Tables of frames are kept in the test's own folder."""
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     return tmp_path / "cache" / "openvla_hf"

@@ -19,33 +19,40 @@ from openvla_hf.testing import BRIDGE_LIKE_STATS
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod")
 
 
-def killed_at(step, folder, save):
-    """Run `save` in a process of its own, which ends without a word at its `step`-th change under `folder`.
+def copy_at_every_change(folder, save, copies):
+    """Run `save` in a process of its own, and copy `folder` before each change: what a kill would leave there.
 
-    Returns whether it was killed.
+    The folder of unfinished files is not copied, since no load reads it. Returns the copies in order; the last is of
+    the end.
     """
     child = os.fork()
     if child == 0:
         changes = 0
+        is_copying = False
+
+        def copy():
+            nonlocal changes, is_copying
+            is_copying = True
+            shutil.copytree(folder, copies / str(changes), ignore=shutil.ignore_patterns(f"{UNFINISHED}*"))
+            changes += 1
+            is_copying = False
 
         def watch(event, args):
-            nonlocal changes
-            writes = event == "open" and isinstance(args[1], str) and "r" not in args[1]
-            if (writes or event in CHANGES) and str(folder) in str(args[0]):
-                changes += 1
-                if changes == step:
-                    os._exit(9)
+            if not is_copying:
+                writes = event == "open" and isinstance(args[1], str) and "r" not in args[1]
+                if (writes or event in CHANGES) and str(folder) in str(args[0]):
+                    copy()
 
         sys.addaudithook(watch)
         status = 1
         try:
             save()
+            copy()
             status = 0
         finally:
             os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
-    return status == 9
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return sorted(copies.iterdir(), key=lambda path: int(path.name))
 
 
 def state(folder):
@@ -69,23 +76,27 @@ def test_a_killed_save_never_loads_as_a_mixture(tiny, tmp_path, before, after):
         model.save_pretrained(tmp_path / name)
         expected[name] = state(tmp_path / name)
     old.save_pretrained(tmp_path / "before", max_shard_size=before)
+    copies = copy_at_every_change(
+        tmp_path / "before",
+        lambda: new.save_pretrained(tmp_path / "before", max_shard_size=after),
+        tmp_path / "copies",
+    )
+    assert len(copies) > 50
     outcomes = []
-    for step in range(1, 200):
-        folder = tmp_path / f"run{step}"
-        shutil.copytree(tmp_path / "before", folder)
-        killed = killed_at(step, folder, lambda folder=folder: new.save_pretrained(folder, max_shard_size=after))
-        found = state(folder)
+    files = None
+    for copied in copies:
+        if files == (files := {path.name: path.read_bytes() for path in copied.iterdir()}):
+            continue
+        found = state(copied)
         outcome = [name for name in expected if found == expected[name]]
-        assert outcome or found is None, step
+        assert outcome or found is None, copied.name
         outcomes.append(outcome[0] if outcome else None)
-        if not killed:
-            break
     # First the old one, then none, and the new one when all is done.
     changes = [outcome for index, outcome in enumerate(outcomes) if index == 0 or outcome != outcomes[index - 1]]
     assert changes == ["old", None, "new"]
     # The next save tidies up nothing of others, and is whole.
-    new.save_pretrained(tmp_path / "run1", max_shard_size=after)
-    assert state(tmp_path / "run1") == expected["new"]
+    new.save_pretrained(copies[0], max_shard_size=after)
+    assert state(copies[0]) == expected["new"]
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tiny, tmp_path, full_disk):

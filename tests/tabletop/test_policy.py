@@ -56,6 +56,6 @@ def rates(act, episodes, condition):
 @pytest.mark.slow
 def test_it_does_what_it_is_told_and_looks(act):
     """A part of what `openvla-hf evaluate` measures: bounds are wide of the figures in the card."""
-    assert rates(act, 24, "as told")[0] >= 0.8
-    assert rates(act, 24, "swapped")[1] >= 0.8
-    assert rates(act, 8, "black")[0] == 0
+    assert rates(act, 12, "as told")[0] >= 0.8
+    assert rates(act, 12, "swapped")[1] >= 0.8
+    assert rates(act, 4, "black")[0] == 0

@@ -63,12 +63,14 @@ def run(base, data, output, *more, settings=SETTINGS):
     return main(["finetune", *common, *quick, *more, "--set", *settings])
 
 
-def test_finetune_ends_the_process_group(base, data, tmp_path):
+def test_finetune_ends_the_process_group_and_its_threads(base, data, tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         assert run(base, data, tmp_path / "tuned", "--steps", "1") == 0
         assert not torch.distributed.is_initialized()
+        threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+        assert not [name for name in threads if "gloo" in name]
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import sys
 from typing import Any
 
@@ -126,8 +127,9 @@ def run(args: argparse.Namespace) -> None:
         print_json({"output": args.output, "figures": result.figures})
     elif is_main:
         print(f"Fine-tuned: {args.output}")
-    # Otherwise the threads of the process group can still run while Python exits, which aborts the process. Not after
-    # an error: the other processes may be waiting for this one.
+    # A thread of gloo that frees a tensor while Python exits aborts the process. The threads end with the group, and
+    # the group with the trainer. Not after an error: the other processes may be waiting for this one.
+    gc.collect()
     PartialState().destroy_process_group()
 
 
