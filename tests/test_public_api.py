@@ -105,7 +105,8 @@ API = {
             fused, norm_stats, **fields)
         tiny_processor(tokenizer, config)
         tiny_tokenizer(texts, merges, phrases)
-        write_tiny_oft(folder, platform, head, proprio, film, step)
+        write_oft_components(folder, config, platform, head, proprio, film, step)
+        write_tiny_oft(folder, platform, head, proprio, **components)
     """,
     "openvla_hf.checkpoints.convert": """
         BASE_MODELS

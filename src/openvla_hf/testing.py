@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .checkpoints.export import published_film_backbone
+from .checkpoints.published_weights import published_film_backbone
 from .modeling.checkpoint_files import STATISTICS_FILE
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -175,7 +175,37 @@ def fake_episode(
 
 
 def write_tiny_oft(
+    folder: str | os.PathLike, *, platform: str = "libero", head: str = "l1", proprio: bool = True, **components: Any
+) -> Path:
+    """Write a tiny OpenVLA-OFT checkpoint with random weights, in the layout of the original code.
+
+    Args:
+        folder: Folder to write into.
+        platform: Robot, see `write_oft_components`.
+        head: "l1", "diffusion" or "none".
+        proprio: Whether the policy sees the robot's state.
+        components: Other arguments of `write_oft_components`.
+
+    Returns:
+        The folder. Its statistics have the key "tiny".
+    """
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = OpenVLAForActionPrediction(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    processor = tiny_processor(config=config)
+    cameras = OFT_CAMERAS[platform].cameras
+    processor.cameras = list(cameras if head != "none" or proprio else cameras[:1])
+    processor.state_dim = PLATFORMS[platform]["proprio_dim"] if proprio else None
+    processor.save_pretrained(folder)
+    return write_oft_components(folder, config, platform=platform, head=head, proprio=proprio, **components)
+
+
+def write_oft_components(
     folder: str | os.PathLike,
+    config: OpenVLAConfig,
     *,
     platform: str = "libero",
     head: str = "l1",
@@ -183,10 +213,11 @@ def write_tiny_oft(
     film: bool = False,
     step: str = "latest",
 ) -> Path:
-    """Write a tiny OpenVLA-OFT checkpoint with random weights, in the layout of the original code.
+    """Write components of OpenVLA-OFT with random weights beside a plain checkpoint, and statistics.
 
     Args:
-        folder: Folder to write into.
+        folder: Folder of the checkpoint.
+        config: Its config.
         platform: Robot, whose dimensions the action head, the projector of the state and the statistics have.
         head: "l1", "diffusion", or "none" for a policy that predicts action tokens.
         proprio: Whether the policy sees the robot's state. Without head and state there are no further files.
@@ -197,29 +228,15 @@ def write_tiny_oft(
         The folder. Its statistics have the key "tiny".
     """
     folder, preset = Path(folder), PLATFORMS[platform]
-    torch.manual_seed(0)
-    config = tiny_config()
-    model = OpenVLAForActionPrediction(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    processor = tiny_processor(config=config)
-    cameras = OFT_CAMERAS[platform].cameras
-    processor.cameras = list(cameras if head != "none" or proprio else cameras[:1])
-    processor.state_dim = preset["proprio_dim"] if proprio else None
-    processor.save_pretrained(folder)
     statistics = {"action": _tiny_statistics(preset["action_dim"]), "proprio": _tiny_statistics(preset["proprio_dim"])}
     (folder / STATISTICS_FILE).write_text(json.dumps({"tiny": statistics}), encoding="utf-8")
-
+    torch.manual_seed(1)
     width, dims = config.text_config.hidden_size, preset["action_dim"]
     projectors = {"proprio_projector": preset["proprio_dim"]} if proprio else {}
     if head == "diffusion":
         projectors["noisy_action_projector"] = 1
     states = {
-        name: {
-            **_tiny_layer("fc1", width, inputs),
-            **_tiny_layer("fc2", width, width),
-        }
+        name: {**_tiny_layer("fc1", width, inputs), **_tiny_layer("fc2", width, width)}
         for name, inputs in projectors.items()
     }
     if head != "none":
@@ -234,8 +251,10 @@ def write_tiny_oft(
         }
     files = {name: {PARALLEL_PREFIX + key: tensor for key, tensor in state.items()} for name, state in states.items()}
     if film:
-        fields = {"use_film": True, "action_decoding": "parallel", "action_dim": dims}
-        backbone = published_film_backbone(OpenVLAForActionPrediction(tiny_config(**fields)))
+        with_film = OpenVLAConfig.from_dict(
+            config.to_dict() | {"use_film": True, "action_decoding": "parallel", "action_dim": dims}
+        )
+        backbone = published_film_backbone(OpenVLAForActionPrediction(with_film))
         files["vision_backbone"] = {key: 0.15 * torch.randn(tensor.shape) for key, tensor in backbone.items()}
     for name, state in files.items():
         torch.save(state, folder / f"{name}--{step}{SUFFIX}")

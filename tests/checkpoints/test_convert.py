@@ -13,7 +13,7 @@ from openvla_hf import OpenVLAForActionPrediction
 from openvla_hf.checkpoints import convert as module
 from openvla_hf.checkpoints.convert import BASE_MODELS, convert
 from openvla_hf.checkpoints.describe import describe
-from openvla_hf.checkpoints.export import published_state_dict
+from openvla_hf.checkpoints.published_weights import published_state_dict
 from openvla_hf.cli import main
 from openvla_hf.modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
 from openvla_hf.processing.processing_openvla import VICUNA_PROMPT

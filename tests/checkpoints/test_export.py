@@ -1,6 +1,7 @@
 """What `export` writes is the published layout: the original's names, fields and bytes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,17 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.checkpoints.describe import describe
-from openvla_hf.checkpoints.export import (
-    PUBLISHED_CODE,
-    export,
-    published_config,
-    published_image_processor,
-    published_state_dict,
-)
+from openvla_hf.checkpoints.export import PUBLISHED_CODE, export, published_config, published_image_processor
+from openvla_hf.checkpoints.published_weights import published_state_dict
 from openvla_hf.modeling import configuration_openvla
-from openvla_hf.modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
+from openvla_hf.modeling.configuration_openvla import OFT_FIELDS, PUBLISHED_VISION_BACKBONES, OpenVLAConfig
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.processing.image_processing_openvla import OpenVLAImageProcessor
+from openvla_hf.testing import write_oft_components
 
 
 CASES = ["fused-224", "siglip-224", "sharded"]
@@ -215,3 +212,71 @@ def test_what_the_original_cannot_express_is_refused(tiny, tmp_path):
     assert not (tmp_path / "published").exists()
     with pytest.raises(FileExistsError, match="not empty"):
         export(tmp_path / "ours", tmp_path / "ours")
+
+
+OFT_KINDS = {
+    "l1": {},
+    "aloha": {"platform": "aloha"},
+    "diffusion": {"head": "diffusion"},
+    "discrete": {"head": "none", "proprio": False},
+    "film": {"film": True},
+}
+
+
+@pytest.fixture
+def oft(recorded, tiny_towers, tmp_path):
+    """A recorded checkpoint with components beside it, saved in our layout and exported from there."""
+    record = recorded("fused-224")
+    tiny_towers(record)
+
+    def run(kind):
+        source = shutil.copytree(record.checkpoint, tmp_path / "source")
+        write_oft_components(source, record.model.config, **OFT_KINDS[kind])
+        platform = {"platform": "libero"} if kind == "discrete" else {}
+        model = AutoModel.from_pretrained(source, **platform)
+        model.save_pretrained(tmp_path / "ours")
+        AutoProcessor.from_pretrained(source, **platform).save_pretrained(tmp_path / "ours")
+        return source, model, export(tmp_path / "ours", tmp_path / "published")
+
+    return run
+
+
+@pytest.mark.parametrize("kind", OFT_KINDS)
+def test_components_of_oft_come_back(oft, silent, kind):
+    source, model, folder = oft(kind)
+    files = {path.name for path in source.glob("*.pt")}
+    assert {path.name for path in folder.glob("*.pt")} == files
+    for name in files - {"vision_backbone--latest_checkpoint.pt"}:
+        ours, original = (torch.load(path / name) for path in (folder, source))
+        assert list(ours) == list(original)
+        for key, tensor in original.items():
+            assert ours[key].dtype == tensor.dtype
+            assert torch.equal(ours[key], tensor.bfloat16().to(tensor.dtype)), key
+    assert json.loads((folder / "dataset_statistics.json").read_text()) == model.norm_stats
+    again = AutoModel.from_pretrained(folder)
+    assert {name: getattr(again.config, name) for name in OFT_FIELDS} == {
+        name: getattr(model.config, name) for name in OFT_FIELDS
+    }
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("cls_token", "position_embeddings")):  # the layout adds one to the other
+            assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_plain_policy_with_several_images_is_not_exported(recorded, tiny_towers):
+    record = recorded("fused-224")
+    tiny_towers(record)
+    with pytest.raises(ValueError, match="several images or a state only with parallel decoding"):
+        published_config(record.load(num_images=2), record.processor)
+
+
+def test_image_processing_and_cameras_that_oft_does_not_store_are_told(oft, tmp_path):
+    oft("l1")
+    for path in (tmp_path / "published").iterdir():
+        path.unlink()
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours", cameras=["front", "wrist"], center_crop_area=None)
+    processor.save_pretrained(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="The published layout does not store") as warned:
+        export(tmp_path / "ours", tmp_path / "published")
+    sentences = [str(warning.message) for warning in warned]
+    assert "`center_crop_area=None`" in sentences[0]
+    assert "the names of the cameras (front, wrist)" in sentences[1]

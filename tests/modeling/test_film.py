@@ -5,7 +5,7 @@ import torch
 from film_reference import PublishedTower
 from transformers import AutoModel, ViTConfig
 
-from openvla_hf.checkpoints.export import published_film_backbone
+from openvla_hf.checkpoints.published_weights import published_film_backbone
 from openvla_hf.modeling.film import film_backbone_weights, mean_text_embedding, merge_lora
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.modeling.vision_towers import build_tower

@@ -3,11 +3,13 @@
 `from_pretrained` reads it back. The layout also holds weights that OpenVLA never uses: the last blocks, final norms
 and pooling heads of the towers. This package does not keep them. They are written as zeros, with norm weights of one,
 so that these blocks pass their input on, and code that reads a later block still sees the trained features.
+
+A model that decodes in parallel is written as the original of OpenVLA-OFT saves it: the head and the projectors are in
+files of their own, and the fields that its code takes from the command line are also in `config.json`.
 """
 
 import json
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,18 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import auto  # noqa: F401 - makes the Auto classes know OpenVLA
 from ..modeling.checkpoint_files import STATISTICS_FILE
-from ..modeling.configuration_openvla import PUBLISHED_VISION_BACKBONES, OpenVLAConfig
+from ..modeling.configuration_openvla import OFT_FIELDS, PUBLISHED_VISION_BACKBONES, OpenVLAConfig
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..new_folder import new_folder, require_new_folder
 from ..processing.image_processing_openvla import LANCZOS3, OpenVLAImageProcessor
+from ..processing.oft_presets import IMAGE_FIELDS, PLATFORMS
 from ..processing.processing_openvla import PURE_PROMPT, VICUNA_PROMPT, OpenVLAProcessor
 from .describe import describe, refuse_adapter
-from .transformers_internals import revert_weight_conversion
+from .published_weights import published_state_dict, write_components
 
 
 # Version of transformers that the original runs on. Values that its LlamaConfig has by default are not stored.
@@ -68,12 +71,6 @@ LANGUAGE_MODELS = {
     PURE_PROMPT: {"llm_backbone_id": "llama2-7b-pure", "hf_llm_id": "meta-llama/Llama-2-7b-hf"},
     VICUNA_PROMPT: {"llm_backbone_id": "vicuna-v15-7b", "hf_llm_id": "lmsys/vicuna-7b-v1.5"},
 }
-
-# Layers with LoRA in the vision backbone that the original saves for FiLM, and the rank that its evaluation scripts
-# expect unless `--lora_rank` gives another.
-FILM_LORA_LAYERS = re.compile(r"(.*\.(?:qkv|proj|fc1|fc2|q|kv))\.(weight|bias)")
-FILM_LORA_RANK = 32
-FILM_WEIGHT = re.compile(r"\.(scale|shift)\.(weight|bias)$")
 
 # Values that are fixed in the original code and have no field in the layout.
 FIXED_FIELDS = {
@@ -125,6 +122,7 @@ def export(
 
     with new_folder(folder) as aside:
         save_torch_state_dict(published_state_dict(model), aside, max_shard_size=max_shard_size)
+        write_components(model, aside)
         processor.tokenizer.save_pretrained(aside)
         _restore_tokenizer_files(aside, processor.tokenizer)
         _write_json(aside / "preprocessor_config.json", published_image_processor(processor.image_processor))
@@ -144,97 +142,6 @@ def export(
     return folder
 
 
-# Weights
-
-
-def published_state_dict(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
-    """Return the tensors of the published layout, sorted by name. Tensors that are only renamed share their memory."""
-    tensors = {name: tensor for name, tensor in _published_backbone(model).items() if not FILM_WEIGHT.search(name)}
-    for prefix, module in (
-        ("projector.", model.model.projector),
-        ("language_model.model.", model.model.language_model),
-        ("language_model.lm_head.", model.lm_head),
-    ):
-        tensors |= {prefix + key: tensor for key, tensor in module.state_dict().items()}
-    return dict(sorted(tensors.items()))
-
-
-def published_film_backbone(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
-    """Return the vision backbone of a model with FiLM, as the original saves it in a file of its own.
-
-    The original reads it into a backbone whose layers have a LoRA. The weights are complete without one, so that it is
-    written as zeros.
-    """
-    tensors = {}
-    for name, tensor in _published_backbone(model).items():
-        if not FILM_WEIGHT.search(name):
-            name = re.sub(r"(\.blocks\.\d+\.)", r"\1block.", name)
-        adapted = FILM_LORA_LAYERS.fullmatch(name)
-        if adapted is None:
-            tensors[name] = tensor
-            continue
-        layer, kind = adapted.groups()
-        tensors[f"{layer}.base_layer.{kind}"] = tensor
-        if kind == "weight":
-            outputs, *inputs = tensor.shape
-            tensors[f"{layer}.lora_A.default.weight"] = tensor.new_zeros(FILM_LORA_RANK, *inputs)
-            tensors[f"{layer}.lora_B.default.weight"] = tensor.new_zeros(
-                outputs, FILM_LORA_RANK, *[1] * len(inputs[1:])
-            )
-    return tensors
-
-
-def _published_backbone(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
-    tensors = {}
-    backbone = model.model.vision_backbone
-    names = ("featurizer", "fused_featurizer")
-    for name, tower, config in zip(names, backbone.towers, model.config.vision_configs, strict=False):
-        read = _published_tower(tower)
-        for key, tensor in (read | _never_read(read, config)).items():
-            tensors[f"vision_backbone.{name}.{key}"] = tensor
-    return tensors
-
-
-def _published_tower(tower: PreTrainedModel) -> dict[str, torch.Tensor]:
-    state = tower.state_dict()
-    positions, class_token = "embeddings.position_embeddings", "embeddings.cls_token"
-    if class_token in state:
-        # The layout has no position embedding for the class token, so it is added to the token itself.
-        state[class_token] = state[class_token] + state[positions][:, :1]
-    published = revert_weight_conversion(tower, state)
-    # A view of our whole table, so copy the part that is saved.
-    published["pos_embed"] = published["pos_embed"].clone()
-    return published
-
-
-def _never_read(read: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """Make the weights that are never read: later blocks, the final norm and SigLIP's pooling head."""
-    block_names = [re.fullmatch(r"blocks\.(\d+)\.(.+)", key) for key in read]
-    last = max(int(match[1]) for match in block_names if match)
-    shapes: dict[str, tuple[int, ...]] = {f"norm.{kind}": (config.hidden_size,) for kind in ("weight", "bias")}
-    for index in range(last + 1, config.num_hidden_layers):
-        for match in block_names:
-            if match and int(match[1]) == last:
-                shapes[f"blocks.{index}.{match[2]}"] = read[match[0]].shape
-    if config.model_type == "siglip_vision_model":
-        width, mlp = config.hidden_size, config.intermediate_size
-        shapes["attn_pool.latent"] = (1, 1, width)
-        shapes |= {f"attn_pool.norm.{kind}": (width,) for kind in ("weight", "bias")}
-        for name, outputs, inputs in (
-            ("q", width, width),
-            ("kv", 2 * width, width),
-            ("proj", width, width),
-            ("mlp.fc1", mlp, width),
-            ("mlp.fc2", width, mlp),
-        ):
-            shapes |= {f"attn_pool.{name}.weight": (outputs, inputs), f"attn_pool.{name}.bias": (outputs,)}
-    like = next(iter(read.values()))
-    return {
-        key: (like.new_ones if re.search(r"norm\d?\.weight$", key) else like.new_zeros)(shape)
-        for key, shape in shapes.items()
-    }
-
-
 # Configs
 
 
@@ -252,18 +159,11 @@ def published_config(model: OpenVLAForActionPrediction, processor: OpenVLAProces
             f"The original code has no prompt like {processor.prompt_template!r}: this model can't be exported."
         )
     image_processor = processor.image_processor
-    if image_processor.center_crop_area is not None:
-        warnings.warn(
-            f"The published layout does not store the centre crop of area {image_processor.center_crop_area}. Pass "
-            "`--center_crop True` to the original's evaluation scripts.",
-            stacklevel=3,
-        )
-    if image_processor.resample == LANCZOS3:
-        warnings.warn(
-            "The published layout does not store `resample='lanczos3'`, so bicubic was written. The original's "
-            "evaluation scripts resize with Lanczos-3 in any case.",
-            stacklevel=3,
-        )
+    oft_fields = _oft_fields(config)
+    if oft_fields:
+        _warn_of_oft(processor)
+    else:
+        _warn_of_image_fields(image_processor)
     backbone_id = _vision_backbone_id(config)
     fused = config.fused_vision_config is not None
     towers = config.vision_configs
@@ -291,7 +191,54 @@ def published_config(model: OpenVLAForActionPrediction, processor: OpenVLAProces
         "transformers_version": PUBLISHED_TRANSFORMERS,
         "use_fused_vision_backbone": fused,
         "vision_backbone_id": backbone_id,
+        **oft_fields,
     }
+
+
+def _oft_fields(config: OpenVLAConfig) -> dict[str, Any]:
+    """Return the fields of OpenVLA-OFT, or nothing for a plain model. The original ignores them."""
+    if config.is_parallel:
+        return {name: getattr(config, name) for name in OFT_FIELDS}
+    if config.num_images > 1 or config.proprio_dim is not None:
+        raise ValueError(
+            "The original code sees several images or a state only with parallel decoding: this model can't be "
+            "exported."
+        )
+    return {}
+
+
+def _warn_of_image_fields(image_processor: OpenVLAImageProcessor) -> None:
+    """Warn of image processing that only the original's evaluation scripts apply."""
+    if image_processor.center_crop_area is not None:
+        warnings.warn(
+            f"The published layout does not store the centre crop of area {image_processor.center_crop_area}. Pass "
+            "`--center_crop True` to the original's evaluation scripts.",
+            stacklevel=4,
+        )
+    if image_processor.resample == LANCZOS3:
+        warnings.warn(
+            "The published layout does not store `resample='lanczos3'`, so bicubic was written. The original's "
+            "evaluation scripts resize with Lanczos-3 in any case.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_oft(processor: OpenVLAProcessor) -> None:
+    """Warn of image processing or cameras other than those with which an OpenVLA-OFT checkpoint is read back."""
+    image_processor = processor.image_processor
+    for name, value in IMAGE_FIELDS.items():
+        if getattr(image_processor, name) != value:
+            warnings.warn(
+                f"The published layout does not store `{name}={getattr(image_processor, name)!r}`: the evaluation of "
+                f"OpenVLA-OFT, and `AutoProcessor.from_pretrained`, use {value!r}.",
+                stacklevel=4,
+            )
+    if processor.cameras is not None and tuple(processor.cameras) not in [one.cameras for one in PLATFORMS.values()]:
+        warnings.warn(
+            f"The published layout does not store the names of the cameras ({', '.join(processor.cameras)}): pass "
+            "`cameras=` to `AutoProcessor.from_pretrained`.",
+            stacklevel=4,
+        )
 
 
 def _vision_backbone_id(config: OpenVLAConfig) -> str:
