@@ -145,7 +145,10 @@ def tiny_config(
 def tiny_processor(
     tokenizer: PreTrainedTokenizerFast | None = None, config: OpenVLAConfig | None = None
 ) -> OpenVLAProcessor:
-    """Build the processor for a `tiny_config`; the config is made for `tokenizer` by default."""
+    """Build the processor for a `tiny_config`; the config is made for `tokenizer` by default.
+
+    Several cameras are named "camera_0", "camera_1" and so on.
+    """
     tokenizer = tokenizer or tiny_tokenizer()
     config = config or tiny_config(tokenizer)
     image_processor = OpenVLAImageProcessor(size=config.vision_config.image_size)
@@ -156,6 +159,8 @@ def tiny_processor(
         tokenizer,
         image_token_id=config.image_token_id,
         num_image_tokens=config.num_image_tokens,
+        cameras=[f"camera_{index}" for index in range(config.num_images)] if config.num_images > 1 else None,
+        state_dim=config.proprio_dim,
     )
 
 

@@ -1,7 +1,9 @@
-"""Print the action for one image and one instruction."""
+"""Print the action, or the chunk of actions, for one observation and one instruction."""
 
 import argparse
+import os
 import warnings
+from typing import Any
 
 from PIL import Image
 from rich.table import Table
@@ -23,20 +25,50 @@ EXAMPLE = 'predict --image frame.png --instruction "push the red ball to the lef
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser)
-    parser.add_argument("--image", type=image, required=True, help="file or URL of the camera image")
+    parser.add_argument(
+        "--image",
+        type=camera_image,
+        action="append",
+        required=True,
+        metavar="[CAMERA=]IMAGE",
+        help="file or URL of the camera image; once for each camera, in the policy's order or with the camera's name",
+    )
     parser.add_argument("--instruction", required=True, help="what the robot should do")
+    parser.add_argument(
+        "--state",
+        type=numbers,
+        metavar="NUMBERS",
+        help='state of the robot in its own units, such as "0.31 -0.02 0.5", if the policy takes one',
+    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the checkpoint)")
+
+
+def camera_image(text: str) -> tuple[str | None, str]:
+    """Parse `IMAGE` or `CAMERA=IMAGE` as the camera's name, if there is one, and the path or URL."""
+    camera, found, path = text.partition("=")
+    if not found or "/" in camera or os.path.isfile(text):
+        return None, image(text)
+    return camera, image(path)
+
+
+def numbers(text: str) -> list[float]:
+    """Parse numbers between spaces or commas."""
+    try:
+        return [float(number) for number in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be numbers between spaces, got {text!r}") from error
 
 
 def run(args: argparse.Namespace) -> None:
     # The processor refuses such an image, so no warning is needed.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     model, processor = load_model(args.model or default_model(), args.dtype, args.device)
-    inputs = processor(args.image, instruction=args.instruction)
+    observation = make_observation(args.image, processor.cameras)
+    inputs = processor(observation, instruction=args.instruction, state=args.state)
     details = model.predict_action(**inputs, unnorm_key=args.unnorm_key, return_details=True)
-    action, token_ids = details.actions[0], details.token_ids[0]
-    chosen = details.probabilities[0].max(-1)
-    names = dimension_names(len(action), model.get_action_stats(args.unnorm_key).get("names"))
+    action = details.actions[0]
+    chosen = None if details.probabilities is None else details.probabilities[0].max(-1)
+    names = dimension_names(action.shape[-1], model.get_action_stats(args.unnorm_key).get("names"))
     if args.json:
         print_json(
             {
@@ -44,16 +76,50 @@ def run(args: argparse.Namespace) -> None:
                 "names": list(names),
                 "action": action.tolist(),
                 "normalized_action": details.normalized_actions[0].tolist(),
-                "token_ids": token_ids.tolist(),
-                "probabilities": chosen.tolist(),
+                "token_ids": None if details.token_ids is None else details.token_ids[0].tolist(),
+                "probabilities": None if chosen is None else chosen.tolist(),
             }
         )
         return
     table = Table(title=args.instruction)
+    if action.ndim == 2:
+        fill_with_chunk(table, names, action, chosen)
+    else:
+        fill_with_action(table, names, details, chosen)
+    print_table(table)
+
+
+def make_observation(images: list[tuple[str | None, str]], cameras: list[str] | None) -> Any:
+    """Arrange the images as the processor takes them: one image, a list, or a dict by camera.
+
+    Raises:
+        ValueError: Only some images name their camera, a camera has two images, or there are too many images.
+    """
+    names = [name for name, _ in images if name is not None]
+    if names:
+        if len(names) < len(images) or len({*names}) < len(names):
+            raise ValueError("Some --image name a camera twice or not at all: give one CAMERA=IMAGE for each camera.")
+        return dict(images)
+    paths = [path for _, path in images]
+    if cameras is None and len(paths) > 1:
+        raise ValueError(f"Got {len(paths)} images, but this policy takes one: give --image once.")
+    return paths[0] if cameras is None else paths
+
+
+def fill_with_action(table: Table, names: Any, details: Any, chosen: Any) -> None:
+    """Add a row for each dimension of an action."""
     for column in ("", "value", "normalised", "token", "probability"):
         table.add_column(column, justify="right")
     for name, value, normalised, token, probability in zip(
-        names, action, details.normalized_actions[0], token_ids, chosen, strict=True
+        names, details.actions[0], details.normalized_actions[0], details.token_ids[0], chosen, strict=True
     ):
         table.add_row(name, f"{value:+.4f}", f"{normalised:+.3f}", str(token), f"{probability:.1%}")
-    print_table(table)
+
+
+def fill_with_chunk(table: Table, names: Any, actions: Any, chosen: Any) -> None:
+    """Add a row for each action (K, A) of a chunk, with its least probability if the actions are tokens."""
+    for column in ("step", *names, *(() if chosen is None else ("probability",))):
+        table.add_column(column, justify="right")
+    for step, action in enumerate(actions):
+        least = () if chosen is None else (f"{chosen[step].min():.1%}",)
+        table.add_row(str(step), *(f"{value:+.4f}" for value in action), *least)
