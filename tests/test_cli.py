@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from openvla_hf.cli import build_parser, main
-from openvla_hf.cli.common import image, print_json
+from openvla_hf.cli.common import PLATFORMS, image, print_json
+from openvla_hf.cli.predict import camera_image
 from openvla_hf.data import load, write_lerobot
+from openvla_hf.modeling import oft_loading
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.tabletop.expert import record_demonstrations
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -65,6 +67,42 @@ def test_dimensions_are_called_what_the_data_of_the_policy_called_them(policy, c
     table = capsys.readouterr().out
     assert all(name in table for name in joints)
     assert "dx" not in table
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("frame.png", (None, "frame.png")),
+        ("front=frame.png", ("front", "frame.png")),
+        ("a=1.png", (None, "a=1.png")),
+        ("folder/b=2.png", (None, "folder/b=2.png")),
+        ("https://example.com/a?size=1", (None, "https://example.com/a?size=1")),
+        ("front=https://example.com/a?size=1", ("front", "https://example.com/a?size=1")),
+    ],
+)
+def test_an_image_may_name_its_camera(text, expected, policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name in ("frame.png", "a=1.png", "folder/b=2.png"):
+        shutil.copyfile(policy / "frame.png", name)
+    assert camera_image(text) == expected
+
+
+def test_the_platforms_are_those_of_the_model():
+    assert set(PLATFORMS) == oft_loading.PLATFORMS.keys()
+
+
+def test_images_and_states_that_a_plain_policy_does_not_take(policy, capsys):
+    frame = str(policy / "frame.png")
+    command = ["predict", "--model", policy, "--instruction", "x", "--image", frame]
+    assert "Got 2 images, but this policy takes one: give --image once." in refusal(capsys, *command, "--image", frame)
+    named = ["--image", f"front={frame}"]
+    assert "give one CAMERA=IMAGE for each camera" in refusal(capsys, *command, *named)
+    assert "Got images by camera name ('front')" in refusal(capsys, *command[:-2], *named)
+    assert "this processor takes none: leave --state out" in refusal(capsys, *command, "--state", "0.1 -2e-3")
+    assert "argument --state: must be numbers between spaces, got 'home'" in refusal(
+        capsys, *command, "--state", "home"
+    )
 
 
 def test_a_wrong_key_is_one_sentence(policy, capsys):
@@ -331,7 +369,7 @@ def test_options_of_the_other_evaluation_are_refused(policy, capsys):
     assert main(["evaluate", *model, "--frames", "3"]) == 2
     assert "--frames is for recorded data: give --data." in capsys.readouterr().err
     assert main(["evaluate", *model, "--execute", "2"]) == 2
-    assert "execute=2 is not between 1 and 1" in capsys.readouterr().err
+    assert "--execute 2 is not between 1 and 1" in capsys.readouterr().err
     assert main(["evaluate", *model, "--data", "there", "--task", "put"]) == 2
     assert "--task is for the tabletop: leave out --data." in capsys.readouterr().err
 

@@ -236,7 +236,7 @@ COMMANDS = {
         destination --task --episodes --first-seed --cameras --state --format --json
     """,
     "predict": """
-        --model --unnorm-key --device --image --instruction --dtype --json
+        --model --unnorm-key --device --image --instruction --state --platform --dtype --json
     """,
     "bench": """
         --model --random --unnorm-key --batch-sizes --repeats --compile --dtype --device --json

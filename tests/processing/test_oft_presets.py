@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from openvla_hf.modeling.checkpoint_files import OFT_FILES
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.processing import OpenVLAImageProcessor, OpenVLAProcessor
-from openvla_hf.processing.oft_presets import PLATFORMS
+from openvla_hf.processing.oft_presets import COMPONENTS, PLATFORMS
 
 
 HEAD, PROJECTOR = "action_head--150000_checkpoint.pt", "proprio_projector--latest_checkpoint.pt"
@@ -85,16 +86,26 @@ def test_given_fields_win(publish, tmp_path):
     assert fields_of(one) == (["front"], 8, "lanczos3", 0.9)
 
 
-def test_a_platform_sets_the_fields_of_any_checkpoint(publish, tmp_path):
-    folder = publish(tmp_path / "plain", files=())
-    loaded = AutoProcessor.from_pretrained(folder, platform="aloha")
-    assert fields_of(loaded) == (["full_image"], None, "lanczos3", 0.9)
-    loaded.save_pretrained(tmp_path / "saved")
-    assert fields_of(AutoProcessor.from_pretrained(tmp_path / "saved")) == fields_of(loaded)
-    changed = AutoProcessor.from_pretrained(tmp_path / "saved", platform="aloha")
-    assert fields_of(changed) == oft("aloha")
-    changed = AutoProcessor.from_pretrained(tmp_path / "saved", platform="libero", state_dim=None)
-    assert fields_of(changed) == oft("libero", state_dim=None)
+def test_a_platform_names_the_single_camera_of_a_checkpoint_without_components(publish, tmp_path):
+    folder = publish(tmp_path / "discrete", files=())
+    assert fields_of(AutoProcessor.from_pretrained(folder, platform="aloha")) == (
+        ["full_image"],
+        None,
+        "lanczos3",
+        0.9,
+    )
+    given = {"cameras": ["front"], "state_dim": 3, "resample": 3, "center_crop_area": None}
+    assert fields_of(AutoProcessor.from_pretrained(folder, platform="aloha", **given)) == tuple(given.values())
+
+
+def test_recognised_fields_are_saved(publish, tmp_path):
+    AutoProcessor.from_pretrained(publish(tmp_path / "oft", (14, 14))).save_pretrained(tmp_path / "saved")
+    for options in ({}, {"platform": "libero"}):
+        assert fields_of(AutoProcessor.from_pretrained(tmp_path / "saved", **options)) == oft("aloha")
+
+
+def test_the_processor_and_the_model_look_for_the_same_files():
+    assert set(COMPONENTS) == set(OFT_FILES)
 
 
 def test_what_was_saved_wins_over_the_components_beside_it(publish, tmp_path):

@@ -19,6 +19,8 @@ from rich.text import Text
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Platforms of OpenVLA-OFT.
+PLATFORMS = ("libero", "aloha", "bridge")
 # Values of `device_map` that spread a model over several devices.
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Options for reading a dataset.
@@ -197,7 +199,9 @@ def image(text: str) -> str:
 # Policies and robots
 
 
-def load_model(model_id: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    model_id: str, dtype: str = "auto", device: str | None = None, platform: str | None = None
+) -> tuple[Any, Any]:
     """Load the model and processor of a Hub id or folder."""
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
@@ -205,8 +209,9 @@ def load_model(model_id: str, dtype: str = "auto", device: str | None = None) ->
     import openvla_hf  # noqa: F401 - registers OpenVLA with the Auto classes
 
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device)
-    return model, AutoProcessor.from_pretrained(model_id)
+    options = {} if platform is None else {"platform": platform}
+    model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device, **options)
+    return model, AutoProcessor.from_pretrained(model_id, **options)
 
 
 def default_model() -> str:

@@ -18,7 +18,8 @@ from .image_processing_openvla import LANCZOS3, find_file
 
 
 STATISTICS_FILE = "dataset_statistics.json"
-ACTION_HEAD, PROPRIO_PROJECTOR = "action_head--*", "proprio_projector--*"
+PROPRIO_PROJECTOR = "proprio_projector--*"
+COMPONENTS = ("action_head--*", PROPRIO_PROJECTOR, "noisy_action_projector--*", "vision_backbone--*")
 # How the original prepares images in evaluation.
 IMAGE_FIELDS = {"resample": LANCZOS3, "center_crop_area": 0.9}
 
@@ -46,14 +47,14 @@ def read_oft_fields(
     Args:
         source: Folder or Hub id.
         platform: Name of a platform. By default, the one whose dimensions the checkpoint's statistics have. For a
-            published checkpoint without the components of OpenVLA-OFT, the platform means one that predicts tokens
-            from its first camera, without the state.
+            published checkpoint without component files, the platform means a model that predicts tokens from the
+            first camera, without the state. The cameras and the state of a saved processor stay as they are.
         given: Names of fields that the caller gives, which need not be found.
         is_published: Whether the files may be those of OpenVLA-OFT; the files that `save_pretrained` writes are not.
         hub_kwargs: `revision`, `token` and so on.
 
     Returns:
-        `cameras`, `state_dim` and the fields of the image processor; empty for any other checkpoint.
+        `cameras`, `state_dim` and the fields of the image processor; empty for a plain checkpoint.
 
     Raises:
         ValueError: The platform is unknown, or does not follow from the statistics.
@@ -64,19 +65,17 @@ def read_oft_fields(
         guess = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown platform {platform!r}.{guess} Choose from {', '.join(map(repr, PLATFORMS))}.")
     files = list_files(source, **hub_kwargs) if is_published else []
-    takes_state = bool(match(files, PROPRIO_PROJECTOR))
-    is_oft = takes_state or bool(match(files, ACTION_HEAD))
-    if platform is None and not is_oft:
+    has_components = any(match(files, pattern) for pattern in COMPONENTS)
+    if platform is None and not has_components:
         return {}
     fields: dict[str, Any] = {"image_processor": IMAGE_FIELDS}
+    if not is_published:
+        return fields
     preset = None if platform is None else PLATFORMS[platform]
-    predicts_tokens = is_published and not is_oft
     if "cameras" not in given:
         preset = preset or _recognize(source, **hub_kwargs)
-        fields["cameras"] = list(preset.cameras)[: 1 if predicts_tokens else None]
-    if predicts_tokens or (is_oft and not takes_state):
-        fields["state_dim"] = None
-    elif "state_dim" not in given:
+        fields["cameras"] = list(preset.cameras if has_components else preset.cameras[:1])
+    if "state_dim" not in given and match(files, PROPRIO_PROJECTOR):
         fields["state_dim"] = preset.state_dim if preset else _read_dims(source, **hub_kwargs)[1]
     return fields
 

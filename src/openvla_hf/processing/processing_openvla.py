@@ -62,9 +62,10 @@ class OpenVLAProcessor(ProcessorMixin):
     ```
 
     `from_pretrained` finds the cameras, the state and the evaluation's image options (`resample="lanczos3"`,
-    `center_crop_area=0.9`) of a published OpenVLA-OFT checkpoint by the dimensions of its statistics. It also takes
-    them as arguments, or as `platform="libero"`, `"aloha"` or `"bridge"`. Images must be as the original gives them to
-    the model: LIBERO's turned by 180 degrees, ALOHA's stretched to 256 x 256 pixels with PIL's bicubic filter.
+    `center_crop_area=0.9`) of a published OpenVLA-OFT checkpoint by its component files and the dimensions of its
+    statistics. `platform="libero"`, `"aloha"` or `"bridge"` decides where the statistics do not, and gives a
+    checkpoint without component files the image options. Images must be as the original's clients give them: LIBERO's
+    turned by 180 degrees, ALOHA's stretched to 256 x 256 pixels with PIL's bicubic filter.
 
     Args:
         image_processor: Makes `pixel_values`.
@@ -367,10 +368,7 @@ class OpenVLAProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, platform: str | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read our `processor_config.json`, or derive the fields from published files.
-
-        A `platform` replaces the fields of the file. Fields among the other arguments override both.
-        """
+        """Read our `processor_config.json`, or derive the fields from published files; given fields override both."""
         hub_kwargs = select_hub_kwargs(kwargs)
         find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_kwargs)  # raises if the Hub refuses the file
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
