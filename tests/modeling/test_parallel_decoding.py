@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from openvla_hf.modeling.action_heads import NoiseSchedule
 from openvla_hf.modeling.action_tokenizer import normalize_state
@@ -130,6 +131,50 @@ def test_placeholders_of_the_images_may_be_there_already(model):
         assert np.array_equal(model.predict_action(**filled, **noise), expected)
 
 
+def watch(module):
+    """The embeddings that enter a language model, and the hidden states that leave it, of the last call."""
+    seen = {}
+
+    def keep(_, args, kwargs, output):
+        seen.update(kwargs, hidden=output.last_hidden_state)
+
+    module.register_forward_hook(keep, with_kwargs=True)
+    return seen
+
+
+def test_the_sequence_is_laid_out_as_in_the_original(model):
+    """BOS, images, state, time, prompt, slots, EOS; a slot is predicted at the position before it."""
+    seen, inputs, noise = watch(model.model.language_model), make_inputs(model, 2), noise_of(model, 2)
+    details = model.predict_action(**inputs, **noise, return_details=True)
+    config, embed = model.config, model.get_input_embeddings()
+    lengths = inputs["attention_mask"].sum(1)
+    total = config.num_prefix_tokens + int(lengths.max()) + K * A + 1
+    assert seen["inputs_embeds"].shape[:2] == (2, total)
+    for row, length in enumerate(lengths):
+        padding = int(lengths.max() - length)
+        embeds = seen["inputs_embeds"][row, padding:]
+        assert seen["position_ids"][row, padding:].tolist() == list(range(total - padding))
+        prompt = embed(inputs["input_ids"][row, :length])
+        after_prefix = 1 + config.num_prefix_tokens
+        end = after_prefix + int(length) - 1
+        assert torch.equal(embeds[0], prompt[0])
+        assert torch.equal(embeds[after_prefix:end], prompt[1:])
+        assert torch.equal(embeds[-1], embed(torch.tensor(config.text_config.eos_token_id)))
+        own = model.get_image_features(inputs["pixel_values"][row : row + 1])[0]
+        torch.testing.assert_close(embeds[1 : 1 + len(own)], own, atol=1e-5, rtol=0)
+        is_zero = bool((embeds[end : end + K * A] == 0).all())
+        assert is_zero == (config.action_head != "diffusion")
+        if config.action_head == "l1":
+            readout = seen["hidden"][row, padding:][end - 1 : end - 1 + K * A]
+            expected = model.action_head(readout[None])[0].detach()
+            np.testing.assert_allclose(details.normalized_actions[row], expected, atol=1e-6)
+        elif config.action_head == "none":
+            readout = seen["hidden"][row, padding:][end - 1 : end - 1 + K * A]
+            first, last = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
+            chances = model.lm_head(readout)[:, first:last].softmax(-1).flip(-1).detach()
+            np.testing.assert_allclose(details.probabilities[row].reshape(K * A, -1), chances, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_every_position_sees_every_other(l1, implementation):
@@ -239,7 +284,8 @@ def test_unconstrained_tokens_come_from_the_whole_vocabulary(discrete):
     bound = discrete.predict_action(**inputs, return_details=True)
     first, end = discrete.action_tokenizer.first_id, discrete.action_tokenizer.vocab_end
     assert ((bound.token_ids >= first) & (bound.token_ids < end)).all()
-    assert (free.token_ids[0, 0, 0], free.normalized_actions[0, 0, 0]) == (10, discrete.action_tokenizer.decode([10]))
+    assert free.token_ids[0, 0, 0] == 10
+    assert free.normalized_actions[0, 0, 0] == discrete.action_tokenizer.decode([10])
 
 
 def test_a_variant_without_a_stop_token_acts_differently(tiny):
@@ -447,6 +493,22 @@ def test_a_saved_checkpoint_gives_the_same_chunk(model, tmp_path):
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert np.array_equal(again.predict_action(**inputs, **noise), model.predict_action(**inputs, **noise))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_loading_leaves_heads_and_projectors_in_16_bits(model, tmp_path, bits):
+    model.bfloat16().save_pretrained(tmp_path)
+    inputs, noise = make_inputs(model, 2), noise_of(model, 2)
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    quantized = type(model).from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    layer = {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    text = [one for one in quantized.model.language_model.modules() if isinstance(one, torch.nn.Linear)]
+    assert {type(one).__name__ for one in text} == {layer}
+    parts = (quantized.action_head, quantized.model.proprio_projector, quantized.model.noisy_action_projector)
+    for part in [part for part in parts if part is not None]:
+        assert {type(one).__name__ for one in part.modules() if isinstance(one, torch.nn.Linear)} == {"DefaultLinear"}
+        assert all(parameter.dtype == torch.bfloat16 for parameter in part.parameters())
+    assert np.isfinite(quantized.predict_action(**inputs, **noise)).all()
 
 
 def test_new_heads_start_as_pytorch_initialises_them(tiny):

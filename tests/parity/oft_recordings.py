@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModel
 
-from openvla_hf import OpenVLAForActionPrediction
+import openvla_hf  # noqa: F401  registers the Auto classes
 
 
-NORMALIZATIONS = {"bounds_q99": "q99", "bounds": "bounds"}
 # Parts of the names in the components' files -> parts of ours.
 COMPONENT_NAMES = {
-    "module.": "",
     "noise_predictor.mlp_resnet.": "",
     "mlp_resnet_blocks.": "blocks.",
     ".ffn.0.": ".norm.",
@@ -31,20 +28,6 @@ COMPONENTS = {
     "proprio_projector": "model.proprio_projector.",
     "noisy_action_projector": "model.noisy_action_projector.",
 }
-
-
-def read_fields(folder: Path) -> dict[str, Any]:
-    """Read the fields of our config that a published checkpoint does not contain."""
-    oft = json.loads((folder / "tiny_dims.json").read_text())["oft"]
-    return {
-        "num_images": oft["num_images"],
-        "action_decoding": "parallel",
-        "action_head": "none" if oft["head"] == "discrete" else oft["head"],
-        "action_horizon": oft["chunk"],
-        "action_dim": oft["action_dim"],
-        "proprio_dim": oft["proprio_dim"],
-        "action_normalization": NORMALIZATIONS[oft["normalization"]],
-    }
 
 
 def our_name(component: str, name: str) -> str:
@@ -68,20 +51,9 @@ class RecordedOFT:
         self.predictions = self.expected["predictions"]
 
     def load(self) -> Any:
-        with tempfile.TemporaryDirectory() as plain:
-            for name in ("config.json", "model.safetensors"):
-                Path(plain, name).symlink_to(self.checkpoint / name)
-            base = AutoModel.from_pretrained(plain, dtype=torch.float32, **read_tower_overrides(self.folder))
-        config = type(base.config).from_dict(base.config.to_dict() | read_fields(self.folder))
-        model = OpenVLAForActionPrediction(config).eval()
-        weights = base.state_dict()
-        for component in COMPONENTS:
-            for path in self.checkpoint.glob(f"{component}--*"):
-                for name, tensor in torch.load(path, weights_only=True).items():
-                    weights[our_name(component, name)] = tensor.float()
-        model.load_state_dict(weights, strict=True)
-        model.norm_stats = json.loads((self.checkpoint / "dataset_statistics.json").read_text())
-        return model
+        platform = json.loads((self.folder / "tiny_dims.json").read_text())["oft"]["platform"]
+        overrides = read_tower_overrides(self.folder)
+        return AutoModel.from_pretrained(self.checkpoint, dtype=torch.float32, platform=platform, **overrides)
 
     @functools.cached_property
     def model(self) -> Any:

@@ -26,7 +26,13 @@ from ..modeling.configuration_openvla import OpenVLAConfig
 from ..modeling.known_names import check_name
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..modeling.oft_loading import component_files
-from ..modeling.quantized_loading import COMPUTE_CAPABILITY, KEPT_IN_16_BITS, refuse_second, refuse_without_gpu
+from ..modeling.quantized_loading import (
+    COMPUTE_CAPABILITY,
+    HEADS_IN_16_BITS,
+    KEPT_IN_16_BITS,
+    refuse_second,
+    refuse_without_gpu,
+)
 from ..new_folder import new_folder, require_new_folder
 from .shard_writing import SHARD_BYTES, Shard, write_shards
 from .transformers_internals import PartLoader, local_torch_dtype
@@ -146,7 +152,7 @@ def quantization(
     if find_spec(wanted.package) is None:
         raise ImportError(f"Format {name!r} needs {wanted.package}. Run `pip install {wanted.package}`.")
     config = wanted.make_config()
-    kept = [KEPT_IN_16_BITS[0]] if towers else list(KEPT_IN_16_BITS)
+    kept = list(HEADS_IN_16_BITS if towers else KEPT_IN_16_BITS)
     if isinstance(config, BitsAndBytesConfig):
         config.llm_int8_skip_modules = kept
         config.bnb_4bit_compute_dtype = dtype
@@ -168,7 +174,7 @@ def expected_weight_bytes(config: OpenVLAConfig, name: str | None = None, *, tow
     """Compute the size in bytes of a model's weights in a format (`None`: 16 bits) from its config alone."""
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
-    kept = KEPT_IN_16_BITS[:1] if towers else KEPT_IN_16_BITS
+    kept = HEADS_IN_16_BITS if towers else KEPT_IN_16_BITS
     plain = 2 * sum(parameter.numel() for parameter in model.parameters())
     if name is None:
         return plain

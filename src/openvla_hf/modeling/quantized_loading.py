@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 
-KEPT_IN_16_BITS = ("lm_head", "model.vision_backbone", "model.projector")
+HEADS_IN_16_BITS = ("lm_head", "action_head", "model.proprio_projector", "model.noisy_action_projector")
+"""Modules that are always left as they are: they decide between neighbouring actions, or read the robot's state."""
+KEPT_IN_16_BITS = (*HEADS_IN_16_BITS, "model.vision_backbone", "model.projector")
 """Modules left as they are by default.
 
-The head decides between neighbouring actions. The towers and the projector are a quarter of a 4-bit model's bytes,
-but cost little time: they run once for an action, the language model once for each token.
+The towers and the projector are a quarter of a 4-bit model's bytes, but cost little time: they run once for an action,
+the language model once for each token.
 """
 KEPT_FIELDS = {"bitsandbytes": "llm_int8_skip_modules", "torchao": "modules_to_not_convert"}
 """Quantisation method -> field of its config that names these modules."""
@@ -104,6 +106,7 @@ def prepare_quantized(model: PreTrainedModel) -> None:
 
 __all__ = [
     "COMPUTE_CAPABILITY",
+    "HEADS_IN_16_BITS",
     "KEPT_IN_16_BITS",
     "missing_package",
     "prepare_quantized",
