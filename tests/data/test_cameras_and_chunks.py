@@ -1,9 +1,12 @@
 """Frames with several cameras, chunks of actions and a state, in every format."""
 
+import itertools
 import json
 import logging
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
@@ -22,6 +25,8 @@ from openvla_hf.data import (
     write_rlds,
 )
 from openvla_hf.data.frame_spec import name_cameras
+from openvla_hf.data.images import encode_png
+from openvla_hf.data.readers.lerobot import INFO_FILE
 from openvla_hf.data.robots import GENERIC, describe_robot
 from openvla_hf.data.splits import read_split
 
@@ -330,6 +335,7 @@ def test_an_unknown_camera_is_refused_with_the_nearest_name(source):
         ({"cameras": []}, ValueError, r"cameras=\[\] must contain at least one name"),
         ({"cameras": ["front", "front"]}, ValueError, "and each name once"),
         ({"cameras": [0]}, TypeError, "cameras contains 0, which is not a name"),
+        ({"chunk": 2.5}, ValueError, r"chunk=2\.5 is not a number of actions\. Give a whole number"),
         ({"chunk": 0}, ValueError, "chunk=0 is not a number of actions"),
         ({"chunk": 2, "chunk_end": "padd"}, ValueError, r"Unknown chunk_end 'padd'\. Did you mean 'pad'\?"),
         ({"cameras": ["front"], "chunk": 7}, ValueError, r"No episode of 'arm' has chunk=7 usable frames"),
@@ -339,6 +345,70 @@ def test_an_unknown_camera_is_refused_with_the_nearest_name(source):
 def test_options_that_make_no_frames_are_refused(two_cameras, options, error, message):
     with pytest.raises(error, match=message):
         from_episodes(two_cameras, name="arm", **options)
+
+
+def test_a_table_that_is_not_in_order_has_no_chunks(two_cameras):
+    table = as_table(two_cameras)
+    frames = table.add_column("frame_index", list(range(STEPS)) * 5)
+    with pytest.raises(ValueError, match=r"The rows of episode 0 are not consecutive, so chunks can't be made\."):
+        load(table.select([*range(STEPS, 2 * STEPS), *range(3), *range(12, 18), *range(3, 6)]), **OPTIONS)
+    with pytest.raises(ValueError, match="The rows of episode 1 are not in the order of 'frame_index'"):
+        load(frames.select([*range(STEPS + 3), STEPS + 5, STEPS + 4]), **OPTIONS)
+    assert len(load(frames.select(range(STEPS, 3 * STEPS)), **OPTIONS)) == 2 * (STEPS - CHUNK + 1)
+
+
+def test_a_stream_of_rows_checks_the_size_of_states(two_cameras):
+    for frame in two_cameras[3]:
+        frame["state"] = np.zeros(5)
+    stream = as_table(two_cameras).to_iterable_dataset()
+    message = "arm, row 18: the state has 5 numbers, but it has 7 in earlier episodes"
+    with pytest.raises(BadEpisodeError, match=message):
+        list(load(stream, name="arm", cameras=CAMERAS, state=True))
+    assert len(list(load(stream, name="arm", cameras=CAMERAS))) == 5 * STEPS
+    with pytest.raises(ValueError, match=r"'arm: state' has rows of 5 and 7 numbers\."):
+        compute_statistics(from_episodes(two_cameras, name="arm", cameras=["front"]))
+
+
+def test_a_stream_that_may_skip_leaves_out_frames_with_a_damaged_camera(two_cameras):
+    for step in (0, 2):
+        two_cameras[1][step]["images"]["wrist"] = b"damaged"
+    stream = from_episodes(lambda: two_cameras, streaming=True, skip_bad_episodes=0.5, **OPTIONS)
+    expected = [
+        (index, step) for index, step, _, _ in expected_frames(two_cameras) if (index, step) not in [(1, 0), (1, 2)]
+    ]
+    assert [(frame["episode_index"], frame["frame_index"]) for frame in stream] == expected
+    drawn = list(itertools.islice(TrainingStream(stream), len(expected)))
+    assert all(list(frame["images"]) == CAMERAS for frame in drawn)
+    assert all(image is not None for frame in drawn for image in frame["images"].values())
+
+
+def test_images_in_parquet_files_of_lerobot_are_read_from_every_camera(two_cameras, tmp_path):
+    folder = write_lerobot(two_cameras, tmp_path / "arm")
+    info = json.loads((folder / INFO_FILE).read_text())
+    data = next((folder / "data").rglob("*.parquet"))
+    table = pq.read_table(data)
+    for camera in CAMERAS:
+        info["features"][f"observation.images.{camera}"]["dtype"] = "image"
+        images = [encode_png(frame["images"][camera]) for episode in two_cameras for frame in episode]
+        table = table.append_column(f"observation.images.{camera}", pa.array(images, Image().pa_type))
+    pq.write_table(table, data)
+    (folder / INFO_FILE).write_text(json.dumps(info))
+    for frames in (load(folder, **OPTIONS), load(folder, streaming=True, **OPTIONS)):
+        for frame, (_, _, truth, _) in zip(frames, expected_frames(two_cameras), strict=True):
+            for camera in CAMERAS:
+                np.testing.assert_array_equal(frame["images"][camera], truth["images"][camera])
+
+
+@pytest.mark.parametrize("other", [{"chunk": 2}, {"cameras": ["front"]}], ids=str)
+def test_a_mixture_of_different_streams_is_refused(two_cameras, other):
+    streams = [from_episodes(lambda: two_cameras, streaming=True, **options) for options in (OPTIONS, OPTIONS | other)]
+    with pytest.raises(ValueError, match="must have the same cameras and chunks"):
+        mix([(stream, 1.0, 15) for stream in streams])
+
+
+def test_an_adapter_gives_a_feature_for_each_camera():
+    with pytest.raises(ValueError, match=r"cameras=\['wrist'\] must give a feature for each name"):
+        Robot("arm", cameras=["wrist"])
 
 
 def test_rows_of_a_stream_have_no_chunks_but_several_cameras(two_cameras):

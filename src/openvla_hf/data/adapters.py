@@ -93,6 +93,11 @@ class Robot:
             raise ValueError(
                 f"rotation={self.rotation!r} is for end effectors, but space={self.space!r} is for joints."
             )
+        if not isinstance(self.cameras, Mapping):
+            raise ValueError(
+                f"cameras={self.cameras!r} must give a feature for each name, such as "
+                "{'wrist_image': 'observation.images.wrist'}."
+            )
         if self.every < 1:
             raise ValueError(f"every={self.every} is not a number of frames. Give at least 1.")
         if (self.every > 1 or self.drop_idle) and self.recorded_space is None:

@@ -152,7 +152,7 @@ def usable_columns(
                 raise episode
             columns = _convert(episode, spec, dataset)
             if spec.state:
-                state_size = _check_state_size(columns["state"], state_size, episode.source)
+                state_size = _check_states(columns["state"], state_size, episode.source)
             if check is not None:
                 _check_each(check, columns, episode)
         except BadEpisodeError as error:
@@ -218,19 +218,24 @@ def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[st
     return columns
 
 
-def _check_state_size(states: Sequence[np.ndarray], expected: int | None, source: str) -> int | None:
-    """Return the size of an episode's states.
+def check_state_size(states: Sequence[np.ndarray] | np.ndarray, expected: int | None) -> int | None:
+    """Return the size of the states if there are any, or else the expected size.
 
     Raises:
-        BadEpisodeError: The size is not the expected one.
+        ValueError: The size is not the expected one, which `None` leaves open.
     """
-    if not states:
+    if not len(states):
         return expected
     if expected not in (None, len(states[0])):
-        raise BadEpisodeError(
-            f"{source}: the state has {len(states[0])} numbers, but it has {expected} in earlier episodes."
-        )
+        raise ValueError(f"the state has {len(states[0])} numbers, but it has {expected} in earlier episodes.")
     return len(states[0])
+
+
+def _check_states(states: Sequence[np.ndarray], expected: int | None, source: str) -> int | None:
+    try:
+        return check_state_size(states, expected)
+    except ValueError as error:
+        raise BadEpisodeError(f"{source}: {error}") from error
 
 
 def _check_each(check: Callable[[Any], Any], columns: dict[str, Any], episode: RecordedEpisode) -> None:
@@ -248,6 +253,7 @@ __all__ = [
     "ImageReference",
     "Losses",
     "RecordedEpisode",
+    "check_state_size",
     "usable_columns",
     "usable_rows",
 ]

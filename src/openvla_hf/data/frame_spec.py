@@ -62,8 +62,8 @@ class FrameSpec:
 
     def __post_init__(self) -> None:
         check_name(self.chunk_end, CHUNK_ENDS, "chunk_end")
-        if self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk} is not a number of actions. Give at least 1.")
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk!r} is not a number of actions. Give a whole number of at least 1.")
 
     @property
     def needs_whole_episodes(self) -> bool:

@@ -13,7 +13,7 @@ from datasets.utils import tqdm
 
 from .columns import stack_rows
 from .datasets_internals import fingerprint
-from .episodes import BadEpisodeError, Losses, RecordedEpisode, usable_columns
+from .episodes import BadEpisodeError, Losses, RecordedEpisode, check_state_size, usable_columns
 from .feature_names import find_name
 from .frame_spec import NUMBERS, FrameSpec
 from .frames import FrameDecoder, Frames
@@ -50,6 +50,8 @@ def adapt_table(data: Dataset, spec: FrameSpec, name: str, losses: Losses, decod
     if spec.needs_whole_episodes and "episode_index" not in ordering:
         raise ValueError(f"{_whole(spec)} needs whole episodes, but there is no column 'episode_index'.")
     starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
+    if spec.chunk > 1:
+        _require_order(episode_of, starts, table.get("frame_index"))
 
     def episodes() -> Iterator[RecordedEpisode | BadEpisodeError]:
         for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
@@ -75,6 +77,27 @@ def adapt_table(data: Dataset, spec: FrameSpec, name: str, losses: Losses, decod
     if len(row_of) < len(data):
         images = images.select(row_of)
     return concatenate_datasets([images, numbers], axis=1).with_transform(FrameDecoder())
+
+
+def _require_order(episode_of: np.ndarray, starts: np.ndarray, frame_of: np.ndarray | None) -> None:
+    """Raise `ValueError` unless the rows of each episode are consecutive and in order, without which chunks are wrong.
+
+    Args:
+        episode_of: Number of the episode of each row, (N,).
+        starts: Rows at which the number changes.
+        frame_of: Number of the frame of each row, (N,), if the table has one.
+    """
+    numbers, counts = np.unique(episode_of[starts], return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"The rows of episode {numbers[counts > 1][0]} are not consecutive, so chunks can't be made. Sort the "
+            "table, or give each episode its own number."
+        )
+    if frame_of is not None and len(unordered := np.setdiff1d(np.flatnonzero(np.diff(frame_of) <= 0) + 1, starts)):
+        raise ValueError(
+            f"The rows of episode {episode_of[unordered[0]]} are not in the order of 'frame_index', so chunks can't "
+            "be made. Sort the table."
+        )
 
 
 def _select_images(data: Dataset, spec: FrameSpec) -> Dataset:
@@ -110,11 +133,16 @@ def adapt_stream(data: IterableDataset, spec: FrameSpec, name: str, losses: Loss
     instruction = find_name(robot.instruction, data.column_names, "instruction")
     read_text = _text_reader(instruction, data.features[instruction])
 
+    state_size: int | None = None
+
     def adapt(row: dict[str, Any], index: int) -> dict[str, Any]:
+        nonlocal state_size
         numbers = {column: np.asarray(row[column], np.float64)[None] for column in columns}
         losses.read += 1
         try:
             _, actions, states = robot.standardize(numbers, 1, spec.state)
+            if spec.state and states is not None:
+                state_size = check_state_size(states, state_size)
         except ValueError as error:
             losses.note(BadEpisodeError(f"{name}, row {index}: {error}"))
             return dict.fromkeys(features)  # dropped below, since it has no instruction
