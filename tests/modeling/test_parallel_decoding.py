@@ -25,6 +25,7 @@ STATISTICS = {
 PARALLEL = {"action_decoding": "parallel", "action_horizon": K, "action_dim": A, "norm_stats": STATISTICS}
 MODELS = {
     "l1": {"action_head": "l1", "num_images": 2, "proprio_dim": S},
+    "film": {"action_head": "l1", "num_images": 2, "proprio_dim": S, "use_film": True},
     "none": {"action_head": "none"},
     "diffusion": {"action_head": "diffusion", "num_images": 2, "proprio_dim": S, "diffusion_steps": 10},
 }
