@@ -6,6 +6,7 @@ repositories that the pages name. A shell reads the blocks of commands, so varia
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -21,7 +22,8 @@ from PIL import Image
 
 from openvla_hf.cli import build_parser, main
 from openvla_hf.data import robots, write_lerobot
-from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
+from openvla_hf.modeling.checkpoint_files import STATISTICS_FILE
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +122,9 @@ def small_hub(tiny, owner, tmp_path, monkeypatch) -> HubServer:
     for repository in ("openvla-7b", "openvla-7b-finetuned-libero-spatial"):
         for one in (model, processor):
             one.save_pretrained(owner.root / "openvla" / repository)
+    oft = write_tiny_oft(owner.root / "moojink/openvla-7b-oft-finetuned-libero-spatial")
+    statistics = json.loads((oft / STATISTICS_FILE).read_text())
+    (oft / STATISTICS_FILE).write_text(json.dumps({"libero_spatial_no_noops": statistics["tiny"]}))
     for name in ("kitchen", "workshop"):
         episodes = [fake_episode(seed=seed, steps=6) for seed in range(3)]
         write_lerobot(episodes, owner.root / "datasets/lab" / name)

@@ -16,7 +16,14 @@ from openvla_hf.data import load, write_lerobot
 from openvla_hf.modeling import oft_loading
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.tabletop.expert import record_demonstrations
-from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.testing import (
+    BRIDGE_LIKE_STATS,
+    fake_episode,
+    tiny_config,
+    tiny_processor,
+    tiny_tokenizer,
+    write_tiny_oft,
+)
 
 
 BOUNDS = ("q01", "q99", "min", "max")
@@ -103,6 +110,43 @@ def test_images_and_states_that_a_plain_policy_does_not_take(policy, capsys):
     assert "argument --state: must be numbers between spaces, got 'home'" in refusal(
         capsys, *command, "--state", "home"
     )
+
+
+@pytest.fixture(scope="module")
+def chunks(tmp_path_factory):
+    """Published OpenVLA-OFT checkpoints: a function that gives the folder of a kind of head."""
+    folder = tmp_path_factory.mktemp("oft")
+    write_tiny_oft(folder / "l1")
+    write_tiny_oft(folder / "none", head="none", proprio=False)
+    return folder
+
+
+def test_predict_prints_a_chunk_of_several_cameras_and_a_state(chunks, policy, capsys):
+    frame = policy / "frame.png"
+    cameras = ["--image", f"wrist_image={frame}", "--image", f"full_image={frame}"]
+    command = ["predict", "--model", str(chunks / "l1"), "--instruction", "open"]
+    state = ["--state", "0.1 -2e-3 0 0 0 0 0 1"]
+    assert main([*command, *cameras, *state, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert np.shape(result["action"]) == np.shape(result["normalized_action"]) == (8, 7)
+    assert (result["token_ids"], result["probabilities"]) == (None, None)
+    assert main([*command, "--image", str(frame), "--image", str(frame), *state]) == 0
+    table = capsys.readouterr().out
+    assert "gripper" in table
+    assert f"{result['action'][7][0]:+.4f}" in table
+    assert "probability" not in table
+    assert "has no image of 'full_image'" in refusal(capsys, *command, *cameras[:2], *state)
+    assert "The state is missing: pass --state with the 8 dimensions" in refusal(capsys, *command, *cameras)
+
+
+def test_predict_prints_a_chunk_of_tokens(chunks, policy, capsys):
+    command = ["predict", "--model", str(chunks / "none"), "--instruction", "open", "--platform", "libero"]
+    command += ["--image", str(policy / "frame.png")]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert np.shape(result["action"]) == np.shape(result["token_ids"]) == np.shape(result["probabilities"]) == (8, 7)
+    assert main(command) == 0
+    assert "probability" in capsys.readouterr().out
 
 
 def test_a_wrong_key_is_one_sentence(policy, capsys):

@@ -28,6 +28,7 @@ RUNS = {
     ),
     "hub.md": ("push", "info"),
     "robots.md": ("predict", "info"),
+    "oft.md": ("predict",),
 }
 SMALLER_PYTHON = {
     '"max_steps": 2000': '"max_steps": 2, "batch_size": 2, "use_cpu": True, "logging_steps": 1',
