@@ -222,6 +222,14 @@ def tiny(tokenizer):
     return build
 
 
+@pytest.fixture(scope="session")
+def taught():
+    """A policy that writes its reasoning before the action, see `reasoning_policy.teach`. Tests must not change it."""
+    from reasoning_policy import teach
+
+    return teach()
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Tables of frames are kept in the test's own folder."""

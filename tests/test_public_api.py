@@ -17,7 +17,8 @@ from openvla_hf.cli import build_parser
 # Functions, classes and methods with their parameters; constants and properties by their names.
 API = {
     "openvla_hf": """
-        ActionPrediction(actions, normalized_actions, token_ids, probabilities, entropy, forward_passes)
+        ActionPrediction(actions, normalized_actions, token_ids, probabilities, entropy, forward_passes, text,
+            reasoning_ids)
         ActionStream(model, unnorm_key)
         ActionStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, state, return_details)
         ActionStream.reset()
@@ -34,14 +35,14 @@ API = {
         OpenVLAConfig(vision_config, fused_vision_config, text_config, vision_feature_layer, projector_hidden_act,
             image_token_index, prompt_suffix_token_id, n_action_bins, pad_to_multiple_of, pad_token_id, norm_stats,
             tie_word_embeddings, num_images, action_decoding, action_head, action_horizon, action_dim, proprio_dim,
-            action_normalization, use_film, diffusion_steps, action_stop_token)
+            action_normalization, use_film, diffusion_steps, action_stop_token, reasoning)
         OpenVLAConfig.action_vocab_end
         OpenVLAConfig.is_parallel
         OpenVLAConfig.num_image_tokens
         OpenVLAConfig.num_prefix_tokens
         OpenVLAConfig.vision_configs
         OpenVLAForActionPrediction(config)
-        OpenVLAForActionPrediction.action_stream(unnorm_key, execute, ensemble)
+        OpenVLAForActionPrediction.action_stream(unnorm_key, execute, ensemble, reuse_reasoning, tokenizer)
         OpenVLAForActionPrediction.action_tokenizer
         OpenVLAForActionPrediction.compile_for_actions(mode)
         OpenVLAForActionPrediction.decode_actions(token_ids, unnorm_key)
@@ -71,6 +72,9 @@ API = {
             image_token, image_token_id, num_image_tokens, cameras, state_dim)
         OpenVLAProcessor.__call__(*args, images, text, instruction, state, add_image_tokens, **kwargs)
         OpenVLAProcessor.build_prompt(instruction)
+        ReasoningStream(model, unnorm_key, reuse_reasoning, tokenizer)
+        ReasoningStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, return_details, **inputs)
+        ReasoningStream.reset()
         load_adapter(model, adapter, **hub_kwargs)
     """,
     "openvla_hf.data": """

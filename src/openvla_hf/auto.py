@@ -20,6 +20,7 @@ from .modeling.action_stream import ActionStream, ChunkStream
 from .modeling.action_tokenizer import ActionTokenizer
 from .modeling.configuration_openvla import OpenVLAConfig
 from .modeling.modeling_openvla import OpenVLAForActionPrediction, OpenVLAModel
+from .modeling.reasoning import ReasoningStream
 from .processing.image_processing_openvla import OpenVLAImageProcessor
 from .processing.processing_openvla import OpenVLAProcessor
 
@@ -36,6 +37,7 @@ __all__ = [
     "OpenVLAImageProcessor",
     "OpenVLAModel",
     "OpenVLAProcessor",
+    "ReasoningStream",
     "load_adapter",
 ]
 

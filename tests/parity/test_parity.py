@@ -149,6 +149,19 @@ def test_shards_hold_the_same_model(recorded):
     assert torch.equal(sharded.pixel_values, whole.pixel_values)
 
 
+def test_a_checkpoint_like_openvla_v01_has_one_tower_two_projector_layers_and_the_prompt_of_vicuna(recorded):
+    """Every test here that takes "siglip-224" holds for it."""
+    record = recorded("siglip-224")
+    published = json.loads((record.checkpoint / "config.json").read_text())
+    assert (published["vision_backbone_id"], published["llm_backbone_id"]) == ("siglip-vit-so400m", "vicuna-v15-7b")
+    assert [tower.model_type for tower in record.model.config.vision_configs] == ["siglip_vision_model"]
+    assert record.pixel_values.shape[1:] == (3, 224, 224)
+    assert record.model.model.projector.fc3 is None
+    prompt = record.processor.build_prompt("push")
+    assert prompt.startswith("A chat between a curious user and an artificial intelligence assistant. ")
+    assert prompt.endswith("USER: What action should the robot take to push? ASSISTANT:")
+
+
 def test_pixels(record):
     pixels = record.pixel_values[..., :: record.stride, :: record.stride]
     assert error(pixels, record.tensors["pixel_values"]) <= PIXELS

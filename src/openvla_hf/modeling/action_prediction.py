@@ -4,14 +4,14 @@ Shapes: B batch, T tokens (image placeholders included), K actions of a chunk, A
 N action bins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedTokenizerBase
 
 from .action_decoding import (
     ActionPass,
@@ -43,6 +43,7 @@ from .model_inputs import (
     read_state,
 )
 from .parallel_decoding import decode_chunk, num_new_tokens
+from .reasoning import ReasonedActions, ReasoningStream, decode_reasoning
 
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class ActionPrediction:
         `None` with an action head.
     entropy: (B, A) float32 in nats, of `probabilities`; `None` with an action head.
     forward_passes: Number of passes of the language model.
+    text: Reasoning of each row, if the model writes it before the action and a `tokenizer` was given; else `None`.
+    reasoning_ids: Ids of the reasoning of each row, also without a tokenizer; `None` without reasoning.
     """
 
     actions: np.ndarray
@@ -72,6 +75,8 @@ class ActionPrediction:
     probabilities: np.ndarray | None
     entropy: np.ndarray | None
     forward_passes: int
+    text: list[str] | None = None
+    reasoning_ids: list[list[int]] | None = None
 
 
 class ActionPredictionMixin(_Base):
@@ -187,7 +192,9 @@ class ActionPredictionMixin(_Base):
             draft_token_ids: (B, A) or (A,) guess of the action's ids, such as the last action's. The guess does not
                 change the result; a better guess takes fewer passes of the language model.
             decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default. A diffusion head
-                takes `initial_noise` (B, K, A) or (K, A), random by default, and `num_inference_steps`.
+                takes `initial_noise` (B, K, A) or (K, A), random by default, and `num_inference_steps`. A model that
+                reasons takes `tokenizer` (for `text` in the details), `max_new_tokens` (1024 by default) and
+                `reasoning_ids` (a list of ids for each row: the beginning of a text that the model continues).
 
         Returns:
             float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics. With parallel
@@ -217,7 +224,9 @@ class ActionPredictionMixin(_Base):
         check_prompt_length(self.config, attention_mask, new_tokens)
         if draft_token_ids is not None:
             decoding["draft_token_ids"] = draft_token_ids
-        decode = decode_chunk if self.config.is_parallel else decode_actions
+        decode: Callable[..., DecodedActions] = decode_chunk if self.config.is_parallel else decode_actions
+        if self.config.reasoning:
+            decode = decode_reasoning
         decoded = decode(self, *inputs, dims, proprio, constrained=constrained, **decoding)
         # 4. Convert normalised values to robot units
         normalized = decoded.normalized_actions
@@ -231,22 +240,36 @@ class ActionPredictionMixin(_Base):
         return actions[0] if rows == 1 else actions
 
     def action_stream(
-        self, unnorm_key: str | list[str] | None = None, execute: int | None = None, ensemble: float | None = None
-    ) -> ActionStream | ChunkStream:
-        """Start a control loop: a `ChunkStream` with parallel decoding, otherwise an `ActionStream`.
+        self,
+        unnorm_key: str | list[str] | None = None,
+        execute: int | None = None,
+        ensemble: float | None = None,
+        reuse_reasoning: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> ActionStream | ChunkStream | ReasoningStream:
+        """Start a control loop.
+
+        It is a `ChunkStream` with parallel decoding, a `ReasoningStream` for a model that reasons, and otherwise an
+        `ActionStream`.
 
         Args:
             unnorm_key: As in `predict_action`.
             execute: Number of actions of a chunk that are played before the next prediction, see `ChunkStream`.
             ensemble: Decay of the temporal ensembling, see `ChunkStream`.
+            reuse_reasoning: Number of actions for which a text is used, see `ReasoningStream`; 1 by default.
+            tokenizer: The processor's tokenizer, which `ReasoningStream` needs to reuse a text.
 
         Raises:
-            ValueError: `execute` or `ensemble` does not fit this model.
+            ValueError: An argument does not fit this model.
         """
+        if not self.config.reasoning and (reuse_reasoning is not None or tokenizer is not None):
+            raise ValueError("`reuse_reasoning` and `tokenizer` need a model that was loaded with `reasoning=True`.")
         if self.config.is_parallel:
             return ChunkStream(self, unnorm_key, execute, ensemble)
         if execute is not None or ensemble is not None:
             raise ValueError("`execute` and `ensemble` need a model that predicts chunks of actions: leave them out.")
+        if self.config.reasoning:
+            return ReasoningStream(self, unnorm_key, 1 if reuse_reasoning is None else reuse_reasoning, tokenizer)
         return ActionStream(self, unnorm_key)
 
     def compile_for_actions(self, mode: str | None = None) -> None:
@@ -261,12 +284,12 @@ class ActionPredictionMixin(_Base):
             mode: Mode of `torch.compile`; by default "reduce-overhead" (CUDA graphs) on a GPU and "default" elsewhere.
 
         Raises:
-            ValueError: The model decodes in parallel.
+            ValueError: The model decodes in parallel, or writes its reasoning before the action.
         """
-        if self.config.is_parallel:
+        if self.config.is_parallel or self.config.reasoning:
             raise ValueError(
-                "Compiled passes are for decoding token by token, and this model decodes a chunk in one pass: predict "
-                "without `compile_for_actions`."
+                "Compiled passes are for decoding an action token by token. This model decodes a chunk in one pass or "
+                "writes a text first: predict without `compile_for_actions`."
             )
         mode = mode or ("reduce-overhead" if self.device.type == "cuda" else "default")
         self.action_pass, self.action_caches = CompiledActionPass(mode), {}
@@ -301,6 +324,8 @@ def _details(actions: np.ndarray, decoded: DecodedActions) -> ActionPrediction:
         probabilities=probabilities,
         entropy=entropy,
         forward_passes=decoded.forward_passes,
+        text=decoded.text if isinstance(decoded, ReasonedActions) else None,
+        reasoning_ids=decoded.reasoning_ids if isinstance(decoded, ReasonedActions) else None,
     )
 
 

@@ -120,7 +120,7 @@ class OpenVLAConfig(PreTrainedConfig):
     r"""Configuration of an OpenVLA model.
 
     Args:
-        vision_config: The first vision tower (DINOv2 in the fused model, SigLIP in openvla-7b-v01).
+        vision_config: The first vision tower (DINOv2 in the fused model, SigLIP in openvla-v01-7b).
         fused_vision_config: The second tower, which sees the same image; `None` for a single tower.
         text_config: The causal language model.
         vision_feature_layer: Block of the towers whose output is read; -2 is the second-to-last. Later blocks are not
@@ -147,8 +147,10 @@ class OpenVLAConfig(PreTrainedConfig):
         diffusion_steps: Steps of the noise schedule, with the diffusion head.
         action_stop_token: Whether the end-of-sequence token follows the action slots of parallel decoding. RLinf's
             checkpoints have none.
+        reasoning: Whether the model writes its reasoning before the action (Embodied-CoT). Then the prompt has no
+            suffix. Saved only if true.
 
-    The fields from `num_images` on are saved only if one of them differs from its default.
+    The fields from `num_images` to `action_stop_token` are saved only if one of them differs from its default.
 
     A published config (with `vision_backbone_id`) is converted to these fields. `vision_config` and
     `fused_vision_config` beside it override single fields of the towers that the id names.
@@ -187,6 +189,7 @@ class OpenVLAConfig(PreTrainedConfig):
     use_film: bool = False
     diffusion_steps: int = 50
     action_stop_token: bool = True
+    reasoning: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         backbone_id = kwargs.get("vision_backbone_id")
@@ -194,6 +197,8 @@ class OpenVLAConfig(PreTrainedConfig):
             self._read_published(backbone_id)
         for name in PUBLISHED_ONLY_FIELDS:
             kwargs.pop(name, None)
+        if self.reasoning:
+            self.prompt_suffix_token_id = None
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
         if self.vision_feature_layer >= 0:
@@ -252,6 +257,11 @@ class OpenVLAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.reasoning and (self.is_parallel or self.text_config.eos_token_id is None):
+            raise ValueError(
+                "`reasoning=True` needs `action_decoding='autoregressive'`, and a language model whose `eos_token_id` "
+                "ends the text."
+            )
         if self.is_parallel:
             if self.action_dim is None:
                 raise ValueError("Parallel decoding needs the number of action dimensions: give `action_dim`.")
@@ -277,6 +287,8 @@ class OpenVLAConfig(PreTrainedConfig):
         if all(fields.get(name, default) == default for name, default in added.items()):
             for name in added:
                 fields.pop(name, None)
+        if not fields.get("reasoning"):
+            fields.pop("reasoning", None)
         return fields
 
     @classmethod
@@ -288,6 +300,8 @@ class OpenVLAConfig(PreTrainedConfig):
                 merged = (config_dict.get(name) or {}) | kwargs.pop(name)
                 # These fields name the stages of the stored number of layers, which the override may change.
                 config_dict[name] = {k: v for k, v in merged.items() if k not in ("out_features", "out_indices")}
+        if "reasoning" in kwargs:  # before other fields are checked, since it changes the prompt
+            config_dict["reasoning"] = kwargs.pop("reasoning")
         built = super().from_dict(config_dict, **kwargs)
         if given := tuple(name for name in OFT_FIELDS if name in kwargs):
             config = built[0] if kwargs.get("return_unused_kwargs") else built

@@ -25,6 +25,9 @@ VICUNA_PROMPT = (
     f"USER: {QUESTION} {{instruction}}? ASSISTANT:"
 )
 
+# Embodied Chain-of-Thought: the model goes on with the task, its reasoning and the action.
+REASONING_PROMPT = f"{VICUNA_PROMPT} TASK:"
+
 # The row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
 IMAGE_TOKEN_ID = 32001
 
@@ -66,6 +69,9 @@ class OpenVLAProcessor(ProcessorMixin):
     statistics. `platform="libero"`, `"aloha"` or `"bridge"` decides where the statistics do not, and gives a
     checkpoint without component files the image options. Images must be as the original's clients give them: LIBERO's
     turned by 180 degrees, ALOHA's stretched to 256 x 256 pixels with PIL's bicubic filter.
+
+    `from_pretrained(..., reasoning=True)` uses the prompt of Embodied-CoT, whose checkpoints are otherwise saved like
+    openvla-7b.
 
     Args:
         image_processor: Makes `pixel_values`.
@@ -366,7 +372,11 @@ class OpenVLAProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, platform: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        platform: str | None = None,
+        reasoning: bool = False,
+        **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read our `processor_config.json`, or derive the fields from published files; given fields override both."""
         hub_kwargs = select_hub_kwargs(kwargs)
@@ -378,6 +388,8 @@ class OpenVLAProcessor(ProcessorMixin):
             if config_file is not None:
                 with open(config_file, encoding="utf-8") as file:
                     fields |= read_published_fields(json.load(file))
+        if reasoning:
+            fields["prompt_template"] = REASONING_PROMPT
         oft_fields = read_oft_fields(
             pretrained_model_name_or_path, platform, kwargs.keys(), is_published, **hub_kwargs
         )
@@ -404,7 +416,7 @@ class OpenVLAProcessor(ProcessorMixin):
 def read_published_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Derive the processor's fields from a published `config.json`.
 
-    A language model that was trained from Vicuna (openvla-7b-v01) has Vicuna's chat prompt. The number of image tokens
+    A language model that was trained from Vicuna (openvla-v01-7b) has Vicuna's chat prompt. The number of image tokens
     follows from the image size and the patch size in the towers' names.
     """
     fields: dict[str, Any] = {}

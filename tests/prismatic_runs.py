@@ -1,0 +1,34 @@
+"""Training runs as the original's training code (Prismatic) leaves them."""
+
+import json
+
+import torch
+
+
+FUSED, SINGLE = "prism-dinosiglip-224px+7b", "siglip-224px+7b"
+
+
+def as_trained(published):
+    """Published weights as the original's training code saves them."""
+    parts = {"vision_backbone": {}, "projector": {}, "llm_backbone": {}}
+    fused = any("fused_featurizer" in name for name in published)
+    for name, tensor in published.items():
+        part, _, rest = name.partition(".")
+        if part == "language_model":
+            parts["llm_backbone"][f"llm.{rest}"] = tensor
+        elif part == "projector":
+            layer, kind = rest.split(".")
+            parts["projector"][f"projector.{2 * int(layer[2]) - 2}.{kind}"] = tensor
+        else:
+            if fused:
+                rest = f"siglip_{rest[6:]}" if rest.startswith("fused_") else f"dino_{rest}"
+            parts["vision_backbone"][rest.replace(".scale_factor", ".gamma")] = tensor
+    return parts
+
+
+def write_run(folder, parts, statistics, base=FUSED, name="step-000010-epoch-00-loss=0.1000.pt"):
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"run_id": "mine", "vla": {"base_vlm": base, "vla_id": "mine"}}))
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+    torch.save({"model": parts, "optimizer": {"state": torch.ones(3)}}, folder / "checkpoints" / name)
+    return folder
