@@ -12,7 +12,7 @@ from PIL import Image
 
 import openvla_hf
 from openvla_hf.modeling.configuration_openvla import AUTO_MAP
-from openvla_hf.testing import fake_episode
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
 
 
 PACKAGE = Path(openvla_hf.__file__).parent
@@ -36,17 +36,21 @@ image, *folders = sys.argv[1:]
 trusted = {"trust_remote_code": True}
 for folder, copy in zip(folders[::2], folders[1::2]):
     processor = AutoProcessor.from_pretrained(folder, **trusted)
-    inputs = processor(Image.open(image), instruction="pick up the red block")
-    image_processor = AutoImageProcessor.from_pretrained(folder, **trusted)
-    assert (image_processor(Image.open(image))["pixel_values"] == inputs["pixel_values"]).all()
-    assert AutoConfig.from_pretrained(folder, **trusted).model_type == "openvla"
+    config = AutoConfig.from_pretrained(folder, **trusted)
+    assert config.model_type == "openvla"
+    if config.is_parallel:
+        inputs = processor([Image.open(image)] * 2, instruction="pick up the red block", state=[0.1, 0.2])
+    else:
+        inputs = processor(Image.open(image), instruction="pick up the red block")
+        image_processor = AutoImageProcessor.from_pretrained(folder, **trusted)
+        assert (image_processor(Image.open(image))["pixel_values"] == inputs["pixel_values"]).all()
     actions = []
     for auto_class in (AutoModel, AutoModelForImageTextToText):
         model = auto_class.from_pretrained(folder, **trusted)
         assert type(model).__module__.startswith("transformers_modules."), type(model)
         actions.append(model.predict_action(**inputs).tolist())
         stream = model.action_stream()
-        for passes in (len(actions[0]), 1):
+        for passes in () if config.is_parallel else (len(actions[0]), 1):
             assert stream.predict_action(**inputs).tolist() == actions[0]
             assert stream.forward_passes == passes
     model.save_pretrained(copy)
@@ -56,17 +60,32 @@ for folder, copy in zip(folders[::2], folders[1::2]):
 )
 
 
+# A chunk from two images, a state and towers that the instruction modulates.
+FILM = {
+    "action_decoding": "parallel",
+    "action_head": "l1",
+    "action_horizon": 3,
+    "action_dim": 7,
+    "num_images": 2,
+    "proprio_dim": 2,
+    "use_film": True,
+    "norm_stats": {"tiny": {"action": BRIDGE_LIKE_STATS, "proprio": {"q01": [-1.0, -1.0], "q99": [1.0, 1.0]}}},
+}
+KINDS = {"one": {"fused": False}, "two": {}, "film": FILM}
+
+
 def test_a_saved_model_needs_no_package_nor_does_its_copy(tiny, run_python, tmp_path):
     image, expected = fake_episode(steps=1)[0]["image"], []
     Image.fromarray(image).save(tmp_path / "image.png")
-    for towers in (1, 2):
-        model, processor = tiny(fused=towers == 2)
-        model.save_pretrained(tmp_path / f"saved{towers}")
-        processor.save_pretrained(tmp_path / f"saved{towers}")
-        action = model.predict_action(**processor(image, instruction="pick up the red block"))
+    for kind, fields in KINDS.items():
+        model, processor = tiny(**fields)
+        model.save_pretrained(tmp_path / f"saved_{kind}")
+        processor.save_pretrained(tmp_path / f"saved_{kind}")
+        observation = {"images": [image, image], "state": [0.1, 0.2]} if kind == "film" else {"images": image}
+        action = model.predict_action(**processor(**observation, instruction="pick up the red block"))
         expected.append([action.tolist()] * 2)
     for name, copy_name in (("saved", "copy"), ("copy", "copy_of_copy")):
-        pairs = [(tmp_path / f"{name}{towers}", tmp_path / f"{copy_name}{towers}") for towers in (1, 2)]
+        pairs = [(tmp_path / f"{name}_{kind}", tmp_path / f"{copy_name}_{kind}") for kind in KINDS]
         result = run_python(REMOTE, tmp_path / "image.png", *sum(pairs, ()))
         assert [json.loads(line) for line in result.stdout.splitlines()] == expected
         for folder, copy in pairs:
