@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 # More processes than two bring little: the slowest test files bound the time.
-PYTEST_FLAGS ?= -n 2 --dist loadscope
+PYTEST_FLAGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 VENV := .venv
 OLDEST := .venv-oldest

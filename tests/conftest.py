@@ -37,12 +37,17 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that need `--golden`, `--samples` or torchao where these are missing."""
+    """Deselect the tests that need `--golden`, `--samples` or torchao where these are missing.
+
+    Files with slow tests come first, so that no process is left with a long file at the end.
+    """
     missing = {name for name in ("golden", "samples") if config.getoption(name) is None}
     if importlib.util.find_spec("torchao") is None:
         missing.add("torchao")
     needing = [item for item in items if missing.intersection(item.fixturenames)]
     items[:] = [item for item in items if item not in needing]
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     config.hook.pytest_deselected(items=needing)
 
 

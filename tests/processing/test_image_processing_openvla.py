@@ -375,6 +375,7 @@ def test_a_host_that_accepts_and_says_nothing_is_an_error(processor, monkeypatch
 
 
 def test_a_download_has_a_largest_size(processor, web, images, monkeypatch):
+    monkeypatch.setattr(image_processing_openvla, "URL_TIMEOUT", 600)  # a busy machine takes a while for 64 MiB
     with pytest.raises(OSError, match="could not be downloaded: it has more than 67108864 bytes"):
         processor(f"{web.url}/endless")
     data = io.BytesIO()
