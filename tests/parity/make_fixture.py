@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oft_recordings import RecordedOFT, our_name
 from PIL import Image
 from recordings import BASE, EMBEDDING, KEPT, Recorded
 from safetensors.torch import load, load_file, save
@@ -49,6 +50,7 @@ def main(golden: Path, target: Path = KEPT) -> None:
     keep_images(golden / "image-processor", target / "image-processor")
     keep_evaluation_images(golden / "oft-image" / "images", target / "oft-image" / "images")
     keep_actions(golden, target)
+    keep_heads(golden, target / "oft-heads")
 
 
 def keep_case(source: Path, target: Path, samples: list[dict[str, Any]], adapted: dict[str, torch.Tensor]) -> None:
@@ -236,6 +238,32 @@ def keep_resized(record: Recorded, index: int, target: Path, path: str) -> None:
     Image.fromarray(levels.permute(1, 2, 0).numpy()).save(target / path, optimize=True)
     if not torch.equal(processor(target / path)["pixel_values"][0], pixels):
         raise ValueError(f"{path} does not give the recorded pixels of image {index}.")
+
+
+def keep_heads(golden: Path, target: Path) -> None:
+    """Keep an action head, a projector of the state and a noise schedule, with what they read and give."""
+    record, diffusion = RecordedOFT(golden / "oft-l1"), RecordedOFT(golden / "oft-diffusion")
+    kept = {}
+    for component in ("action_head", "proprio_projector"):
+        (path,) = record.checkpoint.glob(f"{component}--*")
+        weights = torch.load(path, weights_only=True)
+        kept |= {our_name(component, name.removeprefix("module.")): tensor for name, tensor in weights.items()}
+    key = record.predictions[0]["unnorm_key"]
+    statistics = json.loads((record.checkpoint / "dataset_statistics.json").read_text())[key]
+    for of_what, names in {"action": ("q01", "q99", "mask"), "proprio": ("q01", "q99")}.items():
+        kept |= {f"{of_what}.{name}": torch.tensor(statistics[of_what][name], dtype=torch.float64) for name in names}
+    for k in (0, 1):  # the second state is beyond the bounds
+        kept[f"state.{k}"] = torch.tensor(record.cases["states"][key][k], dtype=torch.float64)
+        names = ("proprio_normalized", "proprio_embedding", "normalized_actions", "actions")
+        kept |= {f"{name}.{k}": record.tensors[f"predict.{k}.{name}"] for name in names}
+    kept["readout_hidden.1"] = record.tensors["predict.1.readout_hidden"]
+    for name in ("scheduler.betas", "scheduler.alphas_cumprod", "predict10.0.timesteps"):
+        kept[name] = diffusion.tensors[name]
+    for name in ("noisy_actions", "predicted_noise", "time_embeddings"):
+        kept[f"denoising.{name}"] = diffusion.tensors[f"predict10.0.{name}"]
+    kept["denoising.actions"] = diffusion.tensors["predict10.0.normalized_actions"]
+    target.mkdir(exist_ok=True)
+    write(kept, target / "expected.safetensors")
 
 
 def columns_of(kept: Path) -> list[int]:
