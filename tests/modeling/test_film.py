@@ -144,30 +144,31 @@ def test_the_mean_of_the_text_is_that_of_each_row_alone():
     assert mean_text_embedding(embeddings.bfloat16(), is_text).dtype == torch.bfloat16
 
 
+BLOCK = "vision_backbone.featurizer.blocks.0"
+FC1 = f"{BLOCK}.block.mlp.fc1"
+
+
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("name", "tensor", "sentence"),
     [
-        (lambda file: file.pop("vision_backbone.featurizer.blocks.0.block.mlp.fc1.lora_B.default.weight"), "lacks"),
-        (lambda file: file.pop("vision_backbone.featurizer.blocks.0.block.mlp.fc1.base_layer.weight"), "lacks"),
-        (lambda file: file.pop("vision_backbone.featurizer.blocks.0.scale.bias"), "lacks .*film_scale.bias"),
-        (lambda file: file.update({"vision_backbone.featurizer.blocks.0.gate": torch.ones(2)}), "unknown .*gate"),
-        (lambda file: file.update({"projector.fc1.weight": torch.ones(2)}), "unknown .*projector"),
-        (
-            lambda file: file.update({"vision_backbone.featurizer.blocks.0.shift.bias": torch.ones(2)}),
-            r"shape \(2,\) instead of \(32,\)",
-        ),
-        (
-            lambda file: file.update(
-                {"vision_backbone.featurizer.blocks.0.block.mlp.fc1.lora_A.default.weight": torch.ones(7, 32)}
-            ),
-            "do not fit",
-        ),
+        (f"{FC1}.lora_B.default.weight", None, "lacks"),
+        (f"{FC1}.base_layer.weight", None, "lacks"),
+        (f"{BLOCK}.scale.bias", None, "lacks .*film_scale.bias"),
+        (f"{BLOCK}.gate", torch.ones(2), "unknown .*gate"),
+        ("projector.fc1.weight", torch.ones(2), "unknown .*projector"),
+        (f"{BLOCK}.shift.bias", torch.ones(2), r"shape \(2,\) instead of \(32,\)"),
+        (f"{FC1}.lora_A.default.weight", torch.ones(7, 32), "do not fit"),
+        (f"{FC1}.lora_A.default.weight", torch.ones(32), "do not fit"),
+        (f"{FC1}.base_layer.weight", torch.tensor(1.0), "do not fit"),
+        (f"{BLOCK}.block.attn.qkv.base_layer.bias", torch.tensor(1.0), "wrong number of dimensions"),
+        ("vision_backbone.featurizer.pos_embed", torch.ones(5), "wrong number of dimensions"),
     ],
 )
-def test_a_damaged_published_backbone_is_refused(damage, sentence):
+def test_a_damaged_published_backbone_is_refused(name, tensor, sentence):
     model = film_model()
-    published = published_film_backbone(model)
-    damage(published)
+    published = {key: one for key, one in published_film_backbone(model).items() if key != name}
+    if tensor is not None:
+        published[name] = tensor
     with pytest.raises(ValueError, match=sentence):
         film_backbone_weights(model.model.vision_backbone, published, "the file")
 

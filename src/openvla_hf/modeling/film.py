@@ -169,7 +169,12 @@ def film_backbone_weights(
     for tower_name, tower in backbone.named_children():
         prefix = f"vision_backbone.{tower_name}."
         of_tower = {name[len(prefix) :]: merged.pop(name) for name in list(merged) if name.startswith(prefix)}
-        converted = convert_tower(type(tower).__name__, of_tower)
+        try:
+            converted = convert_tower(type(tower).__name__, of_tower)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{source} is damaged: a weight of the {tower_name} has the wrong number of dimensions."
+            ) from error
         ours |= {f"{prefix}{name}": tensor for name, tensor in converted.items()}
     unread = [re.compile(pattern) for pattern in backbone._keys_to_ignore_on_load_unexpected or ()]
     read = {
@@ -224,16 +229,17 @@ def merge_lora(published: Mapping[str, torch.Tensor], source: str) -> dict[str, 
 def _lora_delta(published: Mapping[str, torch.Tensor], layer: str, weight: torch.Tensor, source: str) -> torch.Tensor:
     """Return what LoRA adds to the weight of a linear layer or of a convolution."""
     try:
-        a, b = (published[f"{layer}.lora_{side}.default.weight"].float().flatten(1) for side in "AB")
+        a, b = (published[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
     except KeyError as error:
         raise ValueError(f"{source} lacks {error.args[0]!r}: copy or download it again.") from error
-    rank = len(a)
-    if a.shape != (b.shape[1], weight[0].numel()) or len(b) != len(weight):
+    rank = a.shape[0] if a.ndim else 0
+    outputs, *inputs = weight.shape or (0,)
+    if not rank or a.shape != (rank, *inputs) or b.shape != (outputs, rank, *[1] * len(inputs[1:])):
         raise ValueError(
             f"{source} is damaged: the LoRA of {layer!r} has the shapes {tuple(b.shape)} and {tuple(a.shape)}, which "
             f"do not fit a weight of shape {tuple(weight.shape)}."
         )
-    return (min(rank, LARGEST_ALPHA) / rank) * (b @ a).view_as(weight)
+    return (min(rank, LARGEST_ALPHA) / rank) * (b.flatten(1) @ a.flatten(1)).view_as(weight)
 
 
 __all__ = [
