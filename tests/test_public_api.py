@@ -118,7 +118,7 @@ API = {
     """,
     "openvla_hf.checkpoints.describe": """
         CheckpointInfo(layout, files, vision_towers, language_model, action_dims, dtype, quantization, parameters,
-            size, base_model, has_code, statistics, statistics_file)
+            size, base_model, has_code, statistics, statistics_file, oft)
         describe(source, revision, token)
     """,
     "openvla_hf.checkpoints.export": """

@@ -1,9 +1,9 @@
 """Describe a checkpoint from its configs and the headers of its weights files."""
 
+import fnmatch
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from math import prod
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..modeling.checkpoint_files import (
     unreadable_weights,
 )
 from ..modeling.checkpoint_loading import named_base, refuse_training_run, statistics_in_file
-from ..modeling.configuration_openvla import OpenVLAConfig
+from ..modeling.configuration_openvla import OFT_FIELDS, OpenVLAConfig
+from ..modeling.oft_loading import PLATFORMS, fitting_platforms
 
 
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -47,6 +48,9 @@ class CheckpointInfo:
         has_code: Whether the checkpoint loads without this package, with `trust_remote_code=True`.
         statistics: Action statistics. Empty for an adapter that uses those of its base model.
         statistics_file: File that holds the statistics, or `None`.
+        oft: Fields of the config of a policy with parallel decoding, several images or a state, or `None` for plain
+            OpenVLA. `platform` is the platform that they follow from, `None` if the config states them. Fields that
+            stay unknown are missing.
     """
 
     layout: str
@@ -62,6 +66,7 @@ class CheckpointInfo:
     has_code: bool
     statistics: dict[str, Any] = field(repr=False)
     statistics_file: str | None
+    oft: dict[str, Any] | None = None
 
 
 def describe(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> CheckpointInfo:
@@ -91,7 +96,8 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
             )
         )
     sizes = _sizes(files)
-    weights = [name for name in sizes if name.endswith(".safetensors")]
+    weights = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
+    components = [name for pattern in OFT_FILES for name in fnmatch.filter(files.names, pattern) if name in sizes]
     if not weights:
         raise ValueError(f"{source} has no safetensors files. Save the model again with `save_pretrained`.")
     counts: Counter[str] = sum((_count_weights(files, name) for name in weights), Counter())
@@ -110,11 +116,12 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         dtype=DTYPE_NAMES.get(counts.most_common(1)[0][0], counts.most_common(1)[0][0]),
         quantization=quantization,
         parameters=None if quantization else counts.total(),
-        size=sum(sizes[name] for name in weights),
+        size=sum(sizes[name] for name in [*weights, *components]),
         base_model=named_base(adapter) if adapter else None,
         has_code=adapter is None and "configuration_openvla.py" in sizes,
         statistics=statistics,
         statistics_file=STATISTICS_FILE if in_file else CONFIG_NAME if in_config else None,
+        oft=_oft_fields(components, config, statistics),
     )
 
 
@@ -172,11 +179,38 @@ def _at_commit(files: CheckpointFiles) -> dict[str, Any]:
 
 
 def _layout(files: dict[str, int], config: dict[str, Any], adapter: dict[str, Any] | None) -> str:
-    if any(fnmatch(name, pattern) for name in files for pattern in OFT_FILES):
+    if any(fnmatch.filter(files, pattern) for pattern in OFT_FILES):
         return "openvla-oft"
     if adapter is not None:
         return "adapter"
     return "published" if "vision_backbone_id" in config else "openvla-hf"
+
+
+def _oft_fields(components: list[str], config: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the fields of OpenVLA-OFT: those in the config, or what the components and the statistics tell."""
+    stated = {name: config[name] for name in OFT_FIELDS if name in config}
+    if stated or not components:
+        return stated | {"platform": None} if stated else None
+    kinds = {name.partition("--")[0] for name in components}
+    fields: dict[str, Any] = {"action_decoding": "parallel", "action_head": "none"}
+    if "action_head" in kinds:
+        fields["action_head"] = "diffusion" if "noisy_action_projector" in kinds else "l1"
+    for name, kind in (("action_dim", "action"), ("proprio_dim", "proprio")):
+        dims = {len(one[kind]["q01"]) for one in statistics.values() if kind in one}
+        if len(dims) == 1:
+            fields[name] = dims.pop()
+    fitting = fitting_platforms(fields)
+    if "proprio_projector" not in kinds:
+        fields["proprio_dim"] = None
+    platform = fitting[0] if len(fitting) == 1 else None
+    return (
+        (PLATFORMS[platform] if platform else {})
+        | fields
+        | {
+            "use_film": "vision_backbone" in kinds,
+            "platform": platform,
+        }
+    )
 
 
 def _tower(config: PreTrainedConfig) -> str:

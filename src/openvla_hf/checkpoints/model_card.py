@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import PROCESSOR_NAME
 
 from ..modeling.checkpoint_files import CheckpointFiles
 from .describe import CheckpointInfo
@@ -52,6 +53,10 @@ def write_card(
     license = _license_of(base_model, token) if license is None and base_model is not None else license
     base_model = base_model if is_hub_id(base_model) else None
     name = repo_id.split("/")[-1]
+    oft = info.oft or {}
+    cameras = _cameras(folder)
+    images = oft.get("num_images", 1)
+    uses_bounds = oft.get("action_normalization") == "bounds"
     data = ModelCardData(
         library_name="peft" if info.layout == "adapter" else "transformers",
         pipeline_tag="robotics",
@@ -70,7 +75,13 @@ def write_card(
         repo_id=repo_id,
         info=info,
         inherited=inherited,
-        spaces=_action_spaces(info.statistics),
+        images=images,
+        cameras=cameras,
+        call="image" if images == 1 else f"[{', '.join(cameras or [f'image_{i + 1}' for i in range(images)])}]",
+        chunk=oft.get("action_horizon", 1),
+        state_dim=oft.get("proprio_dim"),
+        bounds=("minimum", "maximum") if uses_bounds else ("1st percentile", "99th"),
+        spaces=_action_spaces(info.statistics, ("min", "max") if uses_bounds else ("q01", "q99")),
         recipe=_recipe(training),
         evaluation=evaluation,
         quantization=quantization,
@@ -158,13 +169,18 @@ def _results(evaluation: dict[str, Any]) -> list[EvalResult] | None:
     return results or None
 
 
-def _action_spaces(statistics: dict[str, Any]) -> list[dict[str, Any]]:
+def _cameras(folder: Path) -> list[str] | None:
+    """Read the names of the cameras, which the processor keeps."""
+    return _read_run_file(folder / PROCESSOR_NAME, {}).get("cameras")
+
+
+def _action_spaces(statistics: dict[str, Any], bounds: tuple[str, str]) -> list[dict[str, Any]]:
     """Make a row for each statistics key."""
     return [
         {
             "key": key,
-            "low": _numbers(one["action"]["q01"]),
-            "high": _numbers(one["action"]["q99"]),
+            "low": _numbers(one["action"][bounds[0]]),
+            "high": _numbers(one["action"][bounds[1]]),
             "dim": len(one["action"]["q01"]),
             "raw": [index for index, scaled in enumerate(one["action"].get("mask", [])) if not scaled],
             "transitions": one.get("num_transitions"),

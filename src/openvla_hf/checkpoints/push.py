@@ -137,6 +137,11 @@ def _collect(folder: Path, repo_id: str, card: dict[str, Any]) -> list[CommitOpe
         card: Arguments of `write_card`.
     """
     info = describe(folder)
+    if info.layout == "openvla-oft":
+        raise ValueError(
+            f"{folder} has weights in pickled files, which are not pushed. Load it with `from_pretrained`, save it "
+            "with `save_pretrained`, and push the saved checkpoint."
+        )
     texts = read_texts(folder, info)
     base = card["base_model"] or info.base_model
     if info.layout == "adapter" and base is not None:

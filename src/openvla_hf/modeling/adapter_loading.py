@@ -5,17 +5,19 @@ of that layer equals three adapters: each has the shared A and its third of B.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import CONFIG_NAME
 
-from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, unreadable_weights
+from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointFiles, read_json, unreadable_weights
 from .weight_mapping import RENAMINGS
 
 
@@ -26,6 +28,10 @@ ADAPTED = re.compile(r"^(?P<layer>.+)\.(?P<side>lora_A|lora_B)\.weight$")
 WHOLE = ".base_layer.weight"
 # peft's word for every linear layer but the head.
 ALL_LINEAR = "all-linear"
+# Folder in which the original keeps the adapter of a checkpoint, after merging it into the weights.
+MERGED_FOLDER = "lora_adapter"
+# Share of an adapter's change by which merged weights may differ from base and change: the rounding to 16 bits.
+MERGED_TOLERANCE = 0.5
 # The original's layers of a tower's block.
 BLOCK_PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 TOWER = re.compile(r"^(vision_backbone\.(?:fused_)?featurizer)\.(.+)$")
@@ -108,6 +114,7 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     _check_shapes(
         weights_file, adapted, {name: layers.get(f"{name}.base_layer", layers[name]) for name in found}, config
     )
+    _refuse_merged_weights(layers, adapted, whole, config, weights_file)
     config["target_modules"] = sorted(found)
     config["auto_mapping"] = None
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
@@ -153,6 +160,52 @@ def _check_shapes(
             raise ValueError(
                 f"{weights_file} does not fit this model: the weights of {name!r} have the shapes {shapes[0]} and "
                 f"{shapes[1]}, which are not those of rank {config.get('r')} for this layer."
+            )
+
+
+def refuse_merged(files: CheckpointFiles) -> None:
+    """Raise `ValueError` for the adapter that the original keeps beside the weights into which it has merged it.
+
+    Args:
+        files: Files of the adapter.
+    """
+    path = PurePath(str(files.source), files.hub_kwargs.get("subfolder", ""))
+    if path.name != MERGED_FOLDER:
+        return
+    if "subfolder" in files.hub_kwargs:
+        source, inner = str(files.source), PurePosixPath(files.hub_kwargs["subfolder"])
+        beside = CheckpointFiles.locate(source, **files.hub_kwargs | {"subfolder": str(inner.parent)})
+    else:
+        source = str(path.parent)
+        beside = CheckpointFiles.locate(source)
+    if CONFIG_NAME in beside.names and any(name.endswith(".safetensors") for name in beside.names):
+        raise ValueError(
+            f"The weights of {source} already contain the adapter in its folder {MERGED_FOLDER!r}, and loading it "
+            f"would apply it twice: load {source} without the adapter. If its weights are not merged, move the "
+            "adapter to another folder."
+        )
+
+
+def _refuse_merged_weights(
+    layers: dict[str, nn.Module],
+    adapted: dict[str, torch.Tensor],
+    whole: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    weights_file: str,
+) -> None:
+    """Raise `ValueError` if a layer of the model is its whole weight in the adapter's file with the change added."""
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    for name, base in whole.items():
+        weight = layers[name].weight
+        a, b = (adapted[f"{PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
+        if a.ndim > 2 or weight.is_meta or base.dtype == torch.uint8:
+            continue
+        change = scale * (b @ a)
+        left = weight.detach().float().cpu() - base.float() - change
+        if change.any() and left.norm() < MERGED_TOLERANCE * change.norm():
+            raise ValueError(
+                f"The weights of this model already contain the adapter in {weights_file} (see {name!r}), and loading "
+                "it would apply it twice: use the model without the adapter."
             )
 
 
@@ -272,4 +325,4 @@ def _layer(layers: dict[str, nn.Module], layer: str, key: str) -> nn.Module:
     return layers[layer]
 
 
-__all__ = ["translate"]
+__all__ = ["refuse_merged", "translate"]

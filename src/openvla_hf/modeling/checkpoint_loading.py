@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .action_tokenizer import check_statistics
-from .adapter_loading import translate
+from .adapter_loading import refuse_merged, translate
 from .checkpoint_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,7 +27,7 @@ from .checkpoint_files import (
 )
 from .configuration_openvla import AUTO_MAP, OpenVLAConfig
 from .folder_writing import written_whole
-from .oft_loading import complete_config, place_components, read_components, report_muted
+from .oft_loading import check_oft_statistics, complete_config, place_components, read_components, report_muted
 from .quantized_loading import missing_package, prepare_quantized, refuse_second, with_defaults
 
 
@@ -113,6 +113,7 @@ def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFile
         return files, Adapter(given, {name: adapter_kwargs[name] for name in HUB_KWARGS if name in adapter_kwargs})
     if ADAPTER_CONFIG not in files.names or files.find(CONFIG_NAME) is not None:
         return files, None
+    refuse_merged(files)
     config_file = files.find(ADAPTER_CONFIG)
     assert config_file is not None  # it was listed
     base = named_base(read_json(config_file))
@@ -268,6 +269,7 @@ class CheckpointMixin(_Base):
         info["missing_keys"] -= place_components(model, components, source)
         refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         model.norm_stats = read_statistics(files, model.norm_stats) if given_statistics is None else given_statistics
+        check_oft_statistics(model.config, source)
         prepare_quantized(model)
         if adapter is not None:
             model.load_adapter(adapter.source, **adapter.hub_kwargs)
@@ -277,8 +279,8 @@ class CheckpointMixin(_Base):
         """Load an adapter and its statistics, like transformers, but also with the original's layer names.
 
         Raises:
-            ValueError: A weight matches no layer of this model or has another shape, or a layer that the adapter's
-                config names lacks its weights.
+            ValueError: A weight matches no layer of this model or has another shape, a layer that the adapter's config
+                names lacks its weights, or the model's weights already contain the adapter.
             OSError: There is no adapter, or its weights are not in a safetensors file or can't be read.
         """
         if kwargs.get("adapter_state_dict") is not None:
@@ -286,6 +288,7 @@ class CheckpointMixin(_Base):
         files = CheckpointFiles.locate(
             peft_model_id, **{name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
         )
+        refuse_merged(files)
         config_file, weights_file = files.find(ADAPTER_CONFIG), files.find(ADAPTER_WEIGHTS)
         if config_file is None or weights_file is None:
             raise OSError(f"{peft_model_id} is not an adapter: it lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}.")

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from .action_tokenizer import check_action_stats
 from .checkpoint_files import OFT_FILES, CheckpointFiles, hub_error
 from .configuration_openvla import OFT_FIELDS, OpenVLAConfig
 from .film import film_backbone_weights
@@ -283,14 +284,20 @@ def _refuse_contradictions(components: Components, known: dict[str, Any], given:
         )
 
 
-def _recognized_platform(stated: dict[str, Any], source: Any, unknown: str) -> str:
-    """Recognise the platform by the dimensions of the action and the state, where only one has them."""
+def fitting_platforms(stated: dict[str, Any]) -> list[str]:
+    """Return the platforms that have the dimensions of the action and the state, as far as these are known."""
     dims = [name for name in ("action_dim", "proprio_dim") if stated.get(name) is not None]
-    fitting = [name for name, preset in PLATFORMS.items() if dims and all(preset[dim] == stated[dim] for dim in dims)]
+    return [name for name, preset in PLATFORMS.items() if dims and all(preset[dim] == stated[dim] for dim in dims)]
+
+
+def _recognized_platform(stated: dict[str, Any], source: Any, unknown: str) -> str:
+    """Return the only platform that fits."""
+    fitting = fitting_platforms(stated)
     if len(fitting) == 1:
         return fitting[0]
-    found = " and ".join(f"{name}={stated[name]}" for name in dims)
-    reason = f", and {found} fits {'several platforms' if fitting else 'no known platform'}" if dims else ""
+    dims = [f"{name}={stated[name]}" for name in ("action_dim", "proprio_dim") if stated.get(name) is not None]
+    problem = f"fits {'several platforms' if fitting else 'no known platform'}"
+    reason = f", and {' and '.join(dims)} {problem}" if dims else ""
     raise ValueError(
         f"{source} does not state `{unknown}`{reason}: pass `platform=`, one of {_options(fitting or PLATFORMS)}, or "
         f"`{unknown}=`."
@@ -372,6 +379,29 @@ def _refuse_other_platform(platform: str | None, stated: dict[str, Any], source:
             )
 
 
+def check_oft_statistics(config: OpenVLAConfig, source: Any) -> None:
+    """Check the statistics of a model that sees the state or normalises by other bounds than a plain one.
+
+    Raises:
+        ValueError: Statistics of the state are damaged, or the bounds of an action or a state are missing.
+    """
+    if config.proprio_dim is None and config.action_normalization == "q99":  # as in plain OpenVLA
+        return
+    bounds = {"q99": ("q01", "q99"), "bounds": ("min", "max")}[config.action_normalization]
+    kinds = ("action",) if config.proprio_dim is None else ("action", "proprio")
+    for key, of_dataset in (config.norm_stats or {}).items():
+        for kind in kinds:
+            if kind not in of_dataset:
+                continue
+            where = f"The statistics of {source}, {kind!r} of {key!r}"
+            stats = check_action_stats(of_dataset[kind], where)
+            if missing := [name for name in bounds if name not in stats]:
+                raise ValueError(
+                    f"{where}: {missing[0]!r} is missing, which the normalisation "
+                    f"{config.action_normalization!r} needs. Compute the statistics again."
+                )
+
+
 @contextmanager
 def report_muted(components: Components) -> Iterator[None]:
     """Mute the report of transformers that the weights of the components are missing and random."""
@@ -427,8 +457,10 @@ __all__ = [
     "PLATFORMS",
     "SUFFIX",
     "Components",
+    "check_oft_statistics",
     "complete_config",
     "component_files",
+    "fitting_platforms",
     "place_components",
     "read_components",
     "report_muted",
