@@ -50,10 +50,10 @@ class RecordedOFT:
         }
         self.predictions = self.expected["predictions"]
 
-    def load(self) -> Any:
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
         platform = json.loads((self.folder / "tiny_dims.json").read_text())["oft"]["platform"]
         overrides = read_tower_overrides(self.folder)
-        return AutoModel.from_pretrained(self.checkpoint, dtype=torch.float32, platform=platform, **overrides)
+        return AutoModel.from_pretrained(self.checkpoint, dtype=dtype, platform=platform, **overrides)
 
     @functools.cached_property
     def model(self) -> Any:

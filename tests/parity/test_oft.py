@@ -19,6 +19,7 @@ CASES = [*TRAINING_CASES, "oft-film"]
 IMPLEMENTATIONS = ["sdpa", "eager"]
 PROPRIO_EMBEDDING, HIDDEN, ACTIONS, LOGITS = 1e-6, 1e-5, 5e-5, 1e-3
 HIDDEN_DISCRETE = 3e-4  # the final norm of this checkpoint is not small
+ACTIONS_BFLOAT16 = 0.07
 DENOISED = {10: 1e-4, 50: 5e-4}  # steps -> tolerance
 LOSS, GRADIENT = 1e-5, 1e-4  # relative
 SMALLEST_CAUSAL_EFFECT = 0.5
@@ -184,3 +185,16 @@ def test_sampling_of_a_training_batch(recorded_oft):
         noise = record.tensors["train.sampling_noise"]
         chunk = decode_chunk(record.model, ids, inputs["pixel_values"], mask, [7] * 3, proprio, initial_noise=noise)
     assert error(chunk.normalized_actions, record.tensors["train.sampled_actions"]) <= DENOISED[50]
+
+
+def test_actions_in_bfloat16(recorded_oft):
+    record = recorded_oft("oft-l1")
+    tensors = load_file(record.folder / "expected_bf16.safetensors")
+    model = record.load(torch.bfloat16)
+    rows = range(len(record.predictions))
+    details = model.predict_action(**record.batch_inputs(rows), return_details=True)
+    for k in rows:
+        for expected in (record.tensors, tensors):
+            assert (
+                error(details.normalized_actions[k], expected[f"predict.{k}.normalized_actions"]) <= ACTIONS_BFLOAT16
+            )
