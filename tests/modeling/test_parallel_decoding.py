@@ -161,7 +161,8 @@ def test_the_sequence_is_laid_out_as_in_the_original(model):
         assert torch.equal(embeds[0], prompt[0])
         assert torch.equal(embeds[after_prefix:end], prompt[1:])
         assert torch.equal(embeds[-1], embed(torch.tensor(config.text_config.eos_token_id)))
-        own = model.get_image_features(inputs["pixel_values"][row : row + 1])[0]
+        text = torch.cat([prompt, embeds[-1:]]).mean(0, keepdim=True) if config.use_film else None
+        own = model.get_image_features(inputs["pixel_values"][row : row + 1], text)[0]
         torch.testing.assert_close(embeds[1 : 1 + len(own)], own, atol=1e-5, rtol=0)
         is_zero = bool((embeds[end : end + K * A] == 0).all())
         assert is_zero == (config.action_head != "diffusion")

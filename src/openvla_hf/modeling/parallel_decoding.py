@@ -232,7 +232,7 @@ def decode_chunk(
         return _denoise(parallel, _read_noise(model, initial_noise, len(input_ids)), steps)
     hidden = parallel.run()[:, : parallel.slots]
     if model.action_head is not None:
-        return DecodedActions(model.action_head(hidden).double().cpu().numpy(), None, None, 1)
+        return DecodedActions(model.action_head(hidden).float().cpu().double().numpy(), None, None, 1)
     shape = (len(hidden), model.config.action_horizon, model.config.action_dim)
     token_ids, highest, action_logits = greedy_ids(model, hidden, constrained)
     ids = token_ids.cpu().numpy().reshape(shape)
@@ -259,7 +259,7 @@ def _denoise(parallel: ParallelPass, noisy: torch.Tensor, steps: int) -> Decoded
         hidden = parallel.run(noisy, torch.full((parallel.rows,), timestep, device=noisy.device))
         noise = parallel.model.action_head(hidden[:, : parallel.slots]).float()
         noisy = schedule.step(noisy, noise, timestep, steps)
-    return DecodedActions(noisy.double().cpu().numpy(), None, None, steps)
+    return DecodedActions(noisy.cpu().double().numpy(), None, None, steps)
 
 
 def chunk_loss(
