@@ -145,7 +145,9 @@ API = {
         TrainingData(source, options, weight)
     """,
     "openvla_hf.training.collator": """
-        ActionCollator(processor, action_tokenizer, stats, prompt_suffix_token_id, norm_stats, augment, seed)
+        ActionCollator(processor, action_tokenizer, stats, prompt_suffix_token_id, norm_stats, augment, seed,
+            normalization)
+        ChunkCollator(config, **more)
     """,
     "openvla_hf.training.finetune": """
         FinetuneResult(figures, history)
@@ -159,12 +161,12 @@ API = {
         Cost(trainable, parameters, weights, gradients, optimizer, activations)
         Recipe(lora_rank, lora_alpha, lora_dropout, lora_targets, trained, quantize, dtype, learning_rate,
             lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, batch_size, gradient_accumulation_steps,
-            gradient_checkpointing, augment, seed)
+            gradient_checkpointing, augment, seed, action_head, action_horizon, use_state, use_film, decay_step)
         estimate_cost(config, recipe, prompt_tokens)
         recipe(name, **overrides)
     """,
     "openvla_hf.training.trainer": """
-        ActionTrainer(model, args, data_collator, train_dataset, eval_collator, record, **kwargs)
+        ActionTrainer(model, args, data_collator, train_dataset, eval_collator, record, decay_step, **kwargs)
         last_checkpoint(output_dir)
     """,
     "openvla_hf.evaluation.doctor": """
@@ -258,9 +260,10 @@ COMMANDS = {
         source destination --checkpoint --tokenizer --dtype --config --revision --json
     """,
     "finetune": """
-        --data --weights --robot --robots --split --camera --every --drop-idle --name --statistics --streaming
-            --shuffle-buffer --skip-bad-episodes --model --output --recipe --set --steps --save-steps --logging-steps
-            --keep --workers --resume --report-to --dry-run --eval-share --eval-frames --keep-best --patience --json
+        --data --weights --robot --robots --split --camera --every --drop-idle --cameras --name --statistics
+            --streaming --shuffle-buffer --skip-bad-episodes --model --output --recipe --set --steps --save-steps
+            --logging-steps --keep --workers --resume --report-to --dry-run --eval-share --eval-frames --keep-best
+            --patience --json
     """,
     "doctor": """
         data --robot --robots --split --camera --every --drop-idle --model --unnorm-key --frames --cameras --state

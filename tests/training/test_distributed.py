@@ -22,44 +22,58 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from openvla_hf.data import Augmentation, load
+from openvla_hf.modeling.action_networks import add_action_networks
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
-from openvla_hf.training.collator import ActionCollator
+from openvla_hf.training.collator import ActionCollator, ChunkCollator
 from openvla_hf.training.recipes import recipe
 from openvla_hf.training.trainer import ActionTrainer
 
-class Collator(ActionCollator):
+class Watched:
     spoil = False
     def __call__(self, frames):
-        self.seen.extend((frame["episode_index"], frame["frame_index"]) for frame in frames)
-        self.calls += 1
+        Watched.seen.extend((frame["episode_index"], frame["frame_index"]) for frame in frames)
+        Watched.calls += 1
         batch = super().__call__(frames)
-        if self.spoil and self.calls == 3:
+        if Watched.spoil and Watched.calls == 3:
             batch["pixel_values"] *= float("nan")
         return batch
+
+class Collator(Watched, ActionCollator):
+    pass
+
+class Chunks(Watched, ChunkCollator):
+    pass
 
 def run(data, output, name, batch_size, streaming=False, steps=4, spoil=False):
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer)
     torch.manual_seed(0)
     model = OpenVLAForActionPrediction(config)
-    fields = {"lora_rank": 4} if name == "lora" else {}
+    fields = {"lora_rank": 4} if name != "full" else {}
+    if name == "oft":
+        fields |= {"action_horizon": 3, "use_state": False}
     chosen = recipe(name, dtype="float32", batch_size=batch_size, learning_rate=1e-3, **fields)
-    Collator.seen, Collator.calls = [], 0
-    collator = Collator(
-        tiny_processor(tokenizer, config), model.action_tokenizer, model.get_action_stats(),
-        augment=Augmentation(size=56),
-    )
+    Watched.seen, Watched.calls = [], 0
+    shared = {
+        "processor": tiny_processor(tokenizer, config), "action_tokenizer": model.action_tokenizer,
+        "stats": model.get_action_stats(), "augment": Augmentation(size=56),
+    }
+    options = {}
+    if name == "oft":  # chunks that are cut at the end of an episode count fewer actions
+        add_action_networks(model, chosen.action_fields(7))
+        options = {"chunk": 3, "chunk_end": "pad"}
+    collator = Chunks(config=config, **shared) if name == "oft" else Collator(**shared)
     trainer = ActionTrainer(
         model=chosen.prepare(model),
         args=chosen.training_arguments(
             output, max_steps=steps, save_steps=steps, logging_steps=1, use_cpu=True, disable_tqdm=True
         ),
         data_collator=collator,
-        train_dataset=load(data, streaming=streaming),
+        train_dataset=load(data, streaming=streaming, **options),
     )
     index = trainer.args.process_index
-    Collator.spoil = spoil and index == 1
+    Watched.spoil = spoil and index == 1
     try:
         trainer.train()
     except ValueError as error:
@@ -69,7 +83,7 @@ def run(data, output, name, batch_size, streaming=False, steps=4, spoil=False):
             file.write(str(error))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     with open(f"{output}-{index}.json", "w") as file:
-        json.dump([index, losses, Collator.seen], file)
+        json.dump([index, losses, Watched.seen], file)
 
 for arguments in json.loads(sys.argv[1]):
     run(**arguments)
@@ -119,7 +133,7 @@ def train(tmp_path_factory, data, interpreters):
 @pytest.fixture(scope="module")
 def of_one(train):
     """What one process makes of the runs that two are compared with."""
-    return train(one_lora={"name": "lora"}, one_full={"name": "full"})
+    return train(one_lora={"name": "lora"}, one_full={"name": "full"}, one_oft={"name": "oft"})
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,7 @@ def of_two(train):
     return train(
         "ddp.yaml",
         two_lora={"name": "lora"},
+        two_oft={"name": "oft"},
         stream={"name": "lora", "streaming": True, "steps": STREAM_STEPS},
         spoilt={"name": "lora", "spoil": True},
     )
@@ -146,7 +161,7 @@ def check_same(folder, name):
     assert len(told) == 2
     assert told[0][1] == pytest.approx(losses, rel=1e-4)
     assert {*map(tuple, told[0][2] + told[1][2])} == {*map(tuple, drawn)}
-    file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+    file = "adapter_model.safetensors" if name != "full" else "model.safetensors"
     expected, actual = (load_file(folder / f"{count}_{name}" / "checkpoint-4" / file) for count in ("one", "two"))
     assert expected.keys() == actual.keys()
     for key, tensor in expected.items():
@@ -154,8 +169,9 @@ def check_same(folder, name):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(of_one, of_two):
-    check_same(of_one, "lora")
+@pytest.mark.parametrize("name", ["lora", "oft"])
+def test_two_processes_learn_what_one_does(of_one, of_two, name):
+    check_same(of_one, name)
 
 
 @pytest.mark.slow

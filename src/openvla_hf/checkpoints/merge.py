@@ -17,7 +17,7 @@ from ..new_folder import new_folder, require_new_folder
 from .model_card import TRAINING_FILE, read_training
 
 
-# Relative difference between the logits before and after merging: the effect of rounding alone, and the largest one
+# Relative difference between the outputs before and after merging: the effect of rounding alone, and the largest one
 # accepted. In between, the limit is half of the adapter's own effect, since losing an update changes far more.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.005, torch.bfloat16: 0.01}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
@@ -36,7 +36,8 @@ def merge_adapter(
 ) -> float:
     """Merge an adapter into its base model, layer by layer in place, and save the result with its processor.
 
-    The logits are compared before and after merging, and nothing is written if they differ too much.
+    The outputs (logits, or the actions of an action head) are compared before and after merging. Nothing is written if
+    they differ too much.
 
     Args:
         adapter: Folder or Hub id of the adapter.
@@ -48,10 +49,10 @@ def merge_adapter(
         config_overrides: Fields of the base model's config.
 
     Returns:
-        The relative difference of the logits.
+        The relative difference of the outputs.
 
     Raises:
-        ValueError: The base model is quantised, or the logits change.
+        ValueError: The base model is quantised, or the outputs change.
         OSError: A file is missing or damaged, or `output` is not empty.
     """
     output = Path(output)
@@ -69,19 +70,17 @@ def merge_adapter(
         )
     processor = _processor(adapter, base or model.config.name_or_path)
 
-    inputs = _probe(model)
-    with torch.no_grad():
-        before = model(**inputs).logits.float()
-        model.disable_adapters()
-        effect = _relative(model(**inputs).logits.float(), before)
-        model.enable_adapters()
-        merge_layers(model)
-        after = model(**inputs).logits.float()
+    before = _output(model)
+    model.disable_adapters()
+    effect = _relative(_output(model), before)
+    model.enable_adapters()
+    merge_layers(model)
+    after = _output(model)
     difference = _relative(after, before)
     limit = min(TOLERANCE[model.dtype], max(ROUNDING[model.dtype], effect / 2))
     if not difference <= limit:
         raise ValueError(
-            f"Merging {adapter} would change the model: its logits differ by {difference:.1%} (limit "
+            f"Merging {adapter} would change the model: its outputs differ by {difference:.1%} (limit "
             f"{limit:.1%}), so nothing was written. Try `dtype='float32'`."
         )
     with new_folder(output) as merged:
@@ -105,19 +104,28 @@ def merge_layers(model: OpenVLAForActionPrediction) -> None:
     model.delete_adapter(list(model.peft_config))
 
 
-def _relative(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((logits - expected).norm() / expected.norm()).item()
+def _relative(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((output - expected).norm() / expected.norm()).item()
 
 
-def _probe(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
-    """Make a random image and prompt, the same in every call."""
-    generator = torch.Generator().manual_seed(0)
-    size, channels = model.config.vision_config.image_size, 3 * len(model.config.vision_configs)
+@torch.no_grad()
+def _output(model: OpenVLAForActionPrediction) -> torch.Tensor:
+    """Return the logits, or the actions of an action head, for a random observation that is the same in every call."""
+    generator, config = torch.Generator().manual_seed(0), model.config
+    size, channels = config.vision_config.image_size, 3 * len(config.vision_configs) * config.num_images
     input_ids = torch.randint(3, model.action_tokenizer.first_id, (1, PROBE_TOKENS), generator=generator)
-    return {
+    inputs = {
         "input_ids": input_ids.to(model.device),
         "pixel_values": torch.randn(1, channels, size, size, generator=generator).to(model.device, model.dtype),
     }
+    if config.proprio_dim is not None:
+        inputs["proprio"] = torch.rand(1, config.proprio_dim, generator=generator).to(model.device)
+    if config.action_head == "diffusion":  # the estimate of the actions from noise at one level
+        shape = (1, config.action_horizon, config.action_dim or 0)
+        inputs |= {name: torch.randn(shape, generator=generator).to(model.device) for name in ("actions", "noise")}
+        inputs["timesteps"] = torch.full((1,), config.diffusion_steps // 2, device=model.device)
+    outputs = model(**inputs)
+    return (outputs.actions if outputs.logits is None else outputs.logits).float()
 
 
 def _processor(adapter: str | os.PathLike, base: str | os.PathLike) -> Any:

@@ -27,7 +27,9 @@ EXAMPLE = """finetune --model openvla/openvla-7b --data lab/kitchen --recipe lor
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --dry-run
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --resume
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen lab/workshop --weights 1 2 \\
-      --output outputs/both --eval-share 0.05 --patience 5 --set lora_rank=64 learning_rate=1e-4"""
+      --output outputs/both --eval-share 0.05 --patience 5 --set lora_rank=64 learning_rate=1e-4
+  openvla-hf finetune --model openvla/openvla-7b --data lab/two_arms --recipe oft --output outputs/two_arms \\
+      --cameras high left_wrist right_wrist --set action_horizon=25"""
 
 # Option -> argument of `TrainingArguments` that it sets.
 SETTINGS = {
@@ -51,6 +53,8 @@ def _add_data_arguments(group: Any) -> None:
     group.add_argument("--weights", nargs="+", type=weight, metavar="WEIGHT",
                        help="factor on the number of frames, for each of several datasets (default: 1)")  # fmt: skip
     add_data_arguments(group, nargs="+")
+    group.add_argument("--cameras", nargs="+", metavar="CAMERA",
+                       help="cameras that the policy sees, in order, for a recipe that takes several")  # fmt: skip
     group.add_argument("--name", nargs="+",
                        help="name of the dataset in the checkpoint's statistics (default: its own name)")  # fmt: skip
     group.add_argument("--statistics", type=file_or_folder, metavar="FILE",
@@ -66,8 +70,8 @@ def _add_run_arguments(group: Any) -> None:
     group.add_argument("--model", type=checkpoint, required=True, help="folder or Hub id of the base model")
     group.add_argument("--output", required=True, metavar="FOLDER", help="folder for the checkpoints and the result")
     group.add_argument("--recipe", default=FinetuneArguments.recipe,
-                       help="lora, lora-paper, qlora, full, last-layer, frozen-vision or sandwich "
-                       "(default: %(default)s)")  # fmt: skip
+                       help="lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich, oft, oft-discrete or "
+                       "oft-diffusion (default: %(default)s)")  # fmt: skip
     group.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
                        help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
     helps = {
@@ -172,6 +176,8 @@ def read_datasets(args: argparse.Namespace) -> list[TrainingData]:
     )
     shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle", "skip_bad_episodes", "streaming")}
     shared["shuffle_buffer"] = args.shuffle_buffer if args.streaming else 0
+    if args.cameras is not None:
+        shared["cameras"] = args.cameras
     return [
         TrainingData(source, {"robot": robot, "camera": camera, "name": name, **shared}, weight or 1.0)
         for source, robot, camera, name, weight in zip(args.data, robots, cameras, names, weights, strict=True)

@@ -13,7 +13,7 @@ from ..data.gripper import GRIPPER_OPEN
 from ..data.loading import load
 from ..data.robots import require_same_robot
 from ..data.splits import held_out_frames, sample_episodes, sample_frames
-from ..modeling.action_tokenizer import normalize
+from ..modeling.action_tokenizer import NORMALIZATION_KINDS, normalize
 
 
 @dataclass(frozen=True)
@@ -145,19 +145,24 @@ def _compare(
     """Predict the actions of B frames and compare them with the recorded ones.
 
     Returns:
-        Absolute errors in the robot's units and normalised, (B, A) each, which tokens are equal, (B, A), and which
-        grippers agree, (B, G).
+        Absolute errors in the robot's units and normalised, (N, A) each, which tokens (or bins of numbers) are equal,
+        (N, A), and which grippers agree, (N, G). N is B, or B * K with chunks of K actions.
     """
     stats = model.get_action_stats(unnorm_key)
-    inputs = processor([frame["image"] for frame in batch], instruction=[frame["instruction"] for frame in batch])
+    images = [list(frame["images"].values()) if "images" in frame else frame["image"] for frame in batch]
+    states = {} if processor.state_dim is None else {"state": np.stack([frame["state"] for frame in batch])}
+    inputs = processor(images, instruction=[frame["instruction"] for frame in batch], **states)
     details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
-    recorded = np.stack([frame["action"] for frame in batch])
-    predicted, token_ids = np.asarray(details.actions), np.asarray(details.token_ids)
-    expected = normalize(recorded, stats)
+    chunks = model.config.action_horizon > 1
+    recorded = np.concatenate([frame["actions"] if chunks else frame["action"][None] for frame in batch])
+    predicted, normalized = (one.reshape(recorded.shape) for one in (details.actions, details.normalized_actions))
+    expected = normalize(recorded, stats, NORMALIZATION_KINDS[model.config.action_normalization])
+    tokenizer = model.action_tokenizer
+    token_ids = tokenizer.encode(normalized) if details.token_ids is None else details.token_ids
     return (
         np.abs(predicted - recorded),
-        np.abs(model.action_tokenizer.decode(token_ids) - expected),
-        token_ids == model.action_tokenizer.encode(expected),
+        np.abs(normalized - expected),
+        token_ids.reshape(recorded.shape) == tokenizer.encode(expected),
         (predicted[:, grippers] > GRIPPER_OPEN) == (recorded[:, grippers] > GRIPPER_OPEN),
     )
 

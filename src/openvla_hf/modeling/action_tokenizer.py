@@ -14,6 +14,8 @@ from .known_names import check_name
 BOUNDS = ("q01", "q99", "min", "max")
 # `action_normalization` of a config -> the statistics of -1 and 1.
 BOUNDS_OF = {"q99": BOUNDS[:2], "bounds": BOUNDS[2:]}
+# `action_normalization` of a config -> `kind` of `normalize`.
+NORMALIZATION_KINDS = {"q99": "bounds_q99", "bounds": "bounds"}
 RANGE_MARGIN = 1e-8
 
 
@@ -271,6 +273,7 @@ def normalize_state(state: np.ndarray, stats: dict[str, Any], bounds: str = "q99
 
 
 __all__ = [
+    "NORMALIZATION_KINDS",
     "RANGE_MARGIN",
     "ActionTokenizer",
     "action_dim",

@@ -56,7 +56,10 @@ def our_name(model: nn.Module, name: str) -> str:
 
 
 def translate(model: nn.Module, config_file: str, weights_file: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Write an adapter with our names into `folder`, and return the whole weights in its file by our names.
+    """Write an adapter with our names into `folder`, and return the other weights in its file by our names.
+
+    These are whole weights of adapted layers, and those of the modules that were trained in full
+    (`modules_to_save`).
 
     Args:
         model: Model that the adapter is for.
@@ -83,15 +86,15 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
             raise ValueError(
                 f"{weights_file} has {key!r} in {tensor.dtype}, but adapter weights must be floating-point numbers."
             )
-        if name.endswith(WHOLE):
-            layer = name.removesuffix(WHOLE)
-            expected = tuple(_layer(layers, layer, key).weight.shape)
+        if name.endswith(WHOLE) or _is_trained_in_full(name, config):
+            layer, _, kind = name.replace(WHOLE, ".weight").rpartition(".")
+            expected = tuple(getattr(_layer(layers, layer, key), kind).shape)
             if tuple(tensor.shape) != expected:
                 raise ValueError(
                     f"{weights_file} does not fit this model: {key!r} has the shape {tuple(tensor.shape)} instead of "
                     f"{expected}."
                 )
-            whole[layer] = tensor
+            whole[f"{layer}.{kind}"] = tensor
             continue
         for path, part in _split(name, tensor):
             match = ADAPTED.match(path)
@@ -105,8 +108,16 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     found = {ADAPTED.match(name.removeprefix(PREFIX))["layer"] for name in adapted}  # type: ignore[index]
     names = published_layers(model) if published else {name: [name] for name in linear_layers(layers)}
     wanted = {ours for name, group in names.items() if is_target(name, config) for ours in group} | found
+    wanted = {name for name in wanted if not _is_trained_in_full(f"{name}.weight", config)}
     _check_sides(weights_file, adapted, wanted)
-    if foreign := sorted(set(whole) - found):
+    in_full = [name for name in layers if name and _is_trained_in_full(f"{name}.weight", config)]
+    needed = {f"{name}.{kind}" for name in in_full for kind, _ in layers[name].named_parameters(recurse=False)}
+    if missing := sorted(needed - set(whole)):
+        raise ValueError(
+            f"{weights_file} does not fit this model: {len(missing)} weights of modules that were trained in full are "
+            f"missing (for example {missing[0]!r}). Copy or download the adapter again."
+        )
+    if foreign := sorted({name.rpartition(".")[0] for name in set(whole) - needed} - found):
         raise ValueError(
             f"{weights_file} contains a whole weight of {foreign[0]!r}, a layer without an adapter. Remove the "
             "weight, or merge the adapter into its base with the library that made it."
@@ -116,10 +127,15 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     )
     _refuse_merged_weights(layers, adapted, whole, config, weights_file)
     config["target_modules"] = sorted(found)
-    config["auto_mapping"] = None
+    config["auto_mapping"] = config["modules_to_save"] = None
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     save_file(adapted, folder / ADAPTER_WEIGHTS)
     return whole
+
+
+def _is_trained_in_full(weight: str, config: dict[str, Any]) -> bool:
+    """Return whether a weight belongs to a module that `modules_to_save` names, by the rules of peft."""
+    return any(f".{name}." in f".{weight}" for name in config.get("modules_to_save") or ())
 
 
 def _read_adapter(config_file: str, weights_file: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -229,6 +245,7 @@ def check_adapter_config(config: dict[str, Any], where: str) -> None:
         "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
         "target_modules": (is_layers, "a regular expression or a list of names"),
         "exclude_modules": (is_layers, "a regular expression or a list of names"),
+        "modules_to_save": (lambda value: value is None or is_names(value), "a list of names"),
         "rank_pattern": (is_numbers, "a map from names to positive numbers"),
         "alpha_pattern": (is_numbers, "a map from names to positive numbers"),
     }

@@ -29,6 +29,8 @@ from transformers.utils.hub import (
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Fields of the policy's config that the base of an adapter lacks.
+ADAPTER_POLICY = "policy_config.json"
 STATISTICS_FILE = "dataset_statistics.json"
 # Weights of published OpenVLA-OFT checkpoints beside the safetensors files.
 OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
@@ -258,6 +260,7 @@ def _commit(revision: str | None) -> str | None:
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "ADAPTER_POLICY",
     "ADAPTER_WEIGHTS",
     "HUB_ERRORS",
     "HUB_KWARGS",

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from .action_networks import add_action_networks
 from .action_tokenizer import check_statistics
 from .adapter_loading import refuse_merged, translate
 from .checkpoint_files import (
     ADAPTER_CONFIG,
+    ADAPTER_POLICY,
     ADAPTER_WEIGHTS,
     HUB_KWARGS,
     STATISTICS_FILE,
@@ -293,10 +295,12 @@ class CheckpointMixin(_Base):
         if config_file is None or weights_file is None:
             raise OSError(f"{peft_model_id} is not an adapter: it lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}.")
         statistics = statistics_in_file(files.read_json(STATISTICS_FILE), peft_model_id)
+        if (fields := files.read_json(ADAPTER_POLICY)) is not None:
+            add_action_networks(self, fields, f"{ADAPTER_POLICY} of {peft_model_id}")
         with tempfile.TemporaryDirectory() as folder:
             whole = translate(self, config_file, weights_file, Path(folder))
-            for layer, weight in whole.items():
-                self.get_submodule(layer).weight.data.copy_(weight)
+            for name, weight in whole.items():
+                self.get_parameter(name).data.copy_(weight)
             info = super().load_adapter(folder, adapter_name, **kwargs)
         problems = info.missing_keys | info.unexpected_keys | {key for key, *_ in info.mismatched_keys}
         if problems:

@@ -75,6 +75,13 @@ class FilmLayer(nn.Module):
         self.film_scale = nn.Linear(text_width, width)
         self.film_shift = nn.Linear(text_width, width)
 
+    def start_as_identity(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Set the projections to zeros, so that the layer starts as one without FiLM."""
+        for projection in (self.film_scale, self.film_shift):
+            projection.to(device, dtype)
+            nn.init.zeros_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
     def modulate(self, hidden_states: torch.Tensor, language_embedding: torch.Tensor) -> torch.Tensor:
         """Scale and shift features (B, P, D) by the mean embedding of the text (B, L)."""
         gamma, beta = self.film_scale(language_embedding), self.film_shift(language_embedding)
@@ -131,7 +138,7 @@ FILM_LAYERS: dict[type[nn.Module], type[FilmLayer]] = {
 
 
 def add_film(tower: PreTrainedModel, text_width: int) -> None:
-    """Replace the layers of a tower by new layers with FiLM.
+    """Replace the layers of a tower by layers with FiLM, which keep their weights.
 
     Raises:
         ValueError: The tower is neither DINOv2 nor SigLIP.
@@ -143,8 +150,10 @@ def add_film(tower: PreTrainedModel, text_width: int) -> None:
             f"{tower.config.model_type!r}."
         )
     for name in names:
-        film_layer = FILM_LAYERS[type(tower.get_submodule(name))]
-        tower.set_submodule(name, film_layer(tower.config, text_width))
+        layer = tower.get_submodule(name)
+        film_layer = FILM_LAYERS[type(layer)](tower.config, text_width).train(layer.training)
+        film_layer.load_state_dict(layer.state_dict(), strict=False, assign=True)
+        tower.set_submodule(name, film_layer)
 
 
 def film_backbone_weights(

@@ -8,6 +8,7 @@
 """
 
 import copy
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -25,12 +26,13 @@ from ..data import Augmentation, compute_statistics, load, load_statistics
 from ..data.frame_spec import name_cameras
 from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, sample_frames, split_parts
+from ..modeling.action_networks import add_action_networks
 from ..modeling.checkpoint_files import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData
 from .checkpoint_saving import last_checkpoint
-from .collator import ActionCollator
+from .collator import ActionCollator, ChunkCollator
 from .interrupt import SaveOnInterrupt
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
@@ -106,19 +108,27 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
     """
     recipe, args = check_run(arguments)
     set_seed(recipe.seed)
-    frames = read_frames(arguments, recipe.seed)
+    frames = read_frames(arguments, recipe.seed, recipe.load_options())
     norm_stats = _read_statistics(arguments)
     if norm_stats is None:
         # Once on each machine: the other processes read what the first has cached.
         with PartialState().local_main_process_first():
             norm_stats = compute_statistics(frames.train)
+    observed = _look_at(frames.train, recipe, norm_stats)
     model = OpenVLAForActionPrediction.from_pretrained(
         arguments.model, **recipe.model_kwargs() | dict(arguments.model_kwargs)
     )
+    if model.config.reasoning:
+        raise ValueError(
+            f"{arguments.model} is loaded with `reasoning=True`, but the data has no reasoning to learn from: leave "
+            "it out, and train a policy that answers with the action alone."
+        )
+    add_action_networks(model, observed.fields, "the recipe")
     model.norm_stats = norm_stats
-    collator, eval_collator = _build_collators(
-        model, AutoProcessor.from_pretrained(arguments.model), recipe, args.seed
-    )
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    if observed.fields:
+        processor.cameras, processor.state_dim = observed.cameras, model.config.proprio_dim
+    collator, eval_collator = _build_collators(model, processor, recipe, args.seed)
     return ActionTrainer(
         model=recipe.prepare(model),
         args=args,
@@ -135,6 +145,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
         },
         train_dataset=frames.train,
         eval_dataset=frames.evaluation,
+        decay_step=recipe.decay_step,
         callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.patience else None,
     )
 
@@ -154,12 +165,13 @@ class RunFrames:
     record: dict[str, Any]
 
 
-def read_frames(arguments: FinetuneArguments, seed: int) -> RunFrames:
+def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]) -> RunFrames:
     """Load the datasets of a run, hold episodes out for evaluation, and mix the rest by the weights.
 
     Args:
         arguments: Arguments of the run.
         seed: Seed of the draws.
+        recipe_options: Options of `load` that the recipe needs, see `Recipe.load_options`.
 
     Raises:
         ValueError: Datasets share a name, lack statistics or can't be split.
@@ -169,6 +181,7 @@ def read_frames(arguments: FinetuneArguments, seed: int) -> RunFrames:
     if not datasets:  # frames that are already loaded
         parts: list[Any] = [arguments.data]
     else:
+        datasets = tuple(replace(one, options={**recipe_options, **one.options}) for one in datasets)
         parts = [load(one.source, **{"seed": seed, **one.options}) for one in datasets]
         names = [dataset_name(part) for part in parts]
         _require_statistics(arguments, names)
@@ -279,10 +292,56 @@ def _build_collators(
         "prompt_suffix_token_id": model.config.prompt_suffix_token_id,
         "norm_stats": model.norm_stats,
     }
+    if model.config.is_parallel:
+        collator: Any = functools.partial(ChunkCollator, config=model.config)
+    else:
+        collator = functools.partial(ActionCollator, normalization=model.config.action_normalization)
     return (
-        ActionCollator(whole_image, augment=augmentation, seed=seed, **shared),
-        ActionCollator(for_prediction, **shared),
+        collator(processor=whole_image, augment=augmentation, seed=seed, **shared),
+        collator(processor=for_prediction, **shared),
     )
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What the frames of a run say about the policy.
+
+    Args:
+        fields: Fields of the config that the recipe sets.
+        cameras: Names of the cameras, or `None` for one without a name.
+    """
+
+    fields: dict[str, Any]
+    cameras: list[str] | None
+
+
+def _look_at(frames: Dataset | IterableDataset, recipe: Recipe, norm_stats: Mapping[str, Any]) -> _Observed:
+    """Find the cameras and the sizes of actions and states that a recipe with new networks needs.
+
+    Raises:
+        ValueError: The datasets have actions or states of different sizes, or no state although the recipe uses it.
+    """
+    if recipe.action_head is None:
+        return _Observed({}, None)
+    first = next(iter(frames))
+    cameras = list(first["images"]) if "images" in first else None
+    sizes = {}
+    for part in ("action", "proprio") if recipe.use_state else ("action",):
+        found = {name: len(of_one.get(part, {}).get("q01", ())) for name, of_one in norm_stats.items()}
+        name, size = next(iter(found.items()))
+        if not size:
+            raise ValueError(
+                f"The statistics of {name!r} have no state ('proprio'), but the recipe uses the robot's state. Give "
+                "data with a state, or set use_state=false."
+            )
+        if other := next((one for one in found if found[one] != size), None):
+            raise ValueError(
+                f"{name!r} has {part}s of {size} numbers and {other!r} of {found[other]}, but an action head has one "
+                "size. Train one policy for each, or use adapters that give both the same dimensions."
+            )
+        sizes[part] = size
+    fields = recipe.action_fields(sizes["action"], len(cameras or [None]), sizes.get("proprio"))
+    return _Observed(fields, cameras)
 
 
 def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:

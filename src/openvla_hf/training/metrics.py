@@ -27,23 +27,31 @@ class ActionMetrics:
     """
 
     def __init__(self, tokenizer: ActionTokenizer, vocabulary: int, stop_id: int, datasets: Sequence[str]):
-        self.stop_id, self.datasets = stop_id, list(datasets)
+        self.tokenizer, self.stop_id, self.datasets = tokenizer, stop_id, list(datasets)
         self.value_of_id = torch.from_numpy(tokenizer.decode(np.arange(vocabulary)))
         # For each dataset: number of tokens, number of correct ones, sum of absolute errors.
         self.counts = torch.zeros(len(self.datasets) or 1, 3, dtype=torch.float64)
 
-    def update(self, predicted: torch.Tensor, targets: torch.Tensor, dataset_index: torch.Tensor | None) -> None:
+    def update(
+        self,
+        predicted: torch.Tensor,
+        targets: torch.Tensor,
+        dataset_index: torch.Tensor | None,
+        distance: torch.Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             predicted: Predicted ids (B, K).
             targets: Correct ids (B, K), or `IGNORED`.
             dataset_index: Position of each row's dataset (B,); the first by default.
+            distance: Absolute errors (B, K) of a policy that predicts numbers; by default, those of the ids' values.
         """
         device = targets.device
         self.value_of_id, self.counts = self.value_of_id.to(device), self.counts.to(device)
         is_action = targets.ne(IGNORED) & targets.ne(self.stop_id)
-        distance = (self.value_of_id[predicted] - self.value_of_id[targets.clamp(min=0)]).abs()
+        if distance is None:
+            distance = (self.value_of_id[predicted] - self.value_of_id[targets.clamp(min=0)]).abs()
         of_rows = torch.stack(
             [(one * is_action).sum(1).double() for one in (torch.ones_like(distance), predicted == targets, distance)],
             dim=1,
@@ -51,6 +59,24 @@ class ActionMetrics:
         if dataset_index is None:
             dataset_index = torch.zeros(len(targets), dtype=torch.long, device=device)
         self.counts.index_add_(0, dataset_index, of_rows)
+
+    def update_chunks(
+        self,
+        predicted: torch.Tensor,
+        actions: torch.Tensor,
+        targets: torch.Tensor,
+        dataset_index: torch.Tensor | None,
+    ) -> None:
+        """Add a batch of predicted chunks.
+
+        Args:
+            predicted: Predicted normalised actions (B, K, A).
+            actions: Correct ones (B, K, A).
+            targets: Ids of the correct ones (B, K * A), or `IGNORED`.
+            dataset_index: Position of each row's dataset (B,); the first by default.
+        """
+        ids = torch.from_numpy(self.tokenizer.encode(predicted.float().cpu().numpy())).to(targets.device)
+        self.update(ids.flatten(1), targets, dataset_index, (predicted - actions).abs().flatten(1))
 
     def take(self, prefix: str = "") -> dict[str, float]:
         """Return the metrics since the last call, over all processes, and start again.

@@ -3,6 +3,7 @@
 A recipe is a small dataclass whose fields can all be overridden: `recipe("lora", lora_rank=64)`.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -15,7 +16,8 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoints.quantize import expected_weight_bytes, quantization
-from ..modeling.configuration_openvla import OpenVLAConfig
+from ..modeling.action_networks import add_action_networks, list_networks
+from ..modeling.configuration_openvla import ACTION_CHOICES, OpenVLAConfig
 from ..modeling.known_names import check_name
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from .settings import check_metric, check_trackers, check_value
@@ -67,6 +69,13 @@ class Recipe:
         gradient_checkpointing: Whether to compute the activations of each block again in the backward pass.
         augment: Whether to crop images and change their colours at random, and crop the centre for prediction.
         seed: Seed of all random numbers of a run.
+        action_head: Predict a chunk of actions in one pass (OpenVLA-OFT): "l1" or "diffusion" for numbers, "none" for
+            action tokens. `None` keeps the decoding of the base model. The head and the projectors are trained in
+            full.
+        action_horizon: Number of actions in a chunk; the frames need `chunk=` of the same number.
+        use_state: Whether a policy with a new `action_head` sees the robot's state. The frames need `state=True`.
+        use_film: Whether the instruction modulates the vision towers. Needs `action_head`.
+        decay_step: Step after which the learning rate is a tenth; 0 for never.
 
     Raises:
         ValueError: A field has a value of the wrong type or out of its range.
@@ -89,11 +98,53 @@ class Recipe:
     gradient_checkpointing: bool = False
     augment: bool = False
     seed: int = 7
+    action_head: str | None = None
+    action_horizon: int = 1
+    use_state: bool = False
+    use_film: bool = False
+    decay_step: int = 0
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(Recipe).items():
             check_value(name, getattr(self, name), annotation)
         check_name(self.dtype, TRAINING_DTYPES, "dtype")
+        if self.action_head is not None:
+            check_name(self.action_head, ACTION_CHOICES["action_head"], "action_head")
+        elif self.action_horizon > 1 or self.use_state or self.use_film:
+            raise ValueError(
+                "action_horizon, use_state and use_film need an action_head: start from the recipe 'oft', "
+                "'oft-discrete' or 'oft-diffusion'."
+            )
+        if self.decay_step and self.lr_scheduler_type != "constant":
+            raise ValueError(
+                f"decay_step={self.decay_step} needs the schedule 'constant', got {self.lr_scheduler_type!r}. Set "
+                "decay_step=0 to use another schedule."
+            )
+
+    def action_fields(self, action_dim: int, num_images: int = 1, proprio_dim: int | None = None) -> dict[str, Any]:
+        """Return the fields of the config that the recipe sets, or an empty dict if it keeps those of the base.
+
+        Args:
+            action_dim: Dimensions of the data's actions.
+            num_images: Number of its cameras.
+            proprio_dim: Dimensions of its state, or `None`.
+        """
+        if self.action_head is None:
+            return {}
+        return {
+            "action_decoding": "parallel",
+            "action_head": self.action_head,
+            "action_horizon": self.action_horizon,
+            "action_dim": action_dim,
+            "num_images": num_images,
+            "proprio_dim": proprio_dim,
+            "use_film": self.use_film,
+        }
+
+    def load_options(self) -> dict[str, Any]:
+        """Return the options of `openvla_hf.data.load` that the recipe needs."""
+        options = {"chunk": (self.action_horizon, 1), "state": (self.use_state, False)}
+        return {name: value for name, (value, default) in options.items() if value != default}
 
     @property
     def uses_adapters(self) -> bool:
@@ -186,6 +237,8 @@ class Recipe:
             lora_dropout=self.lora_dropout,
             target_modules=list(self.lora_targets),
             init_lora_weights="gaussian",
+            # They start from random weights, which adapters of a low rank can't replace.
+            modules_to_save=list_networks(model) or None,
         )
         if self.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -201,6 +254,19 @@ RECIPES: dict[str, Recipe] = {
 }
 RECIPES["lora-paper"] = dataclasses.replace(
     RECIPES["lora"], lora_targets=(*LINEAR_LAYERS, *PATCH_EMBEDDINGS, *LM_HEAD)
+)
+RECIPES["oft"] = dataclasses.replace(
+    RECIPES["lora"],
+    lora_targets=(*LINEAR_LAYERS, *PATCH_EMBEDDINGS),
+    action_head="l1",
+    action_horizon=8,
+    use_state=True,
+    batch_size=8,
+    decay_step=100_000,
+)
+RECIPES["oft-diffusion"] = dataclasses.replace(RECIPES["oft"], action_head="diffusion")
+RECIPES["oft-discrete"] = dataclasses.replace(
+    RECIPES["oft"], lora_targets=RECIPES["lora-paper"].lora_targets, action_head="none"
 )
 RECIPES["qlora"] = dataclasses.replace(RECIPES["lora"], quantize=True, gradient_checkpointing=True)
 
@@ -273,13 +339,15 @@ def estimate_cost(config: OpenVLAConfig, recipe: Recipe, prompt_tokens: int = 40
         prompt_tokens: Number of text tokens of a sample, including the action. Image tokens are added.
     """
     with torch.device("meta"):
-        model: nn.Module = OpenVLAForActionPrediction(config).to(getattr(torch, recipe.dtype))
+        model: Any = OpenVLAForActionPrediction(copy.deepcopy(config)).to(getattr(torch, recipe.dtype))
     rows = recipe.batch_size * config.num_image_tokens
     text_rows = rows + recipe.batch_size * prompt_tokens
     kept = {
         name: _kept_for_backward(model.get_submodule(name), text_rows if name in LANGUAGE_MODEL else rows, recipe)
         for name in VISION + PROJECTOR + LANGUAGE_MODEL[:1]
     }
+    if not config.is_parallel:  # with the most common size of an action
+        add_action_networks(model, recipe.action_fields(config.action_dim or 7))
     model = recipe.prepare(model)
     parameters = dict(model.named_parameters())
     learning = {name: one for name, one in parameters.items() if one.requires_grad}

@@ -18,11 +18,11 @@ NUMBERS: dict[type, type] = {int: Integral, float: Real}
 
 # Smallest valid value of a field of a recipe or of `TrainingArguments`.
 AT_LEAST = {
-    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "lora_alpha"), 1),
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "lora_alpha", "action_horizon"), 1),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "eval_accumulation_steps"), 1),
     **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps"), 1),
-    **dict.fromkeys(("lora_rank", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed"), 0),
-    **dict.fromkeys(("data_seed", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
+    **dict.fromkeys(("lora_rank", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "decay_step"), 0),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
     **dict.fromkeys(("lora_dropout", "logging_steps", "save_steps", "eval_steps", "eval_delay"), 0),
 }
 ABOVE_ZERO = ("num_train_epochs",)

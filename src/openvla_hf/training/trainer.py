@@ -19,7 +19,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState, Traini
 
 from ..checkpoints.model_card import TRAINING_FILE
 from ..data.streams import EvaluationStream, TrainingStream
-from ..modeling.checkpoint_files import STATISTICS_FILE
+from ..modeling.action_networks import action_fields
+from ..modeling.checkpoint_files import ADAPTER_POLICY, STATISTICS_FILE
 from .checkpoint_saving import WholeCheckpointTrainer, last_checkpoint
 from .collator import IGNORED, ActionCollator
 from .metrics import ActionMetrics
@@ -47,6 +48,7 @@ class ActionTrainer(WholeCheckpointTrainer):
             `data_collator` by default.
         record: Content of `training.json` in every checkpoint, ready for JSON. Entries may be added until the run
             ends.
+        decay_step: Step after which the learning rate is a tenth; 0 for never.
     """
 
     data_collator: ActionCollator
@@ -59,11 +61,13 @@ class ActionTrainer(WholeCheckpointTrainer):
         train_dataset: Any = None,
         eval_collator: ActionCollator | None = None,
         record: dict[str, Any] | None = None,
+        decay_step: int = 0,
         **kwargs: Any,
     ):
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.eval_collator = eval_collator or data_collator
         self.record = record or {}
+        self.decay_step = decay_step
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_SamplesProgress)
@@ -139,6 +143,20 @@ class ActionTrainer(WholeCheckpointTrainer):
             dispatch_batches=False,
         )
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule of the learning rate, which drops to a tenth after `decay_step` steps if that is set."""
+        if not self.decay_step:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def rate(step: int) -> float:
+            return min(1.0, (step + 1) / (warmup + 1)) * (0.1 if step >= self.decay_step else 1.0)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
+
     # Loss and metrics
 
     def compute_loss(
@@ -148,27 +166,37 @@ class ActionTrainer(WholeCheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the cross entropy at the supervised positions only, and count the batch in the metrics."""
+        """Compute the loss of the action tokens or of the chunk, and count the batch in the metrics."""
         loss, outputs, targets = self._forward(model, inputs, num_items_in_batch)
         if model.training:
             self._last_batch = inputs
         metrics = self.training_metrics if model.training else self.evaluation_metrics
-        metrics.update(outputs.logits.detach().argmax(-1), targets, inputs.get("dataset_index"))
+        if "actions" in inputs:
+            predicted = outputs.actions.detach()
+            targets = targets[:, : predicted[0].numel()]  # without the stop token
+            metrics.update_chunks(predicted, inputs["actions"], targets, inputs.get("dataset_index"))
+        else:
+            metrics.update(outputs.logits.detach().argmax(-1), targets, inputs.get("dataset_index"))
         return (loss, outputs) if return_outputs else loss
 
     def _forward(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Return the loss of a batch, the model's outputs, and the targets (B, K) of its logits (B, K, V)."""
-        positions, targets = supervised_positions(inputs["labels"])
+        """Return the loss of a batch, the model's outputs, and the target ids (B, K)."""
         given = {name: value for name, value in inputs.items() if name not in ("labels", "dataset_index")}
-        outputs = model(**given, logits_to_keep=positions, use_cache=False)
-        loss = nn.functional.cross_entropy(
-            outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        if "actions" in inputs:
+            targets = inputs["labels"][:, 1:]
+            outputs = model(**given, num_items_in_batch=num_items_in_batch)
+            loss = outputs.loss
+        else:
+            positions, targets = supervised_positions(inputs["labels"])
+            outputs = model(**given, logits_to_keep=positions, use_cache=False)
+            loss = nn.functional.cross_entropy(
+                outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            loss = loss / (targets.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is None:
-            return loss / targets.ne(IGNORED).sum(), outputs, targets
-        loss = loss / num_items_in_batch
+            return loss, outputs, targets
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return loss, outputs, targets
@@ -259,7 +287,9 @@ class ActionTrainer(WholeCheckpointTrainer):
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         model.save_pretrained(folder, state_dict=state_dict, **more)
         self.eval_collator.processor.save_pretrained(folder)
-        contents = {STATISTICS_FILE: self.data_collator.norm_stats or self._policy.norm_stats}
+        contents: dict[str, Any] = {STATISTICS_FILE: self.data_collator.norm_stats or self._policy.norm_stats}
+        if isinstance(model, PeftModel) and self._policy.config.is_parallel:
+            contents[ADAPTER_POLICY] = action_fields(self._policy.config)
         if self.record:
             contents[TRAINING_FILE] = self.record
         for name, content in contents.items():
