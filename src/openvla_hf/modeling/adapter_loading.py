@@ -125,7 +125,8 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     _check_shapes(
         weights_file, adapted, {name: layers.get(f"{name}.base_layer", layers[name]) for name in found}, config
     )
-    _refuse_merged_weights(layers, adapted, whole, config, weights_file)
+    bases = {name.removesuffix(".weight"): weight for name, weight in whole.items() if name not in needed}
+    _refuse_merged_weights(layers, adapted, bases, config, weights_file)
     config["target_modules"] = sorted(found)
     config["auto_mapping"] = config["modules_to_save"] = None
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
@@ -205,13 +206,13 @@ def refuse_merged(files: CheckpointFiles) -> None:
 def _refuse_merged_weights(
     layers: dict[str, nn.Module],
     adapted: dict[str, torch.Tensor],
-    whole: dict[str, torch.Tensor],
+    bases: dict[str, torch.Tensor],
     config: dict[str, Any],
     weights_file: str,
 ) -> None:
     """Raise `ValueError` if a layer of the model is its whole weight in the adapter's file with the change added."""
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    for name, base in whole.items():
+    for name, base in bases.items():
         weight = layers[name].weight
         a, b = (adapted[f"{PREFIX}{name}.lora_{side}.weight"].float() for side in "AB")
         if a.ndim > 2 or weight.is_meta or base.dtype == torch.uint8:
