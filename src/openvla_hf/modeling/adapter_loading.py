@@ -110,28 +110,44 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     wanted = {ours for name, group in names.items() if is_target(name, config) for ours in group} | found
     wanted = {name for name in wanted if not _is_trained_in_full(f"{name}.weight", config)}
     _check_sides(weights_file, adapted, wanted)
-    in_full = [name for name in layers if name and _is_trained_in_full(f"{name}.weight", config)]
-    needed = {f"{name}.{kind}" for name in in_full for kind, _ in layers[name].named_parameters(recurse=False)}
-    if missing := sorted(needed - set(whole)):
-        raise ValueError(
-            f"{weights_file} does not fit this model: {len(missing)} weights of modules that were trained in full are "
-            f"missing (for example {missing[0]!r}). Copy or download the adapter again."
-        )
-    if foreign := sorted({name.rpartition(".")[0] for name in set(whole) - needed} - found):
-        raise ValueError(
-            f"{weights_file} contains a whole weight of {foreign[0]!r}, a layer without an adapter. Remove the "
-            "weight, or merge the adapter into its base with the library that made it."
-        )
+    in_full = _check_whole_weights(weights_file, whole, layers, found, config)
     _check_shapes(
         weights_file, adapted, {name: layers.get(f"{name}.base_layer", layers[name]) for name in found}, config
     )
-    bases = {name.removesuffix(".weight"): weight for name, weight in whole.items() if name not in needed}
+    bases = {name.removesuffix(".weight"): weight for name, weight in whole.items() if name not in in_full}
     _refuse_merged_weights(layers, adapted, bases, config, weights_file)
     config["target_modules"] = sorted(found)
     config["auto_mapping"] = config["modules_to_save"] = None
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     save_file(adapted, folder / ADAPTER_WEIGHTS)
     return whole
+
+
+def _check_whole_weights(
+    weights_file: str,
+    whole: dict[str, torch.Tensor],
+    layers: dict[str, nn.Module],
+    found: set[str],
+    config: dict[str, Any],
+) -> set[str]:
+    """Return the names of the weights that were trained in full.
+
+    Raises:
+        ValueError: One of them is missing, or another layer without an adapter has a whole weight.
+    """
+    names = [name for name in layers if name and _is_trained_in_full(f"{name}.weight", config)]
+    in_full = {f"{name}.{kind}" for name in names for kind, _ in layers[name].named_parameters(recurse=False)}
+    if missing := sorted(in_full - set(whole)):
+        raise ValueError(
+            f"{weights_file} does not fit this model: {len(missing)} weights of modules that were trained in full are "
+            f"missing (for example {missing[0]!r}). Copy or download the adapter again."
+        )
+    if foreign := sorted({name.rpartition(".")[0] for name in set(whole) - in_full} - found):
+        raise ValueError(
+            f"{weights_file} contains a whole weight of {foreign[0]!r}, a layer without an adapter. Remove the "
+            "weight, or merge the adapter into its base with the library that made it."
+        )
+    return in_full
 
 
 def _is_trained_in_full(weight: str, config: dict[str, Any]) -> bool:
