@@ -256,6 +256,12 @@ def test_the_scheme_of_an_image_url_may_be_in_capitals():
     assert image("HTTPS://example.com/a.png") == "HTTPS://example.com/a.png"
 
 
+def test_settings_may_be_given_in_parts():
+    command = "finetune --model a/b --data c --output d --set lora_rank=4 --set seed=1 dtype=float32"
+    given = build_parser().parse_args(command.split()).set
+    assert given == [("lora_rank", 4), ("seed", 1), ("dtype", "float32")]
+
+
 def test_a_file_that_is_not_an_image_is_refused_in_one_line(capsys):
     error = refusal(capsys, "predict", "--image", __file__, "--instruction", "x")
     assert f"argument --image: {__file__!r} is not an image that PIL can read." in error

@@ -128,6 +128,16 @@ def test_a_batch_has_prompts_and_beside_them_normalised_chunks(base, tmp_path):
     assert batch["proprio"][:, 2].tolist() == [-1, -1, -1]  # a constant, as in predictions
 
 
+def test_a_recipe_chooses_the_statistics_that_scale_actions_and_states(base, tmp_path):
+    assert "action_normalization" not in recipe("oft").action_fields(7)
+    frame = chunk_frames()[0]
+    batch = build(base, tmp_path, fields={"action_normalization": "bounds"}).eval_collator([frame])
+    low, high = (np.array(BRIDGE_LIKE_STATS[name])[:6] for name in ("min", "max"))
+    expected = np.clip(2 * (frame["actions"][:, :6] - low) / (high - low + 1e-8) - 1, -1, 1)
+    np.testing.assert_allclose(batch["actions"][0, :, :6], expected, atol=1e-6)
+    np.testing.assert_allclose(batch["proprio"][0, :2], frame["state"][:2] / [1.1, 2.1], atol=1e-6)
+
+
 def test_frames_that_do_not_fit_the_policy_are_refused(base, tmp_path):
     collator = build(base, tmp_path).eval_collator
     frame = chunk_frames()[0]
@@ -244,11 +254,14 @@ def test_the_learning_rate_drops_to_a_tenth_after_the_decay_step(base, tmp_path)
 
 
 def test_fields_of_chunks_need_an_action_head():
-    for fields in ({"action_horizon": 8}, {"use_state": True}, {"use_film": True}):
+    chosen = {"action_horizon": 8, "use_state": True, "use_film": True, "action_normalization": "bounds"}
+    for fields in ({name: value} for name, value in chosen.items()):
         with pytest.raises(ValueError, match="need an action_head: start from the recipe 'oft'"):
             recipe("lora", **fields)
     with pytest.raises(ValueError, match="action_head 'l2'"):
         recipe("oft", action_head="l2")
+    with pytest.raises(ValueError, match="action_normalization 'minmax'"):
+        recipe("oft", action_normalization="minmax")
 
 
 def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, tmp_path):

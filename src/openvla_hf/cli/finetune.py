@@ -72,7 +72,7 @@ def _add_run_arguments(group: Any) -> None:
     group.add_argument("--recipe", default=FinetuneArguments.recipe,
                        help="lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich, oft, oft-discrete or "
                        "oft-diffusion (default: %(default)s)")  # fmt: skip
-    group.add_argument("--set", nargs="+", type=setting, metavar="NAME=VALUE",
+    group.add_argument("--set", nargs="+", action="extend", type=setting, metavar="NAME=VALUE",
                        help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
     helps = {
         "steps": "number of optimizer steps",

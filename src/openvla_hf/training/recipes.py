@@ -75,6 +75,9 @@ class Recipe:
         action_horizon: Number of actions in a chunk; the frames need `chunk=` of the same number.
         use_state: Whether a policy with a new `action_head` sees the robot's state. The frames need `state=True`.
         use_film: Whether the instruction modulates the vision towers. Needs `action_head`.
+        action_normalization: Which statistics map actions and states to [-1, 1], with a new `action_head`: "q99" for
+            the quantiles 0.01 and 0.99, "bounds" for the smallest and the largest value. `None` keeps the choice of
+            the base model, which is "q99" for a plain one.
         decay_step: Step after which the learning rate is a tenth; 0 for never.
 
     Raises:
@@ -102,18 +105,21 @@ class Recipe:
     action_horizon: int = 1
     use_state: bool = False
     use_film: bool = False
+    action_normalization: str | None = None
     decay_step: int = 0
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(Recipe).items():
             check_value(name, getattr(self, name), annotation)
         check_name(self.dtype, TRAINING_DTYPES, "dtype")
-        if self.action_head is not None:
-            check_name(self.action_head, ACTION_CHOICES["action_head"], "action_head")
-        elif self.action_horizon > 1 or self.use_state or self.use_film:
+        for name in ("action_head", "action_normalization"):
+            if (value := getattr(self, name)) is not None:
+                check_name(value, ACTION_CHOICES[name], name)
+        needing = (self.action_horizon > 1, self.use_state, self.use_film, self.action_normalization is not None)
+        if self.action_head is None and any(needing):
             raise ValueError(
-                "action_horizon, use_state and use_film need an action_head: start from the recipe 'oft', "
-                "'oft-discrete' or 'oft-diffusion'."
+                "action_horizon, use_state, use_film and action_normalization need an action_head: start from the "
+                "recipe 'oft', 'oft-discrete' or 'oft-diffusion'."
             )
         if self.decay_step and self.lr_scheduler_type != "constant":
             raise ValueError(
@@ -139,6 +145,7 @@ class Recipe:
             "num_images": num_images,
             "proprio_dim": proprio_dim,
             "use_film": self.use_film,
+            **({"action_normalization": self.action_normalization} if self.action_normalization else {}),
         }
 
     def load_options(self) -> dict[str, Any]:
