@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -132,6 +133,8 @@ def serve() -> list[str]:
 def become(job: dict[str, Any]) -> None:
     """Take the environment, the folder and the files of a new process."""
     os.setsid()
+    # A shell ignores Ctrl-C in jobs that it starts in the background, and their processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
