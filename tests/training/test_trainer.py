@@ -91,8 +91,7 @@ def test_the_loss_is_that_of_all_logits_and_only_action_tokens_reach_the_head(tm
     torch.testing.assert_close(loss, trainer.model(**batch).loss, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("name", "iterable"), [("lora", False), ("full", True)])
+@pytest.mark.parametrize(("name", "iterable", "workers"), [("lora", False, 2), ("full", True, 2), ("full", True, 0)])
 def test_two_steps_and_resumed_to_four_equals_four_straight(tmp_path, name, iterable, workers):
     def data():
         if not iterable:
