@@ -135,7 +135,7 @@ def test_predict_prints_a_chunk_of_several_cameras_and_a_state(chunks, policy, c
     assert "gripper" in table
     assert f"{result['action'][7][0]:+.4f}" in table
     assert "probability" not in table
-    assert "has no image of 'full_image'" in refusal(capsys, *command, *cameras[:2], *state)
+    assert "has no image from 'full_image'" in refusal(capsys, *command, *cameras[:2], *state)
     assert "The state is missing: pass --state with the 8 dimensions" in refusal(capsys, *command, *cameras)
 
 

@@ -148,7 +148,8 @@ def test_frames_that_do_not_fit_the_policy_are_refused(base, tmp_path):
         ({"state": None}, "has no state, but the policy sees 3 numbers"),
         ({"state": np.zeros(2)}, "state"),
         ({"state": np.full(3, np.nan)}, "state"),
-        ({"images": {"front": frame["images"]["front"]}}, "camera"),
+        ({"images": {"front": frame["images"]["front"]}}, r"frame \(episode 0, frame 0\) has no image from 'wrist'"),
+        ({"images": frame["images"] | {"top": frame["images"]["front"]}}, "the unknown camera 'top'"),
     ):
         with pytest.raises(ValueError, match=message):
             collator([frame | change])
@@ -296,6 +297,54 @@ def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, tmp_
     assert len(report.mean_absolute_error) == 7
     card = (tmp_path / "run" / "README.md").read_text()
     assert "predict_action" in card
+
+
+def swapped(frames):
+    return [frame | {"images": dict(reversed(frame["images"].items()))} for frame in frames]
+
+
+def test_images_are_taken_by_the_names_of_the_cameras(base, tmp_path):
+    trainer = build(base, tmp_path)
+    frames = chunk_frames()[:2]
+    for collator in (trainer.data_collator, trainer.eval_collator):
+        assert torch.equal(collator(swapped(frames))["pixel_values"], collator(frames)["pixel_values"])
+
+
+def test_a_policy_is_evaluated_on_images_by_the_names_of_the_cameras(base):
+    processor = AutoProcessor.from_pretrained(base, cameras=list(CAMERAS))
+    model = OpenVLAForActionPrediction.from_pretrained(base)
+    add_action_networks(model, recipe("oft", action_horizon=CHUNK, use_state=False).action_fields(7, 2, None))
+    model.norm_stats = NORM_STATS
+    frames = [frame | {"action_mask": np.arange(7) < 6} for frame in chunk_frames()[:2]]
+    report = evaluate_open_loop(model, processor, frames)
+    assert evaluate_open_loop(model, processor, swapped(frames)) == report
+    processor.cameras.reverse()
+    assert evaluate_open_loop(model, processor, frames) != report
+    processor.cameras = ["front", "top"]
+    with pytest.raises(ValueError, match="unknown camera 'wrist'"):
+        evaluate_open_loop(model, processor, frames)
+
+
+def test_a_base_that_knows_the_cameras_keeps_their_order(base, tmp_path):
+    model, processor = OpenVLAForActionPrediction.from_pretrained(base), AutoProcessor.from_pretrained(base)
+    chosen = recipe("oft", action_horizon=CHUNK)
+    add_action_networks(model, chosen.action_fields(7, 2, 3))
+    processor.cameras, processor.state_dim = list(CAMERAS), 3
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "oft")
+    for names, expected in ((("wrist", "front"), CAMERAS), (("top", "wrist"), ("top", "wrist"))):
+        images = [dict(zip(names, frame["images"].values(), strict=True)) for frame in chunk_frames()]
+        episode = [frame | {"images": one} for frame, one in zip(chunk_frames(), images, strict=True)]
+        frames = from_episodes([episode], name="tiny", cameras=list(names), chunk=CHUNK, state=True)
+        arguments = FinetuneArguments(
+            model=tmp_path / "oft",
+            data=frames,
+            output=tmp_path / "run",
+            recipe="oft",
+            settings={"action_horizon": CHUNK, "use_cpu": True},
+            statistics=NORM_STATS,
+        )
+        assert build_trainer(arguments).eval_collator.processor.cameras == list(expected)
 
 
 def test_a_recipe_of_chunks_names_what_the_data_lack(base, tmp_path):

@@ -14,6 +14,7 @@ from ..data.loading import load
 from ..data.robots import require_same_robot
 from ..data.splits import held_out_frames, sample_episodes, sample_frames
 from ..modeling.action_tokenizer import NORMALIZATION_KINDS, normalize
+from ..processing.observations import read_frame_images
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _compare(
         (N, A), and which grippers agree, (N, G). N is B, or B * K with chunks of K actions.
     """
     stats = model.get_action_stats(unnorm_key)
-    images = [list(frame["images"].values()) if "images" in frame else frame["image"] for frame in batch]
+    images = [read_frame_images(frame, processor.cameras, "A frame") for frame in batch]
     states = {} if processor.state_dim is None else {"state": np.stack([frame["state"] for frame in batch])}
     inputs = processor(images, instruction=[frame["instruction"] for frame in batch], **states)
     details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)

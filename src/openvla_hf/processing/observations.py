@@ -1,7 +1,7 @@
 """Camera images and robot states of observations."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,32 @@ def flatten_observations(images: Any, cameras: Sequence[str]) -> list[Any]:
         in_order = in_order if isinstance(in_order, (list, tuple)) else [in_order]
         if len(in_order) != len(cameras) or not all(map(_is_one_image, in_order)):
             raise ValueError(
-                f"{name} must have one image for each camera ({_listed(cameras)}), got {_describe(in_order)}. Pass a "
+                f"{name} must have one image from each camera ({_listed(cameras)}), got {_describe(in_order)}. Pass a "
                 "list of the images in this order or a dict, and for a batch a list of these."
             )
         flat.extend(in_order)
     return flat
+
+
+def read_frame_images(frame: Mapping[str, Any], cameras: Sequence[str] | None, name: str) -> Any:
+    """Return the image of a recorded frame, or the list of its images in the order of the cameras.
+
+    Args:
+        frame: Frame with `image`, or with `images`, a dict from camera names to images in any order.
+        cameras: The processor's cameras; `None` for a single camera without a name.
+        name: What to call the frame in messages.
+
+    Raises:
+        ValueError: A camera is missing or unknown.
+    """
+    if "images" not in frame:
+        return frame["image"]
+    images = frame["images"]
+    if cameras is not None:
+        return _pick_cameras(images, cameras, name)
+    if len(images) > 1:
+        refuse_camera_names(images)
+    return next(iter(images.values()))
 
 
 def refuse_camera_names(images: Any) -> None:
@@ -115,14 +136,15 @@ def _split_batch(images: Any, num_cameras: int) -> list[Any]:
 
 def _pick_cameras(observation: Mapping[str, Any], cameras: Sequence[str], name: str) -> list[Any]:
     """Return the images of a dict in the order of the cameras."""
-    known = f"this processor's cameras are {_listed(cameras)}."
+    known = (
+        f"This processor's cameras are {_listed(cameras)}: use these names, or load the processor with `cameras=`, "
+        "your names in the order of the model's images."
+    )
     for camera in observation:
         if camera not in cameras:
-            near = difflib.get_close_matches(str(camera), cameras, n=1)
-            guess = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{name} has the unknown camera {camera!r}: {known}{guess}")
+            raise ValueError(f"{name} has the unknown camera {camera!r}.{suggest(camera, cameras)} {known}")
     if missing := [camera for camera in cameras if camera not in observation]:
-        raise ValueError(f"{name} has no image of {_listed(missing)}: {known}")
+        raise ValueError(f"{name} has no image from {_listed(missing)}. {known}")
     return [observation[camera] for camera in cameras]
 
 
@@ -158,8 +180,21 @@ def _to_float64(values: Any) -> np.ndarray:
     return array.astype(np.float64)
 
 
+def suggest(name: Any, known: Iterable[str]) -> str:
+    """Return a sentence that suggests the known name nearest to an unknown one, or an empty string."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def _listed(names: Any) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-__all__ = ["ObservationInputs", "flatten_observations", "read_state", "refuse_camera_names"]
+__all__ = [
+    "ObservationInputs",
+    "flatten_observations",
+    "read_frame_images",
+    "read_state",
+    "refuse_camera_names",
+    "suggest",
+]

@@ -20,6 +20,7 @@ from ..modeling.action_tokenizer import (
     resolve_key,
 )
 from ..modeling.configuration_openvla import OpenVLAConfig
+from ..processing.observations import read_frame_images
 from ..processing.processing_openvla import OpenVLAProcessor
 
 
@@ -120,8 +121,14 @@ class ActionCollator:
         return {"input_ids": input_ids, "attention_mask": input_ids.ne(pad).long()}
 
     def view(self, frame: dict[str, Any]) -> Any:
-        """Return a frame's image, or the list of its cameras' images, augmented if `augment` is set."""
-        images = list(frame["images"].values()) if "images" in frame else frame["image"]
+        """Return a frame's image, or the list of its images in the order of the processor's cameras.
+
+        They are augmented if `augment` is set.
+
+        Raises:
+            ValueError: A camera of the processor is missing or the frame has another one.
+        """
+        images = read_frame_images(frame, self.processor.cameras, f"A frame{_place(frame)}")
         if self.augment is None:
             return images
         seed = np.random.SeedSequence([self.seed, int(frame.get("epoch", self.epoch)), *_identify(frame)])

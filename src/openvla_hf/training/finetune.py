@@ -127,7 +127,10 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
     model.norm_stats = norm_stats
     processor = AutoProcessor.from_pretrained(arguments.model)
     if observed.fields:
-        processor.cameras, processor.state_dim = observed.cameras, model.config.proprio_dim
+        processor.state_dim = model.config.proprio_dim
+        # The order of a base that knows these cameras is the one that its weights have learned.
+        if sorted(observed.cameras or []) != sorted(processor.cameras or []):
+            processor.cameras = observed.cameras
     collator, eval_collator = _build_collators(model, processor, recipe, args.seed)
     return ActionTrainer(
         model=recipe.prepare(model),
