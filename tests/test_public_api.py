@@ -190,7 +190,8 @@ API = {
     "openvla_hf.evaluation.latency": """
         Latency(device, threads, dtype, versions, parameters, weight_bytes, bandwidth, matmul, repeats, batches)
         latency_tables(result)
-        measure_latency(model, processor, unnorm_key, batch_sizes, repeats, compile_passes, instruction, progress)
+        measure_latency(
+            model, processor, unnorm_key, batch_sizes, repeats, compile_passes, chunk_models, instruction, progress)
     """,
     "openvla_hf.evaluation.open_loop": """
         OpenLoopReport(dataset, episodes, frames, mean_absolute_error, l1, token_accuracy, gripper_agreement)
@@ -198,7 +199,8 @@ API = {
         open_loop_table(title, report, names)
     """,
     "openvla_hf.evaluation.random_models": """
-        random_model(size, dtype, device, text_config)
+        chunk_model(model, horizon, head)
+        random_model(size, dtype, device, text_config, **fields)
     """,
     "openvla_hf.tabletop.env": """
         MAX_STEP
@@ -245,7 +247,8 @@ COMMANDS = {
         --model --unnorm-key --device --image --instruction --state --platform --dtype --json
     """,
     "bench": """
-        --model --random --unnorm-key --batch-sizes --repeats --compile --dtype --device --json
+        --model --random --chunk --cameras --state-dim --unnorm-key --batch-sizes --repeats --compile
+        --dtype --device --json
     """,
     "info": """
         checkpoint --revision --json

@@ -19,6 +19,7 @@ from openvla_hf.checkpoints.merge import merge_adapter, merge_layers
 from openvla_hf.checkpoints.push import push
 from openvla_hf.checkpoints.quantize import quantization, quantize
 from openvla_hf.cli import main
+from openvla_hf.evaluation.fidelity import compare
 from openvla_hf.testing import fake_episode, write_tiny_oft
 
 
@@ -135,15 +136,29 @@ def test_quantised_policies_keep_their_heads_in_16_bits(published, kind, bits):
     assert np.isfinite(predict(model, inputs)).all()
 
 
-def test_a_saved_policy_is_quantised_on_disk(published, tmp_path):
+@pytest.mark.parametrize(("bits", "kind"), [("8bit", "l1"), ("4bit", "film"), ("4bit", "discrete")])
+def test_a_saved_policy_is_quantised_on_disk(published, kind, bits, tmp_path):
     pytest.importorskip("bitsandbytes")
-    load(published("l1")).save_pretrained(tmp_path / "saved")
-    AutoProcessor.from_pretrained(published("l1")).save_pretrained(tmp_path / "saved")
-    quantize(tmp_path / "saved", tmp_path / "small", "8bit", dtype=torch.float32)
-    small, here = AutoModel.from_pretrained(tmp_path / "small"), load(published("l1"), dtype=torch.float32)
-    assert torch.equal(small.action_head.fc1.weight, here.action_head.fc1.weight)
-    inputs = observe(published("l1"))
-    assert np.abs(predict(small, inputs) - predict(here, inputs)).max() < 0.2
+    here = load(published(kind), kind, dtype=torch.float32)
+    here.save_pretrained(tmp_path / "saved")
+    processor = AutoProcessor.from_pretrained(published(kind))
+    processor.save_pretrained(tmp_path / "saved")
+    quantize(tmp_path / "saved", tmp_path / "small", bits, dtype=torch.float32)
+    small = AutoModel.from_pretrained(tmp_path / "small")
+    inputs = observe(tmp_path / "small")
+    assert np.isfinite(predict(small, inputs)).all()
+    if here.action_head is not None:
+        assert torch.equal(small.action_head.fc1.weight, here.action_head.fc1.weight)
+        assert np.abs(predict(small, inputs) - predict(here, inputs)).max() < 0.2
+
+
+def test_a_report_on_a_policy_that_predicts_chunks_is_refused(published, tmp_path):
+    load(published("l1")).save_pretrained(tmp_path)
+    for folder in (published("l1"), tmp_path):
+        with pytest.raises(
+            ValueError, match=r"A report compares the tokens of one action .* predicts chunks of actions"
+        ):
+            compare(folder, ["8bit"], fake_episode(steps=1))
 
 
 def test_a_checkpoint_is_described_without_reading_its_components(published, capsys):

@@ -1,12 +1,24 @@
-"""Measure the time of an action, and compare it with plain `generate` and the device's limits."""
+"""Measure the time of an action or a chunk, and compare it with plain `generate` and the device's limits."""
 
 import argparse
 from dataclasses import asdict
 
-from .common import DTYPES, checkpoint, console, default_model, device, load_model, positive, print_json, print_table
+from .common import (
+    DTYPES,
+    checkpoint,
+    console,
+    default_model,
+    device,
+    load_model,
+    positive,
+    print_json,
+    print_table,
+    refuse_options,
+)
 
 
 EXAMPLE = "bench --random 0.5b --batch-sizes 1 8"
+CHUNK = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     measured.add_argument(
         "--random", choices=("7b", "0.5b", "tiny"), help="use a model of this size with random weights"
+    )
+    parser.add_argument(
+        "--chunk",
+        type=positive,
+        help="with --random: also predict chunks of this many actions with the same weights, by an L1 head and as "
+        f"tokens (default: {CHUNK})",
+    )
+    parser.add_argument("--cameras", type=positive, help="with --random: images of each observation (default: 1)")
+    parser.add_argument(
+        "--state-dim", type=positive, help="with --random: dimensions of the state (default: no state)"
     )
     parser.add_argument(
         "--unnorm-key", help="statistics that give the number of action dimensions, if the model has several"
@@ -38,14 +60,21 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..evaluation.latency import latency_tables, measure_latency
-    from ..evaluation.random_models import random_model
+    from ..evaluation.random_models import chunk_model, random_model
 
+    chunk_models = {}
+    if args.random is None:
+        refuse_options(args, "is for random weights: give --random", "chunk", "cameras", "state_dim")
     with console(stderr=True, quiet=args.json).status("loading") as status:
         if args.random is not None:
             place = torch.device(args.device or "cpu")
             usual = "bfloat16" if place.type == "cuda" else "float32"
             dtype = getattr(torch, usual if args.dtype == "auto" else args.dtype)
-            model, processor = random_model(args.random, dtype, place)
+            fields = {"num_images": args.cameras or 1, "proprio_dim": args.state_dim}
+            model, processor = random_model(args.random, dtype, place, **fields)
+            chunk = args.chunk or CHUNK
+            for head, name in (("l1", "L1 head"), ("none", "tokens")):
+                chunk_models[f"chunk of {chunk}, {name}"] = chunk_model(model, chunk, head)
         else:
             model, processor = load_model(args.model or default_model(), args.dtype, args.device)
         result = measure_latency(
@@ -55,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
             batch_sizes=args.batch_sizes,
             repeats=args.repeats,
             compile_passes=args.compile,
+            chunk_models=chunk_models,
             progress=status.update,
         )
     if args.json:

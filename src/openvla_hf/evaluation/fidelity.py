@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from ..checkpoints.describe import describe
 from ..checkpoints.quantize import quantization, weight_bytes
 from ..data.gripper import GRIPPER_OPEN
 from ..data.optional_packages import import_extra
@@ -127,13 +128,18 @@ def compare(
 
     Raises:
         ValueError: If there are no observations, a format is unknown or cannot run on this machine, or the checkpoint
-            is already quantised.
+            is already quantised or predicts chunks.
         ImportError: If the package of a format is not installed.
     """
     frames = list(observations)
     if not frames:
         raise ValueError("There are no observations to compare on: give at least one.")
     refuse_second(checkpoint, getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None))
+    if (describe(checkpoint).oft or {}).get("action_decoding") == "parallel":
+        raise ValueError(
+            f"A report compares the tokens of one action for each observation, but {checkpoint} predicts chunks of "
+            "actions. Write the quantised checkpoint, and compare its success with that of the original instead."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Make every config before the first model is loaded, so that a format that cannot run fails at once.
     first = baseline or f"{8 * dtype.itemsize}-bit"

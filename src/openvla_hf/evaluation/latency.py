@@ -18,9 +18,11 @@ from rich.table import Table
 from transformers import LogitsProcessorList
 
 from ..modeling.action_decoding import ActionIdsOnly, action_pass
+from ..modeling.action_tokenizer import normalize_state, resolve_key
 from ..modeling.model_inputs import prepare_prompts
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
+from .latency_floor import Floor
 from .random_models import INSTRUCTION
 
 
@@ -85,51 +87,6 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     return resident("VmHWM") - before
 
 
-# The model's floor
-
-
-@dataclass
-class Work:
-    """The least that one pass reads and computes: its weights, and two operations for each weight and token.
-
-    Attention and activations are left out. They add little at these lengths, and a lower bound may be too low.
-    """
-
-    weight_bytes: int
-    operations: int
-
-    @classmethod
-    def of(cls, parameters: Sequence[torch.Tensor], tokens: int) -> "Work":
-        """Count the work of parameters that are read once and multiplied with each of the tokens."""
-        return cls(sum(p.nbytes for p in parameters), 2 * tokens * sum(p.numel() for p in parameters))
-
-    def seconds(self, bandwidth: float, matmul: float) -> float:
-        """Return the least seconds, reached when reading and computing overlap."""
-        return max(self.weight_bytes / bandwidth, self.operations / matmul)
-
-
-def floor(
-    model: OpenVLAForActionPrediction, batch: int, prompt: int, steps: int, bandwidth: float, matmul: float
-) -> dict[str, float]:
-    """Return the least seconds of an action's parts (vision, prefill, decode), in total and with an accepted draft."""
-    base = model.model
-    vision = [*base.vision_backbone.parameters(), *base.projector.parameters()]
-    embedding = base.get_input_embeddings().weight
-    head = model.lm_head.weight[: model.config.n_action_bins]
-    language = [p for p in base.language_model.parameters() if p is not embedding]
-
-    def least(parameters: Sequence[torch.Tensor], tokens: int) -> float:
-        return Work.of(parameters, batch * tokens).seconds(bandwidth, matmul)
-
-    parts = {
-        "vision": least(vision, model.config.num_image_tokens),
-        "prefill": least(language, prompt) + least([head], 1),
-        "decode": (steps - 1) * least([*language, head], 1),
-    }
-    drafted = least(language, prompt + steps - 1) + least([head], steps)
-    return parts | {"predict_action": sum(parts.values()), "accepted draft": parts["vision"] + drafted}
-
-
 # Timing
 
 
@@ -140,12 +97,16 @@ class BatchLatency:
     Attributes:
         batch_size: Observations in a call.
         prompt_tokens: Tokens of the prompt, image placeholders included.
-        parts: Medians of processor, vision, prefill and decode of `predict_action`.
-        floor: See `floor`.
-        timings: `{variant: {"median", "p95", "hz", "speedup"}}`; `hz` counts the actions of all rows, `speedup` is
-            relative to plain `generate`.
-        forward_passes: `{variant: passes of the language model}`.
-        same_tokens: Whether every variant gives the tokens of `generate` restricted to the action ids.
+        parts: Medians of processor, vision, prefill and decode of `predict_action`, or of processor, vision and chunk
+            (the rest) with parallel decoding.
+        floor: `{part or variant: least seconds}`, see `Floor`.
+        timings: `{variant: {"median", "p95", "hz", "speedup"}}`; `hz` counts the actions of all rows and chunks,
+            `speedup` is that of `hz` over plain `generate`, if the model can generate.
+        forward_passes: `{variant: passes of the language model in a call}`.
+        actions_per_call: `{variant: actions of each row in a call}`; more than one is a chunk.
+        passes_per_action: `{variant: passes of the language model for each action}`.
+        same_tokens: Whether every variant of decoding token by token gives the tokens of `generate` restricted to the
+            action ids; `None` if the model decodes in parallel.
         peak_bytes: Bytes that one `predict_action` needs beyond the weights; `None` if they cannot be counted.
     """
 
@@ -155,7 +116,9 @@ class BatchLatency:
     floor: dict[str, float]
     timings: dict[str, dict[str, float]]
     forward_passes: dict[str, int]
-    same_tokens: bool
+    actions_per_call: dict[str, int]
+    passes_per_action: dict[str, float]
+    same_tokens: bool | None
     peak_bytes: int | None
 
 
@@ -205,10 +168,13 @@ def measure_latency(
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 20,
     compile_passes: bool = False,
+    chunk_models: Mapping[str, OpenVLAForActionPrediction] | None = None,
     instruction: str = INSTRUCTION,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Latency:
     """Time `predict_action` with and without a draft, and `generate`; the variants take turns.
+
+    A model with parallel decoding has only `predict_action`.
 
     Args:
         model: A policy on the device to measure.
@@ -217,9 +183,18 @@ def measure_latency(
         batch_sizes: Observations in a call.
         repeats: Counted calls of each variant.
         compile_passes: Whether to time `compile_for_actions` too.
+        chunk_models: `{variant: model with parallel decoding}` to compare with the model, for the same observations.
         instruction: The instruction for each observation.
         progress: Called with the name of each step before it starts.
+
+    Raises:
+        ValueError: `compile_passes` was asked of a model with parallel decoding.
     """
+    if compile_passes and model.config.is_parallel:
+        raise ValueError(
+            "Compiled passes are for decoding an action token by token, but this model decodes a chunk in one pass: "
+            "measure it without compiling."
+        )
     device, dtype = model.device, model.dtype
     progress("device")
     weights = list(model.parameters())
@@ -235,8 +210,12 @@ def measure_latency(
         repeats=repeats,
     )
     for batch_size in batch_sizes:
-        calls = _Calls(model, processor, unnorm_key, batch_size, instruction)
-        result.batches.append(_measure_batch(calls, result, compile_passes, progress))
+        calls, *of_chunks = (
+            _Calls(one, processor, unnorm_key, batch_size, instruction)
+            for one in (model, *(chunk_models or {}).values())
+        )
+        chunks = dict(zip(chunk_models or {}, of_chunks, strict=True))
+        result.batches.append(_measure_batch(calls, chunks, result, compile_passes, progress))
     return result
 
 
@@ -278,23 +257,44 @@ class _Calls:
         instruction: str,
     ):
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.stats = model.get_action_stats(unnorm_key)
+        self.unnorm_key, self.stats = unnorm_key, model.get_action_stats(unnorm_key)
         self.steps = model.get_action_dim(unnorm_key)
-        self.images = list(np.random.default_rng(0).integers(0, 256, (batch_size, 256, 256, 3), np.uint8))
+        shape = batch_size, model.config.num_images, 256, 256, 3
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        self.images = [list(cameras) if len(cameras) > 1 else cameras[0] for cameras in images]
         self.instructions = [instruction] * batch_size
+        state_dim = model.config.proprio_dim
+        self.state = None if state_dim is None else np.zeros((batch_size, state_dim))
         self.inputs = prepare_inputs(model, self.process())
 
     def process(self) -> Any:
-        return self.processor(self.images, instruction=self.instructions)
+        return self.processor(self.images, instruction=self.instructions, state=self.state)
 
     def see(self) -> torch.Tensor:
-        return self.model.get_image_features(self.inputs["pixel_values"])
+        text = None
+        if self.model.config.use_film:
+            text = torch.zeros(self.batch_size, self.model.config.text_config.hidden_size, device=self.model.device)
+        return self.model.get_image_features(self.inputs["pixel_values"], text)
+
+    def prompts(self) -> dict[str, torch.Tensor]:
+        """Return the inputs of `generate`, which takes a normalised state."""
+        if self.state is None:
+            return self.inputs
+        config = self.model.config
+        stats = (config.norm_stats or {})[resolve_key(config.norm_stats, self.unnorm_key)]["proprio"]
+        proprio = torch.from_numpy(normalize_state(self.state, stats, config.action_normalization))
+        return self.inputs | {"proprio": proprio.to(self.model.device, self.model.dtype)}
 
     def generate(self) -> torch.Tensor:
-        return generate(self.model, self.inputs, self.steps)
+        return generate(self.model, self.prompts(), self.steps)
 
     def predict(self, **options: Any) -> Any:
-        return self.model.predict_action(**self.inputs, **{"stats": self.stats} | options)
+        given = {"stats": self.stats, "unnorm_key": self.unnorm_key, "state": self.state} | options
+        return self.model.predict_action(**self.inputs, **given)
+
+    def floor(self, passes: int, bandwidth: float, matmul: float) -> dict[str, float]:
+        least = Floor(self.model, self.batch_size, self.inputs["input_ids"].shape[1], bandwidth, matmul)
+        return least.chunk(passes) if self.model.config.is_parallel else least.token_by_token(self.steps)
 
     def predict_first_dimension(self) -> Any:
         return self.predict(
@@ -320,7 +320,11 @@ class _Calls:
 
 
 def _measure_batch(
-    calls: _Calls, result: Latency, compile_passes: bool, progress: Callable[[str], None]
+    calls: _Calls,
+    chunks: Mapping[str, _Calls],
+    result: Latency,
+    compile_passes: bool,
+    progress: Callable[[str], None],
 ) -> BatchLatency:
     def tell(what: str) -> None:
         progress(f"batch of {calls.batch_size}: {what}")
@@ -328,40 +332,52 @@ def _measure_batch(
     device = calls.model.device
     tell("memory and tokens")
     peak_bytes = peak_memory(calls.predict, device)
-    generated = generate_action_ids(calls.model, calls.inputs, calls.steps)
-    draft = calls.predict(return_details=True).token_ids
+    variants: dict[str, Callable[..., Any]] = {"processor": calls.process, "vision": calls.see}
+    predictions: dict[str, Callable[..., Any]] = {"predict_action": calls.predict}
+    if not calls.model.config.is_parallel:
+        variants |= {"first token": calls.predict_first_dimension, "generate": calls.generate}
+        predictions |= _drafted_and_compiled(calls, compile_passes, tell)
+    predictions |= {name: chunk.predict for name, chunk in chunks.items()}
+    details = {name: predict(return_details=True) for name, predict in predictions.items()}
+    details = {name: prediction for name, prediction in details.items() if prediction is not None}
 
-    predictions: dict[str, Callable[..., Any]] = {
-        "predict_action": calls.predict,
-        "accepted draft": partial(calls.predict, draft_token_ids=draft),
-    }
+    timed = variants | {name: predictions[name] for name in details}
+    times = _take_turns(timed, result.repeats, device, tell)
+    passes = {name: prediction.forward_passes for name, prediction in details.items()}
+    actions = {name: 1 if one.actions.ndim == 2 else one.actions.shape[1] for name, one in details.items()}
+    least = calls.floor(passes["predict_action"], result.bandwidth, result.matmul)
+    for name, chunk in chunks.items():
+        least[name] = chunk.floor(passes[name], result.bandwidth, result.matmul)["predict_action"]
+    same_tokens = None
+    if not calls.model.config.is_parallel:
+        generated = generate_action_ids(calls.model, calls.prompts(), calls.steps)
+        same_tokens = all(np.array_equal(details[name].token_ids, generated) for name in details if name not in chunks)
+    return BatchLatency(
+        batch_size=calls.batch_size,
+        prompt_tokens=calls.inputs["input_ids"].shape[1],
+        parts=_parts(times),
+        floor=least,
+        timings=_timings(times, actions, calls.batch_size),
+        forward_passes=passes,
+        actions_per_call=actions,
+        passes_per_action={name: passes[name] / actions[name] for name in passes},
+        same_tokens=same_tokens,
+        peak_bytes=peak_bytes,
+    )
+
+
+def _drafted_and_compiled(
+    calls: _Calls, compile_passes: bool, tell: Callable[[str], None]
+) -> dict[str, Callable[..., Any]]:
+    """Make the other ways to predict an action token by token."""
+    draft = calls.predict(return_details=True).token_ids
+    predictions: dict[str, Callable[..., Any]] = {"accepted draft": partial(calls.predict, draft_token_ids=draft)}
     if compile_passes:
         tell("compiling")
         predict_compiled = calls.compile()
         predictions["compiled"] = predict_compiled
         predictions["compiled, accepted draft"] = partial(predict_compiled, draft_token_ids=draft)
-    details = {name: predict(return_details=True) for name, predict in predictions.items()}
-    details = {name: prediction for name, prediction in details.items() if prediction is not None}
-
-    variants = {
-        "processor": calls.process,
-        "vision": calls.see,
-        "first token": calls.predict_first_dimension,
-        "generate": calls.generate,
-        **{name: predictions[name] for name in details},
-    }
-    times = _take_turns(variants, result.repeats, device, tell)
-    prompt_tokens = calls.inputs["input_ids"].shape[1]
-    return BatchLatency(
-        batch_size=calls.batch_size,
-        prompt_tokens=prompt_tokens,
-        parts=_parts(times),
-        floor=floor(calls.model, calls.batch_size, prompt_tokens, calls.steps, result.bandwidth, result.matmul),
-        timings=_timings({name: times[name] for name in ("generate", *details)}, calls.batch_size),
-        forward_passes={name: prediction.forward_passes for name, prediction in details.items()},
-        same_tokens=all(np.array_equal(prediction.token_ids, generated) for prediction in details.values()),
-        peak_bytes=peak_bytes,
-    )
+    return predictions
 
 
 def _take_turns(
@@ -377,27 +393,29 @@ def _take_turns(
 
 
 def _parts(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Divide the median time of an action into its parts."""
+    """Divide the median time of a call into its parts."""
     median = {name: float(np.median(values)) for name, values in times.items()}
-    return {
-        "processor": median["processor"],
-        "vision": median["vision"],
+    seen = {"processor": median["processor"], "vision": median["vision"]}
+    if "first token" not in median:
+        return seen | {"chunk": median["predict_action"] - median["vision"]}
+    return seen | {
         "prefill": median["first token"] - median["vision"],
         "decode": median["predict_action"] - median["first token"],
     }
 
 
-def _timings(times: Mapping[str, Sequence[float]], batch_size: int) -> dict[str, dict[str, float]]:
-    median = {name: float(np.median(values)) for name, values in times.items()}
-    return {
-        name: {
-            "median": median[name],
-            "p95": float(np.percentile(values, 95)),
-            "hz": batch_size / median[name],
-            "speedup": median["generate"] / median[name],
-        }
-        for name, values in times.items()
-    }
+def _timings(
+    times: Mapping[str, Sequence[float]], actions: Mapping[str, int], batch_size: int
+) -> dict[str, dict[str, float]]:
+    generated = {"generate": 1} if "generate" in times else {}
+    timings = {}
+    for name, count in (generated | dict(actions)).items():
+        median = float(np.median(times[name]))
+        rate = batch_size * count / median
+        timings[name] = {"median": median, "p95": float(np.percentile(times[name], 95)), "hz": rate}
+        if generated:
+            timings[name]["speedup"] = rate / timings["generate"]["hz"]
+    return timings
 
 
 def latency_tables(result: Latency) -> list[Table]:
@@ -408,16 +426,18 @@ def latency_tables(result: Latency) -> list[Table]:
 
     tables = []
     for batch in result.batches:
-        table = Table(
-            title=f"{batch.prompt_tokens} tokens, batch of {batch.batch_size}, ms",
-            caption="same tokens as generate" if batch.same_tokens else "tokens differ from generate's",
-        )
-        for column in ("", "median", "p95", "actions/s", "x generate", "passes", "floor", "x floor"):
+        table = Table(title=f"{batch.prompt_tokens} tokens, batch of {batch.batch_size}, ms of a call")
+        if batch.same_tokens is not None:
+            table.caption = "same tokens as generate" if batch.same_tokens else "tokens differ from generate's"
+        for column in ("", "median", "p95", "actions/s", "x generate", "passes/action", "floor", "x floor"):
             table.add_column(column, justify="right" if column else "left")
         for name, timing in batch.timings.items():
-            least = batch.floor["accepted draft" if "draft" in name else "predict_action"]
-            rates = f"{timing['hz']:.1f}", f"{timing['speedup']:.2f}", str(batch.forward_passes.get(name, ""))
+            usual = batch.floor["accepted draft" if "draft" in name else "predict_action"]
+            least = batch.floor.get(name, usual)
+            speedup = f"{timing['speedup']:.2f}" if "speedup" in timing else ""
+            passes = f"{batch.passes_per_action[name]:g}" if name in batch.passes_per_action else ""
             over = f"{timing['median'] / least:.2f}"
+            rates = f"{timing['hz']:.1f}", speedup, passes
             table.add_row(name, ms(timing["median"]), ms(timing["p95"]), *rates, ms(least), over)
         table.add_section()
         for name, value in batch.parts.items():

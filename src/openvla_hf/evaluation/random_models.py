@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModel
 from transformers.initialization import no_init_weights
 
@@ -57,12 +58,13 @@ RANDOM_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_config(size: str, text_config: Mapping[str, Any] | None = None) -> OpenVLAConfig:
+def random_config(size: str, text_config: Mapping[str, Any] | None = None, **fields: Any) -> OpenVLAConfig:
     """Make the config of one of `RANDOM_SIZES`.
 
     Args:
         size: Key of `RANDOM_SIZES`.
         text_config: Fields of the language model's config to override, such as `{"num_hidden_layers": 2}`.
+        fields: Further fields of `OpenVLAConfig`, such as `num_images` or `proprio_dim`.
 
     Raises:
         ValueError: If the size is unknown.
@@ -70,8 +72,11 @@ def random_config(size: str, text_config: Mapping[str, Any] | None = None) -> Op
     check_name(size, RANDOM_SIZES, "size")
     sizes = copy.deepcopy(RANDOM_SIZES[size])
     sizes["text_config"] |= text_config or {}
+    statistics = {"action": BRIDGE_LIKE_STATS}
+    if (state := fields.get("proprio_dim")) is not None:
+        statistics["proprio"] = {"q01": [-1.0] * state, "q99": [1.0] * state}
     return OpenVLAConfig(
-        vision_backbone_id="dinosiglip-vit-so-224px", norm_stats={"random": {"action": BRIDGE_LIKE_STATS}}, **sizes
+        vision_backbone_id="dinosiglip-vit-so-224px", norm_stats={"random": statistics}, **sizes, **fields
     )
 
 
@@ -80,6 +85,7 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     text_config: Mapping[str, Any] | None = None,
+    **fields: Any,
 ) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """Make a model with random weights, directly on the device and in its dtype, and its processor.
 
@@ -88,19 +94,45 @@ def random_model(
         dtype: Type of the weights.
         device: Device of the weights.
         text_config: Fields of the language model's config to override, such as `{"num_hidden_layers": 2}`.
+        fields: Further fields of `OpenVLAConfig`, such as `num_images` or `proprio_dim`.
 
     Raises:
         ValueError: If the size is unknown.
     """
-    config = random_config(size, text_config)
+    config = random_config(size, text_config, **fields)
     with torch.device(device), no_init_weights():
         model = AutoModel.from_config(config, dtype=dtype).eval()
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    _randomize(model)
     # With enough merges most words are one token each, as in Llama's vocabulary.
     return model, tiny_processor(tiny_tokenizer([INSTRUCTION], merges=500), config)
+
+
+def chunk_model(model: OpenVLAForActionPrediction, horizon: int, head: str = "l1") -> OpenVLAForActionPrediction:
+    """Make a model with parallel decoding that shares all weights of `model`; only its action head is new.
+
+    Args:
+        model: A model that decodes token by token, and whose statistics are those of one robot.
+        horizon: Actions in a chunk.
+        head: "l1", or "none" for action tokens.
+    """
+    parallel = {"action_decoding": "parallel", "action_horizon": horizon, "action_head": head}
+    config = OpenVLAConfig.from_dict(model.config.to_dict() | parallel | {"action_dim": model.get_action_dim()})
+    with torch.device("meta"), no_init_weights():
+        chunked = AutoModel.from_config(config, dtype=model.dtype).eval()
+    for name, part in model.model.named_children():
+        setattr(chunked.model, name, part)
+    chunked.lm_head = model.lm_head
+    if chunked.action_head is not None:
+        chunked.action_head.to_empty(device=model.device)
+        _randomize(chunked.action_head)
+    return chunked
+
+
+@torch.no_grad()
+def _randomize(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
