@@ -161,8 +161,9 @@ API = {
         Cost(trainable, parameters, weights, gradients, optimizer, activations)
         Recipe(lora_rank, lora_alpha, lora_dropout, lora_targets, trained, quantize, dtype, learning_rate,
             lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, batch_size, gradient_accumulation_steps,
-            gradient_checkpointing, augment, seed, action_head, action_horizon, use_state, use_film, decay_step)
-        estimate_cost(config, recipe, prompt_tokens)
+            gradient_checkpointing, augment, seed, action_head, action_horizon, use_state, use_film,
+            action_normalization, decay_step)
+        estimate_cost(config, recipe, prompt_tokens, num_images, proprio_dim)
         recipe(name, **overrides)
     """,
     "openvla_hf.training.trainer": """

@@ -297,6 +297,8 @@ def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, tmp_
     assert len(report.mean_absolute_error) == 7
     card = (tmp_path / "run" / "README.md").read_text()
     assert "predict_action" in card
+    assert "3 actions, l1 head" in card
+    assert "a tenth after 100000 steps" in card
 
 
 def swapped(frames):
@@ -355,3 +357,41 @@ def test_a_recipe_of_chunks_names_what_the_data_lack(base, tmp_path):
     )
     with pytest.raises(ValueError, match=r"statistics of 'arm' have no state.*use_state=false"):
         build_trainer(arguments)
+
+
+@pytest.mark.parametrize(("name", "head"), [("full", "l1"), ("last-layer", "l1"), ("frozen-vision", "diffusion")])
+def test_recipes_without_adapters_train_the_new_networks_too(base, name, head):
+    model = OpenVLAForActionPrediction.from_pretrained(base)
+    chosen = recipe(name, action_head=head, action_horizon=CHUNK, use_state=True, use_film=True)
+    add_action_networks(model, chosen.action_fields(7, 1, 3))
+    learns = {key for key, one in chosen.prepare(model).named_parameters() if one.requires_grad}
+    networks = ("action_head", "proprio_projector", "film_scale", "film_shift")
+    for network in (*networks, *(["noisy_action_projector"] if head == "diffusion" else [])):
+        assert {key for key, _ in model.named_parameters() if f"{network}." in key} <= learns
+
+
+def test_the_accuracy_of_tokens_compares_ids(base, tmp_path):
+    """Two ids stand for the highest value, so values alone would not tell them apart."""
+    trainer = build(base, tmp_path, "oft-discrete")
+    batch = trainer.eval_collator(chunk_frames()[:4])
+    model = trainer.model.eval()
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    actions = batch["labels"][:, 1:-1]
+    equal = (outputs.logits.argmax(-1)[:, :-1] == actions)[actions.ne(IGNORED)]
+    assert trainer.evaluation_metrics.take()["action_accuracy"] == pytest.approx(float(equal.float().mean()))
+    outputs.logits.zero_().scatter_(2, batch["labels"][:, 1:].clamp(min=0).unsqueeze(-1), 1.0)
+    trainer.evaluation_metrics.update(outputs.logits.argmax(-1), batch["labels"][:, 1:], None)
+    assert trainer.evaluation_metrics.take()["action_accuracy"] == 1
+
+
+def test_the_noise_of_a_diffusion_head_differs_between_batches_and_processes(base, tmp_path, monkeypatch):
+    trainer = build(base, tmp_path, "oft-diffusion")
+    actions = torch.zeros(4, CHUNK, 7)
+    draws = [trainer._draw_noise(actions)["noise"] for _ in range(2)]
+    assert not torch.equal(*draws)
+    trainer.check_step()
+    assert torch.equal(trainer._draw_noise(actions)["noise"], draws[0])  # as after a resume at the same step
+    trainer.check_step()
+    monkeypatch.setattr(type(trainer.args), "process_index", 1)
+    assert not torch.equal(trainer._draw_noise(actions)["noise"], draws[0])

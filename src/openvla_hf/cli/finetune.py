@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     arguments = read_arguments(args)
     register_robots(args)
     recipe, _ = check_run(arguments)
-    cost = estimate_cost(AutoConfig.from_pretrained(args.model), recipe)
+    cost = estimate_cost(AutoConfig.from_pretrained(args.model), recipe, num_images=len(args.cameras or [None]))
     is_main = PartialState().is_main_process
     if is_main:
         print_table(cost_table(f"{args.recipe} on {args.model}", cost), stderr=True)

@@ -349,13 +349,22 @@ def _look_at(frames: Dataset | IterableDataset, recipe: Recipe, norm_stats: Mapp
 
 def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
     """Collect the settings for the model card."""
-    adapters = f"adapters of rank {recipe.lora_rank}, alpha {recipe.lora_alpha}"
+    trained = ", ".join(recipe.trained)
+    if recipe.uses_adapters:
+        trained = f"adapters of rank {recipe.lora_rank}, alpha {recipe.lora_alpha}"
+    chunk = {}
+    if recipe.action_head is not None:
+        trained += "; the networks of the action head, the state and FiLM in full"
+        head = "action tokens" if recipe.action_head == "none" else f"{recipe.action_head} head"
+        chunk["chunk"] = f"{recipe.action_horizon} actions, {head}{', FiLM' if recipe.use_film else ''}"
+    decay = f", a tenth after {recipe.decay_step} steps" if recipe.decay_step else ""
     return {
-        "trained": adapters if recipe.uses_adapters else ", ".join(recipe.trained),
+        "trained": trained,
+        **chunk,
         "weights that stay": "4 bits" if recipe.quantize else recipe.dtype,
         "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         "samples a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}{decay}",
         "weight decay": args.weight_decay,
         "augmentation": "random crops and colours" if recipe.augment else "none",
         "seed": args.seed,

@@ -230,7 +230,9 @@ class Recipe:
         if not self.trained:
             raise ValueError("This recipe trains nothing. Set `lora_rank`, or name modules in `trained`.")
         model.requires_grad_(False)
-        for name in self.trained:
+        added = list_networks(model)
+        names = [name for name, _ in model.named_modules() if name.rpartition(".")[-1] in added]
+        for name in (*self.trained, *names):
             # At these learning rates, steps are too small for bfloat16.
             find_module(model, name).requires_grad_(True).float()
         return model
@@ -337,24 +339,36 @@ class Cost:
         object.__setattr__(self, "total", self.weights + self.gradients + self.optimizer + self.activations)
 
 
-def estimate_cost(config: OpenVLAConfig, recipe: Recipe, prompt_tokens: int = 40) -> Cost:
+def estimate_cost(
+    config: OpenVLAConfig,
+    recipe: Recipe,
+    prompt_tokens: int = 40,
+    num_images: int = 1,
+    proprio_dim: int | None = None,
+) -> Cost:
     """Count the parameters of a recipe and estimate its memory from the configuration, without loading any weights.
 
     Args:
         config: Configuration of the base model.
         recipe: Recipe to estimate.
-        prompt_tokens: Number of text tokens of a sample, including the action. Image tokens are added.
+        prompt_tokens: Number of text tokens of a sample, including one action. Image tokens and the other actions of a
+            chunk are added.
+        num_images: Number of cameras, for a recipe with an `action_head`.
+        proprio_dim: Dimensions of the state, for a recipe that uses it.
     """
     with torch.device("meta"):
         model: Any = OpenVLAForActionPrediction(copy.deepcopy(config)).to(getattr(torch, recipe.dtype))
-    rows = recipe.batch_size * config.num_image_tokens
-    text_rows = rows + recipe.batch_size * prompt_tokens
+    if not config.is_parallel:  # with the most common size of an action
+        fields = recipe.action_fields(config.action_dim or 7, num_images, proprio_dim if recipe.use_state else None)
+        add_action_networks(model, fields)
+    config = model.config
+    rows = recipe.batch_size * config.num_image_tokens * config.num_images
+    later_actions = (config.action_horizon - 1) * (config.action_dim or 0)
+    text_rows = rows + recipe.batch_size * (prompt_tokens + later_actions)
     kept = {
         name: _kept_for_backward(model.get_submodule(name), text_rows if name in LANGUAGE_MODEL else rows, recipe)
         for name in VISION + PROJECTOR + LANGUAGE_MODEL[:1]
     }
-    if not config.is_parallel:  # with the most common size of an action
-        add_action_networks(model, recipe.action_fields(config.action_dim or 7))
     model = recipe.prepare(model)
     parameters = dict(model.named_parameters())
     learning = {name: one for name, one in parameters.items() if one.requires_grad}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
@@ -85,6 +86,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         )
         self._last_batch: dict[str, torch.Tensor] | None = None
         self._step_loss = torch.zeros(())
+        self._batches_of_step = 0
 
     @property
     def _policy(self) -> nn.Module:
@@ -172,9 +174,11 @@ class ActionTrainer(WholeCheckpointTrainer):
             self._last_batch = inputs
         metrics = self.training_metrics if model.training else self.evaluation_metrics
         if "actions" in inputs:
-            predicted = outputs.actions.detach()
-            targets = targets[:, : predicted[0].numel()]  # without the stop token
-            metrics.update_chunks(predicted, inputs["actions"], targets, inputs.get("dataset_index"))
+            predicted, index = outputs.actions.detach(), inputs.get("dataset_index")
+            if outputs.logits is None:
+                metrics.update_chunks(predicted, inputs["actions"], targets, index)
+            else:  # of tokens
+                metrics.update(outputs.logits.detach().argmax(-1), targets, index)
         else:
             metrics.update(outputs.logits.detach().argmax(-1), targets, inputs.get("dataset_index"))
         return (loss, outputs) if return_outputs else loss
@@ -186,6 +190,8 @@ class ActionTrainer(WholeCheckpointTrainer):
         given = {name: value for name, value in inputs.items() if name not in ("labels", "dataset_index")}
         if "actions" in inputs:
             targets = inputs["labels"][:, 1:]
+            if self._policy.config.action_head == "diffusion":
+                given |= self._draw_noise(inputs["actions"])
             outputs = model(**given, num_items_in_batch=num_items_in_batch)
             loss = outputs.loss
         else:
@@ -200,6 +206,21 @@ class ActionTrainer(WholeCheckpointTrainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
         return loss, outputs, targets
+
+    def _draw_noise(self, actions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Draw the noise and its levels for the chunks (B, K, A) of a batch.
+
+        Each process and batch has its own, which PyTorch's generator would not give: all processes seed it alike.
+        """
+        place = [self.args.seed, self.state.global_step, self.args.process_index, self._batches_of_step]
+        self._batches_of_step += 1
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        levels = self._policy.config.diffusion_steps
+        noise = {
+            "noise": torch.randn(actions.shape, generator=generator),
+            "timesteps": torch.randint(levels, (len(actions),), generator=generator),
+        }
+        return {name: tensor.to(actions.device) for name, tensor in noise.items()}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
@@ -221,6 +242,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         Raises:
             ValueError: The loss is not finite.
         """
+        self._batches_of_step = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self.evaluation_metrics.take(f"{metric_key_prefix}_"))
         loss = output.metrics.get(f"{metric_key_prefix}_loss", 0.0)
@@ -239,6 +261,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         # If the loss of one process is not finite, all processes must stop.
         loss = float(self.accelerator.reduce(self._step_loss, reduction="sum"))
         self._step_loss = torch.zeros_like(self._step_loss)
+        self._batches_of_step = 0
         self._require_finite(loss, "loss", when)
         if self.accelerator.scaler is not None:  # the scaler skips steps whose gradients overflow
             return
