@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from openvla_hf.modeling.film import film_backbone_weights
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.modeling.oft_loading import PLATFORMS, read_components, resolve_fields
 from openvla_hf.processing import oft_presets
-from openvla_hf.testing import write_tiny_oft
+from openvla_hf.testing import tiny_config, write_tiny_oft
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +309,41 @@ def test_a_saved_model_is_one_checkpoint_that_states_all_its_fields(oft, tmp_pat
             assert torch.equal(again.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match=r"states action_horizon=8 .*, but the platform 'aloha' has 25: leave out"):
         AutoModel.from_pretrained(tmp_path / "saved", platform="aloha")
+
+
+@pytest.fixture(scope="module")
+def saved(written, tmp_path_factory):
+    """Checkpoints in our own layout: one of OpenVLA-OFT, and one of plain OpenVLA."""
+    folder = tmp_path_factory.mktemp("saved")
+    OpenVLAForActionPrediction.from_pretrained(written(())).save_pretrained(folder / "oft")
+    torch.manual_seed(0)
+    OpenVLAForActionPrediction(tiny_config()).save_pretrained(folder / "plain")
+    return folder
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    ("given", "of_oft", "of_plain"),
+    [
+        ({"action_decoding": "paralel"}, "trained with action_decoding='parallel'", "Did you mean 'parallel'"),
+        ({"action_head": "l1"}, None, "`action_head='l1'` needs `action_decoding='parallel'`"),
+        ({"action_head": "none"}, "trained with action_head='l1'", None),
+        ({"action_horizon": 0}, "`action_horizon=0` contradicts the config.json", "must be a positive integer, got 0"),
+        ({"action_horizon": 4}, "trained with action_horizon=8", "`action_horizon=4` needs `action_decoding="),
+        ({"action_normalization": "q98"}, "trained with action_normalization='q99'", "Did you mean 'q99'"),
+        ({"num_images": "2"}, "`num_images='2'` contradicts", "`num_images` must be a positive integer, got '2'"),
+        ({"action_decoding": "autoregressive"}, "trained with action_decoding='parallel'", None),
+        ({"action_stop_token": False}, "trained with action_stop_token=True", None),
+        ({"use_film": "yes"}, "trained with use_film=False", "`use_film` must be True or False, got 'yes'"),
+    ],
+)
+def test_a_saved_policy_is_not_loaded_as_another(saved, silent, load, given, of_oft, of_plain):
+    for kind, message in (("oft", of_oft), ("plain", of_plain)):
+        if message is None:
+            load.from_pretrained(saved / kind, **given)
+            continue
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load.from_pretrained(saved / kind, **given)
 
 
 def test_a_model_saved_over_its_source_replaces_the_components(oft):

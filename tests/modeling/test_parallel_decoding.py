@@ -7,10 +7,13 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
+from openvla_hf import OpenVLAConfig
 from openvla_hf.modeling.action_heads import NoiseSchedule
 from openvla_hf.modeling.action_tokenizer import normalize_state
+from openvla_hf.modeling.configuration_openvla import BIDIRECTIONAL_LANGUAGE_MODELS
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.modeling.parallel_decoding import ParallelPass, chunk_loss, lay_out
-from openvla_hf.testing import BRIDGE_LIKE_STATS
+from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_config
 
 
 K, A, S = 3, 7, 2
@@ -177,7 +180,7 @@ def test_the_sequence_is_laid_out_as_in_the_original(model):
             np.testing.assert_allclose(details.probabilities[row].reshape(K * A, -1), chances, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, pytest.param("flex_attention", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_every_position_sees_every_other(l1, implementation):
     """The state at the start of the sequence depends on the last token, and no padding matters."""
@@ -194,6 +197,43 @@ def test_every_position_sees_every_other(l1, implementation):
             assert (moved > 1e-4).all()
         else:
             assert (moved[mask[row].bool()] == 0).all()
+
+
+def with_language_model(kind, **fields):
+    plain = tiny_config()
+    text = {
+        "model_type": kind,
+        "hidden_size": 64,
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        **{name: getattr(plain.text_config, name) for name in ("vocab_size", "pad_token_id", "eos_token_id")},
+    }
+    return OpenVLAConfig(**plain.to_dict() | PARALLEL | fields | {"text_config": text})
+
+
+@pytest.mark.parametrize("kind", BIDIRECTIONAL_LANGUAGE_MODELS)
+@torch.no_grad()
+def test_the_listed_language_models_see_ahead(kind):
+    config = with_language_model(kind)
+    for implementation in IMPLEMENTATIONS:
+        if (kind, implementation) == ("gemma2", "sdpa"):  # which does not have it
+            continue
+        torch.manual_seed(0)
+        model = OpenVLAForActionPrediction._from_config(config, attn_implementation=implementation).eval()
+        embeds, mask = torch.randn(1, 8, 64), torch.ones(1, 8)
+        hidden = model.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        embeds[0, -1] = torch.randn(64)
+        moved = (model.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state - hidden).abs().amax(-1)
+        assert (moved > 1e-4).all(), implementation
+
+
+def test_a_language_model_that_may_stay_causal_is_refused():
+    with pytest.raises(ValueError, match="not tested with the language model 'gpt_neox', whose attention may stay"):
+        with_language_model("gpt_neox")
+    assert with_language_model("gpt_neox", action_decoding="autoregressive", action_horizon=1)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -106,6 +106,20 @@ ACTION_CHOICES = {
     "action_head": ("none", "l1", "diffusion"),
     "action_normalization": ("q99", "bounds"),
 }
+# Language models whose attention follows a bidirectional mask with all implementations of attention. Others may add a
+# causal mask of their own.
+BIDIRECTIONAL_LANGUAGE_MODELS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "olmo2",
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_openvla.OpenVLAConfig",
@@ -138,7 +152,7 @@ class OpenVLAConfig(PreTrainedConfig):
             actions in one bidirectional pass).
         action_head: Output of parallel decoding: "none" for action tokens, or "l1" or "diffusion" for a network that
             predicts numbers.
-        action_horizon: Number of actions in a chunk, more than one only with parallel decoding.
+        action_horizon: Number of actions in a chunk. Values above 1 need parallel decoding.
         action_dim: Dimensions of an action. Parallel decoding needs them.
         proprio_dim: Dimensions of the robot's state if the model sees it, else `None`.
         action_normalization: Statistics that correspond to -1 and 1: "q99" (`q01` and `q99`) or "bounds" (`min` and
@@ -257,19 +271,16 @@ class OpenVLAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        for name in ("use_film", "action_stop_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.reasoning and (self.is_parallel or self.text_config.eos_token_id is None):
             raise ValueError(
                 "`reasoning=True` needs `action_decoding='autoregressive'`, and a language model whose `eos_token_id` "
                 "ends the text."
             )
         if self.is_parallel:
-            if self.action_dim is None:
-                raise ValueError("Parallel decoding needs the number of action dimensions: give `action_dim`.")
-            if self.action_stop_token and self.text_config.eos_token_id is None:
-                raise ValueError(
-                    "The language model has no end-of-sequence token to put after the actions: give `eos_token_id` in "
-                    "`text_config`, or `action_stop_token=False`."
-                )
+            self._check_parallel()
             return
         if self.action_head != "none":
             raise ValueError(f"`action_head={self.action_head!r}` needs `action_decoding='parallel'`.")
@@ -277,6 +288,21 @@ class OpenVLAConfig(PreTrainedConfig):
             raise ValueError(f"`action_horizon={self.action_horizon}` needs `action_decoding='parallel'`.")
         if self.use_film:
             raise ValueError("`use_film=True` needs `action_decoding='parallel'`.")
+
+    def _check_parallel(self) -> None:
+        """Check the fields that parallel decoding needs."""
+        if self.action_dim is None:
+            raise ValueError("Parallel decoding needs the number of action dimensions: give `action_dim`.")
+        if self.action_stop_token and self.text_config.eos_token_id is None:
+            raise ValueError(
+                "The language model has no end-of-sequence token to put after the actions: give `eos_token_id` in "
+                "`text_config`, or `action_stop_token=False`."
+            )
+        if self.text_config.model_type not in BIDIRECTIONAL_LANGUAGE_MODELS:
+            raise ValueError(
+                f"Parallel decoding is not tested with the language model {self.text_config.model_type!r}, whose "
+                f"attention may stay causal: use one of {', '.join(map(repr, BIDIRECTIONAL_LANGUAGE_MODELS))}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary, without the fields of OpenVLA-OFT if all of them have their defaults."""

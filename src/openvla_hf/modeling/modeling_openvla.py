@@ -93,6 +93,11 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: OpenVLAConfig, *inputs: Any, **kwargs: Any):
+        # Arguments of `from_pretrained` change a config after it checked its fields.
+        config.check_action_fields()
+        super().__init__(config, *inputs, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, DefaultLinear):
             module.reset_parameters()

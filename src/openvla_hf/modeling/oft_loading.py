@@ -328,6 +328,8 @@ def complete_config(
     stored = files.read_json(CONFIG_NAME) or {}
     in_config = {name: stored[name] for name in OFT_FIELDS if name in stored}
     given = in_config | _given_fields(kwargs)
+    if in_config and not components.files:
+        _refuse_overrides(stored, kwargs, files.source)
     if in_config.get("action_decoding") == "parallel":
         if components.files and "vision_backbone_id" not in stored:  # our own layout, which has all weights
             component, name = next(iter(components.files.items()))
@@ -365,6 +367,21 @@ def _given_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
         for name in OFT_FIELDS
         if name in config.given_fields or getattr(config, name) != defaults[name]
     }
+
+
+def _refuse_overrides(stored: dict[str, Any], kwargs: dict[str, Any], source: Any) -> None:
+    """Raise `ValueError` if the caller changes a field that the stored config states."""
+    trained = {one.name: stored.get(one.name, one.default) for one in fields(OpenVLAConfig) if one.name in OFT_FIELDS}
+    if "vision_backbone_id" in stored:  # only our own layout leaves out defaults
+        trained = {name: value for name, value in trained.items() if name in stored}
+    config = kwargs.get("config")
+    asked = {name: getattr(config, name) for name in OFT_FIELDS} if isinstance(config, PreTrainedConfig) else kwargs
+    for name, value in trained.items():
+        if name in asked and asked[name] != value:
+            raise ValueError(
+                f"`{name}={asked[name]!r}` contradicts the {CONFIG_NAME} of {source}, whose policy was trained with "
+                f"{name}={value!r}: leave out `{name}`."
+            )
 
 
 def _refuse_other_platform(platform: str | None, stated: dict[str, Any], source: Any) -> None:
