@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 
 from openvla_hf.cli import main
-from openvla_hf.data import Gripper, Robot, from_episodes, robots, write_lerobot
+from openvla_hf.data import Gripper, Robot, from_episodes, load, robots, write_lerobot
 from openvla_hf.data.splits import describe_split, held_out_frames, read_split, sample_episodes, sample_frames
 from openvla_hf.evaluation.open_loop import evaluate_open_loop, open_loop_table
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
@@ -78,6 +80,56 @@ def test_the_command_names_dimensions_as_the_data_do(tiny, tmp_path, capsys):
     assert all(f"mean absolute error, {name}" in printed for name in joints)
     assert main([*command[:-2]]) == 2
     assert "has no record of held-out episodes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_cameras(tiny, tmp_path):
+    """A policy of chunks that sees two cameras and the state, and a recording for it."""
+    proprio = {"q01": [-1.0, -1.0], "q99": [1.0, 1.0]}
+    fields = {"action_decoding": "parallel", "action_head": "l1", "action_horizon": 3, "action_dim": 7}
+    model, processor = tiny(
+        **fields,
+        num_images=2,
+        proprio_dim=2,
+        norm_stats={"tiny": {"action": BRIDGE_LIKE_STATS, "proprio": proprio}},
+    )
+    processor.cameras = ["front", "wrist"]
+    for one in (model, processor):
+        one.save_pretrained(tmp_path / "policy")
+    episodes = [fake_episode(seed=seed, steps=5) for seed in range(2)]
+    for frame in (frame for episode in episodes for frame in episode):
+        image = np.kron(frame.pop("image"), np.ones((2, 2, 1), np.uint8))
+        frame |= {"images": {"wrist": image[::-1], "front": image}, "state": np.array([0.1, -0.2])}
+    return model, processor, write_lerobot(episodes, tmp_path / "arm")
+
+
+def test_chunks_are_compared_as_far_as_they_are_recorded(two_cameras):
+    model, processor, data = two_cameras
+    options = {"cameras": ["front", "wrist"], "state": True}
+    for chunk, horizon in ((1, 1), (2, 2), (3, 3), (4, 3)):
+        frames = load(data, chunk=chunk, **options)
+        errors = []
+        for frame in frames:
+            inputs = processor(frame["images"], instruction=frame["instruction"], state=frame["state"])
+            recorded = frame["actions"] if chunk > 1 else frame["action"][None]
+            errors.append(np.abs(model.predict_action(**inputs)[:horizon] - recorded[:horizon]))
+        report = evaluate_open_loop(model, processor, frames)
+        np.testing.assert_allclose(report.mean_absolute_error, np.concatenate(errors).mean(0), atol=1e-6)
+
+
+def test_the_doctor_reads_the_cameras_and_the_state_that_a_policy_sees(two_cameras, capsys):
+    model, processor, data = two_cameras
+    policy = str(data.parent / "policy")
+    command = ["doctor", str(data), "--model", policy, "--json"]
+    told = []
+    for cameras in ([], ["--cameras", "front", "wrist", "--state"]):
+        assert main([*command, *cameras]) == 0
+        told.append(json.loads(capsys.readouterr().out)["model"])
+    report = evaluate_open_loop(model, processor, load(data, cameras=["front", "wrist"], state=True))
+    assert told[0] == told[1]
+    assert told[0]["l1"] == pytest.approx(report.l1)
+    assert main([*command, "--camera", "observation.images.front"]) == 2
+    assert "camera" in capsys.readouterr().err
 
 
 def places(frames):

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=positive, default=64, help="number of frames that the policy acts on (default: %(default)s)"
     )
-    parser.add_argument("--cameras", nargs="+", help="cameras of a policy that sees several, instead of --camera")
+    parser.add_argument(
+        "--cameras", nargs="+", help="cameras of a policy that sees several, instead of --camera (default: --model's)"
+    )
     parser.add_argument("--state", action="store_true", help="require a state in every frame, and examine the states")
     parser.add_argument("--plot", metavar="FILE", help="save a plot of the action histograms with the 256 bins")
 
@@ -41,8 +43,12 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.open_loop import evaluate_open_loop
 
     register_robots(args)
-    model, processor = load_model(args.model) if args.model else (None, None)
-    stats = model.get_action_stats(args.unnorm_key) if model is not None else None
+    model, processor, stats, cameras, state = None, None, None, args.cameras, args.state
+    if args.model:
+        model, processor = load_model(args.model)
+        stats = model.get_action_stats(args.unnorm_key)
+        cameras = processor.cameras if cameras is None and args.camera is None else cameras
+        state = state or processor.state_dim is not None
     with counting_bars(args) as progress:
         images, acting = (progress.add_task(what, total=None, visible=False) for what in ("images", "predictions"))
         report, frames = examine(
@@ -53,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
             every=args.every,
             drop_idle=args.drop_idle,
             stats=stats,
-            cameras=args.cameras,
-            state=args.state,
+            cameras=cameras,
+            state=state,
             progress=lambda done, total: progress.update(images, completed=done, total=total, visible=True),
         )
         if model is not None:

@@ -93,7 +93,8 @@ def evaluate_open_loop(
     Args:
         model: A policy.
         processor: Its processor.
-        frames: Frames of one dataset, as `openvla_hf.data.load` returns them.
+        frames: Frames of one dataset, as `openvla_hf.data.load` returns them. If they have no `actions`, only the
+            first action of each predicted chunk is compared.
         unnorm_key: Name of the action statistics; by default the dataset's name, if the model has statistics for it.
         max_episodes: Largest number of episodes to evaluate on, drawn by `seed`; all by default.
         max_frames: Largest number of frames to evaluate on, spread over the episodes; all by default.
@@ -147,23 +148,28 @@ def _compare(
 
     Returns:
         Absolute errors in the robot's units and normalised, (N, A) each, which tokens (or bins of numbers) are equal,
-        (N, A), and which grippers agree, (N, G). N is B, or B * K with chunks of K actions.
+        (N, A), and which grippers agree, (N, G). N is B, or B * K with recorded chunks of K actions.
     """
     stats = model.get_action_stats(unnorm_key)
     images = [read_frame_images(frame, processor.cameras, "A frame") for frame in batch]
     states = {} if processor.state_dim is None else {"state": np.stack([frame["state"] for frame in batch])}
     inputs = processor(images, instruction=[frame["instruction"] for frame in batch], **states)
     details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
-    chunks = model.config.action_horizon > 1
-    recorded = np.concatenate([frame["actions"] if chunks else frame["action"][None] for frame in batch])
-    predicted, normalized = (one.reshape(recorded.shape) for one in (details.actions, details.normalized_actions))
+    recorded = np.stack([frame["actions"] if "actions" in frame else frame["action"][None] for frame in batch])
+    count, dims = min(recorded.shape[1], model.config.action_horizon), recorded.shape[2]
+
+    def first_actions(values: np.ndarray) -> np.ndarray:
+        return values.reshape(len(batch), -1, dims)[:, :count].reshape(-1, dims)
+
+    recorded, predicted = first_actions(recorded), first_actions(details.actions)
+    normalized = first_actions(details.normalized_actions)
     expected = normalize(recorded, stats, NORMALIZATION_KINDS[model.config.action_normalization])
     tokenizer = model.action_tokenizer
-    token_ids = tokenizer.encode(normalized) if details.token_ids is None else details.token_ids
+    token_ids = tokenizer.encode(normalized) if details.token_ids is None else first_actions(details.token_ids)
     return (
         np.abs(predicted - recorded),
         np.abs(normalized - expected),
-        token_ids.reshape(recorded.shape) == tokenizer.encode(expected),
+        token_ids == tokenizer.encode(expected),
         (predicted[:, grippers] > GRIPPER_OPEN) == (recorded[:, grippers] > GRIPPER_OPEN),
     )
 
