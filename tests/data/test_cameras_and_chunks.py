@@ -59,13 +59,15 @@ def as_table(episodes):
             "action": frame["action"],
             "state": frame["state"],
             "episode_index": index,
+            "frame_index": step,
         }
         for index, episode in enumerate(episodes)
-        for frame in episode
+        for step, frame in enumerate(episode)
     ]
     numbers = List(Value("float32"))
     features = {"front": Image(), "wrist": Image(), "task": Value("string"), "action": numbers, "state": numbers}
-    return Dataset.from_list(rows, features=Features({**features, "episode_index": Value("int64")}))
+    features |= dict.fromkeys(("episode_index", "frame_index"), Value("int64"))
+    return Dataset.from_list(rows, features=Features(features))
 
 
 SOURCES = {
@@ -348,13 +350,33 @@ def test_options_that_make_no_frames_are_refused(two_cameras, options, error, me
 
 
 def test_a_table_that_is_not_in_order_has_no_chunks(two_cameras):
-    table = as_table(two_cameras)
-    frames = table.add_column("frame_index", list(range(STEPS)) * 5)
+    frames = as_table(two_cameras)
     with pytest.raises(ValueError, match=r"The rows of episode 0 are not consecutive, so chunks can't be made\."):
-        load(table.select([*range(STEPS, 2 * STEPS), *range(3), *range(12, 18), *range(3, 6)]), **OPTIONS)
+        load(frames.select([*range(STEPS, 2 * STEPS), *range(3), *range(12, 18), *range(3, 6)]), **OPTIONS)
     with pytest.raises(ValueError, match="The rows of episode 1 are not in the order of 'frame_index'"):
         load(frames.select([*range(STEPS + 3), STEPS + 5, STEPS + 4]), **OPTIONS)
     assert len(load(frames.select(range(STEPS, 3 * STEPS)), **OPTIONS)) == 2 * (STEPS - CHUNK + 1)
+
+
+def test_a_table_with_missing_frames_has_no_chunks(two_cameras):
+    frames = as_table(two_cameras)
+    with pytest.raises(ValueError, match="missing from episode 1: 'frame_index' jumps from 1 to 3, so chunks can't"):
+        load(frames.select([*range(STEPS + 2), *range(STEPS + 3, 3 * STEPS)]), **OPTIONS)
+    with pytest.raises(ValueError, match=r"chunk=4 needs every frame .*there is no column 'frame_index'"):
+        load(frames.remove_columns("frame_index"), **OPTIONS)
+    assert len(load(frames.remove_columns("frame_index"), cameras=CAMERAS)) == 5 * STEPS
+    every_other = load(frames.select(range(0, 3 * STEPS, 2)), **OPTIONS | {"chunk": 2})
+    assert len(every_other) == 3 * 2
+    np.testing.assert_array_equal(every_other[1]["actions"][1], two_cameras[0][4]["action"])
+
+
+def test_a_chunk_continues_when_the_instruction_changes(two_cameras):
+    for step, frame in enumerate(two_cameras[0]):
+        frame["instruction"] = ("first", "first", "second", "second", "", "")[step]
+    frames = from_episodes(two_cameras[:1], **OPTIONS, chunk_end="pad")
+    assert [frame["instruction"] for frame in frames] == ["first"] * 2 + ["second"] * 2
+    np.testing.assert_array_equal(frames[1]["actions"], [frame["action"] for frame in two_cameras[0][1:5]])
+    assert frames[1]["chunk_mask"].all()
 
 
 def test_a_stream_of_rows_checks_the_size_of_states(two_cameras):
@@ -446,8 +468,11 @@ def test_an_episode_shorter_than_a_chunk_is_logged(make_episode, caplog):
     with caplog.at_level(logging.WARNING, "openvla_hf"):
         frames = from_episodes([short, long], name="arm", **OPTIONS)
     assert set(frames[:]["episode_index"]) == {1}
-    assert "1 episodes of arm give no frames, since they are shorter than chunk=4." in caplog.text
-    assert len(from_episodes([short, long], **OPTIONS, chunk_end="pad")) == 3 + STEPS
+    message = "1 episodes of arm are shorter than chunk=4. They give no frames and do not count in the statistics."
+    assert message in caplog.text
+    assert compute_statistics(frames)["arm"]["num_transitions"] == STEPS
+    padded = from_episodes([short, long], name="arm", **OPTIONS, chunk_end="pad")
+    assert len(padded) == compute_statistics(padded)["arm"]["num_transitions"] == 3 + STEPS
 
 
 def test_samples_of_every_format_give_the_same_chunks_and_states(samples):

@@ -163,7 +163,8 @@ def usable_columns(
             yield columns
     if spec.drops_ends and too_short:
         logger.warning(
-            "%d episodes of %s give no frames, since they are shorter than chunk=%d. Set chunk_end='pad' to use them.",
+            "%d episodes of %s are shorter than chunk=%d. They give no frames and do not count in the statistics. Set "
+            "chunk_end='pad' to use them.",
             too_short,
             dataset,
             spec.chunk,

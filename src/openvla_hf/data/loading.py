@@ -80,9 +80,12 @@ def load(
             the adapter's `cameras`, a camera of the dataset, or the last part of the name of such a camera. A dict
             gives the dataset's camera for each name. By default, a frame has the `image` of one camera.
         chunk: Number of actions to predict at once. Above 1, a frame has them as `actions` (chunk, A): its own action
-            and those of the frames after it, once frames are merged and idle ones are left out.
+            and those of the frames after it, once frames are merged and idle ones are left out. As in OpenVLA-OFT,
+            only the end of the episode ends a chunk: the later actions may be of frames with another instruction or
+            without one.
         chunk_end: What happens to the last `chunk - 1` frames of an episode: "drop" leaves them out, as OpenVLA-OFT
             does, and "pad" repeats the last action, with a `chunk_mask` (chunk,) that is false for the repetitions.
+            With "drop", an episode of fewer than `chunk` frames gives no frames and does not count in the statistics.
         state: Whether every frame must have a state. A dataset without a state, a state with NaN and a state that
             changes its size are then errors.
 

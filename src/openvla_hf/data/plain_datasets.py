@@ -51,7 +51,12 @@ def adapt_table(data: Dataset, spec: FrameSpec, name: str, losses: Losses, decod
         raise ValueError(f"{_whole(spec)} needs whole episodes, but there is no column 'episode_index'.")
     starts = np.flatnonzero(np.concatenate(([True], episode_of[1:] != episode_of[:-1])))
     if spec.chunk > 1:
-        _require_order(episode_of, starts, table.get("frame_index"))
+        if "frame_index" not in ordering:
+            raise ValueError(
+                f"{_whole(spec)} needs every frame of an episode in order, but there is no column 'frame_index'. Add "
+                "one that counts the frames of each episode."
+            )
+        _require_order(episode_of, starts, np.asarray(table["frame_index"], np.int64))
 
     def episodes() -> Iterator[RecordedEpisode | BadEpisodeError]:
         for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
@@ -79,13 +84,15 @@ def adapt_table(data: Dataset, spec: FrameSpec, name: str, losses: Losses, decod
     return concatenate_datasets([images, numbers], axis=1).with_transform(FrameDecoder())
 
 
-def _require_order(episode_of: np.ndarray, starts: np.ndarray, frame_of: np.ndarray | None) -> None:
-    """Raise `ValueError` unless the rows of each episode are consecutive and in order, without which chunks are wrong.
+def _require_order(episode_of: np.ndarray, starts: np.ndarray, frame_of: np.ndarray) -> None:
+    """Raise `ValueError` unless the rows of each episode are all there and in order, without which chunks are wrong.
+
+    The frame numbers of a table that kept every n-th frame increase by n.
 
     Args:
         episode_of: Number of the episode of each row, (N,).
         starts: Rows at which the number changes.
-        frame_of: Number of the frame of each row, (N,), if the table has one.
+        frame_of: Number of the frame of each row, (N,).
     """
     numbers, counts = np.unique(episode_of[starts], return_counts=True)
     if (counts > 1).any():
@@ -93,10 +100,18 @@ def _require_order(episode_of: np.ndarray, starts: np.ndarray, frame_of: np.ndar
             f"The rows of episode {numbers[counts > 1][0]} are not consecutive, so chunks can't be made. Sort the "
             "table, or give each episode its own number."
         )
-    if frame_of is not None and len(unordered := np.setdiff1d(np.flatnonzero(np.diff(frame_of) <= 0) + 1, starts)):
+    inside = np.setdiff1d(np.arange(1, len(frame_of)), starts)
+    steps = frame_of[inside] - frame_of[inside - 1]
+    if (steps <= 0).any():
         raise ValueError(
-            f"The rows of episode {episode_of[unordered[0]]} are not in the order of 'frame_index', so chunks can't "
-            "be made. Sort the table."
+            f"The rows of episode {episode_of[inside[steps <= 0][0]]} are not in the order of 'frame_index', so "
+            "chunks can't be made. Sort the table."
+        )
+    if len(steps) and len(jumps := inside[steps > steps.min()]):
+        raise ValueError(
+            f"Frames are missing from episode {episode_of[jumps[0]]}: 'frame_index' jumps from "
+            f"{frame_of[jumps[0] - 1]} to {frame_of[jumps[0]]}, so chunks can't be made. Give the parts on each side "
+            "of a gap their own episode numbers, or load the complete dataset."
         )
 
 

@@ -114,7 +114,7 @@ def held_out_frames(data: Dataset, split: dict[str, dict[str, Any]]) -> Dataset:
     if len(data) != expected:
         raise ValueError(
             f"{name} has {len(data)} frames, but had {expected} in training. Load it as in training, with the same "
-            "robot, cameras, every, drop_idle and chunk."
+            "robot, cameras, every, drop_idle, chunk, chunk_end and state."
         )
     return data.select(np.flatnonzero(np.isin(_column(data, "episode_index"), split[name]["episodes"])))
 
