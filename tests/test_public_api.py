@@ -248,7 +248,7 @@ COMMANDS = {
         --model --unnorm-key --device --image --instruction --state --platform --dtype --json
     """,
     "bench": """
-        --model --random --chunk --cameras --state-dim --unnorm-key --batch-sizes --repeats --compile
+        --model --random --chunk --cameras --state-dim --platform --unnorm-key --batch-sizes --repeats --compile
         --dtype --device --json
     """,
     "info": """

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from .common import (
     DTYPES,
+    PLATFORMS,
     checkpoint,
     console,
     default_model,
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--state-dim", type=positive, help="with --random: dimensions of the state (default: no state)"
     )
     parser.add_argument(
+        "--platform",
+        choices=PLATFORMS,
+        help="platform of an OpenVLA-OFT checkpoint whose files don't tell it (default: found by the files)",
+    )
+    parser.add_argument(
         "--unnorm-key", help="statistics that give the number of action dimensions, if the model has several"
     )
     parser.add_argument(
@@ -63,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.random_models import chunk_model, random_model
 
     chunk_models = {}
-    if args.random is None:
+    if args.random is not None:
+        refuse_options(args, "is for a checkpoint: give --model", "platform")
+    else:
         refuse_options(args, "is for random weights: give --random", "chunk", "cameras", "state_dim")
     with console(stderr=True, quiet=args.json).status("loading") as status:
         if args.random is not None:
@@ -76,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             for head, name in (("l1", "L1 head"), ("none", "tokens")):
                 chunk_models[f"chunk of {chunk}, {name}"] = chunk_model(model, chunk, head)
         else:
-            model, processor = load_model(args.model or default_model(), args.dtype, args.device)
+            model, processor = load_model(args.model or default_model(), args.dtype, args.device, args.platform)
         result = measure_latency(
             model,
             processor,
