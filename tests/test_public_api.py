@@ -30,7 +30,7 @@ API = {
         AutoModelForVision2Seq
         ChunkStream(model, unnorm_key, execute, ensemble)
         ChunkStream.needs_observation
-        ChunkStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, **inputs)
+        ChunkStream.predict_action(input_ids, pixel_values, attention_mask, unnorm_key, state, **decoding)
         ChunkStream.reset()
         OpenVLAConfig(vision_config, fused_vision_config, text_config, vision_feature_layer, projector_hidden_act,
             image_token_index, prompt_suffix_token_id, n_action_bins, pad_to_multiple_of, pad_token_id, norm_stats,

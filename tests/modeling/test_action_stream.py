@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from openvla_hf import ActionStream, ChunkStream
+from openvla_hf.testing import BRIDGE_LIKE_STATS
 
 
 K, A = 4, 7
@@ -52,6 +53,34 @@ def test_a_stream_plays_each_chunk_in_order(model, execute, rows):
             assert stream.forward_passes == (step == 0)
 
 
+@pytest.mark.parametrize("options", [{}, {"execute": 2, "ensemble": 0.1}])
+def test_another_prompt_or_key_ends_the_chunk(model, options):
+    model.norm_stats = {"tiny": model.norm_stats["tiny"], "other": {"action": BRIDGE_LIKE_STATS | {"q99": [9.0] * A}}}
+    stream, seen = model.action_stream("tiny", **options), next(observations())
+    stream.predict_action(**seen)
+    other_prompt = seen | {"input_ids": torch.tensor([[1, 5, 7]])}
+    for changed in (other_prompt, other_prompt | {"unnorm_key": "other"}, seen):
+        expected = model.predict_action(**{"unnorm_key": "tiny"} | changed)
+        assert np.array_equal(stream.predict_action(**changed), expected[0])
+        assert stream.forward_passes == 1
+        replayed = stream.predict_action()
+        assert stream.forward_passes == 0
+        if not options:
+            assert np.array_equal(replayed, expected[1])
+            assert np.array_equal(stream.predict_action(**changed), expected[2])
+    stream.predict_action(**seen)
+    with pytest.raises(ValueError, match="predicts a new chunk"):
+        stream.predict_action(unnorm_key="other")
+
+
+@pytest.mark.parametrize("name", ["return_details", "stats", "draft_token_ids", "instruction"])
+def test_a_stream_refuses_arguments_that_it_would_drop(model, name):
+    stream, seen = model.action_stream(), next(observations())
+    stream.predict_action(**seen)
+    with pytest.raises(ValueError, match=f"does not take `{name}`: leave it out, or call the model's"):
+        stream.predict_action(**seen, **{name: True})
+
+
 def test_observations_of_replayed_steps_are_ignored(model):
     stream, images = model.action_stream(), observations()
     first = next(images)
@@ -95,7 +124,11 @@ def test_temporal_ensembling_averages_the_chunks_with_exponential_weights(model,
         ({"execute": 0}, r"`execute` must be an integer from 1 to 4 \(the actions of a chunk\), got 0"),
         ({"execute": K + 1}, "got 5"),
         ({"execute": 2.0}, "got 2.0"),
-        ({"ensemble": float("nan")}, "`ensemble` must be a finite number, got nan"),
+        ({"ensemble": float("nan")}, "`ensemble` must be a finite number of at least 0, got nan"),
+        ({"ensemble": float("inf")}, "got inf"),
+        ({"ensemble": -1e9}, "got -1000000000.0"),
+        ({"ensemble": True}, "got True"),
+        ({"ensemble": "0.1"}, "got '0.1'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(model, given, message):

@@ -70,7 +70,7 @@ def test_more_images_than_prompts(tiny):
     inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
     pixel_values = inputs.pop("pixel_values").repeat(2, 1, 1, 1)
     for call in every_way_in(model):
-        with pytest.raises(ValueError, match="Got 2 images for 1 prompts: give one image with each prompt"):
+        with pytest.raises(ValueError, match="Got 2 observations for 1 prompt: pass one prompt for each observation"):
             call(**inputs, pixel_values=pixel_values)
 
 
@@ -96,7 +96,7 @@ def test_pixels_of_another_model(tiny, shape):
     inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
     for call in every_way_in(model):
         with pytest.raises(
-            ValueError, match=r"(must be .* of shape \(batch, 6, 56, 56\), got .* own pro|Got 6 images)"
+            ValueError, match=r"(must be .* of shape \(batch, 6, 56, 56\), got .* own pro|Got 6 observations)"
         ):
             call(**inputs | {"pixel_values": torch.zeros(shape)})
 

@@ -339,6 +339,33 @@ def test_a_variant_without_a_stop_token_acts_differently(tiny):
         np.testing.assert_allclose(chunks[row], without.predict_action(**row_of(inputs, row)), atol=2e-5)
 
 
+@torch.no_grad()
+def test_without_a_stop_token_the_sequence_ends_in_the_last_slot(tiny):
+    """The chunk of each row equals a pass over a sequence that is put together by hand."""
+    model = tiny(**PARALLEL | MODELS["none"], action_stop_token=False)[0]
+    inputs = make_inputs(model, 2)
+    details = model.predict_action(**inputs, return_details=True)
+    embed, lengths = model.get_input_embeddings(), inputs["attention_mask"].sum(1).tolist()
+    images = model.get_image_features(inputs["pixel_values"])
+    for row, length in enumerate(lengths):
+        padding, prompt = max(lengths) - length, embed(inputs["input_ids"][row, :length])
+        before = embed(torch.full((padding,), model.config.pad_token_id))
+        sequence = torch.cat([before, prompt[:1], images[row], prompt[1:], torch.zeros(K * A, 64)])
+        is_token = torch.arange(len(sequence)) >= padding
+        hidden = model.model.language_model(
+            inputs_embeds=sequence[None],
+            attention_mask=is_token.expand(1, 1, len(sequence), -1),
+            position_ids=(is_token.cumsum(0) - 1).clamp(min=0)[None],
+            use_cache=False,
+        ).last_hidden_state[0]
+        assert len(sequence) == max(lengths) + model.config.num_image_tokens + K * A
+        logits = model.lm_head(hidden[-K * A - 1 : -1])
+        first, last = model.action_tokenizer.first_id, model.action_tokenizer.vocab_end
+        assert (logits[:, first:last].argmax(-1) + first).tolist() == details.token_ids[row].flatten().tolist()
+        chances = logits[:, first:last].softmax(-1).flip(-1)
+        np.testing.assert_allclose(details.probabilities[row].reshape(K * A, -1), chances, atol=1e-6)
+
+
 def test_the_initial_noise_decides_the_chunk(diffusion):
     inputs, noise = row_of(make_inputs(diffusion), 0), noise_of(diffusion)["initial_noise"]
     details = diffusion.predict_action(**inputs, initial_noise=noise, return_details=True)
@@ -359,7 +386,7 @@ def test_denoising_the_true_noise_gives_the_actions_back():
     levels = torch.tensor([0, 10, 30, 45])
     noisy = schedule.add_noise(actions, noise, levels)
     torch.testing.assert_close(schedule.remove_noise(noisy, noise, levels), actions, atol=1e-3, rtol=0)
-    for count in (1, 7, 50):
+    for count in (1, 5, 50):
         timesteps = schedule.timesteps(count)
         sample = schedule.add_noise(actions, noise, torch.full((4,), timesteps[0]))
         for timestep in timesteps:
@@ -456,7 +483,8 @@ BAD_CALLS = [
     ({"pixel_values": torch.full((1, 12, 56, 56), torch.nan)}, "output is not finite for observation 0"),
     ({"initial_noise": np.zeros((K, A))}, "belong to a diffusion head, which this model lacks"),
     ({"num_inference_steps": 5}, "belong to a diffusion head"),
-    ({"do_sample": True}, "Parallel decoding does not take 'do_sample'"),
+    ({"do_sample": True}, "Parallel decoding does not take 'do_sample': leave it out"),
+    ({"do_sample": True, "top_k": 5}, "does not take 'do_sample', 'top_k': leave them out"),
     ({"draft_token_ids": [1] * A}, "Parallel decoding does not take 'draft_token_ids'"),
     ({"stats": {"q01": [0.0], "q99": [1.0]}}, "describe 1 action dimensions, but this model predicts 7"),
     ({"input_ids": torch.arange(480)[None] % 200 + 3, "attention_mask": None}, "exceed the 512 positions"),
@@ -485,9 +513,9 @@ def test_statistics_without_the_state_are_refused(l1):
 def test_a_model_that_does_not_see_the_state_refuses_it(discrete, tiny):
     plain = tiny()[0]
     for model in (discrete, plain):
-        with pytest.raises(ValueError, match="does not see the robot's state"):
+        with pytest.raises(ValueError, match="does not take a state"):
             model.predict_action(**make_inputs(model), state=np.zeros(2))
-    with pytest.raises(ValueError, match="does not see the robot's state"):
+    with pytest.raises(ValueError, match="does not take a state"):
         plain(torch.tensor([[1, 5]]), torch.zeros(1, 6, 56, 56), proprio=torch.zeros(1, 2))
 
 
@@ -496,8 +524,8 @@ def test_noise_that_does_not_fit_is_refused(diffusion):
     for noise in (np.zeros((K, A + 1)), np.full((K, A), np.inf)):
         with pytest.raises(ValueError, match="`initial_noise` must be finite numbers of shape"):
             diffusion.predict_action(**inputs, initial_noise=noise)
-    for steps in (0, 11, 2.5):
-        with pytest.raises(ValueError, match="`num_inference_steps` must be an integer from 1 to 10"):
+    for steps in (0, 3, 6, 11, 2.0, True):
+        with pytest.raises(ValueError, match=r"must divide the 10 steps of training \(choose from 1, 2, 5, 10\), got"):
             diffusion.predict_action(**inputs, num_inference_steps=steps)
 
 
@@ -508,12 +536,18 @@ def test_training_inputs_that_do_not_fit_are_refused(l1, diffusion, tiny):
         ({"action_mask": torch.ones(3, K)}, "`action_mask` must be bools"),
         ({"action_mask": torch.ones(3, 1, dtype=torch.bool)}, r"got torch.bool of shape \(3, 1\)"),
         ({"labels": inputs["input_ids"]}, "does not take `labels`"),
+        ({"output_hidden_states": True}, "does not take `output_hidden_states`: leave it out"),
+        ({"logits_to_keep": 1}, "does not take `logits_to_keep`"),
+        ({"logits_to_keep": torch.tensor([0])}, "does not take `logits_to_keep`"),
+        ({"state": inputs["proprio"]}, "does not take `state`: leave it out.* the normalised state as `proprio`"),
         ({"proprio": None}, "also sees the robot's state"),
         ({"proprio": torch.zeros(3, 5)}, r"`proprio` has shape \(3, 5\), but this model needs \(3, 2\)"),
         ({"pixel_values": None}, "needs both `input_ids` and `pixel_values`"),
     ):
         with pytest.raises(ValueError, match=message):
             l1(**inputs | change)
+    off = {"output_hidden_states": False, "output_attentions": None, "logits_to_keep": 0, "use_cache": False}
+    assert torch.equal(l1(**inputs | off).loss, l1(**inputs).loss)
     with pytest.raises(ValueError, match="has no loss without `actions`"):
         diffusion(**training_inputs(diffusion) | {"actions": None})
     with pytest.raises(ValueError, match="Only a model with parallel decoding learns from `actions`"):

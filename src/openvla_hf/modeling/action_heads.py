@@ -102,10 +102,15 @@ class NoiseSchedule:
         """Return `count` evenly spaced timesteps, the noisiest first; the last is 0.
 
         Raises:
-            ValueError: `count` is not from 1 to the number of training steps.
+            ValueError: `count` does not divide the number of training steps. Pure noise would enter at a level that
+                has less noise.
         """
-        if not isinstance(count, int) or not 1 <= count <= self.steps:
-            raise ValueError(f"`num_inference_steps` must be an integer from 1 to {self.steps}, got {count!r}.")
+        divisors = [i for i in range(1, self.steps + 1) if self.steps % i == 0]
+        if not isinstance(count, int) or isinstance(count, bool) or count not in divisors:
+            raise ValueError(
+                f"`num_inference_steps` must divide the {self.steps} steps of training (choose from "
+                f"{', '.join(map(str, divisors))}), got {count!r}."
+            )
         spacing = self.steps // count
         return [i * spacing for i in reversed(range(count))]
 

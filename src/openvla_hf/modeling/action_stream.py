@@ -4,6 +4,8 @@ Shapes: B batch (robots that act in step), T tokens, K actions of a chunk, A act
 """
 
 import math
+from copy import copy
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .model_inputs import as_tensor
+
+
+# Further arguments of a model that decodes in parallel.
+DECODING = {"constrained", "initial_noise", "num_inference_steps"}
 
 
 class ActionStream:
@@ -74,8 +80,9 @@ class ActionStream:
 class ChunkStream:
     """Control loop of a robot whose model predicts chunks of actions, which the stream plays one by one.
 
-    Most steps replay a chunk and need no observation. Inputs given to such a step are ignored. A batch is a group of
-    robots that act in step.
+    Most steps replay a chunk and need no observation. The images and the state given to such a step are ignored, but
+    another prompt, another `unnorm_key` or another number of robots ends the chunks, and the step predicts a new one.
+    A batch is a group of robots that act in step.
 
     Temporal ensembling (ACT) averages the predictions of all chunks for the current step. The i-th oldest of them,
     counted from 0, has a weight proportional to `exp(-ensemble * i)`: at 0 all weights are equal, and a higher decay
@@ -97,7 +104,7 @@ class ChunkStream:
         model: The policy.
         unnorm_key: As in `predict_action`.
         execute: Number of actions that are played before the next prediction: K by default, and 1 with `ensemble`.
-        ensemble: Decay of the weights in temporal ensembling; `None` for no ensembling.
+        ensemble: Decay of the weights in temporal ensembling, at least 0; `None` for no ensembling.
 
     Attributes:
         needs_observation: Whether the next step predicts a chunk.
@@ -118,8 +125,10 @@ class ChunkStream:
             raise ValueError(
                 f"`execute` must be an integer from 1 to {horizon} (the actions of a chunk), got {execute!r}."
             )
-        if ensemble is not None and not math.isfinite(ensemble):
-            raise ValueError(f"`ensemble` must be a finite number, got {ensemble!r}.")
+        if ensemble is not None:
+            is_number = isinstance(ensemble, Real) and not isinstance(ensemble, bool)
+            if not is_number or not 0 <= ensemble < math.inf:
+                raise ValueError(f"`ensemble` must be a finite number of at least 0, got {ensemble!r}.")
         self.model, self.unnorm_key = model, unnorm_key
         self.horizon, self.execute, self.ensemble = horizon, execute, ensemble
         self.reset()
@@ -127,6 +136,8 @@ class ChunkStream:
     def reset(self) -> None:
         """Start an episode: forget all chunks."""
         self._chunks: list[np.ndarray] = []  # (B, later steps, A) each, the oldest first
+        self._prompts: torch.Tensor | None = None  # (B, T) that the chunks belong to, with their key
+        self._key: str | list[str] | None = None
         self._played = 0  # steps since the last prediction
         self.forward_passes = 0
 
@@ -141,39 +152,57 @@ class ChunkStream:
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         unnorm_key: str | list[str] | None = None,
-        **inputs: Any,
+        *,
+        state: torch.Tensor | np.ndarray | None = None,
+        **decoding: Any,
     ) -> np.ndarray:
         """Return the action of the next step, float64 (A,) or (B, A), in the robot's units.
 
         Args:
             input_ids: As in `OpenVLAForActionPrediction.predict_action`, and so are the others. They may be left out
-                unless `needs_observation` is true. Another number of robots than before starts again.
+                unless `needs_observation` is true.
             pixel_values: (B, 3 * towers * images, H, W).
             attention_mask: (B, T).
             unnorm_key: By default the stream's own.
-            inputs: `state` and further arguments of `predict_action`.
+            state: (B, S) or (S,) in the robot's units.
+            decoding: `constrained`, `initial_noise` and `num_inference_steps`.
 
         Raises:
-            ValueError: An observation is needed and missing, or does not fit the model.
+            ValueError: An observation is needed and missing, an argument is unknown, or an input does not fit the
+                model.
         """
+        if unknown := sorted(decoding.keys() - DECODING):
+            raise ValueError(
+                f"A stream of chunks does not take `{unknown[0]}`: leave it out, or call the model's `predict_action`."
+            )
         if input_ids is not None:
             input_ids = as_tensor("input_ids", input_ids)
-            if self._chunks and input_ids.shape[:1] != self._chunks[-1].shape[:1]:
-                self.reset()
+        key = self.unnorm_key if unnorm_key is None else unnorm_key
+        if self._is_other_task(input_ids, key if unnorm_key is not None or input_ids is not None else self._key):
+            self.reset()
         self.forward_passes = 0
         if self.needs_observation:
             if input_ids is None or pixel_values is None:
                 raise ValueError("This step predicts a new chunk: pass the processor's output for the observation.")
-            key = self.unnorm_key if unnorm_key is None else unnorm_key
             details = self.model.predict_action(
-                input_ids, pixel_values, attention_mask, key, **inputs | {"return_details": True}
+                input_ids, pixel_values, attention_mask, key, state=state, return_details=True, **decoding
             )
+            self._prompts, self._key = input_ids.cpu().clone(), copy(key)
             self.forward_passes, self._played = details.forward_passes, 0
             self._chunks = [*(self._chunks if self.ensemble is not None else []), details.actions]
         action = self._average() if self.ensemble is not None else self._chunks[-1][:, 0]
         self._played += 1
         self._chunks = [chunk[:, 1:] for chunk in self._chunks if chunk.shape[1] > 1]
         return action[0] if len(action) == 1 else action
+
+    def _is_other_task(self, input_ids: torch.Tensor | None, key: str | list[str] | None) -> bool:
+        """Whether the prompts (B, T), where given, or the key differ from those of the last prediction."""
+        if self._prompts is None:
+            return False
+        return key != self._key or not (
+            input_ids is None
+            or (input_ids.shape == self._prompts.shape and bool((input_ids.cpu() == self._prompts).all()))
+        )
 
     def _average(self) -> np.ndarray:
         """Average what the chunks predict for this step, (B, A)."""

@@ -223,7 +223,7 @@ def check_pixel_values(config: OpenVLAConfig, pixel_values: torch.Tensor) -> Non
         if images and not rest and images != config.num_images:
             raise ValueError(
                 f"`pixel_values` contains {images} image{'s' * (images > 1)} for each observation, but this model "
-                f"sees {config.num_images}: give one image of each camera."
+                f"sees {config.num_images}: give one image from each camera."
             )
         raise ValueError(
             f"`pixel_values` must be floating-point numbers of shape (batch, {channels * config.num_images}, {side}, "
@@ -235,7 +235,9 @@ def check_pixel_values(config: OpenVLAConfig, pixel_values: torch.Tensor) -> Non
 def check_num_images(num_images: int, num_prompts: int) -> None:
     """Raise `ValueError` if images and prompts differ in number."""
     if num_images != num_prompts:
-        raise ValueError(f"Got {num_images} images for {num_prompts} prompts: give one image with each prompt.")
+        observations = f"{num_images} observation{'s' * (num_images != 1)}"
+        prompts = f"{num_prompts} prompt{'s' * (num_prompts != 1)}"
+        raise ValueError(f"Got {observations} for {prompts}: pass one prompt for each observation.")
 
 
 def check_proprio(config: OpenVLAConfig, proprio: torch.Tensor | None, rows: int) -> None:
@@ -246,7 +248,7 @@ def check_proprio(config: OpenVLAConfig, proprio: torch.Tensor | None, rows: int
     """
     if config.proprio_dim is None:
         if proprio is not None:
-            raise ValueError("This model does not see the robot's state: leave `proprio` and `state` out.")
+            raise ValueError("This model does not take a state: leave `proprio` and `state` out.")
     elif proprio is None:
         raise ValueError(
             f"This model also sees the robot's state: pass {config.proprio_dim} numbers for each observation, as "

@@ -40,7 +40,7 @@ from .parallel_decoding import (
     bidirectional_mask,
     chunk_loss,
     lay_out,
-    refuse_autoregressive_inputs,
+    refuse_foreign_inputs,
 )
 from .vision_towers import TOWERS, build_tower
 from .weight_mapping import register_conversions
@@ -379,11 +379,11 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         or cross entropy ("none"), averaged over the actions where `action_mask` (B, K) is true.
         """
         if self.config.is_parallel:
-            foreign = {"inputs_embeds": inputs_embeds, "labels": labels, "past_key_values": past_key_values}
-            refuse_autoregressive_inputs(foreign | {"position_ids": position_ids})
             kwargs.pop("use_cache", None)
+            foreign = {"inputs_embeds": inputs_embeds, "labels": labels, "past_key_values": past_key_values}
+            foreign |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep} | kwargs
             return self._forward_parallel(
-                input_ids, pixel_values, attention_mask, proprio, actions=actions, action_mask=action_mask, **kwargs
+                input_ids, pixel_values, attention_mask, proprio, actions, action_mask, **foreign
             )
         if actions is not None or action_mask is not None:
             raise ValueError("Only a model with parallel decoding learns from `actions`: pass `labels`.")
@@ -424,14 +424,20 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
         pixel_values: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         proprio: torch.Tensor | None,
-        **targets: Any,
+        actions: torch.Tensor | None,
+        action_mask: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        **foreign: Any,
     ) -> OpenVLACausalLMOutputWithPast:
+        refuse_foreign_inputs(foreign)
         if input_ids is None or pixel_values is None:
             raise ValueError("A model with parallel decoding needs both `input_ids` and `pixel_values`.")
         input_ids, mask = lay_out(self.config, input_ids, attention_mask, len(pixel_values))
         device = self.device
         parallel = ParallelPass(self, input_ids.to(device), pixel_values, mask.to(device), proprio)
-        result = chunk_loss(self, parallel, **targets)
+        result = chunk_loss(self, parallel, actions, action_mask, num_items_in_batch, noise, timesteps)
         return OpenVLACausalLMOutputWithPast(loss=result.loss, logits=result.logits, actions=result.actions)
 
     def generate(

@@ -93,13 +93,18 @@ def lay_out(
     return input_ids, attention_mask
 
 
-def refuse_autoregressive_inputs(inputs: dict[str, Any]) -> None:
-    """Raise `ValueError` if one of the inputs, which only autoregressive decoding takes, is given."""
-    if given := [name for name, value in inputs.items() if value is not None]:
+def refuse_foreign_inputs(inputs: dict[str, Any]) -> None:
+    """Raise `ValueError` if one of the inputs, which training with parallel decoding does not take, is given."""
+    if given := [name for name, value in inputs.items() if value is not None and not _is_off(value)]:
         raise ValueError(
-            f"A model with parallel decoding does not take `{given[0]}`: pass prompts without actions as `input_ids`, "
-            "and targets as `actions`."
+            f"A model with parallel decoding does not take `{given[0]}`: leave it out. Pass prompts without actions "
+            "as `input_ids`, the normalised state as `proprio` and targets as `actions`."
         )
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a value is False or 0, as libraries pass for options that are not in use."""
+    return isinstance(value, int) and not value
 
 
 def num_new_tokens(config: OpenVLAConfig) -> int:
@@ -206,7 +211,7 @@ def decode_chunk(
         attention_mask: (B, T).
         dims: Number of action dimensions in the statistics of each row.
         proprio: (B, S) normalised state, where the model sees it.
-        constrained: Choose among the action ids only, without an action head.
+        constrained: Choose among the action ids only (policies without an action head).
         initial_noise: (B, K, A) or (K, A) noise that a diffusion head starts from; random by default.
         num_inference_steps: Number of denoising steps of a diffusion head; those of training by default.
         unknown: Refused.
@@ -215,7 +220,8 @@ def decode_chunk(
         ValueError: An argument does not fit this model.
     """
     if unknown:
-        raise ValueError(f"Parallel decoding does not take {', '.join(map(repr, unknown))}: leave it out.")
+        them = "it" if len(unknown) == 1 else "them"
+        raise ValueError(f"Parallel decoding does not take {', '.join(map(repr, unknown))}: leave {them} out.")
     if foreign := set(dims) - {model.config.action_dim}:
         raise ValueError(
             f"The statistics describe {min(foreign)} action dimensions, but this model predicts "
@@ -278,8 +284,8 @@ def chunk_loss(
         parallel: The batch.
         actions: (B, K, A) normalised targets; `None` to predict only.
         action_mask: (B, K), false for actions that do not count; all count by default.
-        num_items_in_batch: Divide the summed loss by this number instead of by the number of its terms: the numbers of
-            the actions that count, and without an action head also the stop tokens.
+        num_items_in_batch: Divide the summed loss by this count (of action numbers, plus stop tokens without a head)
+            instead of the batch's own.
         noise: (B, K, A) noise of a diffusion head's training step; random by default.
         timesteps: (B,) noise levels of a diffusion head's training step; random by default.
     """
@@ -362,5 +368,5 @@ __all__ = [
     "decode_chunk",
     "lay_out",
     "num_new_tokens",
-    "refuse_autoregressive_inputs",
+    "refuse_foreign_inputs",
 ]
