@@ -12,6 +12,7 @@ from recordings import read_tower_overrides
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from openvla_hf import OpenVLAConfig
 from openvla_hf.checkpoints.quantize import quantize
 from openvla_hf.modeling.checkpoint_files import CheckpointFiles
 from openvla_hf.modeling.film import film_backbone_weights
@@ -344,6 +345,21 @@ def test_a_saved_policy_is_not_loaded_as_another(saved, silent, load, given, of_
             continue
         with pytest.raises(ValueError, match=re.escape(message)):
             load.from_pretrained(saved / kind, **given)
+
+
+def test_a_config_that_contradicts_the_stored_one_is_refused(saved):
+    config = OpenVLAConfig.from_pretrained(saved / "oft")
+    assert OpenVLAForActionPrediction.from_pretrained(saved / "oft", config=config).config.num_images == 2
+    config.num_images = 1
+    with pytest.raises(ValueError, match=r"`num_images=1` contradicts the config.json of .*: leave out `num_images`"):
+        OpenVLAForActionPrediction.from_pretrained(saved / "oft", config=config)
+
+
+def test_several_images_without_parallel_decoding_stay_as_they_were_saved(tmp_path):
+    OpenVLAForActionPrediction(tiny_config(num_images=2)).save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.num_images == 2
+    with pytest.raises(ValueError, match="trained with num_images=2: leave out"):
+        AutoModel.from_pretrained(tmp_path, num_images=1)
 
 
 def test_a_model_saved_over_its_source_replaces_the_components(oft):

@@ -192,9 +192,10 @@ class ActionPredictionMixin(_Base):
             draft_token_ids: (B, A) or (A,) guess of the action's ids, such as the last action's. The guess does not
                 change the result; a better guess takes fewer passes of the language model.
             decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default. A diffusion head
-                takes `initial_noise` (B, K, A) or (K, A), random by default, and `num_inference_steps`. A model that
-                reasons takes `tokenizer` (for `text` in the details), `max_new_tokens` (1024 by default) and
-                `reasoning_ids` (a list of ids for each row: the beginning of a text that the model continues).
+                takes `initial_noise` (B, K, A) or (K, A), random by default, and `num_inference_steps`, which divides
+                the config's `diffusion_steps` (the default). A model that reasons takes `tokenizer` (for `text` in the
+                details), `max_new_tokens` (1024 by default) and `reasoning_ids` (a list of ids for each row: the
+                beginning of a text that the model continues).
 
         Returns:
             float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics. With parallel

@@ -178,7 +178,8 @@ class ChunkStream:
         if input_ids is not None:
             input_ids = as_tensor("input_ids", input_ids)
         key = self.unnorm_key if unnorm_key is None else unnorm_key
-        if self._is_other_task(input_ids, key if unnorm_key is not None or input_ids is not None else self._key):
+        is_named = input_ids is not None or unnorm_key is not None  # otherwise the task stays as it is
+        if is_named and self._is_other_task(input_ids, key):
             self.reset()
         self.forward_passes = 0
         if self.needs_observation:
@@ -199,10 +200,9 @@ class ChunkStream:
         """Whether the prompts (B, T), where given, or the key differ from those of the last prediction."""
         if self._prompts is None:
             return False
-        return key != self._key or not (
-            input_ids is None
-            or (input_ids.shape == self._prompts.shape and bool((input_ids.cpu() == self._prompts).all()))
-        )
+        if key != self._key or input_ids is None:
+            return key != self._key
+        return input_ids.shape != self._prompts.shape or bool((input_ids.cpu() != self._prompts).any())
 
     def _average(self) -> np.ndarray:
         """Average what the chunks predict for this step, (B, A)."""

@@ -213,7 +213,8 @@ def decode_chunk(
         proprio: (B, S) normalised state, where the model sees it.
         constrained: Choose among the action ids only (policies without an action head).
         initial_noise: (B, K, A) or (K, A) noise that a diffusion head starts from; random by default.
-        num_inference_steps: Number of denoising steps of a diffusion head; those of training by default.
+        num_inference_steps: Number of denoising steps of a diffusion head, which divides the steps of training (the
+            default).
         unknown: Refused.
 
     Raises:
