@@ -132,6 +132,16 @@ def test_the_doctor_reads_the_cameras_and_the_state_that_a_policy_sees(two_camer
     assert "camera" in capsys.readouterr().err
 
 
+def test_the_evaluation_reads_what_a_policy_without_a_record_sees_and_predicts(two_cameras, capsys):
+    model, processor, data = two_cameras
+    command = ["evaluate", "--model", str(data.parent / "policy"), "--data", str(data), "--split", "train"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    frames = load(data, cameras=["front", "wrist"], chunk=3, state=True)
+    assert told["frames"] == len(frames) == 2 * (5 - 3 + 1)
+    assert told["l1"] == pytest.approx(evaluate_open_loop(model, processor, frames).l1)
+
+
 def places(frames):
     return list(zip(frames.with_format(None)["episode_index"], frames.with_format(None)["frame_index"], strict=True))
 

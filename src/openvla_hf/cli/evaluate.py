@@ -94,8 +94,12 @@ def _run_on_data(args: argparse.Namespace) -> None:
             "episodes of a split."
         )
     given = {name: getattr(args, name) for name in READING if getattr(args, name) is not None}
-    frames = load_recorded(args.data, training, **given)
     model, processor = load_model(model_id, device=args.device)
+    if not training.get("reading"):  # such as a published policy: read what it sees and predicts
+        cameras = processor.cameras if args.camera is None else None
+        state = processor.state_dim is not None
+        given |= {"cameras": cameras, "state": state, "chunk": model.config.action_horizon}
+    frames = load_recorded(args.data, training, **given)
     with counting_bars(args) as progress:
         bar = progress.add_task("frames", total=None)
         report = evaluate_open_loop(
