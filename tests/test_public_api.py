@@ -197,6 +197,7 @@ API = {
     "openvla_hf.evaluation.open_loop": """
         OpenLoopReport(dataset, episodes, frames, mean_absolute_error, l1, token_accuracy, gripper_agreement)
         evaluate_open_loop(model, processor, frames, unnorm_key, max_episodes, max_frames, seed, batch_size, progress)
+        load_options(model, processor)
         open_loop_table(title, report, names)
     """,
     "openvla_hf.evaluation.random_models": """
@@ -239,7 +240,7 @@ COMMANDS = {
     """,
     "evaluate": """
         --model --unnorm-key --device --episodes --batch-size --task --condition --execute --data --frames --robot
-            --robots --split --camera --every --drop-idle --json
+            --robots --split --camera --cameras --every --drop-idle --json
     """,
     "record": """
         destination --task --episodes --first-seed --cameras --state --format --json

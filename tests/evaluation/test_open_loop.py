@@ -6,7 +6,7 @@ import pytest
 from openvla_hf.cli import main
 from openvla_hf.data import Gripper, Robot, from_episodes, load, robots, write_lerobot
 from openvla_hf.data.splits import describe_split, held_out_frames, read_split, sample_episodes, sample_frames
-from openvla_hf.evaluation.open_loop import evaluate_open_loop, open_loop_table
+from openvla_hf.evaluation.open_loop import evaluate_open_loop, load_options, open_loop_table
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
 
 
@@ -117,6 +117,55 @@ def test_chunks_are_compared_as_far_as_they_are_recorded(two_cameras):
         np.testing.assert_allclose(report.mean_absolute_error, np.concatenate(errors).mean(0), atol=1e-6)
 
 
+def test_repetitions_after_the_end_of_an_episode_are_not_compared(two_cameras):
+    model, processor, data = two_cameras
+    frames = load(data, **load_options(model, processor))
+    assert len(frames) == 10
+    pairs = []
+    for frame in frames:
+        inputs = processor(frame["images"], instruction=frame["instruction"], state=frame["state"])
+        predicted = model.predict_action(**inputs)[frame["chunk_mask"]]
+        pairs.append((predicted, frame["actions"][frame["chunk_mask"]]))
+    predicted, actual = (np.concatenate(values) for values in zip(*pairs, strict=True))
+    assert len(actual) == 2 * (3 + 3 + 3 + 2 + 1)
+    report = evaluate_open_loop(model, processor, frames)
+    np.testing.assert_allclose(report.mean_absolute_error, np.abs(predicted - actual).mean(0), atol=1e-6)
+
+
+def test_frames_without_what_the_policy_sees_are_refused(two_cameras, tiny):
+    model, processor, data = two_cameras
+    with pytest.raises(ValueError, match=r"image of one camera, but .* with cameras=\['front', 'wrist'\]"):
+        evaluate_open_loop(model, processor, load(data, camera="observation.images.front"))
+    episode = [
+        {**frame, "images": {"front": frame["image"], "wrist": frame["image"]}} for frame in fake_episode(steps=3)
+    ]
+    options = {"cameras": ["front", "wrist"]}
+    for frame, state in zip(episode, ([0.1, 0.2], [0.1, np.nan], [0.1, 0.2]), strict=True):
+        frame["state"] = np.array(state)
+    with pytest.raises(ValueError, match="frames without a state, but the policy needs one of 2 numbers"):
+        evaluate_open_loop(model, processor, from_episodes([episode], **options))
+    for frame in episode:
+        frame["state"] = np.zeros(3)
+    with pytest.raises(ValueError, match="has states of 3 numbers, but the policy needs 2"):
+        evaluate_open_loop(model, processor, from_episodes([episode], **options))
+    assert load_options(*tiny()) == {}
+
+
+def test_the_command_reads_what_a_policy_without_a_record_sees(two_cameras, capsys):
+    model, processor, data = two_cameras
+    command = ["evaluate", "--model", str(data.parent / "policy"), "--data", str(data), "--split", "train", "--json"]
+    told = []
+    for cameras in ([], ["--cameras", "front", "wrist"]):
+        assert main([*command, *cameras]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    report = evaluate_open_loop(model, processor, load(data, **load_options(model, processor)))
+    assert told[0] == told[1]
+    assert told[0]["frames"] == 10
+    assert told[0]["l1"] == pytest.approx(report.l1)
+    assert main([*command, "--camera", "observation.images.front"]) == 2
+    assert "have the image of one camera, but the policy sees several" in capsys.readouterr().err
+
+
 def test_the_doctor_reads_the_cameras_and_the_state_that_a_policy_sees(two_cameras, capsys):
     model, processor, data = two_cameras
     policy = str(data.parent / "policy")
@@ -130,16 +179,6 @@ def test_the_doctor_reads_the_cameras_and_the_state_that_a_policy_sees(two_camer
     assert told[0]["l1"] == pytest.approx(report.l1)
     assert main([*command, "--camera", "observation.images.front"]) == 2
     assert "camera" in capsys.readouterr().err
-
-
-def test_the_evaluation_reads_what_a_policy_without_a_record_sees_and_predicts(two_cameras, capsys):
-    model, processor, data = two_cameras
-    command = ["evaluate", "--model", str(data.parent / "policy"), "--data", str(data), "--split", "train"]
-    assert main([*command, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    frames = load(data, cameras=["front", "wrist"], chunk=3, state=True)
-    assert told["frames"] == len(frames) == 2 * (5 - 3 + 1)
-    assert told["l1"] == pytest.approx(evaluate_open_loop(model, processor, frames).l1)
 
 
 def places(frames):

@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recorded = "(default: the episodes that training held out)"
     add_data_arguments(parser, split=None, split_help=f"evaluate on all episodes of this split {recorded}")
+    parser.add_argument(
+        "--cameras",
+        nargs="+",
+        help="cameras of a policy that sees several, instead of --camera (default: as in training, or the policy's)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 def _run_on_tabletop(args: argparse.Namespace) -> None:
     from ..tabletop.rollouts import CONDITIONS, success_by_task, success_table
 
-    refuse_options(args, "is for recorded data: give --data", "frames", "robots", *READING)
+    refuse_options(args, "is for recorded data: give --data", "frames", "robots", "cameras", *READING)
     model_id = args.model or default_model()
     args.episodes = args.episodes or TABLETOP_EPISODES
     policy = tabletop_policy(args, model_id, args.execute)
@@ -82,7 +87,7 @@ def _run_on_tabletop(args: argparse.Namespace) -> None:
 def _run_on_data(args: argparse.Namespace) -> None:
     from ..checkpoints.model_card import read_training
     from ..data.frames import read_action_names
-    from ..evaluation.open_loop import evaluate_open_loop, load_recorded, open_loop_table
+    from ..evaluation.open_loop import evaluate_open_loop, load_options, load_recorded, open_loop_table
 
     refuse_options(args, "is for the tabletop: leave out --data", "task", "condition", "execute")
     register_robots(args)
@@ -93,13 +98,10 @@ def _run_on_data(args: argparse.Namespace) -> None:
             f"{model_id} has no record of held-out episodes. Give --split (such as --split train) to evaluate on all "
             "episodes of a split."
         )
-    given = {name: getattr(args, name) for name in READING if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("cameras", *READING) if getattr(args, name) is not None}
     model, processor = load_model(model_id, device=args.device)
-    if not training.get("reading"):  # such as a published policy: read what it sees and predicts
-        cameras = processor.cameras if args.camera is None else None
-        state = processor.state_dim is not None
-        given |= {"cameras": cameras, "state": state, "chunk": model.config.action_horizon}
-    frames = load_recorded(args.data, training, **given)
+    reading = training.get("reading") or {args.data: load_options(model, processor)}
+    frames = load_recorded(args.data, training | {"reading": reading}, **given)
     with counting_bars(args) as progress:
         bar = progress.add_task("frames", total=None)
         report = evaluate_open_loop(

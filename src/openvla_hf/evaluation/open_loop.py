@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from rich.table import Table
 
@@ -51,8 +52,8 @@ def load_recorded(data: str, training: dict[str, Any], **options: Any) -> Datase
     Args:
         data: Folder, URL or Hub id of the dataset.
         training: Content of the policy's `training.json`; see `read_training`.
-        options: Options of `load` to use in place of those of the training. Without `split`, the frames are those that
-            the training held out.
+        options: Options of `load` to use in place of those of the training, where `camera` and `cameras` replace each
+            other. Without `split`, the frames are those that the training held out.
 
     Raises:
         ValueError: The training read several datasets, but not this one, or its robot adapter is not registered
@@ -62,8 +63,21 @@ def load_recorded(data: str, training: dict[str, Any], **options: Any) -> Datase
     adapter = reading.pop("adapter", None)
     if adapter is not None and options.get("robot") in (None, reading["robot"]):
         require_same_robot(reading["robot"], adapter)
+    for given, other in (("camera", "cameras"), ("cameras", "camera")):
+        if given in options:
+            reading.pop(other, None)
     frames = load(data, **reading | options)
     return frames if "split" in options else held_out_frames(frames, training["held_out"])
+
+
+def load_options(model: Any, processor: Any) -> dict[str, Any]:
+    """Return the options of `load` that give frames what a policy sees and predicts: none for plain OpenVLA."""
+    options: dict[str, Any] = {} if processor.cameras is None else {"cameras": processor.cameras}
+    if processor.state_dim is not None:
+        options["state"] = True
+    if model.config.action_horizon > 1:
+        options |= {"chunk": model.config.action_horizon, "chunk_end": "pad"}
+    return options
 
 
 def _find_reading(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +108,7 @@ def evaluate_open_loop(
         model: A policy.
         processor: Its processor.
         frames: Frames of one dataset, as `openvla_hf.data.load` returns them. If they have no `actions`, only the
-            first action of each predicted chunk is compared.
+            first action of each predicted chunk is compared. Where `chunk_mask` is false, nothing is.
         unnorm_key: Name of the action statistics; by default the dataset's name, if the model has statistics for it.
         max_episodes: Largest number of episodes to evaluate on, drawn by `seed`; all by default.
         max_frames: Largest number of frames to evaluate on, spread over the episodes; all by default.
@@ -103,7 +117,8 @@ def evaluate_open_loop(
         progress: Called with the number of evaluated frames and their total.
 
     Raises:
-        ValueError: If there are no frames, or their actions do not have as many dimensions as the policy's.
+        ValueError: There are no frames, their actions do not have as many dimensions as the policy's, or they lack the
+            cameras or the state that the policy sees.
     """
     if not len(frames):
         raise ValueError("There are no frames to evaluate on.")
@@ -121,6 +136,7 @@ def evaluate_open_loop(
             f"{dataset} has actions of {len(first['action'])} dimensions, but the policy's have {dims}. Give data "
             "from the policy's robot, or the adapter that reads them as in training."
         )
+    _require_inputs(processor, frames, dataset)
     grippers = np.flatnonzero(~np.asarray(first["action_mask"], dtype=bool))
     compared = []
     episodes: set[int] = set()
@@ -141,6 +157,29 @@ def evaluate_open_loop(
     )
 
 
+def _require_inputs(processor: Any, frames: Dataset, dataset: str) -> None:
+    """Raise `ValueError` if frames have one image for a policy of several cameras, or lack the state that it sees."""
+    if processor.cameras is not None and len(processor.cameras) > 1 and "images" not in frames[0]:
+        raise ValueError(
+            f"The frames of {dataset} have the image of one camera, but the policy sees several. Load the data with "
+            f"cameras={processor.cameras}."
+        )
+    if processor.state_dim is None:
+        return
+    states = frames.select_columns(["state"]).with_format("arrow")[:]["state"]
+    for size in pc.unique(pc.list_value_length(states)).to_pylist():
+        if size is None:
+            raise ValueError(
+                f"{dataset} has frames without a state, but the policy needs one of {processor.state_dim} numbers. "
+                "Load the data with state=True to see where it is missing."
+            )
+        if size != processor.state_dim:
+            raise ValueError(
+                f"{dataset} has states of {size} numbers, but the policy needs {processor.state_dim}. Give data from "
+                "the policy's robot, or the adapter that reads them as in training."
+            )
+
+
 def _compare(
     model: Any, processor: Any, batch: Sequence[dict[str, Any]], unnorm_key: str | None, grippers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -148,7 +187,7 @@ def _compare(
 
     Returns:
         Absolute errors in the robot's units and normalised, (N, A) each, which tokens (or bins of numbers) are equal,
-        (N, A), and which grippers agree, (N, G). N is B, or B * K with recorded chunks of K actions.
+        (N, A), and which grippers agree, (N, G). N is B, or the number of recorded actions in the chunks.
     """
     stats = model.get_action_stats(unnorm_key)
     images = [read_frame_images(frame, processor.cameras, "A frame") for frame in batch]
@@ -157,9 +196,11 @@ def _compare(
     details = model.predict_action(**inputs, unnorm_key=unnorm_key, return_details=True)
     recorded = np.stack([frame["actions"] if "actions" in frame else frame["action"][None] for frame in batch])
     count, dims = min(recorded.shape[1], model.config.action_horizon), recorded.shape[2]
+    everything = np.ones(recorded.shape[1], bool)
+    is_recorded = np.stack([frame.get("chunk_mask", everything) for frame in batch])[:, :count]
 
     def first_actions(values: np.ndarray) -> np.ndarray:
-        return values.reshape(len(batch), -1, dims)[:, :count].reshape(-1, dims)
+        return values.reshape(len(batch), -1, dims)[:, :count][is_recorded]
 
     recorded, predicted = first_actions(recorded), first_actions(details.actions)
     normalized = first_actions(details.normalized_actions)
@@ -188,4 +229,4 @@ def open_loop_table(title: str, report: OpenLoopReport, names: Sequence[str]) ->
     return table
 
 
-__all__ = ["OpenLoopReport", "evaluate_open_loop", "load_recorded", "open_loop_table"]
+__all__ = ["OpenLoopReport", "evaluate_open_loop", "load_options", "load_recorded", "open_loop_table"]
