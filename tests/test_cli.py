@@ -142,6 +142,8 @@ def test_predict_prints_a_chunk_of_several_cameras_and_a_state(chunks, policy, c
 def test_predict_prints_a_chunk_of_tokens(chunks, policy, capsys):
     command = ["predict", "--model", str(chunks / "none"), "--instruction", "open", "--platform", "libero"]
     command += ["--image", str(policy / "frame.png")]
+    assert "has no component files of OpenVLA-OFT, so --platform libero does not apply" in refusal(capsys, *command)
+    command += ["--action-decoding", "parallel"]
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert np.shape(result["action"]) == np.shape(result["token_ids"]) == np.shape(result["probabilities"]) == (8, 7)

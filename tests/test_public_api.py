@@ -246,11 +246,11 @@ COMMANDS = {
         destination --task --episodes --first-seed --cameras --state --format --json
     """,
     "predict": """
-        --model --unnorm-key --device --image --instruction --state --platform --dtype --json
+        --model --unnorm-key --device --image --instruction --state --platform --action-decoding --dtype --json
     """,
     "bench": """
-        --model --random --chunk --cameras --state-dim --platform --unnorm-key --batch-sizes --repeats --compile
-        --dtype --device --json
+        --model --random --chunk --cameras --state-dim --platform --action-decoding --unnorm-key --batch-sizes
+        --repeats --compile --dtype --device --json
     """,
     "info": """
         checkpoint --revision --json

@@ -233,10 +233,10 @@ def oft(recorded, tiny_towers, tmp_path):
     def run(kind):
         source = shutil.copytree(record.checkpoint, tmp_path / "source")
         write_oft_components(source, record.model.config, **OFT_KINDS[kind])
-        platform = {"platform": "libero"} if kind == "discrete" else {}
-        model = AutoModel.from_pretrained(source, **platform)
+        parallel = {"action_decoding": "parallel", "platform": "libero"} if kind == "discrete" else {}
+        model = AutoModel.from_pretrained(source, **parallel)
         model.save_pretrained(tmp_path / "ours")
-        AutoProcessor.from_pretrained(source, **platform).save_pretrained(tmp_path / "ours")
+        AutoProcessor.from_pretrained(source, **parallel).save_pretrained(tmp_path / "ours")
         return source, model, export(tmp_path / "ours", tmp_path / "published")
 
     return run

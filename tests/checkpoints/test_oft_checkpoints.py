@@ -33,8 +33,8 @@ KINDS = {
 
 
 def load(folder, kind="l1", **options):
-    platform = {"platform": "libero"} if kind == "discrete" else {}
-    return AutoModel.from_pretrained(folder, **platform, **options)
+    parallel = {"action_decoding": "parallel", "platform": "libero"} if kind == "discrete" else {}
+    return AutoModel.from_pretrained(folder, **parallel, **options)
 
 
 @pytest.fixture(scope="module")

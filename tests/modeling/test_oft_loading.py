@@ -10,7 +10,7 @@ import pytest
 import torch
 from recordings import read_tower_overrides
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from openvla_hf import OpenVLAConfig
 from openvla_hf.checkpoints.quantize import quantize
@@ -18,8 +18,8 @@ from openvla_hf.modeling.checkpoint_files import CheckpointFiles
 from openvla_hf.modeling.film import film_backbone_weights
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.modeling.oft_loading import PLATFORMS, read_components, resolve_fields
-from openvla_hf.processing import oft_presets
-from openvla_hf.testing import tiny_config, write_tiny_oft
+from openvla_hf.processing import OpenVLAProcessor, oft_presets
+from openvla_hf.testing import tiny_config, tiny_processor, write_tiny_oft
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_given_fields_come_before_the_platform(oft):
 
 def test_without_a_component_the_platform_must_be_named(oft):
     folder = oft(head="none", proprio=False)
-    assert fields(folder, "libero") == PLATFORMS["libero"] | {
+    assert fields(folder, "libero", action_decoding="parallel") == PLATFORMS["libero"] | {
         "action_decoding": "parallel",
         "action_head": "none",
         "num_images": 1,
@@ -172,7 +172,7 @@ def test_two_files_of_one_component(oft):
 def test_a_component_with_another_ending(oft, name):
     folder = oft(head="none", proprio=False)
     (folder / name).touch()
-    with pytest.raises(ValueError, match=r"its name must be action_head--STEP_checkpoint.pt"):
+    with pytest.raises(ValueError, match=r"rename the file to action_head--STEP_checkpoint\.pt"):
         components(folder)
 
 
@@ -259,14 +259,64 @@ def test_fields_that_the_caller_gives_count_even_if_they_are_the_defaults(oft, l
 
 
 @pytest.mark.parametrize("load", LOADERS)
-def test_without_a_head_the_platform_makes_a_policy_of_parallel_tokens(oft, load):
+def test_without_a_head_a_policy_of_parallel_tokens_is_named(oft, load):
     folder = oft(head="none", proprio=False)
+    named = {"action_decoding": "parallel", "platform": "libero"}
     assert load.from_pretrained(folder).config.action_decoding == "autoregressive"
-    config = load.from_pretrained(folder, platform="libero", action_stop_token=False).config
+    config = load.from_pretrained(folder, **named, action_stop_token=False).config
     assert (config.action_decoding, config.action_head, config.num_images) == ("parallel", "none", 1)
     assert (config.action_horizon, config.proprio_dim, config.action_stop_token) == (8, None, False)
     with pytest.raises(ValueError, match="does not state `action_horizon`: pass `platform=`"):
         load.from_pretrained(folder, action_decoding="parallel")
+
+
+@pytest.mark.parametrize("load", [*LOADERS, AutoProcessor, OpenVLAProcessor])
+@pytest.mark.parametrize("given", [{}, {"action_decoding": "autoregressive"}])
+def test_a_plain_checkpoint_has_no_platform(tmp_path, load, given):
+    config = tiny_config()
+    OpenVLAForActionPrediction(config).save_pretrained(tmp_path)
+    tiny_processor(config=config).save_pretrained(tmp_path)
+    load.from_pretrained(tmp_path, **given)
+    message = r"`platform='libero'` does not apply\. Leave it out for a plain .* pass `action_decoding='parallel'`"
+    with pytest.raises(ValueError, match=message):
+        load.from_pretrained(tmp_path, platform="libero", **given)
+    load.from_pretrained(tmp_path, platform="libero", action_decoding="parallel")
+
+
+def test_a_recognised_platform_is_told_unless_it_is_named(oft, caplog):
+    folder = oft()
+    fields(folder)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("num_images=2, action_horizon=8, action_normalization='q99'", "Pass `platform='libero'`"):
+        assert part in record.getMessage()
+    caplog.clear()
+    fields(folder, "libero")
+    fields(folder, num_images=1, action_horizon=8, action_normalization="q99")
+    assert caplog.records == []
+
+
+def test_statistics_of_the_base_are_not_taken_for_those_of_the_policy(oft):
+    folder = oft()
+    path = folder / "dataset_statistics.json"
+    statistics = json.loads(path.read_text())
+    path.unlink()
+    assert "norm_stats" in json.loads((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"has no dataset_statistics\.json, and the statistics in the config\.json"):
+        AutoModel.from_pretrained(folder)
+    assert AutoModel.from_pretrained(folder, norm_stats=statistics).norm_stats == statistics
+
+
+def test_statistics_of_a_state_that_never_changes_are_refused(oft):
+    path = oft() / "dataset_statistics.json"
+    statistics = json.loads(path.read_text())
+    statistics["tiny"]["proprio"] |= {"q01": [0.0] * 8, "q99": [0.0] * 8}
+    path.write_text(json.dumps(statistics))
+    with pytest.raises(ValueError, match="'proprio' of 'tiny': all dimensions are constant"):
+        AutoModel.from_pretrained(path.parent)
+    statistics["tiny"]["proprio"]["q99"][0] = 1.0
+    path.write_text(json.dumps(statistics))
+    AutoModel.from_pretrained(path.parent)
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -308,8 +358,20 @@ def test_a_saved_model_is_one_checkpoint_that_states_all_its_fields(oft, tmp_pat
         assert again.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match=r"states action_horizon=8 .*, but the platform 'aloha' has 25: leave out"):
-        AutoModel.from_pretrained(tmp_path / "saved", platform="aloha")
+    for platform, message in (
+        ("aloha", "states num_images=2 .*, but the platform 'aloha' has 3: leave out"),
+        ("bridge", "states num_images=2 .*, but the platform 'bridge' has 1: leave out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AutoModel.from_pretrained(tmp_path / "saved", platform=platform)
+
+
+def test_a_saved_policy_without_a_state_has_its_platform(oft, tmp_path):
+    named = {"action_decoding": "parallel", "platform": "libero"}
+    AutoModel.from_pretrained(oft(head="none", proprio=False), **named).save_pretrained(tmp_path / "saved")
+    assert AutoModel.from_pretrained(tmp_path / "saved", platform="libero").config.proprio_dim is None
+    with pytest.raises(ValueError, match=r"states action_horizon=8 .*, but the platform 'bridge' has 5: leave out"):
+        AutoModel.from_pretrained(tmp_path / "saved", platform="bridge")
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +470,7 @@ RECORDED = {
     "oft-film": {},
     "oft-l1-aloha": {},
     "oft-diffusion": {},
-    "oft-discrete": {"platform": "libero"},
+    "oft-discrete": {"platform": "libero", "action_decoding": "parallel"},
 }
 
 

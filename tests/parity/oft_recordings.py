@@ -53,7 +53,8 @@ class RecordedOFT:
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
         platform = json.loads((self.folder / "tiny_dims.json").read_text())["oft"]["platform"]
         overrides = read_tower_overrides(self.folder)
-        return AutoModel.from_pretrained(self.checkpoint, dtype=dtype, platform=platform, **overrides)
+        named = {"platform": platform, "action_decoding": "parallel"}
+        return AutoModel.from_pretrained(self.checkpoint, dtype=dtype, **named, **overrides)
 
     @functools.cached_property
     def model(self) -> Any:

@@ -86,22 +86,42 @@ def test_given_fields_win(publish, tmp_path):
     assert fields_of(one) == (["front"], 8, "lanczos3", 0.9)
 
 
-def test_a_platform_names_the_single_camera_of_a_checkpoint_without_components(publish, tmp_path):
+def test_a_checkpoint_without_components_is_named_and_has_a_single_camera(publish, tmp_path):
     folder = publish(tmp_path / "discrete", files=())
-    assert fields_of(AutoProcessor.from_pretrained(folder, platform="aloha")) == (
-        ["full_image"],
-        None,
-        "lanczos3",
-        0.9,
-    )
+    with pytest.raises(ValueError, match=r"no component files of OpenVLA-OFT, so `platform='aloha'` does not apply"):
+        AutoProcessor.from_pretrained(folder, platform="aloha")
+    with pytest.raises(ValueError, match=r"Unknown `action_decoding` 'paralel'\. Did you mean 'parallel'\?"):
+        AutoProcessor.from_pretrained(folder, action_decoding="paralel")
+    parallel = {"action_decoding": "parallel"}
+    assert fields_of(AutoProcessor.from_pretrained(folder, **parallel)) == (None, None, "lanczos3", 0.9)
+    parallel["platform"] = "aloha"
+    discrete = (["full_image"], None, "lanczos3", 0.9)
+    assert fields_of(AutoProcessor.from_pretrained(folder, **parallel)) == discrete
     given = {"cameras": ["front"], "state_dim": 3, "resample": 3, "center_crop_area": None}
-    assert fields_of(AutoProcessor.from_pretrained(folder, platform="aloha", **given)) == tuple(given.values())
+    assert fields_of(AutoProcessor.from_pretrained(folder, **parallel, **given)) == tuple(given.values())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"action_decoding": "parallel"}))
+    assert fields_of(AutoProcessor.from_pretrained(folder, platform="aloha")) == discrete
 
 
 def test_recognised_fields_are_saved(publish, tmp_path):
     AutoProcessor.from_pretrained(publish(tmp_path / "oft", (14, 14))).save_pretrained(tmp_path / "saved")
-    for options in ({}, {"platform": "libero"}):
+    for options in ({}, {"platform": "aloha"}):
         assert fields_of(AutoProcessor.from_pretrained(tmp_path / "saved", **options)) == oft("aloha")
+
+
+def test_a_saved_processor_keeps_its_fields_and_refuses_another_platform(publish, tmp_path):
+    given = {"resample": 3, "center_crop_area": None}
+    AutoProcessor.from_pretrained(publish(tmp_path / "oft"), **given).save_pretrained(tmp_path / "saved")
+    saved = (*oft("libero")[:2], Image.Resampling.BICUBIC, None)
+    assert fields_of(AutoProcessor.from_pretrained(tmp_path / "saved", platform="libero")) == saved
+    for platform, message in (
+        ("aloha", "saved with 2 cameras and 8 state dimensions, but the platform 'aloha' has 3 and 14: leave out"),
+        ("bridge", "the platform 'bridge' has 1 and 7"),
+        ("liberoo", "Unknown platform 'liberoo'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AutoProcessor.from_pretrained(tmp_path / "saved", platform=platform)
 
 
 def test_the_processor_and_the_model_look_for_the_same_files():

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from .common import (
     DTYPES,
-    PLATFORMS,
+    add_oft_options,
     checkpoint,
     console,
     default_model,
@@ -40,11 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-dim", type=positive, help="with --random: dimensions of the state (default: no state)"
     )
-    parser.add_argument(
-        "--platform",
-        choices=PLATFORMS,
-        help="platform of an OpenVLA-OFT checkpoint whose files don't tell it (default: found by the files)",
-    )
+    add_oft_options(parser)
     parser.add_argument(
         "--unnorm-key", help="statistics that give the number of action dimensions, if the model has several"
     )
@@ -70,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
     chunk_models = {}
     if args.random is not None:
-        refuse_options(args, "is for a checkpoint: give --model", "platform")
+        refuse_options(args, "is for a checkpoint: give --model", "platform", "action_decoding")
     else:
         refuse_options(args, "is for random weights: give --random", "chunk", "cameras", "state_dim")
     with console(stderr=True, quiet=args.json).status("loading") as status:
@@ -84,7 +80,13 @@ def run(args: argparse.Namespace) -> None:
             for head, name in (("l1", "L1 head"), ("none", "tokens")):
                 chunk_models[f"chunk of {chunk}, {name}"] = chunk_model(model, chunk, head)
         else:
-            model, processor = load_model(args.model or default_model(), args.dtype, args.device, args.platform)
+            model, processor = load_model(
+                args.model or default_model(),
+                args.dtype,
+                args.device,
+                platform=args.platform,
+                action_decoding=args.action_decoding,
+            )
         result = measure_latency(
             model,
             processor,

@@ -199,17 +199,31 @@ def image(text: str) -> str:
 # Policies and robots
 
 
+def add_oft_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name an OpenVLA-OFT checkpoint whose files don't."""
+    parser.add_argument(
+        "--platform",
+        choices=PLATFORMS,
+        help="platform of an OpenVLA-OFT checkpoint whose files don't tell it (default: found by the files)",
+    )
+    parser.add_argument(
+        "--action-decoding",
+        choices=("autoregressive", "parallel"),
+        help="how an OpenVLA-OFT checkpoint without component files decodes (default: as its config.json says)",
+    )
+
+
 def load_model(
-    model_id: str, dtype: str = "auto", device: str | None = None, platform: str | None = None
+    model_id: str, dtype: str = "auto", device: str | None = None, **options: str | None
 ) -> tuple[Any, Any]:
-    """Load the model and processor of a Hub id or folder."""
+    """Load the model and processor of a Hub id or folder; both get the `options` that are not `None`."""
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
 
     import openvla_hf  # noqa: F401 - registers OpenVLA with the Auto classes
 
     logging.disable_progress_bar()
-    options = {} if platform is None else {"platform": platform}
+    options = {name: value for name, value in options.items() if value is not None}
     model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device, **options)
     return model, AutoProcessor.from_pretrained(model_id, **options)
 

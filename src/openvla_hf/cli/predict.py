@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .common import (
     DTYPES,
-    PLATFORMS,
+    add_oft_options,
     add_policy_arguments,
     default_model,
     dimension_names,
@@ -41,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NUMBERS",
         help='state of the robot in its own units, such as "0.31 -0.02 0.5", if the policy takes one',
     )
-    parser.add_argument(
-        "--platform",
-        choices=PLATFORMS,
-        help="platform of an OpenVLA-OFT checkpoint whose files don't tell it (default: found by the files)",
-    )
+    add_oft_options(parser)
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the checkpoint)")
 
 
@@ -68,7 +64,13 @@ def numbers(text: str) -> list[float]:
 def run(args: argparse.Namespace) -> None:
     # The processor refuses such an image, so no warning is needed.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    model, processor = load_model(args.model or default_model(), args.dtype, args.device, args.platform)
+    model, processor = load_model(
+        args.model or default_model(),
+        args.dtype,
+        args.device,
+        platform=args.platform,
+        action_decoding=args.action_decoding,
+    )
     observation = make_observation(args.image, processor.cameras)
     inputs = processor(observation, instruction=args.instruction, state=args.state)
     details = model.predict_action(**inputs, unnorm_key=args.unnorm_key, return_details=True)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .action_networks import add_action_networks
-from .action_tokenizer import check_statistics
+from .action_tokenizer import BOUNDS_OF, check_action_stats, check_statistics
 from .adapter_loading import refuse_merged, translate
 from .checkpoint_files import (
     ADAPTER_CONFIG,
@@ -29,7 +29,7 @@ from .checkpoint_files import (
 )
 from .configuration_openvla import AUTO_MAP, OpenVLAConfig
 from .folder_writing import written_whole
-from .oft_loading import check_oft_statistics, complete_config, place_components, read_components, report_muted
+from .oft_loading import complete_config, place_components, read_components, report_muted
 from .quantized_loading import missing_package, prepare_quantized, refuse_second, with_defaults
 
 
@@ -176,7 +176,9 @@ def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter 
         raise ValueError(sentence)
 
 
-def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -> dict[str, Any] | None:
+def read_statistics(
+    files: CheckpointFiles, norm_stats: dict[str, Any] | None, in_config_are_wrong: bool = False
+) -> dict[str, Any] | None:
     """Read the action statistics of a checkpoint.
 
     Fine-tuning with the original code leaves the base's statistics in the config and the run's in a file. The file
@@ -186,15 +188,23 @@ def read_statistics(files: CheckpointFiles, norm_stats: dict[str, Any] | None) -
         files: Files of the checkpoint.
         norm_stats: Statistics of the config. They are returned if they differ from the stored config's, since then the
             caller gave them.
+        in_config_are_wrong: Whether the statistics of the config are known to be those of the base. A published
+            OpenVLA-OFT checkpoint has those of its own training only in the file.
 
     Raises:
-        ValueError: The statistics are damaged.
+        ValueError: The statistics are damaged, or those of the config are wrong and there is no file.
         OSError: The file of statistics can't be read, or it is unknown whether there is one.
     """
     in_config = (files.read_json(CONFIG_NAME) or {}).get("norm_stats")
     if norm_stats and norm_stats != in_config:
         return norm_stats
     in_file = statistics_in_file(files.read_json(STATISTICS_FILE), files.source)
+    if in_file is None and in_config_are_wrong:
+        raise ValueError(
+            f"{files.source} has no {STATISTICS_FILE}, and the statistics in the {CONFIG_NAME} of an OpenVLA-OFT "
+            "checkpoint are those of its base: copy the file of the training run beside the config, or pass the "
+            "statistics as `norm_stats=`."
+        )
     return check_statistics(norm_stats, f"{CONFIG_NAME} of {files.source}") if in_file is None else in_file
 
 
@@ -203,6 +213,35 @@ def statistics_in_file(content: dict[str, Any] | None, source: Any) -> dict[str,
     if content is not None and not content:
         raise ValueError(f"{STATISTICS_FILE} of {source} is empty: compute the statistics again, or delete the file.")
     return check_statistics(content, f"{STATISTICS_FILE} of {source}")
+
+
+def check_oft_statistics(config: OpenVLAConfig, source: Any) -> None:
+    """Check the statistics of a model that sees the state or normalises by other bounds than a plain one.
+
+    Raises:
+        ValueError: Statistics of the state are damaged or constant, or the bounds of an action or a state are missing.
+    """
+    if config.proprio_dim is None and config.action_normalization == "q99":  # as in plain OpenVLA
+        return
+    bounds = BOUNDS_OF[config.action_normalization]
+    kinds = ("action",) if config.proprio_dim is None else ("action", "proprio")
+    for key, of_dataset in (config.norm_stats or {}).items():
+        for kind in kinds:
+            if kind not in of_dataset:
+                continue
+            where = f"The statistics of {source}, {kind!r} of {key!r}"
+            stats = check_action_stats(of_dataset[kind], where)
+            if missing := [name for name in bounds if name not in stats]:
+                raise ValueError(
+                    f"{where}: {missing[0]!r} is missing, which the normalisation "
+                    f"{config.action_normalization!r} needs. Compute the statistics again."
+                )
+            low, high = (stats[name] for name in bounds)
+            if kind == "proprio" and list(low) == list(high):
+                raise ValueError(
+                    f"{where}: all dimensions are constant, so they are not those of a robot's state. Copy the "
+                    "statistics of the training run."
+                )
 
 
 class CheckpointMixin(_Base):
@@ -219,9 +258,10 @@ class CheckpointMixin(_Base):
 
         A published OpenVLA-OFT checkpoint has components in files of their own (`action_head--*_checkpoint.pt`). They
         and `platform` ("libero", "aloha" or "bridge") give the fields of the config that it does not state. The
-        platform is recognised by the dimensions of the action and the state where only one has them. A checkpoint
-        without components that decodes in parallel is not recognised, so it needs `platform`: it has no action head,
-        one image and no state, unless fields of the config are given (`num_images=2`).
+        platform is recognised if exactly one has these action and state dimensions, and a warning names the fields
+        that it gave. A checkpoint without components that decodes in parallel can't be told from a plain one, so it
+        needs `action_decoding="parallel"` and `platform`: it has no action head, one image and no state, unless
+        fields of the config are given (`num_images=2`).
 
         A `quantization_config` leaves the heads, the towers and the projectors in 16 bits by default. Weights are read
         from safetensors files, and components as data alone: a pickled file could run code.
@@ -270,7 +310,9 @@ class CheckpointMixin(_Base):
             ) from error
         info["missing_keys"] -= place_components(model, components, source)
         refuse_foreign_weights(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-        model.norm_stats = read_statistics(files, model.norm_stats) if given_statistics is None else given_statistics
+        if given_statistics is None:
+            given_statistics = read_statistics(files, model.norm_stats, in_config_are_wrong=bool(components.files))
+        model.norm_stats = given_statistics
         check_oft_statistics(model.config, source)
         prepare_quantized(model)
         if adapter is not None:

@@ -6,24 +6,25 @@ shapes in them, the robot's platform and the arguments of `from_pretrained` give
 """
 
 import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from logging import LogRecord
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
-from .action_tokenizer import check_action_stats
 from .checkpoint_files import OFT_FILES, CheckpointFiles, hub_error
 from .configuration_openvla import OFT_FIELDS, OpenVLAConfig
 from .film import film_backbone_weights
 from .known_names import check_name
 from .torch_files import read_torch_file
 
+
+logger = logging.get_logger(__name__)
 
 # Fields of the config that the original keeps in constants, chosen by a word in its command line.
 PLATFORMS: dict[str, dict[str, Any]] = {
@@ -130,14 +131,14 @@ def component_files(files: CheckpointFiles) -> dict[str, str]:
             continue
         if len(names) > 1:
             raise ValueError(
-                f"{files.source} has {len(names)} files of the {component} ({', '.join(names)}): keep the one of the "
-                "training step to load."
+                f"{files.source} has {len(names)} files of the {component} ({', '.join(names)}): keep only the "
+                "file of the step that you want."
             )
         if names[0] not in files.names:
             raise hub_error(str(files.source), names[0], files.failure)
         if not names[0].endswith(SUFFIX):
             raise ValueError(
-                f"{names[0]} of {files.source} is not a file of the {component} that can be read: its name must be "
+                f"Cannot read {names[0]} of {files.source} as the {component}: rename the file to "
                 f"{component}--STEP{SUFFIX}."
             )
         found[component] = names[0]
@@ -253,6 +254,11 @@ def resolve_fields(components: Components, platform: str | None, given: dict[str
     unknown = [name for name in NEEDED_FIELDS if name not in stated]
     if platform is None and unknown:
         platform = _recognized_platform(stated, source, unknown[0])
+        taken = ", ".join(f"{name}={PLATFORMS[platform][name]!r}" for name in unknown)
+        logger.warning(
+            f"{source} does not state {taken}: these are the fields of the platform {platform!r}, which has the same "
+            f"dimensions. Pass `platform={platform!r}` if they are right, or else the fields, such as `{unknown[0]}=`."
+        )
     preset = PLATFORMS[platform] if platform is not None else {}
     for name in ("action_dim", "proprio_dim"):
         if name not in given and known.get(name) is not None and preset.get(name, known[name]) != known[name]:
@@ -318,12 +324,13 @@ def complete_config(
     Args:
         files: Files of the checkpoint.
         components: Its components.
-        platform: See `resolve_fields`. Named for a checkpoint without components, it means one that decodes in
-            parallel; for a checkpoint whose config states its fields, it must agree with them.
+        platform: See `resolve_fields`. A checkpoint without components needs `action_decoding="parallel"` too, since
+            a plain one has no platform. A checkpoint whose config states its fields must agree with the platform.
         kwargs: Arguments of `from_pretrained`.
 
     Raises:
-        ValueError: See `resolve_fields`, or the config states fields that components or the platform contradict.
+        ValueError: See `resolve_fields`, the config states fields that components or the platform contradict, or a
+            plain checkpoint gets a platform.
     """
     stored = files.read_json(CONFIG_NAME) or {}
     in_config = {name: stored[name] for name in OFT_FIELDS if name in stored}
@@ -338,9 +345,10 @@ def complete_config(
                 "delete the second file."
             )
         if not components.files:
-            _refuse_other_platform(platform, given, files.source)
+            _refuse_other_platform(platform, in_config, files.source)
             return
-    if not components.files and platform is None and given.get("action_decoding") != "parallel":
+    if not components.files and given.get("action_decoding") != "parallel":
+        _refuse_platform_of_plain(platform, files.source)
         return
     resolved = resolve_fields(components, platform, given, files.source)
     config = kwargs.get("config")
@@ -384,54 +392,44 @@ def _refuse_overrides(stored: dict[str, Any], kwargs: dict[str, Any], source: An
             )
 
 
-def _refuse_other_platform(platform: str | None, stated: dict[str, Any], source: Any) -> None:
+def _refuse_platform_of_plain(platform: str | None, source: Any) -> None:
     if platform is None:
         return
     check_name(platform, PLATFORMS, "`platform`")
-    for name in ("action_horizon", "action_dim", "action_normalization"):
-        if name in stated and stated[name] != PLATFORMS[platform][name]:
+    raise ValueError(
+        f"{source} has no component files of OpenVLA-OFT, so `platform={platform!r}` does not apply. Leave it out for "
+        "a plain OpenVLA checkpoint, or also pass `action_decoding='parallel'` if the policy was trained to predict "
+        "the action tokens in parallel."
+    )
+
+
+def _refuse_other_platform(platform: str | None, stated: dict[str, Any], source: Any) -> None:
+    """Raise `ValueError` if the fields that a config states are not those of the platform."""
+    if platform is None:
+        return
+    check_name(platform, PLATFORMS, "`platform`")
+    for name, value in PLATFORMS[platform].items():
+        # A policy may see one image, and no state.
+        if name in stated and stated[name] not in (value, WITHOUT_COMPONENTS.get(name, value)):
             raise ValueError(
                 f"{source} states {name}={stated[name]!r} in its {CONFIG_NAME}, but the platform {platform!r} has "
-                f"{PLATFORMS[platform][name]!r}: leave out `platform=`."
+                f"{value!r}: leave out `platform=`."
             )
-
-
-def check_oft_statistics(config: OpenVLAConfig, source: Any) -> None:
-    """Check the statistics of a model that sees the state or normalises by other bounds than a plain one.
-
-    Raises:
-        ValueError: Statistics of the state are damaged, or the bounds of an action or a state are missing.
-    """
-    if config.proprio_dim is None and config.action_normalization == "q99":  # as in plain OpenVLA
-        return
-    bounds = {"q99": ("q01", "q99"), "bounds": ("min", "max")}[config.action_normalization]
-    kinds = ("action",) if config.proprio_dim is None else ("action", "proprio")
-    for key, of_dataset in (config.norm_stats or {}).items():
-        for kind in kinds:
-            if kind not in of_dataset:
-                continue
-            where = f"The statistics of {source}, {kind!r} of {key!r}"
-            stats = check_action_stats(of_dataset[kind], where)
-            if missing := [name for name in bounds if name not in stats]:
-                raise ValueError(
-                    f"{where}: {missing[0]!r} is missing, which the normalisation "
-                    f"{config.action_normalization!r} needs. Compute the statistics again."
-                )
 
 
 @contextmanager
 def report_muted(components: Components) -> Iterator[None]:
-    """Mute the report of transformers that the weights of the components are missing and random."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    """Mute transformers' report of missing weights, which the components provide."""
+    of_loading = logging.get_logger("transformers.modeling_utils")
 
-    def keep(record: logging.LogRecord) -> bool:
+    def keep(record: LogRecord) -> bool:
         return not components.files or "LOAD REPORT" not in record.getMessage()
 
-    logger.addFilter(keep)
+    of_loading.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        of_loading.removeFilter(keep)
 
 
 def place_components(model: nn.Module, components: Components, source: Any) -> set[str]:
@@ -474,7 +472,6 @@ __all__ = [
     "PLATFORMS",
     "SUFFIX",
     "Components",
-    "check_oft_statistics",
     "complete_config",
     "component_files",
     "fitting_platforms",

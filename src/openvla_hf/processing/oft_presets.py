@@ -1,9 +1,8 @@
 """Cameras and states of OpenVLA-OFT's platforms, which no published file contains."""
 
-import difflib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import filter as match
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from transformers.utils import CONFIG_NAME, hf_api
 from transformers.utils.hub import httpx, is_offline_mode
 
 from .image_processing_openvla import LANCZOS3, find_file
+from .observations import suggest
 
 
 STATISTICS_FILE = "dataset_statistics.json"
@@ -22,6 +22,10 @@ PROPRIO_PROJECTOR = "proprio_projector--*"
 COMPONENTS = ("action_head--*", PROPRIO_PROJECTOR, "noisy_action_projector--*", "vision_backbone--*")
 # How the original prepares images in evaluation.
 IMAGE_FIELDS = {"resample": LANCZOS3, "center_crop_area": 0.9}
+
+
+# Values of `action_decoding` in the model's config.
+DECODING = ("autoregressive", "parallel")
 
 
 class Platform(NamedTuple):
@@ -39,45 +43,103 @@ PLATFORMS = {
 }
 
 
+def find_platform(name: str | None) -> Platform | None:
+    """Return the platform of a name; raise `ValueError` for an unknown one."""
+    if name is None:
+        return None
+    if name not in PLATFORMS:
+        raise ValueError(
+            f"Unknown platform {name!r}.{suggest(name, PLATFORMS)} Choose from {', '.join(map(repr, PLATFORMS))}."
+        )
+    return PLATFORMS[name]
+
+
+def is_parallel(given: str | None, config: Mapping[str, Any]) -> bool:
+    """Return whether a policy decodes in parallel, by `action_decoding=` or else the checkpoint's config.
+
+    Raises:
+        ValueError: The given kind of decoding is unknown.
+    """
+    if given is not None and given not in DECODING:
+        raise ValueError(
+            f"Unknown `action_decoding` {given!r}.{suggest(given, DECODING)} Choose from "
+            f"{', '.join(map(repr, DECODING))}."
+        )
+    return (given or config.get("action_decoding")) == "parallel"
+
+
 def read_oft_fields(
-    source: str | os.PathLike, platform: str | None, given: Collection[str], is_published: bool, **hub_kwargs: Any
+    source: str | os.PathLike, platform: str | None, parallel: bool, given: Collection[str], **hub_kwargs: Any
 ) -> dict[str, Any]:
-    """Return the processor's fields for a platform or for a published OpenVLA-OFT checkpoint.
+    """Return the processor's fields for published files, which may be those of OpenVLA-OFT.
 
     Args:
         source: Folder or Hub id.
-        platform: Name of a platform. By default, the one whose dimensions the checkpoint's statistics have. For a
-            published checkpoint without component files, the platform means a model that predicts tokens from the
-            first camera, without the state. The cameras and the state of a saved processor stay as they are.
+        platform: Name of a platform. By default, the one whose dimensions the checkpoint's statistics have.
+        parallel: Whether the policy is known to decode in parallel. If so, and without component files, it predicts
+            tokens from the platform's first camera, without the state.
         given: Names of fields that the caller gives, which need not be found.
-        is_published: Whether the files may be those of OpenVLA-OFT; the files that `save_pretrained` writes are not.
         hub_kwargs: `revision`, `token` and so on.
 
     Returns:
         `cameras`, `state_dim` and the fields of the image processor; empty for a plain checkpoint.
 
     Raises:
-        ValueError: The platform is unknown, or does not follow from the statistics.
+        ValueError: The platform is unknown, does not follow from the statistics, or is given for a plain checkpoint.
         OSError: It is unknown which files the checkpoint has.
     """
-    if platform is not None and platform not in PLATFORMS:
-        near = difflib.get_close_matches(str(platform), PLATFORMS, n=1)
-        guess = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown platform {platform!r}.{guess} Choose from {', '.join(map(repr, PLATFORMS))}.")
-    files = list_files(source, **hub_kwargs) if is_published else []
+    preset = find_platform(platform)
+    files = list_files(source, **hub_kwargs)
     has_components = any(match(files, pattern) for pattern in COMPONENTS)
-    if platform is None and not has_components:
+    if not (has_components or parallel):
+        if platform is not None:
+            raise ValueError(f"{source} has no component files of OpenVLA-OFT, {_platform_of_plain(platform)}")
         return {}
     fields: dict[str, Any] = {"image_processor": IMAGE_FIELDS}
-    if not is_published:
-        return fields
-    preset = None if platform is None else PLATFORMS[platform]
     if "cameras" not in given:
-        preset = preset or _recognize(source, **hub_kwargs)
-        fields["cameras"] = list(preset.cameras if has_components else preset.cameras[:1])
+        if has_components:
+            preset = preset or _recognize(source, **hub_kwargs)
+        if preset is not None:
+            fields["cameras"] = list(preset.cameras if has_components else preset.cameras[:1])
     if "state_dim" not in given and match(files, PROPRIO_PROJECTOR):
         fields["state_dim"] = preset.state_dim if preset else _read_dims(source, **hub_kwargs)[1]
     return fields
+
+
+def check_saved_fields(
+    source: str | os.PathLike, platform: str | None, parallel: bool, saved: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` if a platform is given that is not the one of a saved processor.
+
+    Args:
+        source: Folder or Hub id.
+        platform: Name of a platform.
+        parallel: Whether the policy is known to decode in parallel.
+        saved: Content of the processor's file, which a platform does not change.
+    """
+    preset = find_platform(platform)
+    if preset is None:
+        return
+    cameras, state_dim = saved.get("cameras"), saved.get("state_dim")
+    if cameras is None and state_dim is None and not parallel:
+        raise ValueError(
+            f"The processor of {source} was saved for one image without a state, {_platform_of_plain(platform)}"
+        )
+    num_cameras = len(cameras or [None])
+    # A policy may have one camera, and no state.
+    if num_cameras not in (1, len(preset.cameras)) or state_dim not in (None, preset.state_dim):
+        raise ValueError(
+            f"The processor of {source} was saved with {num_cameras} cameras and {state_dim or 'no'} state "
+            f"dimensions, but the platform {platform!r} has {len(preset.cameras)} and {preset.state_dim}: leave out "
+            "`platform=`."
+        )
+
+
+def _platform_of_plain(platform: str | None) -> str:
+    return (
+        f"so `platform={platform!r}` does not apply. Leave it out for a plain OpenVLA checkpoint, or also pass "
+        "`action_decoding='parallel'` if the policy was trained to predict the action tokens in parallel."
+    )
 
 
 def list_files(source: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
@@ -169,4 +231,4 @@ def _read_dims(source: str | os.PathLike, **hub_kwargs: Any) -> tuple[int, int]:
     return action_dim, state_dim
 
 
-__all__ = ["IMAGE_FIELDS", "PLATFORMS", "Platform", "read_oft_fields"]
+__all__ = ["IMAGE_FIELDS", "PLATFORMS", "Platform", "check_saved_fields", "is_parallel", "read_oft_fields"]

@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from .image_processing_openvla import OpenVLAImageProcessor, find_file, select_hub_kwargs
 from .observations import ObservationInputs, flatten_observations, read_state, refuse_camera_names
-from .oft_presets import IMAGE_FIELDS, read_oft_fields
+from .oft_presets import IMAGE_FIELDS, check_saved_fields, is_parallel, read_oft_fields
 
 
 QUESTION = "What action should the robot take to"
@@ -66,9 +66,10 @@ class OpenVLAProcessor(ProcessorMixin):
 
     `from_pretrained` finds the cameras, the state and the evaluation's image options (`resample="lanczos3"`,
     `center_crop_area=0.9`) of a published OpenVLA-OFT checkpoint by its component files and the dimensions of its
-    statistics. `platform="libero"`, `"aloha"` or `"bridge"` decides where the statistics do not, and gives a
-    checkpoint without component files the image options. Images must be as the original's clients give them: LIBERO's
-    turned by 180 degrees, ALOHA's stretched to 256 x 256 pixels with PIL's bicubic filter.
+    statistics. `platform="libero"`, `"aloha"` or `"bridge"` decides where the statistics do not. A policy without
+    component files, which predicts action tokens in parallel, needs `action_decoding="parallel"` as well, as the model
+    does. Images must be as the original's clients give them: LIBERO's turned by 180 degrees, ALOHA's stretched to
+    256 x 256 pixels with PIL's bicubic filter.
 
     `from_pretrained(..., reasoning=True)` uses the prompt of Embodied-CoT, whose checkpoints are otherwise saved like
     openvla-7b.
@@ -375,6 +376,7 @@ class OpenVLAProcessor(ProcessorMixin):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         platform: str | None = None,
+        action_decoding: str | None = None,
         reasoning: bool = False,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -383,17 +385,21 @@ class OpenVLAProcessor(ProcessorMixin):
         find_file(pretrained_model_name_or_path, PROCESSOR_NAME, **hub_kwargs)  # raises if the Hub refuses the file
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         is_published = "prompt_template" not in fields
-        if is_published:
+        config = {}
+        if is_published or platform is not None:
             config_file = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_kwargs)
             if config_file is not None:
                 with open(config_file, encoding="utf-8") as file:
-                    fields |= read_published_fields(json.load(file))
+                    config = json.load(file)
+        parallel = is_parallel(action_decoding, config)
+        if is_published:
+            fields |= read_published_fields(config)
+            fields |= read_oft_fields(pretrained_model_name_or_path, platform, parallel, kwargs.keys(), **hub_kwargs)
+        else:
+            check_saved_fields(pretrained_model_name_or_path, platform, parallel, fields)
         if reasoning:
             fields["prompt_template"] = REASONING_PROMPT
-        oft_fields = read_oft_fields(
-            pretrained_model_name_or_path, platform, kwargs.keys(), is_published, **hub_kwargs
-        )
-        return fields | oft_fields, kwargs
+        return fields, kwargs
 
     @classmethod
     def _get_arguments_from_pretrained(
