@@ -145,7 +145,7 @@ def test_frames_that_do_not_fit_the_policy_are_refused(base, tmp_path):
         ({"actions": frame["actions"][:2]}, "chunk has 2 actions of 7 dimensions.*predicts 3 of 7"),
         ({"actions": frame["actions"][:, :6]}, "statistics have 7 dimensions"),
         ({"actions": np.full((CHUNK, 7), np.nan)}, "not finite"),
-        ({"state": None}, "has no state, but the policy sees 3 numbers"),
+        ({"state": None}, "has no state, but the policy's has 3 dimensions"),
         ({"state": np.zeros(2)}, "state"),
         ({"state": np.full(3, np.nan)}, "state"),
         ({"images": {"front": frame["images"]["front"]}}, r"frame \(episode 0, frame 0\) has no image from 'wrist'"),

@@ -167,8 +167,8 @@ class ActionCollator:
         if state.shape != (self.processor.state_dim,):
             found = "no state" if frame.get("state") is None else f"a state of shape {state.shape}"
             raise ValueError(
-                f"A frame{_place(frame)} has {found}, but the policy sees {self.processor.state_dim} numbers: load "
-                "the data with `state=True` and the robot's adapter."
+                f"A frame{_place(frame)} has {found}, but the policy's has {self.processor.state_dim} dimensions: "
+                "load the data with `state=True` and the robot's adapter."
             )
         return state
 
