@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from film_reference import PublishedTower
+from film_reference import PublishedTower, needs_export
 from transformers import AutoModel, ViTConfig
 
 from openvla_hf.checkpoints.published_weights import published_film_backbone
@@ -45,6 +45,7 @@ def expected_features(published, config, pixel_values, language):
 
 
 @torch.no_grad()
+@needs_export
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("rank", [4, 16, 24])
 def test_a_published_backbone_computes_what_its_unmerged_parts_compute(fused, rank):
@@ -58,6 +59,7 @@ def test_a_published_backbone_computes_what_its_unmerged_parts_compute(fused, ra
 
 
 @torch.no_grad()
+@needs_export
 @pytest.mark.parametrize("head", ["l1", "none"])
 def test_the_backbone_beside_a_published_checkpoint_replaces_that_of_the_main_file(tmp_path, head):
     folder = write_tiny_oft(tmp_path / "published", head=head)
@@ -73,6 +75,7 @@ def test_the_backbone_beside_a_published_checkpoint_replaces_that_of_the_main_fi
     torch.testing.assert_close(again.model.vision_backbone(pixels, language), expected, rtol=1e-5, atol=3e-5)
 
 
+@needs_export
 def test_an_exported_backbone_reads_back_unchanged():
     model = film_model()
     backbone = model.model.vision_backbone
@@ -107,7 +110,7 @@ def test_gradients_reach_film_and_the_text_and_checkpointing_does_not_change_the
     language = torch.randn(2, 64, requires_grad=True)
     for checkpointing in (False, True):
         if checkpointing:
-            backbone.activation_checkpointing_enable()
+            backbone.gradient_checkpointing_enable()
         backbone(pixels, language).square().mean().backward()
         gradients.append([one.grad for one in (language, *backbone.parameters())])
         assert all(gradient.any() for gradient in gradients[-1])
@@ -148,6 +151,7 @@ BLOCK = "vision_backbone.featurizer.blocks.0"
 FC1 = f"{BLOCK}.block.mlp.fc1"
 
 
+@needs_export
 @pytest.mark.parametrize(
     ("name", "tensor", "sentence"),
     [
@@ -173,6 +177,7 @@ def test_a_damaged_published_backbone_is_refused(name, tensor, sentence):
         film_backbone_weights(model.model.vision_backbone, published, "the file")
 
 
+@needs_export
 def test_a_published_backbone_without_lora_is_read_too():
     model = film_model()
     published = published_film_backbone(model)

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from film_reference import needs_export
 from recordings import read_tower_overrides
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -235,6 +236,7 @@ def test_a_loaded_model_has_the_weights_of_all_files(oft, silent, load, head):
     assert len(state) == len(plain) + len(components(folder).weights)
 
 
+@needs_export
 def test_a_backbone_with_film_replaces_the_vision_weights_of_the_main_file(oft, silent):
     folder = oft(film=True)
     model = AutoModel.from_pretrained(folder)

@@ -573,6 +573,7 @@ def test_a_saved_checkpoint_gives_the_same_chunk(model, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_loading_leaves_heads_and_projectors_in_16_bits(model, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
     model.bfloat16().save_pretrained(tmp_path)
     inputs, noise = make_inputs(model, 2), noise_of(model, 2)
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})

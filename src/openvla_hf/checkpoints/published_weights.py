@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -79,6 +80,11 @@ def _published_tower(tower: PreTrainedModel) -> dict[str, torch.Tensor]:
         # The layout has no position embedding for the class token, so it is added to the token itself.
         state[class_token] = state[class_token] + state[positions][:, :1]
     published = revert_weight_conversion(tower, state)
+    if "pos_embed" not in published:
+        raise ImportError(
+            f"transformers {transformers.__version__} can't write the published names of weights: run "
+            "`pip install -U transformers`."
+        )
     # A view of our whole table, so copy the part that is saved.
     published["pos_embed"] = published["pos_embed"].clone()
     return published

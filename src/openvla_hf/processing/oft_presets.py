@@ -187,9 +187,10 @@ class _NoBar(tqdm):
 
 
 def _unknown_files(source: str, error: Exception) -> OSError:
+    reason = " ".join(str(error.__cause__ or error).split())
     return OSError(
         f"Cannot read the list of files of {source}, which tells whether it is an OpenVLA-OFT checkpoint: the Hub "
-        f"refuses the list or does not answer ({error.__cause__ or error}). Check your access and the network, or set "
+        f"refuses the list or does not answer ({reason}). Check your access and the network, or set "
         "HF_HUB_OFFLINE=1 to use what is in the cache."
     )
 
