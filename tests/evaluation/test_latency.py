@@ -199,7 +199,7 @@ def test_a_platform_is_for_a_checkpoint_whose_files_do_not_tell_it(capsys, tmp_p
     write_tiny_oft(tmp_path, head="none", proprio=False)
     command = ["bench", "--model", str(tmp_path), "--platform", "libero", "--repeats", "1", "--json"]
     assert main(command) == 2
-    assert "action_decoding=" in capsys.readouterr().err
+    assert "pass --action-decoding parallel" in capsys.readouterr().err
     assert main([*command, "--action-decoding", "parallel"]) == 0
     assert json.loads(capsys.readouterr().out)["batches"][0]["actions_per_call"] == {"predict_action": 8}
     assert main(["bench", "--random", "tiny", "--platform", "libero"]) == 2
