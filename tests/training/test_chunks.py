@@ -15,7 +15,7 @@ from openvla_hf.evaluation.open_loop import evaluate_open_loop, load_recorded
 from openvla_hf.modeling.action_networks import add_action_networks
 from openvla_hf.modeling.checkpoint_files import ADAPTER_POLICY
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode
 from openvla_hf.training.checkpoint_saving import last_checkpoint
 from openvla_hf.training.collator import IGNORED, ChunkCollator
 from openvla_hf.training.finetune import FinetuneArguments, TrainingData, build_trainer, finetune
@@ -59,18 +59,6 @@ def chunk_frames(episodes=2, steps=6, pad=True):
                 }
             )
     return rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A plain policy with its processor, as a run starts from."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer)
-    torch.manual_seed(0)
-    OpenVLAForActionPrediction(config).save_pretrained(folder)
-    tiny_processor(tokenizer, config).save_pretrained(folder)
-    return folder
 
 
 def build(base, output, name="oft", dataset=None, fields=None, **arguments):

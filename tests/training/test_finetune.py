@@ -19,22 +19,9 @@ from transformers.integrations import get_available_reporting_integrations
 from openvla_hf.cli import main
 from openvla_hf.data import compute_statistics, from_episodes, load, save_statistics, write_lerobot
 from openvla_hf.data.splits import read_split, split_parts
-from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
+from openvla_hf.testing import fake_episode
 from openvla_hf.training.checkpoint_saving import last_checkpoint
 from openvla_hf.training.finetune import FinetuneArguments, TrainingData, build_trainer, finetune
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A saved policy that knows nothing."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer)
-    torch.manual_seed(0)
-    OpenVLAForActionPrediction(config).save_pretrained(folder)
-    tiny_processor(tokenizer, config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
