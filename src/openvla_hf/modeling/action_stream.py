@@ -4,6 +4,7 @@ Shapes: B batch (robots that act in step), T tokens, K actions of a chunk, A act
 """
 
 import math
+from collections.abc import Sequence
 from copy import copy
 from numbers import Real
 from typing import Any
@@ -191,9 +192,9 @@ class ChunkStream:
             self._prompts, self._key = input_ids.cpu().clone(), copy(key)
             self.forward_passes, self._played = details.forward_passes, 0
             self._chunks = [*(self._chunks if self.ensemble is not None else []), details.actions]
-        action = self._average() if self.ensemble is not None else self._chunks[-1][:, 0]
+        action = average_chunks(self._chunks, self.ensemble) if self.ensemble is not None else self._chunks[-1][:, 0]
         self._played += 1
-        self._chunks = [chunk[:, 1:] for chunk in self._chunks if chunk.shape[1] > 1]
+        self._chunks = drop_first_step(self._chunks)
         return action[0] if len(action) == 1 else action
 
     def _is_other_task(self, input_ids: torch.Tensor | None, key: str | list[str] | None) -> bool:
@@ -204,10 +205,18 @@ class ChunkStream:
             return key != self._key
         return input_ids.shape != self._prompts.shape or bool((input_ids.cpu() != self._prompts).any())
 
-    def _average(self) -> np.ndarray:
-        """Average what the chunks predict for this step, (B, A)."""
-        weights = np.exp(-self.ensemble * np.arange(len(self._chunks)))  # type: ignore[operator]
-        return np.average([chunk[:, 0] for chunk in self._chunks], axis=0, weights=weights)
+
+def average_chunks(chunks: Sequence[np.ndarray], decay: float) -> np.ndarray:
+    """Average what chunks (..., K, A), the oldest first, predict for their first step (temporal ensembling).
+
+    The i-th oldest chunk has a weight proportional to `exp(-decay * i)`.
+    """
+    return np.average([chunk[..., 0, :] for chunk in chunks], axis=0, weights=np.exp(-decay * np.arange(len(chunks))))
 
 
-__all__ = ["ActionStream", "ChunkStream"]
+def drop_first_step(chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Remove the first step of chunks (..., K, A), and the chunks that have no other."""
+    return [chunk[..., 1:, :] for chunk in chunks if chunk.shape[-2] > 1]
+
+
+__all__ = ["ActionStream", "ChunkStream", "average_chunks", "drop_first_step"]

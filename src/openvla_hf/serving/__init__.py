@@ -1,0 +1,4 @@
+"""Serve a policy to robots, and ask a served policy for actions.
+
+Importing this package, or its client, does not import PyTorch.
+"""

@@ -1,0 +1,97 @@
+"""Why a request gets no action, with the HTTP status of each reason."""
+
+
+class ServingError(Exception):
+    """A request that gets no action.
+
+    Attributes:
+        status: HTTP status.
+        reason: Sentence for the client.
+        retry_after: Seconds after which the client may try again, if trying again can help.
+    """
+
+    status = 500
+
+    def __init__(self, reason: str, retry_after: float | None = None):
+        super().__init__(reason)
+        self.reason, self.retry_after = reason, retry_after
+
+    @property
+    def kind(self) -> str:
+        """Name of the error in answers, such as "too_large"."""
+        return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in type(self).__name__)[1:]
+
+
+class BadRequest(ServingError):
+    """The request can't be read."""
+
+    status = 400
+
+
+class Unauthorized(ServingError):
+    """The token is missing or wrong."""
+
+    status = 401
+
+
+class Superseded(ServingError):
+    """A newer request of the same session took the place of this one in the queue."""
+
+    status = 409
+
+
+class SessionExpired(ServingError):
+    """The session has expired, or never existed."""
+
+    status = 410
+
+
+class TooLarge(ServingError):
+    """The request exceeds a limit on its size."""
+
+    status = 413
+
+
+class Unprocessable(ServingError):
+    """The request is readable, but does not fit the policy."""
+
+    status = 422
+
+
+class TooManyRequests(ServingError):
+    """The client exceeds its rate, or the server has no room for another session."""
+
+    status = 429
+
+
+class PredictionFailed(ServingError):
+    """The policy failed on this observation."""
+
+    status = 500
+
+
+class Busy(ServingError):
+    """The queue is full, or the device is out of memory."""
+
+    status = 503
+
+
+class ShuttingDown(ServingError):
+    """The server is about to stop."""
+
+    status = 503
+
+
+__all__ = [
+    "BadRequest",
+    "Busy",
+    "PredictionFailed",
+    "ServingError",
+    "SessionExpired",
+    "ShuttingDown",
+    "Superseded",
+    "TooLarge",
+    "TooManyRequests",
+    "Unauthorized",
+    "Unprocessable",
+]

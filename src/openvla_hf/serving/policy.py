@@ -1,0 +1,378 @@
+"""The policy behind every protocol: one model, its processor, its statistics and its gripper convention.
+
+Shapes: K actions of a chunk (1 for plain OpenVLA), A action dimensions, S state dimensions, N action bins, T tokens.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import __version__
+from ..modeling.action_prediction import ActionPrediction
+from ..modeling.action_stream import average_chunks, drop_first_step
+from ..modeling.action_tokenizer import resolve_key
+from ..modeling.model_inputs import check_prompt_length
+from ..modeling.parallel_decoding import num_new_tokens
+
+
+ONLY_CAMERA = "image"
+"""Name of the camera of a policy that sees one image without a name."""
+NO_DRAFT = -1
+"""Id for an observation without a draft. The model replaces ids outside its vocabulary."""
+
+
+@dataclass(frozen=True)
+class GripperConvention:
+    """What a robot expects as the last dimension of an action, where the policy predicts 1 for open and 0 for closed.
+
+    Attributes:
+        open: Value of an open gripper.
+        closed: Value of a closed gripper.
+        binary: Whether values in between become one of the two.
+        convert: Function from predicted values to the robot's.
+    """
+
+    open: float
+    closed: float
+    binary: bool
+    convert: Callable[[np.ndarray], np.ndarray]
+
+
+GRIPPERS = {
+    "policy": GripperConvention(1.0, 0.0, False, lambda opening: opening),
+    "binary": GripperConvention(1.0, 0.0, True, lambda opening: (opening > 0.5).astype(np.float64)),
+    # As in the original's evaluation: to [-1, 1], the sign, inverted.
+    "libero": GripperConvention(-1.0, 1.0, True, lambda opening: -np.sign(2 * opening - 1)),
+}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one robot sees at one step.
+
+    Attributes:
+        images: Image of each of the policy's cameras: PIL, or uint8 (H, W, 3) in RGB.
+        instruction: Task of the robot.
+        state: (S,) in robot units, if the policy sees it.
+        unnorm_key: Name of the statistics; `None` for the policy's default.
+        draft: (A,) guess of the action's ids, which sessions add.
+    """
+
+    images: Mapping[str, Image.Image | np.ndarray]
+    instruction: str
+    state: np.ndarray | None = None
+    unnorm_key: str | None = None
+    draft: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An observation as the model's inputs, with a batch dimension of 1."""
+
+    inputs: Mapping[str, Any]
+    unnorm_key: str
+    draft: np.ndarray | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The policy's answer to one observation.
+
+    Attributes:
+        actions: (K, A) float64 in robot units, with the gripper as predicted: 1 for open and 0 for closed.
+        unnorm_key: Name of the statistics that were used.
+        token_ids: (K, A); `None` with an action head, and so are the next two.
+        probabilities: (K, A, N) over the bins, lowest value first.
+        entropy: (K, A) in nats.
+        forward_passes: Passes of the language model for the batch.
+        preprocess_seconds: Time that the processor took for this observation.
+        model_seconds: Time that the model took for the batch.
+    """
+
+    actions: np.ndarray
+    unnorm_key: str
+    token_ids: np.ndarray | None
+    probabilities: np.ndarray | None
+    entropy: np.ndarray | None
+    forward_passes: int
+    preprocess_seconds: float
+    model_seconds: float
+
+
+class ServedPolicy:
+    """A model and its processor that act for any number of robots.
+
+    Args:
+        model: An `OpenVLAForActionPrediction`.
+        processor: Its processor.
+        model_id: Folder or Hub id, for `describe`.
+        unnorm_key: Default statistics of observations that name none; may be left out if the model has one key.
+        gripper: Name of the `GRIPPERS` convention in which actions are returned.
+        execute: Number of actions of a chunk that an answer contains; all by default.
+        ensemble: Decay of temporal ensembling within a session, see `ChunkStream`; an answer then contains one action.
+        control_frequency: Rate in Hz at which robots should act, for `describe`.
+
+    Raises:
+        ValueError: An argument does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        model_id: str = "",
+        *,
+        unnorm_key: str | None = None,
+        gripper: str = "policy",
+        execute: int | None = None,
+        ensemble: float | None = None,
+        control_frequency: float | None = None,
+    ):
+        self.model, self.processor, self.model_id = model, processor, model_id
+        keys = list(model.norm_stats or ())
+        self.default_key = resolve_key(model.norm_stats, unnorm_key) if unnorm_key or len(keys) == 1 else None
+        self.gripper_name, self.gripper = gripper, self._find_gripper(gripper)
+        if execute is not None or ensemble is not None:
+            model.action_stream(self.default_key or keys[0], execute=execute, ensemble=ensemble)  # raises if unfit
+        horizon = model.config.action_horizon if model.config.is_parallel else 1
+        self.execute = 1 if ensemble is not None else execute or horizon
+        self.ensemble = ensemble
+        self.control_frequency = control_frequency
+
+    @classmethod
+    def load(
+        cls,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        loading: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> "ServedPolicy":
+        """Load a checkpoint or an adapter from a folder or the Hub.
+
+        Args:
+            model_id: Folder or Hub id.
+            revision: Branch, tag or commit.
+            dtype: Data type of the weights.
+            device: Device, or "auto".
+            loading: Further arguments of `from_pretrained` for both model and processor, such as `platform`.
+            options: Arguments of `ServedPolicy`.
+        """
+        from transformers import AutoModel, AutoProcessor
+
+        from .. import auto as auto
+
+        shared = {"revision": revision or "main", **(loading or {})}
+        model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device, **shared)
+        return cls(model.eval(), AutoProcessor.from_pretrained(model_id, **shared), model_id, **options)
+
+    def _find_gripper(self, name: str) -> GripperConvention:
+        if name not in GRIPPERS:
+            raise ValueError(f"Unknown gripper convention {name!r}: give one of {', '.join(GRIPPERS)}.")
+        if name == "policy":
+            return GRIPPERS[name]
+        for key in [self.default_key] if self.default_key else self.model.norm_stats or ():
+            stats = self.model.get_action_stats(key)
+            low, high = stats["q01"][-1], stats["q99"][-1]
+            if low < -0.01 or high > 1.01:
+                raise ValueError(
+                    f"gripper={name!r} converts a gripper between 0 and 1, but the last action dimension of {key!r} "
+                    f"goes from {low:g} to {high:g}. Leave `gripper` out to return the values as predicted."
+                )
+        return GRIPPERS[name]
+
+    @property
+    def cameras(self) -> list[str]:
+        """Names of the cameras in the model's order."""
+        return self.processor.cameras or [ONLY_CAMERA]
+
+    @property
+    def state_dim(self) -> int | None:
+        """Number of state dimensions, or `None` if the policy does not see the state."""
+        return self.processor.state_dim
+
+    @property
+    def uses_drafts(self) -> bool:
+        """Whether the last action's ids make the next prediction cheaper."""
+        return not (self.model.config.is_parallel or self.model.config.reasoning)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe what clients need to know, in JSON types."""
+        config, image_processor = self.model.config, self.processor.image_processor
+        keys = {key: self.model.get_action_dim(key) for key in self.model.norm_stats or ()}
+        known = self.model.get_action_stats(self.default_key).get("names") if self.default_key else None
+        side = config.vision_config.image_size
+        return {
+            "server": "openvla-hf",
+            "server_version": __version__,
+            "model_id": self.model_id,
+            "revision": getattr(config, "_commit_hash", None),
+            "unnorm_keys": list(keys),
+            "default_unnorm_key": self.default_key,
+            "action_dim": keys[self.default_key] if self.default_key else max(keys.values()),
+            "action_names": None if known is None else list(known),
+            "action_horizon": self.execute,
+            "action_decoding": config.action_decoding,
+            "cameras": [
+                {
+                    "name": name,
+                    "height": side,
+                    "width": side,
+                    "resize": f"stretch, {image_processor.resample}",
+                    "center_crop_area": image_processor.center_crop_area,
+                }
+                for name in self.cameras
+            ],
+            "state_dim": self.state_dim,
+            "gripper": {
+                "convention": self.gripper_name,
+                "open": self.gripper.open,
+                "closed": self.gripper.closed,
+                "binary": self.gripper.binary,
+            },
+            "control_frequency": self.control_frequency,
+        }
+
+    def prepare(self, observation: Observation) -> Prepared:
+        """Check one observation and convert it to the model's inputs; may run in any thread.
+
+        Raises:
+            ValueError: The observation does not fit the policy.
+            TypeError: The instruction or the state has a wrong type.
+        """
+        started = time.perf_counter()
+        key = resolve_key(self.model.norm_stats, observation.unnorm_key or self.default_key)
+        images: Any = dict(observation.images)
+        if self.processor.cameras is None:
+            if [*images] != [ONLY_CAMERA]:
+                raise ValueError(
+                    f"This policy sees one camera, {ONLY_CAMERA!r}, got images from "
+                    f"{', '.join(map(repr, images)) or 'none'}."
+                )
+            images = images[ONLY_CAMERA]
+        inputs = self.processor(images, instruction=observation.instruction, state=observation.state)
+        config = self.model.config
+        new_tokens = num_new_tokens(config) if config.is_parallel else self.model.get_action_dim(key)
+        check_prompt_length(config, inputs["attention_mask"], new_tokens)
+        return Prepared(inputs, key, observation.draft, time.perf_counter() - started)
+
+    def predict(self, prepared: Sequence[Prepared]) -> list[Prediction]:
+        """Predict a batch of one or more observations, whose instructions and keys may differ.
+
+        Raises:
+            ValueError: The model's output for an observation is not finite.
+        """
+        started = time.perf_counter()
+        rows = [one.inputs for one in prepared]
+        inputs: dict[str, Any] = dict(rows[0])
+        if len(rows) > 1:
+            text = {name: [row[name][0] for row in rows] for name in ("input_ids", "attention_mask")}
+            inputs = dict(self.processor.tokenizer.pad(text, padding=True, return_tensors="pt"))
+            inputs["pixel_values"] = torch.cat([row["pixel_values"] for row in rows])
+            if "state" in rows[0]:
+                inputs["state"] = torch.cat([torch.as_tensor(row["state"]) for row in rows])
+        drafts = self._stack_drafts(prepared)
+        details = self.model.predict_action(
+            **inputs,
+            unnorm_key=[one.unnorm_key for one in prepared],
+            return_details=True,
+            **({} if drafts is None else {"draft_token_ids": drafts}),
+        )
+        seconds = time.perf_counter() - started
+        return [self._row(details, row, one, seconds) for row, one in enumerate(prepared)]
+
+    def _stack_drafts(self, prepared: Sequence[Prepared]) -> np.ndarray | None:
+        """Return the drafts (B, A), or `None` if no observation has one."""
+        known = [one.draft for one in prepared if one.draft is not None]
+        if not known:
+            return None
+        drafts = np.full((len(prepared), max(map(len, known))), NO_DRAFT)
+        for row, one in enumerate(prepared):
+            if one.draft is not None:
+                drafts[row, : len(one.draft)] = one.draft
+        return drafts
+
+    def _row(self, details: ActionPrediction, row: int, prepared: Prepared, seconds: float) -> Prediction:
+        """Cut one observation's answer out of a batch, without the padding of a shorter action."""
+        dim = self.model.get_action_dim(prepared.unnorm_key)
+
+        def cut(values: np.ndarray | None) -> np.ndarray | None:
+            if values is None:
+                return None
+            return (values[row] if self.model.config.is_parallel else values[row][None])[:, :dim]
+
+        return Prediction(
+            actions=details.actions[row].reshape(-1, details.actions.shape[-1])[:, :dim],
+            unnorm_key=prepared.unnorm_key,
+            token_ids=cut(details.token_ids),
+            probabilities=cut(details.probabilities),
+            entropy=cut(details.entropy),
+            forward_passes=details.forward_passes,
+            preprocess_seconds=prepared.seconds,
+            model_seconds=seconds,
+        )
+
+    def open_session(self) -> "Session":
+        """Start a session for one robot."""
+        return Session(self)
+
+
+class Session:
+    """One robot's episode: the draft of its next action, and the chunks of temporal ensembling.
+
+    Another instruction or another key starts a new episode. `reset` does so where the task stays the same.
+    """
+
+    def __init__(self, policy: ServedPolicy):
+        self.policy = policy
+        self._task: tuple[str, str | None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an episode: forget the last actions."""
+        self._draft: np.ndarray | None = None
+        self._chunks: list[np.ndarray] = []  # (later steps, A) each, the oldest first
+
+    def observe(self, observation: Observation) -> Observation:
+        """Add the draft to an observation, or start a new episode if the task is another."""
+        task = (observation.instruction, observation.unnorm_key)
+        if task != self._task:
+            self.reset()
+            self._task = task
+        return replace(observation, draft=self._draft)
+
+    def receive(self, prediction: Prediction) -> np.ndarray:
+        """Take the answer to an observation, and return the actions (n, A) to execute before the next one.
+
+        The gripper is in the policy's convention.
+        """
+        if self.policy.uses_drafts and prediction.token_ids is not None:
+            self._draft = prediction.token_ids[0]
+        actions = prediction.actions[: self.policy.execute]
+        if self.policy.ensemble is not None:
+            self._chunks.append(prediction.actions)
+            actions = average_chunks(self._chunks, self.policy.ensemble)[None]
+            self._chunks = drop_first_step(self._chunks)
+        # Last, so that a binary gripper stays binary after the average.
+        opening = self.policy.gripper.convert(actions[:, -1:])
+        return np.concatenate([actions[:, :-1], opening], axis=1)
+
+
+__all__ = [
+    "GRIPPERS",
+    "ONLY_CAMERA",
+    "GripperConvention",
+    "Observation",
+    "Prediction",
+    "Prepared",
+    "ServedPolicy",
+    "Session",
+]

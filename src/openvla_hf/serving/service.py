@@ -1,0 +1,202 @@
+"""The service that all protocols share: a policy, its queue, the sessions and the metrics."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from .batching import Batcher
+from .errors import ServingError, SessionExpired, TooManyRequests, Unprocessable
+from .metrics import Metrics
+from .policy import Observation, Prediction, ServedPolicy, Session
+
+
+MILLISECONDS = 1000
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """Limits of a service.
+
+    Attributes:
+        max_batch: Largest number of observations in a batch.
+        max_wait_ms: Longest time that a batch waits for active robots.
+        max_queue: Largest number of waiting requests.
+        max_sessions: Largest number of open sessions.
+        session_seconds: Time after which an unused session expires.
+        max_body_bytes: Largest request.
+        max_pixels: Largest image.
+        max_instruction: Longest instruction in characters.
+        requests_per_second: Largest rate of one client; `None` for no limit.
+        token: Token that clients must send; `None` for no authentication.
+        original_errors: Whether `POST /act` answers every error as the original does: `"error"` with status 200.
+        camera_keys: Name of a camera of the policy -> key under which clients send its image.
+    """
+
+    max_batch: int = 8
+    max_wait_ms: float = 5.0
+    max_queue: int = 64
+    max_sessions: int = 256
+    session_seconds: float = 600.0
+    max_body_bytes: int = 32 * 2**20
+    max_pixels: int = 4096 * 4096
+    max_instruction: int = 1000
+    requests_per_second: float | None = None
+    token: str | None = field(default=None, repr=False)
+    original_errors: bool = False
+    camera_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_queue", "max_sessions", "max_body_bytes", "max_pixels", "max_instruction"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.max_wait_ms < 0:
+            raise ValueError(f"`max_wait_ms` must be at least 0, got {self.max_wait_ms}.")
+        if self.token is not None and not self.token.strip():
+            raise ValueError("The token is empty: give one of at least one character, or none.")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a robot gets for one observation.
+
+    Attributes:
+        actions: (n, A) float64 to execute before the next observation, in the server's gripper convention.
+        prediction: The whole prediction.
+        batch_size: Number of observations that were predicted together.
+        timings: Milliseconds by stage: `queue_ms`, `preprocess_ms`, `model_ms` and `total_ms`.
+    """
+
+    actions: np.ndarray
+    prediction: Prediction
+    batch_size: int
+    timings: dict[str, float]
+
+
+@dataclass
+class _Open:
+    session: Session
+    used: float
+    is_connected: bool  # it lives as long as its connection
+
+
+class Service:
+    """A policy that acts for many robots at once. Every protocol calls `act`."""
+
+    def __init__(self, policy: ServedPolicy, options: ServiceOptions | None = None):
+        self.policy = policy
+        self.options = options = options or ServiceOptions()
+        self.metrics = Metrics()
+        self.is_ready = False
+        self._sessions: dict[str, _Open] = {}
+
+    async def start(self) -> None:
+        """Start the queue, and predict once, since a first prediction takes longer."""
+        options = self.options
+        self._batcher = Batcher(self.policy, options.max_batch, options.max_wait_ms / MILLISECONDS, options.max_queue)
+        self.metrics.queue.set_function(lambda: len(self._batcher))
+        self.metrics.sessions.set_function(lambda: len(self._sessions))
+        self._batcher.start()
+        await self._batcher.predict(await asyncio.to_thread(self.policy.prepare, self.blank_observation()))
+        self.is_ready = True
+
+    async def stop(self) -> None:
+        """Answer the waiting requests and stop."""
+        self.is_ready = False
+        await self._batcher.close()
+
+    def blank_observation(self) -> Observation:
+        """Return a black image for each camera, and a state of zeros."""
+        image = Image.new("RGB", (224, 224))
+        state = None if self.policy.state_dim is None else np.zeros(self.policy.state_dim)
+        key = self.policy.default_key or next(iter(self.policy.model.norm_stats))
+        return Observation(dict.fromkeys(self.policy.cameras, image), "do nothing", state, key)
+
+    async def act(self, observation: Observation, session_id: str | None = None) -> Answer:
+        """Predict the actions for one observation of one robot.
+
+        Raises:
+            ServingError: The observation does not fit the policy, the session has expired, or the server can't answer.
+        """
+        started = time.perf_counter()
+        try:
+            answer = await self._act(observation, session_id, started)
+        except ServingError as error:
+            self.metrics.requests.labels(error.kind).inc()
+            raise
+        self.metrics.requests.labels("ok").inc()
+        self.metrics.forward_passes.inc(answer.prediction.forward_passes)
+        self.metrics.batch_size.observe(answer.batch_size)
+        for name, value in answer.timings.items():
+            self.metrics.seconds.labels(name.removesuffix("_ms")).observe(value / MILLISECONDS)
+        return answer
+
+    async def _act(self, observation: Observation, session_id: str | None, started: float) -> Answer:
+        if len(observation.instruction) > self.options.max_instruction:
+            raise Unprocessable(
+                f"The instruction has {len(observation.instruction)} characters, and this server takes at most "
+                f"{self.options.max_instruction}."
+            )
+        session = self.policy.open_session() if session_id is None else self._find(session_id).session
+        try:
+            prepared = await asyncio.to_thread(self.policy.prepare, session.observe(observation))
+        except (OSError, TypeError, ValueError) as error:
+            raise Unprocessable(str(error)) from error
+        batched = await self._batcher.predict(prepared, session_id)
+        prediction = batched.prediction
+        seconds = {
+            "queue": batched.queue_seconds,
+            "preprocess": prediction.preprocess_seconds,
+            "model": prediction.model_seconds,
+            "total": time.perf_counter() - started,
+        }
+        timings = {f"{name}_ms": round(value * MILLISECONDS, 3) for name, value in seconds.items()}
+        return Answer(session.receive(prediction), prediction, batched.batch_size, timings)
+
+    def open_session(self, is_connected: bool = False) -> str:
+        """Open a session and return its id.
+
+        Args:
+            is_connected: Whether the session belongs to a connection, with which it ends. Others expire.
+
+        Raises:
+            TooManyRequests: There are too many open sessions.
+        """
+        self._drop_expired()
+        if len(self._sessions) >= self.options.max_sessions:
+            raise TooManyRequests(f"The server has {len(self._sessions)} open sessions, as many as it allows.")
+        session_id = secrets.token_urlsafe(16)
+        self._sessions[session_id] = _Open(self.policy.open_session(), time.monotonic(), is_connected)
+        return session_id
+
+    def reset_session(self, session_id: str) -> None:
+        """Start a new episode in a session; raise `SessionExpired` if it is not open."""
+        self._find(session_id).session.reset()
+
+    def close_session(self, session_id: str) -> None:
+        """Forget a session; raise `SessionExpired` if it is not open."""
+        self._find(session_id)
+        del self._sessions[session_id]
+        self._batcher.forget(session_id)
+
+    def _find(self, session_id: str) -> _Open:
+        self._drop_expired()
+        if session_id not in self._sessions:
+            raise SessionExpired("This session has expired or was never opened: open a new one.")
+        found = self._sessions[session_id]
+        found.used = time.monotonic()
+        return found
+
+    def _drop_expired(self) -> None:
+        oldest = time.monotonic() - self.options.session_seconds
+        for session_id, found in list(self._sessions.items()):
+            if found.used < oldest and not found.is_connected:
+                del self._sessions[session_id]
+                self._batcher.forget(session_id)
+
+
+__all__ = ["Answer", "Service", "ServiceOptions"]

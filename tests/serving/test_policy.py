@@ -1,0 +1,115 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from openvla_hf.serving.policy import ServedPolicy
+
+
+def predict(policy, *observations):
+    return policy.predict([policy.prepare(one) for one in observations])
+
+
+def test_an_answer_equals_a_call_of_the_model(plain_policy, make_observation):
+    seen = make_observation(plain_policy)
+    inputs = plain_policy.processor(seen.images["image"], instruction=seen.instruction)
+    expected = plain_policy.model.predict_action(**inputs, unnorm_key="tiny")
+    (prediction,) = predict(plain_policy, seen)
+    np.testing.assert_array_equal(prediction.actions, expected[None])
+    assert prediction.unnorm_key == "tiny"
+
+
+@pytest.mark.parametrize("name", ["plain_policy", "chunk_policy"])
+def test_a_batch_of_different_robots_gives_each_its_own_actions(name, request, make_observation):
+    policy = request.getfixturevalue(name)
+    keys = list(policy.model.norm_stats)
+    seen = [
+        dataclasses.replace(
+            make_observation(policy, seed), instruction=f"task {'very ' * seed}", unnorm_key=keys[seed % len(keys)]
+        )
+        for seed in range(5)
+    ]
+    together = predict(policy, *seen)
+    for one, answer in zip(seen, together, strict=True):
+        (alone,) = predict(policy, one)
+        np.testing.assert_allclose(answer.actions, alone.actions, atol=1e-5)
+        assert answer.unnorm_key == one.unnorm_key
+    assert len({answer.actions.tobytes() for answer in together}) == len(seen)
+
+
+def test_sessions_draft_the_next_action_which_stays_the_same(plain_policy, make_observation):
+    session, seen = plain_policy.open_session(), make_observation(plain_policy)
+    (first,) = predict(plain_policy, session.observe(seen))
+    session.receive(first)
+    other = make_observation(plain_policy, 1)
+    drafted, fresh = predict(plain_policy, session.observe(seen), other)
+    (alone,) = predict(plain_policy, other)
+    np.testing.assert_array_equal(drafted.actions, first.actions)
+    np.testing.assert_array_equal(fresh.actions, alone.actions)
+    (again,) = predict(plain_policy, session.observe(seen))
+    assert again.forward_passes < first.forward_passes
+    assert session.observe(dataclasses.replace(seen, instruction="another task")).draft is None
+
+
+def test_chunks_are_cut_to_the_actions_to_execute(chunk_policy, make_observation):
+    policy = ServedPolicy(chunk_policy.model, chunk_policy.processor, execute=3)
+    (prediction,) = predict(policy, make_observation(policy))
+    actions = policy.open_session().receive(prediction)
+    np.testing.assert_array_equal(actions, prediction.actions[:3])
+    assert policy.describe()["action_horizon"] == 3
+
+
+def test_temporal_ensembling_equals_that_of_the_models_own_stream(chunk_policy, make_observation):
+    policy = ServedPolicy(chunk_policy.model, chunk_policy.processor, ensemble=0.1)
+    session, stream = policy.open_session(), policy.model.action_stream("tiny", ensemble=0.1)
+    for seed in range(4):
+        seen = session.observe(make_observation(policy, seed))
+        (prediction,) = predict(policy, seen)
+        inputs = policy.processor(seen.images, instruction=seen.instruction, state=seen.state)
+        (action,) = session.receive(prediction)
+        np.testing.assert_array_equal(action, stream.predict_action(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("gripper", "opening", "expected"),
+    [("policy", 0.7, 0.7), ("binary", 0.7, 1.0), ("binary", 0.2, 0.0), ("libero", 0.7, -1.0), ("libero", 0.2, 1.0)],
+)
+def test_the_gripper_is_converted_last(plain_policy, make_observation, gripper, opening, expected):
+    policy = ServedPolicy(plain_policy.model, plain_policy.processor, unnorm_key="tiny", gripper=gripper)
+    (prediction,) = predict(policy, make_observation(policy))
+    prediction.actions[:, -1] = opening
+    assert policy.open_session().receive(prediction)[0, -1] == expected
+    assert policy.describe()["gripper"]["convention"] == gripper
+
+
+def test_a_gripper_convention_is_refused_for_other_ranges(plain_policy, monkeypatch):
+    stats = plain_policy.model.norm_stats["tiny"]["action"]
+    monkeypatch.setitem(stats, "q99", [*stats["q99"][:-1], 30.0])
+    with pytest.raises(ValueError, match=r"last action dimension of 'tiny' goes from 0 to 30"):
+        ServedPolicy(plain_policy.model, plain_policy.processor, unnorm_key="tiny", gripper="libero")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"images": {}}, "sees one camera, 'image', got images from none"),
+        ({"instruction": " "}, "instruction is empty"),
+        ({"instruction": "red " * 2000}, "exceed the 512 positions"),
+        ({"unnorm_key": "tiney"}, "tiny"),
+        ({"state": np.zeros(3)}, "takes none"),
+    ],
+)
+def test_an_observation_that_does_not_fit_is_refused_before_it_enters_a_batch(
+    plain_policy, make_observation, fields, message
+):
+    with pytest.raises(ValueError, match=message):
+        plain_policy.prepare(dataclasses.replace(make_observation(plain_policy), **fields))
+
+
+def test_a_description_names_the_cameras_the_state_and_the_keys(plain_policy, chunk_policy):
+    plain, chunks = plain_policy.describe(), chunk_policy.describe()
+    assert plain["unnorm_keys"] == ["tiny", "half"]
+    assert plain["default_unnorm_key"] == "tiny"
+    assert (plain["action_horizon"], chunks["action_horizon"]) == (1, 8)
+    assert [camera["name"] for camera in chunks["cameras"]] == ["full_image", "wrist_image"]
+    assert (plain["state_dim"], chunks["state_dim"]) == (None, 8)
