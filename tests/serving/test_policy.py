@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -113,3 +114,6 @@ def test_a_description_names_the_cameras_the_state_and_the_keys(plain_policy, ch
     assert (plain["action_horizon"], chunks["action_horizon"]) == (1, 8)
     assert [camera["name"] for camera in chunks["cameras"]] == ["full_image", "wrist_image"]
     assert (plain["state_dim"], chunks["state_dim"]) == (None, 8)
+    assert plain["action_bounds"]["half"]["high"] == plain_policy.model.norm_stats["half"]["action"]["q99"]
+    assert plain["temporal_ensemble"] is None
+    json.dumps([plain, chunks], allow_nan=False)

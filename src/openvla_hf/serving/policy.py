@@ -220,7 +220,9 @@ class ServedPolicy:
             "action_dim": keys[self.default_key] if self.default_key else max(keys.values()),
             "action_names": None if known is None else list(known),
             "action_horizon": self.execute,
+            "action_bounds": {key: self._bounds(key) for key in keys},
             "action_decoding": config.action_decoding,
+            "temporal_ensemble": self.ensemble,
             "cameras": [
                 {
                     "name": name,
@@ -240,6 +242,11 @@ class ServedPolicy:
             },
             "control_frequency": self.control_frequency,
         }
+
+    def _bounds(self, key: str) -> dict[str, list[float]]:
+        """Return the usual lowest and highest actions in robot units, with the gripper as predicted."""
+        stats = self.model.get_action_stats(key)
+        return {"low": np.asarray(stats["q01"]).tolist(), "high": np.asarray(stats["q99"]).tolist()}
 
     def prepare(self, observation: Observation) -> Prepared:
         """Check one observation and convert it to the model's inputs; may run in any thread.
