@@ -56,7 +56,8 @@ class Observation:
     """What one robot sees at one step.
 
     Attributes:
-        images: Image of each of the policy's cameras: PIL, or uint8 (H, W, 3) in RGB.
+        images: Image of each of the policy's cameras: PIL, or an array that the processor takes, such as uint8
+            (H, W, 3) or float (3, H, W) from 0 to 1.
         instruction: Task of the robot.
         state: (S,) in robot units, if the policy sees it.
         unnorm_key: Name of the statistics; `None` for the policy's default.
@@ -265,6 +266,11 @@ class ServedPolicy:
                     f"{', '.join(map(repr, images)) or 'none'}."
                 )
             images = images[ONLY_CAMERA]
+        for camera, image in observation.images.items():
+            # Not a path or a URL, which the processor would open, and not a batch.
+            is_array = isinstance(image, np.ndarray) and image.ndim in (2, 3)
+            if not is_array and not isinstance(image, Image.Image):
+                raise TypeError(f"The image of {camera!r} must be a PIL image or an array of shape (H, W, 3).")
         inputs = self.processor(images, instruction=observation.instruction, state=observation.state)
         config = self.model.config
         new_tokens = num_new_tokens(config) if config.is_parallel else self.model.get_action_dim(key)

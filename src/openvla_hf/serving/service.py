@@ -90,6 +90,11 @@ class Service:
     def __init__(self, policy: ServedPolicy, options: ServiceOptions | None = None):
         self.policy = policy
         self.options = options = options or ServiceOptions()
+        for camera in options.camera_keys:
+            if camera not in policy.cameras:
+                raise ValueError(
+                    f"This policy has no camera {camera!r}: its cameras are {', '.join(map(repr, policy.cameras))}."
+                )
         self.metrics = Metrics()
         self.is_ready = False
         self._sessions: dict[str, _Open] = {}
