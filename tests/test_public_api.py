@@ -102,6 +102,19 @@ API = {
         write_lerobot(episodes, path, frequency, codec, action_names, state_names)
         write_rlds(episodes, path, episodes_per_file, quality, version)
     """,
+    "openvla_hf.data.open_x": """
+        DatasetRow(name, transform, cameras, state, state_encoding, action_encoding, frequency, idle_q01, idle_q99,
+            source, table)
+        DatasetRow.place
+        DatasetRow.steps
+        TableRobot(name, camera, action, state, instruction, select, action_dim, rotation, relative, gripper,
+            frequency, space, as_delta, every, drop_idle, cameras, row)
+        add_table(path)
+        dataset_robot(name)
+        find_row(name)
+        known_table()
+        standardize(name, trajectory, rng)
+    """,
     "openvla_hf.testing": """
         BRIDGE_LIKE_STATS
         fake_episode(seed, steps, instruction, size)
@@ -174,7 +187,7 @@ API = {
         Report(name, robot, episodes, frames, instructions, shortest_episode, median_episode, longest_episode,
             bad_episodes, frames_without_instruction, idle, duplicates, lowest, highest, q01, q99, clipped,
             unused_dimensions, gripper_open, frequency, names, follows_state, motionless_start, histograms, model,
-            warnings)
+            warnings, table_row)
         examine(data, robot, split, camera, every, drop_idle, stats, max_images, progress, cameras,
             state)
         plot_actions(report, path, names)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from keep_open_x import keep_open_x
 from oft_recordings import RecordedOFT, our_name
 from PIL import Image
 from recordings import BASE, EMBEDDING, KEPT, Recorded
@@ -51,6 +52,7 @@ def main(golden: Path, target: Path = KEPT) -> None:
     keep_evaluation_images(golden / "oft-image" / "images", target / "oft-image" / "images")
     keep_actions(golden, target)
     keep_heads(golden, target / "oft-heads")
+    keep_open_x(golden / "oxe", target / "open-x")
 
 
 def keep_case(source: Path, target: Path, samples: list[dict[str, Any]], adapted: dict[str, torch.Tensor]) -> None:

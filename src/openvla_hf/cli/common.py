@@ -236,18 +236,20 @@ def default_model() -> str:
 
 
 def register_robots(args: argparse.Namespace) -> None:
-    """Run the Python file of --robots, which registers robots, and check the names in --robot.
+    """Read the file of --robots, which adds robots, and check the names in --robot.
 
     Raises:
-        ValueError: A name in --robot is unknown.
+        ValueError: A name in --robot is unknown, or its dataset can't be trained on.
     """
-    from ..data.feature_names import find_name
-    from ..data.robots import registered_robots
+    from ..data.open_x import add_table
+    from ..data.robots import find_robot
 
-    if args.robots is not None:
+    if args.robots is not None and args.robots.endswith(".toml"):
+        add_table(args.robots)
+    elif args.robots is not None:
         runpy.run_path(args.robots)
     for name in [args.robot] if isinstance(args.robot, str) else args.robot or ():
-        find_name(name, registered_robots(), "robot")
+        find_robot(name)
 
 
 def refuse_options(args: argparse.Namespace, reason: str, *options: str) -> None:

@@ -223,6 +223,20 @@ class Robot:
         settles = self.gripper is not None and self.gripper.binarize
         return settles or self.every > 1 or self.drop_idle
 
+    @property
+    def table_row(self) -> str | None:
+        """Place of the row that the robot follows in a table of datasets, if it does."""
+        return None
+
+    @property
+    def keeps_unlabelled(self) -> bool:
+        """Whether frames without an instruction are kept if their episode has one."""
+        return False
+
+    def cameras_of_episode(self, cameras: dict[str, str], episode: int) -> dict[str, str]:
+        """Return the dataset's camera for each column of an episode's rows; subclasses may override this."""
+        return cameras
+
     def gripper_dimensions(self, action_dim: int) -> list[int]:
         """List the dimensions of an action that are known to be grippers.
 
@@ -258,13 +272,19 @@ class Robot:
             ValueError: A column is missing or has the wrong length or size, or a value that the actions are computed
                 from is not finite. A state that is not finite but not needed is dropped instead.
         """
+        return self._drop_idle(*self._resample(*self.convert_columns(columns, length, require_state)))
+
+    def convert_columns(
+        self, columns: dict[str, np.ndarray], length: int, require_state: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Convert columns as `standardize` does, before frames are merged or dropped; subclasses may override this."""
         action = _join(columns, self.action_columns(columns), length)
         state_columns = self.state_columns(columns, require_state)
         state = _join(columns, state_columns, length) if state_columns else None
-        _check_finite(action, self.action_columns(columns))
+        check_finite(action, self.action_columns(columns))
         if state is not None and not np.isfinite(state).all():
             if require_state or self.needs_state:
-                _check_finite(state, state_columns)
+                check_finite(state, state_columns)
             state = None
         if self.action_dim is not None and action.shape[1] != self.action_dim:
             raise ValueError(
@@ -273,7 +293,7 @@ class Robot:
         if self.recorded_space in TARGETS:
             # A merged group takes its last target, as seen from its first frame.
             action = action[np.minimum(np.arange(length) + self.every - 1, length - 1)]
-        return self._drop_idle(*self._resample(*self.convert(action, state)))
+        return self.convert(action, state)
 
     def _resample(
         self, kept: np.ndarray, actions: np.ndarray, states: np.ndarray | None
@@ -390,11 +410,12 @@ def _join(columns: dict[str, np.ndarray], names: list[str], length: int) -> np.n
     return np.concatenate(parts, axis=1)
 
 
-def _check_finite(values: np.ndarray, names: list[str]) -> None:
+def check_finite(values: np.ndarray, names: list[str]) -> None:
+    """Raise `ValueError` if values (T, D) of the named columns are not finite."""
     finite = np.isfinite(values).all(-1)
     if not finite.all():
         named = " + ".join(map(repr, names))
         raise ValueError(f"{named} contains NaN or infinity at frame {int(np.flatnonzero(~finite)[0])}.")
 
 
-__all__ = ["Robot"]
+__all__ = ["Robot", "check_finite"]

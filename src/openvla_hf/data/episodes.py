@@ -158,7 +158,7 @@ def usable_columns(
         except BadEpisodeError as error:
             losses.note(error)
         else:
-            losses.without_instruction += sum(not text.strip() for text in episode.instructions)
+            losses.without_instruction += int((~_find_instructed(episode, spec)).sum())
             too_short += not columns["action"] and any(text.strip() for text in episode.instructions)
             yield columns
     if spec.drops_ends and too_short:
@@ -194,7 +194,7 @@ def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[st
         kept, actions, states = spec.robot.standardize(episode.columns, length, spec.state)
     except ValueError as error:
         raise BadEpisodeError(f"{episode.source}: {error}") from error
-    instructed = np.array([bool(episode.instructions[index].strip()) for index in kept], bool)
+    instructed = _find_instructed(episode, spec)[kept]
     chunks, recorded = spec.make_chunks(actions)
     chosen = np.flatnonzero(instructed & (recorded.all(1) | (not spec.drops_ends)))
     columns = {
@@ -217,6 +217,12 @@ def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[st
     elif spec.chunk > 1:
         columns["chunk_mask"] = recorded[chosen].tolist()
     return columns
+
+
+def _find_instructed(episode: RecordedEpisode, spec: FrameSpec) -> np.ndarray:
+    """Return for each frame whether it has an instruction, or can do without one, as (T,) bools."""
+    instructed = np.array([bool(text.strip()) for text in episode.instructions], bool)
+    return np.full_like(instructed, instructed.any()) if spec.robot.keeps_unlabelled else instructed
 
 
 def check_state_size(states: Sequence[np.ndarray] | np.ndarray, expected: int | None) -> int | None:

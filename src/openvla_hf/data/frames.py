@@ -23,7 +23,7 @@ Frames: TypeAlias = Dataset | IterableDataset
 # Columns that identify a frame.
 PLACE = ("dataset", "episode_index", "frame_index")
 # Prefixes of the lines in the description of frames.
-NAMES, SPACE = "Action dimensions of", "Action space of"
+NAMES, SPACE, ROBOT = "Action dimensions of", "Action space of", "Robot of"
 
 
 class FrameDecoder:
@@ -123,7 +123,20 @@ def note_action(frames: Frames, dataset: str, names: list[str] | None, space: st
         names: Names of the action's dimensions, if the dataset gives them.
         space: Space of the standard actions, if the robot gives it.
     """
-    facts = {NAMES: names, SPACE: space}
+    _note(frames, dataset, {NAMES: names, SPACE: space})
+
+
+def note_robot(frames: Frames, dataset: str, robot: str) -> None:
+    """Store the name of the adapter that read a dataset in the description of its frames."""
+    _note(frames, dataset, {ROBOT: robot})
+
+
+def read_robot(frames: Frames, dataset: str) -> str | None:
+    """Return the name of the adapter that read a dataset, or `None` if it is unknown."""
+    return _read_noted(frames, ROBOT).get(dataset)
+
+
+def _note(frames: Frames, dataset: str, facts: dict[str, Any]) -> None:
     lines = [f"{begin} {json.dumps({dataset: value})}" for begin, value in facts.items() if value]
     frames.info.description = "\n".join([*frames.info.description.splitlines(), *lines])
 
@@ -149,5 +162,7 @@ __all__ = [
     "describe_contents",
     "is_stored",
     "note_action",
+    "note_robot",
     "read_action_names",
+    "read_robot",
 ]

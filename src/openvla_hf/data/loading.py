@@ -24,10 +24,12 @@ from huggingface_hub import snapshot_download
 from .adapters import Robot
 from .episodes import Losses, usable_columns, usable_rows
 from .frame_spec import Cameras, FrameSpec, resolve_spec
-from .frames import Frames, note_action
+from .frames import Frames, note_action, note_robot
+from .open_x import known_table
 from .plain_datasets import adapt_stream, adapt_table
 from .readers.lerobot import INFO_FILE, LeRobotSource
 from .readers.rlds import RLDSSource, find_version
+from .robots import registered_robots
 from .streams import FrameStream
 from .table_cache import cached_table, file_version, make_key
 
@@ -64,7 +66,9 @@ def load(
 
     Args:
         data: Folder, Hub id or URL, or a dataset that is already loaded.
-        robot: Adapter or its name. By default, the one registered under the dataset's name, or else the generic one.
+        robot: Adapter or its name, which can be that of a dataset of Open X-Embodiment. By default, the one registered
+            under the dataset's name, or else the generic one. An RLDS folder with the name of a dataset of Open
+            X-Embodiment is read as its row of the table says.
         split: Name of the split.
         name: Name for the statistics. By default, the dataset's own.
         camera: Camera to read instead of the adapter's.
@@ -98,7 +102,7 @@ def load(
     source = open_source(data, split, streaming)
     name = name or name_of(source, data)
     spec = resolve_spec(
-        robot,
+        choose_robot(robot, source, name),
         name,
         camera=camera,
         every=every,
@@ -125,7 +129,17 @@ def load(
     adapter = spec.robot
     names = None if is_plain else adapter.name_dimensions(source.numbers, source.dimension_names)
     note_action(frames, name, names, adapter.standard_space)
+    note_robot(frames, name, adapter.name)
     return frames
+
+
+def choose_robot(robot: Robot | str | None, source: Source | Frames, name: str) -> Robot | str | None:
+    """Return the given robot, or else the dataset of Open X-Embodiment that an RLDS folder contains by its name.
+
+    A dataset of the same name in another format has other features than those in the table.
+    """
+    is_row = name in known_table().datasets and name not in registered_robots() and isinstance(source, RLDSSource)
+    return name if robot is None and is_row else robot
 
 
 def name_of(source: Source | Frames, data: str | os.PathLike | Frames) -> str:
@@ -256,4 +270,4 @@ def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
             )
 
 
-__all__ = ["load", "name_of", "open_source", "read_table"]
+__all__ = ["choose_robot", "load", "name_of", "open_source", "read_table"]

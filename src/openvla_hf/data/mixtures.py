@@ -10,50 +10,12 @@ from datasets import Dataset, IterableDataset, interleave_datasets
 from ..modeling.known_names import check_name
 from .frames import Frames, describe_contents
 from .loading import load
+from .open_x import known_table
 from .streams import FrameStream, mix_streams
 
 
 # Mixture -> folder of a dataset -> weight, which multiplies the dataset's number of frames.
-MIXTURES: dict[str, dict[str, float]] = {
-    # The training data of openvla-7b.
-    "oxe_magic_soup_plus_minus": {
-        **dict.fromkeys(
-            (
-                "fractal20220817_data",
-                "bridge_orig",
-                "jaco_play",
-                "berkeley_cable_routing",
-                "toto",
-                "austin_buds_dataset_converted_externally_to_rlds",
-                "austin_sailor_dataset_converted_externally_to_rlds",
-                "austin_sirius_dataset_converted_externally_to_rlds",
-                "dlr_edan_shared_control_converted_externally_to_rlds",
-                "iamlab_cmu_pickup_insert_converted_externally_to_rlds",
-                "utaustin_mutex",
-                "cmu_stretch",
-                "fmb_dataset",
-            ),
-            1.0,
-        ),
-        "kuka": 0.8341046294,
-        **dict.fromkeys(
-            (
-                "taco_play",
-                "roboturk",
-                "viola",
-                "berkeley_autolab_ur5",
-                "stanford_hydra_dataset_converted_externally_to_rlds",
-                "ucsd_kitchen_dataset_converted_externally_to_rlds",
-                "berkeley_fanuc_manipulation",
-            ),
-            2.0,
-        ),
-        "nyu_franka_play_dataset_converted_externally_to_rlds": 3.0,
-        "furniture_bench_dataset_converted_externally_to_rlds": 0.1,
-        "bc_z": 0.2,
-        "dobbe": 0.2,
-    }
-}
+MIXTURES: dict[str, dict[str, float]] = known_table().mixtures
 
 
 def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed: int = 0) -> Frames:

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from ..modeling.known_names import check_name
 from .adapters import Robot
-from .feature_names import FirstOf, find_name
+from .feature_names import FirstOf
 from .gripper import Gripper
 from .motion import POSE_DIMS
+from .open_x import dataset_robot, known_table
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,21 @@ def registered_robots() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def known_robots() -> list[str]:
+    """List the names of the registered robots and of the datasets of Open X-Embodiment."""
+    return sorted({*_REGISTRY, *known_table().datasets})
+
+
+def find_robot(name: str) -> Robot:
+    """Return the adapter of a name: the registered one, or else that of the dataset of Open X-Embodiment.
+
+    Raises:
+        ValueError: No adapter has this name, or the dataset can't be trained on.
+    """
+    check_name(name, known_robots(), "robot")
+    return _REGISTRY[name] if name in _REGISTRY else dataset_robot(name)
+
+
 def resolve_robot(robot: "Robot | str | None", dataset: str, **options: Any) -> Robot:
     """Return the adapter for a dataset.
 
@@ -81,7 +98,7 @@ def resolve_robot(robot: "Robot | str | None", dataset: str, **options: Any) -> 
     if robot is None:
         robot = _REGISTRY.get(dataset, GENERIC)
     elif isinstance(robot, str):
-        robot = _REGISTRY[find_name(robot, _REGISTRY, "robot")]
+        robot = find_robot(robot)
     given = {name: value for name, value in options.items() if value is not None}
     return replace(robot, **given) if given else robot
 
@@ -105,12 +122,12 @@ def require_same_robot(name: str, description: dict[str, str]) -> None:
     Raises:
         ValueError: No adapter has this name, or its adapter differs.
     """
-    if name not in _REGISTRY:
+    if name not in known_robots():
         raise ValueError(
             f"Training read the data with the robot {name!r}, which is not registered. Pass the Python file that "
             "registers it as `robots`."
         )
-    now = describe_robot(_REGISTRY[name])
+    now = describe_robot(find_robot(name))
     changed = sorted(key for key in description.keys() | now.keys() if description.get(key) != now.get(key))
     if changed:
         raise ValueError(
@@ -189,6 +206,8 @@ __all__ = [
     "ReachedPoseRobot",
     "Robot",
     "describe_robot",
+    "find_robot",
+    "known_robots",
     "register_robot",
     "registered_robots",
     "require_same_robot",

@@ -16,7 +16,7 @@ from ..data.episodes import Losses
 from ..data.frame_spec import Cameras, resolve_spec
 from ..data.frames import Frames
 from ..data.gripper import GRIPPER_OPEN
-from ..data.loading import name_of, open_source, read_table
+from ..data.loading import choose_robot, name_of, open_source, read_table
 from ..data.motion import JOINTS, STILL, TARGETS, find_idle, name_by_space
 from ..data.optional_packages import import_extra
 from ..data.statistics import compute_statistics
@@ -69,6 +69,7 @@ class Report:
         histograms: Counts in the 256 bins of the action tokens, lowest first, for each dimension.
         model: `frames`, `token_accuracy` and `l1` (normalised) of a model on the data, if one was given.
         warnings: One sentence or two for each problem to look at before training.
+        table_row: Row of the table of Open X-Embodiment that the adapter follows; `None` for other adapters.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Report:
     histograms: list[list[int]]
     model: dict[str, float] | None = None
     warnings: list[str] = field(default_factory=list)
+    table_row: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return a dict for JSON."""
@@ -141,6 +143,7 @@ def examine(
     losses = Losses(limit=1.0)
     source = open_source(data, split, streaming=False)
     name = name_of(source, data)
+    robot = choose_robot(robot, source, name)
     spec = resolve_spec(robot, name, camera=camera, every=every, drop_idle=drop_idle, cameras=cameras, state=state)
     adapter = spec.robot
     frames = read_table(source, spec, name, losses)
@@ -163,6 +166,7 @@ def examine(
     report = Report(
         name=name,
         robot=adapter.name,
+        table_row=adapter.table_row,
         bad_episodes=losses.bad_episodes,
         frames_without_instruction=losses.without_instruction,
         duplicates=_duplicates(frames, numbers.episode_of, max_images, progress),
@@ -444,7 +448,7 @@ def _label(report: Report, dimension: int) -> str:
 
 def report_tables(report: Report, names: Sequence[str]) -> list[Table]:
     """Make tables of a report; `names` are those of the action's dimensions."""
-    facts = Table(title=f"{report.name}, read as {report.robot!r}", show_header=False)
+    facts = Table(title=f"{report.name}, read as {report.table_row or repr(report.robot)}", show_header=False)
     for fact in (
         ("episodes, frames, instructions", f"{report.episodes}, {report.frames}, {report.instructions}"),
         ("frames per episode", f"{report.shortest_episode} / {report.median_episode:g} / {report.longest_episode}"

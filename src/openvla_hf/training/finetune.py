@@ -24,6 +24,7 @@ from ..checkpoints.describe import describe, refuse_adapter
 from ..checkpoints.model_card import write_card
 from ..data import Augmentation, compute_statistics, load, load_statistics
 from ..data.frame_spec import name_cameras
+from ..data.frames import read_robot
 from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, sample_frames, split_parts
 from ..modeling.action_networks import add_action_networks
@@ -188,7 +189,7 @@ def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping
         parts = [load(one.source, **{"seed": seed, **one.options}) for one in datasets]
         names = [dataset_name(part) for part in parts]
         _require_statistics(arguments, names)
-        reading = {str(one.source): _record_reading(one, name) for one, name in zip(datasets, names, strict=True)}
+        reading = {str(one.source): _record_reading(one, part) for one, part in zip(datasets, parts, strict=True)}
         record = {"datasets": list(reading), "reading": reading}
     if not datasets and not arguments.eval_share:
         return RunFrames(arguments.data, arguments.eval_data, record)
@@ -270,10 +271,11 @@ def _evaluation_settings(arguments: FinetuneArguments) -> dict[str, Any]:
     return settings
 
 
-def _record_reading(data: TrainingData, name: str) -> dict[str, Any]:
-    """Record how a dataset is read, with the adapter that its name selects if the options name none."""
+def _record_reading(data: TrainingData, frames: Dataset | IterableDataset) -> dict[str, Any]:
+    """Record how a dataset is read, with the adapter that was chosen if the options name none."""
     options = {option: value for option, value in data.options.items() if option not in NOT_RECORDED}
-    robot = resolve_robot(options.get("robot"), name)
+    name = dataset_name(frames)
+    robot = resolve_robot(options.get("robot") or read_robot(frames, name), name)
     if options.get("cameras") is not None:
         options["cameras"] = name_cameras(robot, options["cameras"])
     return options | {"robot": robot.name, "adapter": describe_robot(robot)}

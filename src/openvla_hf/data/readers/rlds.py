@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode
 from ..feature_names import as_tuple, find_name
 from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
+from ..open_x.primitives import decode_text
 from .tfrecord import Span, open_records, parse_example, read_records
 
 
@@ -105,6 +106,9 @@ class RLDSSource:
         self.cameras = self._named("image")
         self.texts = [*self._named("text"), *(name for name in self._named("label") if self.features[name].names)]
         self.numbers = [*self._named("numbers"), *self._named("label")]
+        # An instruction may also be stored as the code points of its characters.
+        integers = [name for name in self._named("numbers") if self.features[name].dtype.startswith("int")]
+        self.code_points = [name for name in integers if len(self.features[name].shape) == 1]
 
     def close(self) -> None:
         """Close all files."""
@@ -115,7 +119,7 @@ class RLDSSource:
         robot = spec.robot
         unread = {name: self.features[name].problem for name in self._named("unread")}
         wanted = [(names, self.cameras) for names in spec.camera_features]
-        wanted += [(robot.action, self.numbers), (robot.instruction, self.texts)]
+        wanted += [(robot.action, self.numbers), (robot.instruction, [*self.texts, *self.code_points])]
         if spec.state or robot.needs_state:
             wanted.append((robot.state, self.numbers))
         for names, readable in wanted:
@@ -128,7 +132,12 @@ class RLDSSource:
         spec.choose_cameras(self.cameras)
         if spec.state:
             robot.state_columns(self.numbers, required=True)
-        find_name(robot.instruction, self.texts, "instruction")
+        self._find_instruction(spec)
+
+    def _find_instruction(self, spec: FrameSpec) -> str:
+        names = spec.robot.instruction
+        has_text = {*as_tuple(names)} & {*self.texts} or not {*as_tuple(names)} & {*self.code_points}
+        return find_name(names, self.texts if has_text else self.code_points, "instruction")
 
     def _named(self, kind: str) -> list[str]:
         return [name for name, feature in self.features.items() if feature.kind == kind]
@@ -183,11 +192,6 @@ class RLDSSource:
             yield BadEpisodeError(f"{shard.path}: the file can't be read ({error}).", shard.length - read)
 
     def _read(self, shard: RecordFile, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
-        cameras = spec.choose_cameras(self.cameras)
-        columns = spec.wanted_columns(self.numbers)
-        instruction = find_name(spec.robot.instruction, self.texts, "instruction")
-        wanted = {name: self.features[name] for name in (*cameras.values(), *columns, instruction)}
-        keys = {feature.key for feature in wanted.values()}
         index, is_damaged = -1, False
         with self.fs.open(shard.path, "rb") as stored:
             file, is_compressed = open_records(stored)
@@ -199,26 +203,12 @@ class RLDSSource:
                     continue
                 source = f"{shard.path}, record {index}"
                 offset, payload = record
+
+                def refer(span: Span, offset: int = offset, payload: bytes = payload) -> ImageReference:
+                    return _image(shard.path, offset, payload, span, inline)
+
                 try:
-                    values = parse_example(payload, keys.__contains__)
-                    missing = sorted(keys - {*values})
-                    if missing:
-                        raise ValueError(f"the record has no {' or '.join(map(repr, missing))}.")
-                    spans = {column: values[wanted[camera].key] for column, camera in cameras.items()}
-                    length = _check_spans(payload, spans)
-                    episode = RecordedEpisode(
-                        source,
-                        shard.first_episode + index,
-                        {
-                            column: [_image(shard.path, offset, payload, span, inline) for span in of_one]
-                            for column, of_one in spans.items()
-                        },
-                        _texts(payload, values[wanted[instruction].key], wanted[instruction], length),
-                        {
-                            name: _numbers(name, payload, values[wanted[name].key], wanted[name], length)
-                            for name in columns
-                        },
-                    )
+                    episode = self._parse(source, shard.first_episode + index, payload, spec, refer)
                 except ValueError as error:
                     yield BadEpisodeError(f"{source}: {error}")
                 else:
@@ -228,6 +218,29 @@ class RLDSSource:
             reason = f"there are {index + 1} records instead of {shard.length}. Download the file again."
             reason = f"{lost} more records can't be found." if is_damaged else reason
             yield BadEpisodeError(f"{shard.path}: {reason}", lost)
+
+    def _parse(
+        self, source: str, number: int, payload: bytes, spec: FrameSpec, refer: Callable[[Span], ImageReference]
+    ) -> RecordedEpisode:
+        """Read what is wanted from the record of an episode. `refer` makes the reference to an image."""
+        cameras = spec.robot.cameras_of_episode(spec.choose_cameras(self.cameras), number)
+        columns = spec.wanted_columns(self.numbers)
+        instruction = self._find_instruction(spec)
+        wanted = {name: self.features[name] for name in (*cameras.values(), *columns, instruction)}
+        keys = {feature.key for feature in wanted.values()}
+        values = parse_example(payload, keys.__contains__)
+        missing = sorted(keys - {*values})
+        if missing:
+            raise ValueError(f"the record has no {' or '.join(map(repr, missing))}.")
+        spans = {column: values[wanted[camera].key] for column, camera in cameras.items()}
+        length = _check_spans(payload, spans)
+        return RecordedEpisode(
+            source,
+            number,
+            {column: list(map(refer, of_one)) for column, of_one in spans.items()},
+            _texts(payload, values[wanted[instruction].key], wanted[instruction], length),
+            {name: _numbers(name, payload, values[wanted[name].key], wanted[name], length) for name in columns},
+        )
 
 
 def find_version(fs: AbstractFileSystem, path: str) -> str | None:
@@ -335,6 +348,8 @@ def _decode(name: str, encoded: list[bytes], feature: Feature) -> np.ndarray:
 
 def _texts(payload: bytes, values: Any, feature: Feature, length: int) -> list[str]:
     """Read the text of each frame. A single text is repeated for all frames of the episode."""
+    if feature.kind == "numbers":
+        return decode_text(_numbers(feature.key, payload, values, feature, length)).tolist()
     if feature.kind == "label":  # -1 stands for a missing label
         texts = [feature.names[label] if 0 <= label < len(feature.names) else "" for label in values.tolist()]
     else:

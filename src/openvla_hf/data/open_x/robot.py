@@ -1,0 +1,165 @@
+"""The robot adapter of a dataset of the table."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..adapters import Robot, check_finite
+from ..feature_names import INSTRUCTION_NAMES, Names, find_columns
+from ..gripper import Gripper
+from ..motion import TARGETS
+from .steps import Assign, Swap, Trajectory, parse_value, run_steps, select_steps, set_field
+from .table import ACTION_ENCODINGS, DatasetRow, find_row
+
+
+# Encoding of actions that the original trains on -> space of `Robot`.
+SPACES = {"EEF_POS": "end_effector_delta", "EEF_R6": None, "JOINT_POS_BIMANUAL": "joint_positions"}
+INSTRUCTION = "language_instruction"
+# A frame is idle if no movement, normalised by the row's quantiles, is farther than this from none.
+IDLE = 1e-5
+# Field that follows the frames through the steps of a transform.
+FRAME = "frame_index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRobot(Robot):
+    """Adapter that reads a dataset as its row of the table says.
+
+    Args:
+        row: Row of the table.
+    """
+
+    row: DatasetRow
+
+    @property
+    def converts(self) -> bool:
+        """Always true."""
+        return True
+
+    @property
+    def needs_whole_episodes(self) -> bool:
+        """Always true."""
+        return True
+
+    @property
+    def table_row(self) -> str:
+        """Place of the row."""
+        return self.row.place
+
+    @property
+    def keeps_unlabelled(self) -> bool:
+        """Always true, as in the original."""
+        return True
+
+    def state_columns(self, available: Collection[str], required: bool = False) -> list[str]:
+        """List the columns that the state is computed from.
+
+        The list is empty if the row or the dataset has no complete state, unless the state is required.
+
+        Raises:
+            ValueError: A state is required, but the row has none or a column is missing.
+        """
+        if not required and any(name not in available for name in self.state):
+            return []
+        if required and not self.state:
+            raise ValueError(f"The dataset {self.name!r} has no state. Train without it.")
+        return find_columns(self.state, available, "state") if self.state else []
+
+    def convert_columns(
+        self, columns: dict[str, np.ndarray], length: int, require_state: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Run the row's transform on an episode's columns. See `Robot.convert_columns`."""
+        value = parse_value(self.row.state) if self.state_columns(columns, require_state) else None
+        steps, fields = select_steps(self.row.steps, {"action"} | (value.fields if value else set()))
+        trajectory: Trajectory = {FRAME: np.arange(length)}
+        for field in sorted(fields):
+            column = np.asarray(columns[column_name(field)])
+            if len(column) != length:
+                raise ValueError(f"{column_name(field)!r} has {len(column)} rows for {length} images.")
+            trajectory = set_field(trajectory, field, column)
+        standard = run_steps(steps, trajectory)
+        action = _as_numbers(standard["action"])
+        if action.shape[1:] != (self.action_dim,):
+            raise ValueError(
+                f"the action has {action.shape[-1]} dimensions after the transform, but {self.row.action_encoding!r} "
+                f"has {self.action_dim}."
+            )
+        check_finite(action, self.action_columns(columns))
+        state = _as_numbers(value.evaluate(standard)) if value else None
+        if state is not None and not np.isfinite(state).all():
+            if require_state:
+                check_finite(state, self.state_columns(columns, require_state))
+            state = None
+        if self.recorded_space in TARGETS:
+            action = action[np.minimum(np.arange(len(action)) + self.every - 1, len(action) - 1)]
+        return standard[FRAME], action, state
+
+    def find_idle(self, actions: np.ndarray, states: np.ndarray | None) -> np.ndarray:
+        """Return for each action (K, A) whether it moves nothing, by the row's quantiles if it gives any."""
+        if not self.row.idle_q01:
+            return super().find_idle(actions, states)
+        span = np.subtract(self.row.idle_q99, self.row.idle_q01)
+        return np.asarray((np.abs(2 * actions[:, : len(span)] / span) <= IDLE).all(1))
+
+    def cameras_of_episode(self, cameras: dict[str, str], episode: int) -> dict[str, str]:
+        """Return the cameras to read in an episode, in half of which a transform may exchange two of them."""
+        for step in self.row.steps:
+            pair = (column_name(step.first), column_name(step.second)) if isinstance(step, Swap) else ()
+            if pair and np.random.default_rng(episode).random() <= Swap.SHARE:
+                exchanged = dict(zip(pair, reversed(pair), strict=True))
+                cameras = {name: exchanged.get(camera, camera) for name, camera in cameras.items()}
+        return cameras
+
+
+def dataset_robot(name: str) -> TableRobot:
+    """Return the adapter of a dataset of the table.
+
+    Raises:
+        ValueError: The table has no such dataset, or one that can't be trained on.
+    """
+    row = find_row(name)
+    if row.action_encoding not in SPACES:
+        raise ValueError(
+            f"The dataset {name!r} can't be trained on: its actions are the joint positions of one arm, and the "
+            "original's loader refuses them too. Leave it out of the mixture."
+        )
+    if not row.cameras:
+        raise ValueError(f"The dataset {name!r} can't be trained on: {row.place} names no cameras.")
+    cameras: dict[str, Names] = {view: f"observation.{field}" for view, field in row.cameras.items()}
+    state = sorted(select_steps(row.steps, parse_value(row.state).fields)[1]) if row.state else []
+    return TableRobot(
+        name,
+        camera=next(iter(cameras.values())),
+        action=tuple(map(column_name, sorted(select_steps(row.steps, {"action"})[1]))),
+        state=tuple(map(column_name, state)),
+        instruction=_instruction(row),
+        action_dim=ACTION_ENCODINGS[row.action_encoding],
+        gripper=None if row.action_encoding == "JOINT_POS_BIMANUAL" else Gripper(),
+        frequency=row.frequency,
+        space=SPACES[row.action_encoding],
+        drop_idle=bool(row.idle_q01),
+        cameras=cameras,
+        row=row,
+    )
+
+
+def _instruction(row: DatasetRow) -> Names:
+    """Return the feature with the instruction before the transform."""
+    for step in row.steps:
+        if isinstance(step, Assign) and step.target == INSTRUCTION:
+            return column_name(step.value.parts[0].field)
+    return INSTRUCTION_NAMES
+
+
+def column_name(field: str) -> str:
+    """Return the name under which readers give a field: they can't tell a slash in a name from a nested name."""
+    return field.replace("/", ".")
+
+
+def _as_numbers(values: np.ndarray) -> np.ndarray:
+    """Round to float32, as the original does, in float64."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+__all__ = ["TableRobot", "dataset_robot"]
