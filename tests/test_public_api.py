@@ -261,6 +261,12 @@ COMMANDS = {
     "predict": """
         --model --unnorm-key --device --image --instruction --state --platform --action-decoding --dtype --json
     """,
+    "serve": """
+        model --platform --action-decoding --revision --dtype --device --compile --unnorm-key --gripper --execute
+            --ensemble --control-frequency --camera --host --port --token-file --no-token --allow-host --ssl-certfile
+            --ssl-keyfile --original-errors --max-batch --max-wait-ms --max-queue --max-sessions --max-pixels --max-rate
+            --json
+    """,
     "bench": """
         --model --random --chunk --cameras --state-dim --platform --action-decoding --unnorm-key --batch-sizes
         --repeats --compile --dtype --device --json

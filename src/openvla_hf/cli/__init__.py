@@ -11,10 +11,40 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import bench, convert, demo, doctor, evaluate, export, finetune, info, merge, predict, push, quantize, record
+from . import (
+    bench,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    info,
+    merge,
+    predict,
+    push,
+    quantize,
+    record,
+    serve,
+)
 
 
-COMMANDS = (demo, evaluate, record, predict, bench, info, push, export, convert, finetune, doctor, merge, quantize)
+COMMANDS = (
+    demo,
+    evaluate,
+    record,
+    predict,
+    serve,
+    bench,
+    info,
+    push,
+    export,
+    convert,
+    finetune,
+    doctor,
+    merge,
+    quantize,
+)
 USER_ERROR, INTERRUPTED = 2, 130
 """Exit statuses. Shells use the second for programs that Ctrl-C ends."""
 

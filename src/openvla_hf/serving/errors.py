@@ -34,6 +34,18 @@ class Unauthorized(ServingError):
     status = 401
 
 
+class Forbidden(ServingError):
+    """The request comes from a page of another website, or names the server by an unknown name."""
+
+    status = 403
+
+
+class RequestTimeout(ServingError):
+    """The client sends its request too slowly."""
+
+    status = 408
+
+
 class Superseded(ServingError):
     """A newer request of the same session took the place of this one in the queue."""
 
@@ -50,6 +62,12 @@ class TooLarge(ServingError):
     """The request exceeds a limit on its size."""
 
     status = 413
+
+
+class UnsupportedMediaType(ServingError):
+    """The body has a type that the server does not read."""
+
+    status = 415
 
 
 class Unprocessable(ServingError):
@@ -85,7 +103,9 @@ class ShuttingDown(ServingError):
 __all__ = [
     "BadRequest",
     "Busy",
+    "Forbidden",
     "PredictionFailed",
+    "RequestTimeout",
     "ServingError",
     "SessionExpired",
     "ShuttingDown",
@@ -94,4 +114,5 @@ __all__ = [
     "TooManyRequests",
     "Unauthorized",
     "Unprocessable",
+    "UnsupportedMediaType",
 ]

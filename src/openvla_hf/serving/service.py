@@ -1,9 +1,11 @@
 """The service that all protocols share: a policy, its queue, the sessions and the metrics."""
 
 import asyncio
+import math
+import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,10 +31,12 @@ class ServiceOptions:
         max_sessions: Largest number of open sessions.
         session_seconds: Time after which an unused session expires.
         max_body_bytes: Largest request.
+        request_seconds: Time within which the body of a request must arrive.
         max_pixels: Largest image.
         max_instruction: Longest instruction in characters.
         requests_per_second: Largest rate of one client; `None` for no limit.
         token: Token that clients must send; `None` for no authentication.
+        allowed_hosts: Names, besides localhost and IP addresses, under which clients reach the server.
         original_errors: Whether `POST /act` answers every error as the original does: `"error"` with status 200.
         camera_keys: Name of a camera of the policy -> key under which clients send its image.
     """
@@ -43,10 +47,12 @@ class ServiceOptions:
     max_sessions: int = 256
     session_seconds: float = 600.0
     max_body_bytes: int = 32 * 2**20
+    request_seconds: float = 30.0
     max_pixels: int = 4096 * 4096
     max_instruction: int = 1000
     requests_per_second: float | None = None
     token: str | None = field(default=None, repr=False)
+    allowed_hosts: Collection[str] = ()
     original_errors: bool = False
     camera_keys: Mapping[str, str] = field(default_factory=dict)
 
@@ -56,8 +62,12 @@ class ServiceOptions:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.max_wait_ms < 0:
             raise ValueError(f"`max_wait_ms` must be at least 0, got {self.max_wait_ms}.")
-        if self.token is not None and not self.token.strip():
-            raise ValueError("The token is empty: give one of at least one character, or none.")
+        for name in ("session_seconds", "request_seconds", "requests_per_second"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
+        if self.token is not None and not re.fullmatch("[!-~]+", self.token):
+            raise ValueError("The token must consist of letters, digits and punctuation of ASCII, without spaces.")
 
 
 @dataclass(frozen=True)

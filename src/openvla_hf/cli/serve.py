@@ -1,0 +1,263 @@
+"""Serve a policy to robots over HTTP and WebSocket."""
+
+import argparse
+import os
+import socket
+import warnings
+from typing import Any
+
+from PIL import Image
+
+from .common import (
+    DTYPES,
+    add_oft_options,
+    checkpoint,
+    console,
+    default_model,
+    device_map,
+    file,
+    natural,
+    positive,
+    print_json,
+    weight,
+)
+
+
+EXAMPLE = "serve openvla/openvla-7b --unnorm-key bridge_orig --dtype bfloat16 --device cuda"
+TOKEN_VARIABLE = "OPENVLA_HF_SERVER_TOKEN"
+GRIPPERS = ("policy", "binary", "libero")
+DOORS = {
+    "HTTP API": "POST {http}/v1/act (described in {http}/openapi.json)",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=checkpoint,
+        help="folder or Hub id of the policy (default: the tabletop policy that ships with the package)",
+    )
+    add_policy_options(parser.add_argument_group("policy"))
+    add_action_options(parser.add_argument_group("actions"))
+    add_network_options(parser.add_argument_group("network"))
+    add_limits(parser.add_argument_group("batches and limits"))
+
+
+def add_policy_options(group: Any) -> None:
+    """Add the options that say how the policy is loaded."""
+    add_oft_options(group)
+    group.add_argument("--revision", help="branch, tag or commit of a Hub id (default: main)")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the checkpoint)")
+    group.add_argument(
+        "--device", type=device_map, help="device such as cuda, or auto to choose one (default: the CPU)"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the model's passes, which takes minutes at the start"
+    )
+
+
+def add_action_options(group: Any) -> None:
+    """Add the options that say what robots get."""
+    group.add_argument("--unnorm-key", help="statistics for clients that name none")
+    group.add_argument(
+        "--gripper",
+        default="policy",
+        choices=GRIPPERS,
+        help="values of the gripper: as predicted (1 open, 0 closed), rounded to 1 or 0 (binary), or -1 open and "
+        "1 closed (libero) (default: %(default)s)",
+    )
+    group.add_argument("--execute", type=positive, metavar="N", help="actions of a chunk in an answer (default: all)")
+    group.add_argument(
+        "--ensemble",
+        type=float,
+        metavar="DECAY",
+        help="average overlapping chunks of a session with this decay, and answer with one action",
+    )
+    group.add_argument(
+        "--control-frequency", type=weight, metavar="HZ", help="rate at which robots should act, told to clients"
+    )
+    group.add_argument(
+        "--camera",
+        action="append",
+        type=camera_key,
+        default=[],
+        metavar="CAMERA=KEY",
+        help="key under which clients send the image of one of the policy's cameras; may be repeated",
+    )
+
+
+def add_network_options(group: Any) -> None:
+    """Add the options of the address and of who may use it."""
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=natural, default=8000, help="port; 0 for any (default: %(default)s)")
+    group.add_argument(
+        "--token-file",
+        type=file,
+        metavar="FILE",
+        help=f"file with the token that clients must send (default: the variable {TOKEN_VARIABLE})",
+    )
+    group.add_argument(
+        "--no-token", action="store_true", help="let everyone who reaches the address command the robot"
+    )
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name under which clients reach the server, besides localhost and IP addresses; may be repeated",
+    )
+    group.add_argument("--ssl-certfile", type=file, metavar="FILE", help="certificate for HTTPS")
+    group.add_argument("--ssl-keyfile", type=file, metavar="FILE", help="key of the certificate, if it is separate")
+    group.add_argument(
+        "--original-errors",
+        action="store_true",
+        help='answer errors of POST /act as the original server does, with "error" and status 200',
+    )
+
+
+def add_limits(group: Any) -> None:
+    """Add the options of batching and the limits of requests."""
+    group.add_argument(
+        "--max-batch", type=positive, default=8, metavar="N", help="observations in a batch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-wait-ms",
+        type=float,
+        default=5.0,
+        metavar="MS",
+        help="time that a batch waits for other active robots (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-queue", type=positive, default=64, metavar="N", help="waiting requests (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-sessions", type=positive, default=256, metavar="N", help="open sessions (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=positive,
+        metavar="N",
+        default=4096 * 4096,
+        help="pixels of an image (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-rate", type=weight, metavar="HZ", help="requests per second of a client (default: no limit)"
+    )
+
+
+def camera_key(text: str) -> tuple[str, str]:
+    """Parse `CAMERA=KEY`."""
+    camera, _, key = text.partition("=")
+    if not (camera and key):
+        raise argparse.ArgumentTypeError(f"must be CAMERA=KEY, got {text!r}")
+    return camera, key
+
+
+def read_token(path: str | None) -> str | None:
+    """Read the token from a file or from the environment.
+
+    Raises:
+        ValueError: The file or the variable is empty.
+    """
+    if path is None:
+        token = os.environ.get(TOKEN_VARIABLE)
+    else:
+        with open(path, encoding="utf-8") as text:
+            token = text.read().strip()
+    if token == "":
+        raise ValueError(f"The token in {path or TOKEN_VARIABLE} is empty: write one, or leave it out.")
+    return token
+
+
+def run(args: argparse.Namespace) -> None:
+    import_server()
+    from transformers.utils import logging
+
+    from ..serving.app import listen, run_server
+    from ..serving.policy import ServedPolicy
+    from ..serving.security import check_exposure
+    from ..serving.service import Service, ServiceOptions
+
+    logging.disable_progress_bar()
+    # The server has a limit of its own.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    options = ServiceOptions(
+        max_batch=args.max_batch,
+        max_wait_ms=args.max_wait_ms,
+        max_queue=args.max_queue,
+        max_sessions=args.max_sessions,
+        max_pixels=args.max_pixels,
+        requests_per_second=args.max_rate,
+        token=read_token(args.token_file),
+        allowed_hosts=args.allow_host,
+        original_errors=args.original_errors,
+        camera_keys=dict(args.camera),
+    )
+    check_exposure(args.host, options.token, args.no_token)
+    reserved = listen(args.host, args.port)
+    with console(stderr=True, quiet=args.json).status("loading") as status:
+        loading = {"platform": args.platform, "action_decoding": args.action_decoding}
+        policy = ServedPolicy.load(
+            args.model or default_model(),
+            revision=args.revision,
+            dtype=args.dtype,
+            device=args.device,
+            loading={name: value for name, value in loading.items() if value is not None},
+            unnorm_key=args.unnorm_key,
+            gripper=args.gripper,
+            execute=args.execute,
+            ensemble=args.ensemble,
+            control_frequency=args.control_frequency,
+        )
+        if args.compile:
+            policy.model.compile_for_actions()
+        status.update("predicting once")
+
+        def say_ready() -> None:
+            status.stop()
+            show_ready(args, policy.describe(), reserved)
+
+        run_server(
+            Service(policy, options),
+            reserved,
+            ssl_certfile=args.ssl_certfile,
+            ssl_keyfile=args.ssl_keyfile,
+            on_ready=say_ready,
+        )
+
+
+def import_server() -> None:
+    """Import what the server needs.
+
+    Raises:
+        ImportError: The extra is not installed.
+    """
+    from ..data.optional_packages import import_extra
+
+    for module in ("fastapi", "uvicorn", "websockets", "msgpack", "prometheus_client", "python_multipart"):
+        import_extra(module, "serve")
+
+
+def show_ready(args: argparse.Namespace, description: dict[str, Any], reserved: socket.socket) -> None:
+    """Print where the server is and what it serves."""
+    host, port = reserved.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    secure = "s" if args.ssl_certfile else ""
+    url = f"http{secure}://{address}"
+    if args.json:
+        print_json({"url": url, "websocket": f"ws{secure}://{address}", **description})
+        return
+    out = console()
+    out.print(f"Ready: {description['model_id']} at {url}")
+    for name, text in DOORS.items():
+        out.print(f"  {name}: {text.format(http=url, ws=f'ws{secure}://{address}')}")
+    out.print(f"  cameras: {', '.join(camera['name'] for camera in description['cameras'])}")
+    if description["state_dim"] is not None:
+        out.print(f"  state: {description['state_dim']} dimensions")
+    keys = description["unnorm_keys"]
+    default = description["default_unnorm_key"]
+    out.print(f"  statistics: {default or 'named by each request, one of ' + ', '.join(keys)}")
+    gripper = description["gripper"]
+    out.print(f"  gripper: {gripper['open']:g} open, {gripper['closed']:g} closed ({gripper['convention']})")
+    out.print("Ctrl-C stops the server.")
