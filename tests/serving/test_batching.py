@@ -142,6 +142,19 @@ def test_a_client_that_has_gone_leaves_the_queue():
     scenario(run)
 
 
+def test_a_client_that_has_gone_takes_no_equal_request_of_another_with_it():
+    async def run(it):
+        first = await busy(it, "first")
+        seen = torch.zeros(2)
+        other, gone = it.ask(seen), it.ask(seen)
+        await asyncio.sleep(0)
+        gone.cancel()
+        it.gate.gate.release(100)
+        assert (await first).batch_size == (await other).batch_size == 1
+
+    scenario(run)
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )

@@ -28,7 +28,7 @@ class Batched:
     queue_seconds: float
 
 
-@dataclass
+@dataclass(eq=False)  # two robots may see the same, and arrays have no single truth value
 class _Waiting:
     prepared: Prepared
     robot: Hashable | None
