@@ -279,7 +279,7 @@ def test_the_card_tells_of_the_run(tiny, owner, tmp_path):
         "| learning rate | 0.0005 |",
         "| action accuracy | 0.93 |",
         "| eval loss | 0.1235 |",
-        "| as told | all | 40 | 82.5 % |",
+        "| as told | all | 40 | 82.5% |",
         "| format | agreement |",
         "| 4bit | 0.97 |",
         "apache-2.0, like its base model [someone/base]",

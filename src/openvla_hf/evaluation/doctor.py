@@ -466,7 +466,7 @@ def report_tables(report: Report, names: Sequence[str]) -> list[Table]:
     ):  # fmt: skip
         facts.add_row(*fact)
     actions = Table(title="actions")
-    for column in ("", "lowest", "1 %", "99 %", "highest", "clipped", "bins used"):
+    for column in ("", "lowest", "1%", "99%", "highest", "clipped", "bins used"):
         actions.add_column(column, justify="right")
     for index, name in enumerate(names):
         values = (report.lowest[index], report.q01[index], report.q99[index], report.highest[index])
