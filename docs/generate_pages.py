@@ -16,8 +16,8 @@ CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 COMMAND_LINE = """# Command line
 
 `pip install openvla-hf` installs the command `openvla-hf`. Every command also takes `--json`, which prints one JSON
-object on standard output and nothing else. The exit status is 0 for success, 2 for an error of the user, which is
-described in one sentence on standard error, and 130 after Ctrl-C. Errors in options have status 2 too.
+object on standard output and nothing else. The exit status is 0 for success, 2 for a wrong option or another user
+error, which is described in one sentence on standard error, and 130 after Ctrl-C.
 """
 
 
@@ -55,12 +55,12 @@ class MarkdownFormatter(argparse.HelpFormatter):
             self.parts.append(f"`{', '.join(names)}{value}`{required}\n:   {text}.{values}")
 
     def format_help(self) -> str:
-        """All that was added, as Markdown."""
+        """Return everything that was added, as Markdown."""
         return "\n\n".join(part for part in self.parts if part)
 
 
 def describe_commands() -> str:
-    """The page of the command line, from the parsers themselves."""
+    """Write the page of the command line, from the parsers of the commands."""
     sections = [COMMAND_LINE]
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]
@@ -73,12 +73,12 @@ def describe_commands() -> str:
 
 
 def site_changelog() -> str:
-    """The changelog, with its links as seen from the folder of the docs."""
+    """Return the changelog, with its links relative to the folder of the docs."""
     return re.sub(r"\]\(docs/", "](", CHANGELOG.read_text(encoding="utf-8"))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages when the others have been collected."""
+    """Add the generated pages to the collected ones."""
     files.append(File.generated(config, "changelog.md", content=site_changelog()))
     files.append(File.generated(config, "reference/cli.md", content=describe_commands()))
     return files
