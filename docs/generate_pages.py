@@ -1,4 +1,4 @@
-"""MkDocs hook: the pages that are made from other sources, the changelog and the options of the command line."""
+"""MkDocs hook: pages made from other sources (the changelog, the options of the command line), and short code."""
 
 import argparse
 import re
@@ -82,3 +82,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "changelog.md", content=site_changelog()))
     files.append(File.generated(config, "reference/cli.md", content=describe_commands()))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark short code, which the style sheet keeps on one line."""
+    return re.sub(r"<code>(?=[^<]{1,24}</code>)", '<code class="short">', html)
