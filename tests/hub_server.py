@@ -75,7 +75,8 @@ class HubServer:
         self.lock = threading.RLock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
+        # The poll interval bounds how long a shutdown takes: half a second by default.
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -140,6 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # buffered: an answer is one packet, where two would wait for an acknowledgement in between
 
     def do_GET(self) -> None:
         self._answer()
