@@ -238,6 +238,7 @@ API = {
         ModelPolicy(model, processor, unnorm_key, execute)
         Rollout(seed, task, instruction, success, moved_target, steps, frames, predictions)
         load_policy(model, processor, unnorm_key, execute)
+        check_robot(low, high)
         run_episodes(policy, seeds, tasks, condition, batch_size, keep_frames, cameras, state)
         success_by_task(rollouts)
         success_table(title, results)
@@ -252,8 +253,8 @@ COMMANDS = {
         --model --unnorm-key --device --episodes --batch-size --task --output --json
     """,
     "evaluate": """
-        --model --unnorm-key --device --episodes --batch-size --task --condition --execute --data --frames --robot
-            --robots --split --camera --cameras --every --drop-idle --json
+        --model --unnorm-key --device --episodes --batch-size --task --condition --execute --server --token-file
+            --data --frames --robot --robots --split --camera --cameras --every --drop-idle --json
     """,
     "record": """
         destination --task --episodes --first-seed --cameras --state --format --json
@@ -264,8 +265,8 @@ COMMANDS = {
     "serve": """
         model --platform --action-decoding --revision --dtype --device --compile --unnorm-key --gripper --execute
             --ensemble --control-frequency --camera --host --port --token-file --no-token --allow-host --ssl-certfile
-            --ssl-keyfile --original-errors --max-batch --max-wait-ms --max-queue --max-sessions --max-pixels --max-rate
-            --json
+            --ssl-keyfile --original-errors --max-batch --max-wait-ms --max-queue --max-sessions --max-pixels
+            --max-rate --json
     """,
     "bench": """
         --model --random --chunk --cameras --state-dim --platform --action-decoding --unnorm-key --batch-sizes

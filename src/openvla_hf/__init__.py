@@ -46,9 +46,10 @@ def _add_names_to_transformers() -> None:
             PROCESSOR_MAPPING_NAMES,
             SPECIAL_MODEL_TYPE_TO_MODULE_NAME,
         )
-    except ImportError:
-        # This transformers keeps no such tables: import and register the classes now.
-        import_module(".auto", __name__)
+    except ImportError as error:
+        if error.name != "transformers":  # absent from a robot's computer that only asks a server
+            # This transformers keeps no such tables: import and register the classes now.
+            import_module(".auto", __name__)
         return
     # transformers imports `transformers.models.<module>`. Our package's name can't clash with one of its models, so a
     # future "openvla" of transformers stays importable, while the tables lead to ours.

@@ -57,11 +57,11 @@ def make_observation():
 
 
 @contextlib.contextmanager
-def running_server(app):
-    """Serve an application on a free port of the loopback interface, in a thread, and give its URL."""
+def running_server(app, port=0):
+    """Serve an application on a port of the loopback interface, free by default, in a thread, and give its URL."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -83,7 +83,7 @@ def serve():
     from openvla_hf.serving.app import create_app
     from openvla_hf.serving.service import Service, ServiceOptions
 
-    def start(policy, **options):
-        return running_server(create_app(Service(policy, ServiceOptions(**options))))
+    def start(policy, port=0, **options):
+        return running_server(create_app(Service(policy, ServiceOptions(**options))), port)
 
     return start

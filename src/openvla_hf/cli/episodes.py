@@ -1,6 +1,7 @@
 """Run tabletop episodes, for `demo` and `evaluate`."""
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .common import add_policy_arguments, console, load_model, positive
@@ -8,6 +9,9 @@ from .common import add_policy_arguments, console, load_model, positive
 
 if TYPE_CHECKING:
     from ..tabletop.rollouts import ModelPolicy, Rollout
+
+
+TASKS = ("put", "push")
 
 
 def add_episode_arguments(
@@ -34,11 +38,33 @@ def tabletop_policy(args: argparse.Namespace, model_id: str, execute: int | None
 
 def play(args: argparse.Namespace, policy: "ModelPolicy", condition: str, keep: int = 0) -> "list[Rollout]":
     """Run the episodes of one condition and print each outcome. Frames are kept for the first `keep` episodes."""
+    from ..tabletop.rollouts import run_episodes
+
+    first = set(unseen_seeds(args)[:keep])
+    running = run_episodes(
+        policy,
+        unseen_seeds(args),
+        tasks=args.task or TASKS,
+        condition=condition,
+        batch_size=args.batch_size,
+        keep_frames=first.__contains__,
+        cameras=policy.cameras,
+        state=policy.state,
+    )
+    return watch(args, running, condition)
+
+
+def unseen_seeds(args: argparse.Namespace) -> range:
+    """Return the seeds of --episodes episodes that no training has seen."""
+    from ..tabletop.rollouts import FIRST_UNSEEN_SEED
+
+    return range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
+
+
+def watch(args: argparse.Namespace, running: Iterable["Rollout"], condition: str) -> "list[Rollout]":
+    """Wait for the episodes of one condition and print each outcome."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..tabletop.rollouts import FIRST_UNSEEN_SEED, run_episodes
-
-    seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + args.episodes)
     episodes: list[Rollout] = []
     columns = (
         TextColumn("{task.description}"),
@@ -47,20 +73,9 @@ def play(args: argparse.Namespace, policy: "ModelPolicy", condition: str, keep: 
         TimeRemainingColumn(),
         TextColumn("success {task.fields[success]}"),
     )
-    tasks = args.task or ("put", "push")
     with Progress(*columns, console=console(stderr=True), disable=args.json) as progress:
-        bar = progress.add_task(condition, total=len(seeds), success="-")
-        first = set(seeds[:keep])
-        for episode in run_episodes(
-            policy,
-            seeds,
-            tasks=tasks,
-            condition=condition,
-            batch_size=args.batch_size,
-            keep_frames=first.__contains__,
-            cameras=policy.cameras,
-            state=policy.state,
-        ):
+        bar = progress.add_task(condition, total=args.episodes, success="-")
+        for episode in running:
             episodes.append(episode)
             verdict = "[green]done[/]    " if episode.success else "[red]not done[/]"
             progress.console.print(f"{verdict} {episode.steps:3d} steps  {episode.instruction}", markup=True)

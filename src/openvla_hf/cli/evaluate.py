@@ -1,6 +1,7 @@
 """Measure a policy's success on the tabletop, or compare its actions with recorded ones (--data)."""
 
 import argparse
+import time
 
 from .common import (
     READING,
@@ -8,6 +9,7 @@ from .common import (
     counting_bars,
     default_model,
     dimension_names,
+    file,
     load_model,
     positive,
     print_json,
@@ -15,7 +17,8 @@ from .common import (
     refuse_options,
     register_robots,
 )
-from .episodes import add_episode_arguments, play, tabletop_policy
+from .episodes import TASKS, add_episode_arguments, play, tabletop_policy, unseen_seeds, watch
+from .serve import TOKEN_VARIABLE, read_token
 
 
 EXAMPLE = "evaluate --model outputs/kitchen --data lab/kitchen"
@@ -39,6 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="actions of a chunk to execute on the tabletop before the policy predicts again (default: all)",
     )
     parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="evaluate the policy of this server on the tabletop; --batch-size robots act at the same time",
+    )
+    parser.add_argument(
+        "--token-file",
+        type=file,
+        metavar="FILE",
+        help=f"file with the server's token (default: the variable {TOKEN_VARIABLE})",
+    )
+    parser.add_argument(
         "--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)"
     )
     parser.add_argument(
@@ -54,18 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.data is None:
-        _run_on_tabletop(args)
-    else:
+    if args.data is not None:
         _run_on_data(args)
+        return
+    refuse_options(args, "is for recorded data: give --data", "frames", "robots", "cameras", *READING)
+    args.episodes = args.episodes or TABLETOP_EPISODES
+    if args.server is not None:
+        _run_on_server(args)
+        return
+    refuse_options(args, "is for a served policy: give --server", "token_file")
+    _run_on_tabletop(args)
 
 
 def _run_on_tabletop(args: argparse.Namespace) -> None:
     from ..tabletop.rollouts import CONDITIONS, success_by_task, success_table
 
-    refuse_options(args, "is for recorded data: give --data", "frames", "robots", "cameras", *READING)
     model_id = args.model or default_model()
-    args.episodes = args.episodes or TABLETOP_EPISODES
     policy = tabletop_policy(args, model_id, args.execute)
     results, actions = {}, 0
     for name in args.condition or CONDITIONS:
@@ -84,12 +102,52 @@ def _run_on_tabletop(args: argparse.Namespace) -> None:
     print(f"{passes:.2f} forward passes per action; {rate:.0f} actions per second with --batch-size {args.batch_size}")
 
 
+def _run_on_server(args: argparse.Namespace) -> None:
+    from ..serving.client import Client
+    from ..serving.episodes import run_served_episodes
+    from ..tabletop.rollouts import CONDITIONS, success_by_task, success_table
+
+    refuse_options(args, "belongs to the policy: give it to `openvla-hf serve`", "model", "device", "execute")
+    results, actions, seconds = {}, 0, 0.0
+    with Client(args.server, read_token(args.token_file)) as client:
+        for name in args.condition or CONDITIONS:
+            running = run_served_episodes(
+                client,
+                unseen_seeds(args),
+                tasks=args.task or TASKS,
+                condition=name,
+                robots=args.batch_size,
+                unnorm_key=args.unnorm_key,
+            )
+            started = time.perf_counter()
+            episodes = watch(args, running, name)
+            seconds += time.perf_counter() - started
+            results[name] = success_by_task(episodes)
+            actions += sum(one.steps for one in episodes)
+        model_id, round_trip = client.info["model_id"], client.round_trip
+    cost = {
+        "actions_per_second": actions / seconds,
+        "round_trip": {"median": round_trip.median, "p95": round_trip.p95, "longest": round_trip.longest},
+    }
+    if args.json:
+        told = {"server": args.server, "model": model_id, "episodes": args.episodes}
+        print_json(told | {"results": results, **cost})
+        return
+    print_table(success_table(f"{model_id} at {args.server}: {args.episodes} unseen episodes per condition", results))
+    print(
+        f"{cost['actions_per_second']:.0f} actions per second with --batch-size {args.batch_size}; round trip "
+        f"{1000 * round_trip.median:.0f} ms at the median, {1000 * round_trip.p95:.0f} ms at the 95th percentile"
+    )
+
+
 def _run_on_data(args: argparse.Namespace) -> None:
     from ..checkpoints.model_card import read_training
     from ..data.frames import read_action_names
     from ..evaluation.open_loop import evaluate_open_loop, load_options, load_recorded, open_loop_table
 
-    refuse_options(args, "is for the tabletop: leave out --data", "task", "condition", "execute")
+    refuse_options(
+        args, "is for the tabletop: leave out --data", "task", "condition", "execute", "server", "token_file"
+    )
     register_robots(args)
     model_id = args.model or default_model()
     training = read_training(model_id)

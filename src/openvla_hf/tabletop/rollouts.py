@@ -27,6 +27,7 @@ __all__ = [
     "ModelPolicy",
     "Policy",
     "Rollout",
+    "check_robot",
     "load_policy",
     "run_episodes",
     "success_by_task",
@@ -137,16 +138,21 @@ def load_policy(model: Any, processor: Any, unnorm_key: str | None = None, execu
             f"execute={execute} is not between 1 and {horizon}, the number of actions that the model predicts."
         )
     stats = model.get_action_stats(unnorm_key)
+    check_robot(stats["q01"], stats["q99"])
+    return ModelPolicy(model, processor, unnorm_key, execute)
+
+
+def check_robot(low: Sequence[float], high: Sequence[float]) -> None:
+    """Raise `ValueError` if the usual lowest and highest actions (A,) of a policy are not those of the tabletop."""
     # Metres, without rotation because the gripper points down.
     limits = np.array([MAX_STEP] * 3 + [0.0] * 3 + [1.0])
-    bounds = np.array([stats["q01"], stats["q99"]])
+    bounds = np.array([low, high])
     if bounds.shape[1] != len(limits) or (np.abs(bounds) > limits + 1e-6).any():
         raise ValueError(
             f"The tabletop is not this policy's robot: the tabletop's hand moves by up to {MAX_STEP} m and does not "
             "rotate, but the statistics of this policy's actions exceed these limits. Evaluate the policy on recorded "
             "data instead (`openvla-hf evaluate --data`)."
         )
-    return ModelPolicy(model, processor, unnorm_key, execute)
 
 
 def run_episodes(

@@ -1,0 +1,353 @@
+"""A client of a served policy, for a robot's own computer. It needs NumPy, Pillow and httpx, but not PyTorch."""
+
+import base64
+import contextlib
+import io
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+
+try:
+    import httpx
+except ModuleNotFoundError as error:
+    raise ImportError(
+        'The client of a server needs httpx: run `pip install "openvla-hf[serve]"`.', name=error.name
+    ) from error
+
+
+ONLY_CAMERA = "image"
+"""Name of the camera of a policy that sees one image without a name."""
+FIRST_PAUSE = 0.05
+"""Seconds before the first retry of a request that did not arrive. The pause doubles from one to the next."""
+CLOSING_SECONDS = 1.0
+"""Longest time to tell the server that a session has ended."""
+REMEMBERED = 1000
+"""Number of predictions in the statistics of the round trip."""
+
+ImageLike = Image.Image | np.ndarray
+
+
+class ServerError(OSError):
+    """A request that got no action, or none in time.
+
+    Attributes:
+        reason: What is wrong, in a sentence.
+        status: HTTP status of the answer; `None` if there is none.
+        kind: Name of the error: that of the server, such as "busy", or "unreachable", "disconnected", "timeout",
+            "bad_answer" or "policy_changed".
+        retry_after: Seconds after which the server takes the request again.
+    """
+
+    def __init__(self, reason: str, kind: str, status: int | None = None, retry_after: float | None = None):
+        super().__init__(reason if status is None else f"{reason} ({status} {kind})")
+        self.reason, self.kind, self.status, self.retry_after = reason, kind, status, retry_after
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Statistics of the time from a call of `predict_action` to its answer, over the last predictions.
+
+    Attributes:
+        count: Number of predictions.
+        last: Seconds of the last one.
+        median: Median in seconds.
+        p95: 95th percentile in seconds.
+        longest: Longest in seconds.
+    """
+
+    count: int
+    last: float
+    median: float
+    p95: float
+    longest: float
+
+
+class Client:
+    """Connection to a server that `openvla-hf serve` has started.
+
+    A call either returns an answer within `timeout` or raises `ServerError`. Until then, the client asks again if the
+    server can't be reached or asks to come back later, and also if the connection breaks: a prediction changes nothing
+    on the server except in a session with temporal ensembling. The client may be shared between threads.
+
+    Example:
+        ```python
+        with Client("http://gpu-server:8000", timeout=1.0) as client:
+            action = client.predict_action(image, "pick up the red block")
+        ```
+
+    Args:
+        url: Address of the server, such as "http://gpu-server:8000".
+        token: Token of the server, if it needs one.
+        timeout: Seconds within which an answer must be there. A later answer is stale and is never returned.
+        jpeg_quality: Quality from 1 to 100 of images that are sent as JPEG. By default, images are sent as PNG, which
+            keeps every pixel. JPEG is smaller and faster, but changes pixels and may change actions.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(self, url: str, token: str | None = None, *, timeout: float = 10.0, jpeg_quality: int | None = None):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"The address of a server begins with http:// or https://, got {url!r}.")
+        if not timeout > 0:
+            raise ValueError(f"`timeout` must be above 0 seconds, got {timeout}.")
+        if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
+            raise ValueError(f"`jpeg_quality` must be from 1 to 100, or `None` for PNG, got {jpeg_quality}.")
+        self.url, self.timeout, self.jpeg_quality = url.rstrip("/"), timeout, jpeg_quality
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """What the server tells about its policy: cameras, state, keys, gripper and more. Asked for once."""
+        return self._read_info(self._deadline())
+
+    @property
+    def round_trip(self) -> RoundTrip:
+        """Measured times of the last predictions, all NaN before the first."""
+        seconds = list(self._seconds)
+        if not seconds:
+            return RoundTrip(0, *[np.nan] * 4)
+        median, p95 = np.percentile(seconds, [50, 95]).tolist()
+        return RoundTrip(len(seconds), seconds[-1], median, p95, max(seconds))
+
+    def predict_action(
+        self,
+        images: ImageLike | Mapping[str, ImageLike],
+        instruction: str,
+        state: Sequence[float] | np.ndarray | None = None,
+        unnorm_key: str | None = None,
+    ) -> np.ndarray:
+        """Predict the next action, or the next chunk of actions.
+
+        Args:
+            images: The image, or a dict with the image of each camera: PIL, or uint8 (H, W, 3) in RGB.
+            instruction: Task of the robot.
+            state: (S,) in robot units, if the policy sees it.
+            unnorm_key: Name of the statistics; `None` for the server's default.
+
+        Returns:
+            float64 (A,) in robot units, or (K, A) to execute one after the other if the server answers with chunks.
+            The gripper has the convention of `info["gripper"]`.
+
+        Raises:
+            ServerError: The server gave no answer in time, or refused the request.
+            ValueError: An image can't be sent.
+            TypeError: An image is neither a PIL image nor an array.
+        """
+        started = time.monotonic()
+        observation = self._write_observation(images, instruction, state, unnorm_key)
+        return self._act(observation, started)
+
+    def session(self) -> "ClientSession":
+        """Open a session for one robot. Its actions build on the last ones, which takes fewer passes of the model."""
+        return ClientSession(self)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.timeout
+
+    def _read_info(self, deadline: float) -> dict[str, Any]:
+        return self._ask("GET", "/info", deadline)
+
+    def _write_observation(
+        self,
+        images: ImageLike | Mapping[str, ImageLike],
+        instruction: str,
+        state: Sequence[float] | np.ndarray | None,
+        unnorm_key: str | None,
+    ) -> dict[str, Any]:
+        cameras = images if isinstance(images, Mapping) else {ONLY_CAMERA: images}
+        encoded = {name: _encode_image(image, self.jpeg_quality) for name, image in cameras.items()}
+        return {
+            "images": {name: base64.b64encode(one).decode("ascii") for name, one in encoded.items()},
+            "instruction": instruction,
+            "state": None if state is None else np.asarray(state, dtype=np.float64).tolist(),
+            "unnorm_key": unnorm_key,
+        }
+
+    def _act(self, observation: Mapping[str, Any], started: float, can_repeat: bool = True) -> np.ndarray:
+        answer = self._ask("POST", "/v1/act", started + self.timeout, can_repeat, json=observation)
+        try:
+            actions = np.array(answer["actions"], dtype=np.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._bad_answer() from error
+        if actions.ndim != 2 or not actions.size or not np.isfinite(actions).all():
+            raise self._bad_answer()
+        self._seconds.append(time.monotonic() - started)
+        return actions[0] if len(actions) == 1 else actions
+
+    def _ask(self, method: str, path: str, deadline: float, can_repeat: bool = True, **content: Any) -> Any:
+        """Send a request, again where that is safe, and return the JSON of its answer if it comes before a deadline.
+
+        Args:
+            method: HTTP method.
+            path: Path on the server.
+            deadline: Time on the monotonic clock.
+            can_repeat: Whether the request may be sent again if its answer got lost.
+            content: Body of the request, as httpx takes it.
+        """
+        pause = FIRST_PAUSE
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise self._stale()
+            try:
+                response = self._http.request(method, path, timeout=remaining, **content)
+            except httpx.TimeoutException as error:
+                raise self._stale() from error
+            except httpx.ConnectError as error:
+                failure = ServerError(
+                    f"Cannot connect to {self.url}: {error}. Check the address, and that the server runs.",
+                    "unreachable",
+                )
+            except httpx.TransportError as error:
+                failure = ServerError(f"The connection to {self.url} broke: {error}", "disconnected")
+                if not can_repeat:
+                    raise failure from error
+            else:
+                if time.monotonic() > deadline:
+                    raise self._stale()
+                if response.is_success:
+                    return self._read_json(response)
+                failure = _read_error(response)
+                if failure.retry_after is None:
+                    raise failure
+                pause = failure.retry_after
+            if time.monotonic() + pause >= deadline:
+                raise failure
+            time.sleep(pause)
+            pause *= 2
+
+    def _read_json(self, response: httpx.Response) -> Any:
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise self._bad_answer() from error
+
+    def _stale(self) -> ServerError:
+        return ServerError(
+            f"{self.url} gave no answer within {self.timeout:g} s. Stop the robot: a later action would belong to an "
+            "old observation.",
+            "timeout",
+        )
+
+    def _bad_answer(self) -> ServerError:
+        return ServerError(f"The answer of {self.url} is not that of an openvla-hf server.", "bad_answer")
+
+
+class ClientSession:
+    """One robot's episodes on a server, as `Client.session` opens them. Close it, or use it in a `with` statement.
+
+    If the server has forgotten the session because it restarted, or because the robot paused for too long, the client
+    opens a new one and asks again. With temporal ensembling this would change the robot's movement, so it raises
+    `ServerError` with status 410 until `reset` starts a new episode.
+    """
+
+    def __init__(self, client: Client):
+        self._client = client
+        self._has_memory = client.info["temporal_ensemble"] is not None
+        self._id = self._open(client._deadline())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def predict_action(
+        self,
+        images: ImageLike | Mapping[str, ImageLike],
+        instruction: str,
+        state: Sequence[float] | np.ndarray | None = None,
+        unnorm_key: str | None = None,
+    ) -> np.ndarray:
+        """Predict like `Client.predict_action`."""
+        started = time.monotonic()
+        client = self._client
+        observation = client._write_observation(images, instruction, state, unnorm_key)
+        try:
+            return client._act({**observation, "session": self._id}, started, can_repeat=not self._has_memory)
+        except ServerError as error:
+            if error.kind != "session_expired" or self._has_memory:
+                raise
+        self._id = self._open(started + client.timeout)
+        return client._act({**observation, "session": self._id}, started)
+
+    def reset(self) -> None:
+        """Start a new episode: the server forgets the last actions."""
+        deadline = self._client._deadline()
+        try:
+            self._client._ask("POST", f"/v1/sessions/{self._id}/reset", deadline)
+        except ServerError as error:
+            if error.kind != "session_expired":
+                raise
+            self._id = self._open(deadline)
+
+    def close(self) -> None:
+        """End the session. The server forgets it by itself if it can't be told."""
+        with contextlib.suppress(ServerError):
+            self._client._ask("DELETE", f"/v1/sessions/{self._id}", time.monotonic() + CLOSING_SECONDS, False)
+
+    def _open(self, deadline: float) -> str:
+        """Open a session, which must be one of the policy that the robot's loop was written for."""
+        client = self._client
+        if client._read_info(deadline) != client.info:
+            raise ServerError(
+                f"{client.url} now serves another policy, or with other options. Make a new `Client` after you have "
+                "checked its `info`.",
+                "policy_changed",
+            )
+        return client._ask("POST", "/v1/sessions", deadline)["session"]
+
+
+def _encode_image(image: ImageLike, jpeg_quality: int | None) -> bytes:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"An image must be uint8 (H, W, 3) in RGB, got {image.dtype} {image.shape}. Convert it first."
+            )
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"An image must be a PIL image or an array, got {type(image).__name__}.")
+    file = io.BytesIO()
+    if jpeg_quality is None:
+        image.convert("RGB").save(file, "PNG", compress_level=1)  # fast, and hardly larger
+    else:
+        image.convert("RGB").save(file, "JPEG", quality=jpeg_quality)
+    return file.getvalue()
+
+
+def _read_error(response: httpx.Response) -> ServerError:
+    """Read an error in the format of the server, or in any other."""
+    try:
+        body = response.json()
+        kind, reason = str(body["error"]), str(body["reason"])
+    except (ValueError, KeyError, TypeError):  # the answer of another program, such as a proxy
+        kind, reason = "http", f"{response.request.url} answered with an error."
+    retry_after = response.headers.get("Retry-After", "")
+    seconds = float(retry_after) if retry_after.isdecimal() else None
+    return ServerError(reason, kind, response.status_code, seconds)
+
+
+__all__ = ["Client", "ClientSession", "RoundTrip", "ServerError"]

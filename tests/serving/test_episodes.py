@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from openvla_hf.cli import main
+from openvla_hf.serving import Client
+from openvla_hf.serving.episodes import check_server, run_served_episodes
+from openvla_hf.serving.policy import ServedPolicy
+from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
+
+
+SEEDS = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + 2)
+
+
+@pytest.fixture(scope="module")
+def tabletop_policy():
+    return ServedPolicy.load(str(TABLETOP_POLICY))
+
+
+@pytest.fixture(scope="module")
+def tabletop_server(serve, tabletop_policy):
+    with serve(tabletop_policy, token="secret") as url:
+        yield url
+
+
+def outcome(episodes):
+    return {one.seed: (one.task, one.instruction, one.success, one.moved_target, one.steps) for one in episodes}
+
+
+def test_a_server_plays_the_same_episodes_as_its_policy_in_this_process(tabletop_server, tabletop_policy):
+    here = run_episodes(load_policy(tabletop_policy.model, tabletop_policy.processor), SEEDS)
+    with Client(tabletop_server, "secret") as client:
+        there = list(run_served_episodes(client, SEEDS))
+    assert [one.seed for one in there] == list(SEEDS)
+    assert outcome(there) == outcome(here)
+    assert any(one.success for one in there)
+
+
+def test_evaluate_reports_the_success_of_a_server(tabletop_server, monkeypatch, capsys, tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    command = ["evaluate", "--server", tabletop_server, "--condition", "black", "--episodes", "1", "--task", "put"]
+    assert main([*command, "--token-file", str(tmp_path / "token"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == str(TABLETOP_POLICY)
+    assert report["results"]["black"]["all"]["episodes"] == 1
+    assert 0 < report["round_trip"]["median"] <= report["round_trip"]["longest"]
+    monkeypatch.delenv("OPENVLA_HF_SERVER_TOKEN", raising=False)
+    assert main(command) == 2
+    assert "needs a token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model lab/model", "--model belongs to the policy: give it to `openvla-hf serve`."),
+        ("--execute 2", "--execute belongs to the policy: give it to `openvla-hf serve`."),
+        ("--data there", "--server is for the tabletop: leave out --data."),
+        ("--frames 3", "--frames is for recorded data: give --data."),
+    ],
+)
+def test_options_that_do_not_go_with_a_server_are_refused(options, message, capsys):
+    assert main(["evaluate", "--server", "http://127.0.0.1:1", *options.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_token_without_a_server_is_refused(tmp_path, capsys):
+    (tmp_path / "token").write_text("secret\n")
+    assert main(["evaluate", "--token-file", str(tmp_path / "token")]) == 2
+    assert "--token-file is for a served policy: give --server." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"default_unnorm_key": None}, "The server has no default key: give `unnorm_key=` with one of 'tabletop'"),
+        ({"unnorm_key": "bridge"}, "The server has no key 'bridge'"),
+        (
+            {"gripper": {"convention": "libero", "open": -1.0, "closed": 1.0}},
+            "opens the gripper with -1 and closes it with 1",
+        ),
+        ({"cameras": [{"name": "cam_high"}]}, "sees 'cam_high', but the tabletop's cameras are 'image', 'wrist'"),
+        ({"state_dim": 8}, "a state of 8 dimensions, but that of the tabletop has 4"),
+        ({"action_bounds": {"tabletop": {"low": [-1.0] * 7, "high": [1.0] * 7}}}, "not this policy's robot"),
+    ],
+)
+def test_a_server_for_another_robot_is_refused(tabletop_policy, changes, message):
+    info = {**tabletop_policy.describe(), **changes}
+    with pytest.raises(ValueError, match=message):
+        check_server(info, changes.get("unnorm_key"))
