@@ -28,6 +28,7 @@ TOKEN_VARIABLE = "OPENVLA_HF_SERVER_TOKEN"
 GRIPPERS = ("policy", "binary", "libero")
 DOORS = {
     "HTTP API": "POST {http}/v1/act (described in {http}/openapi.json)",
+    "openpi clients": "{ws}",
     "original clients": "POST {http}/act",
 }
 
