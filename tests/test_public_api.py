@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig
 
 import openvla_hf
 import openvla_hf.data
-import openvla_hf.serving
 from openvla_hf.cli import build_parser
 
 
@@ -94,7 +93,7 @@ API = {
             cameras, chunk, chunk_end, state)
         load(data, robot, split, name, camera, every, drop_idle, streaming, shuffle_buffer, seed, skip_bad_episodes,
             cameras, chunk, chunk_end, state)
-        load_mixture(mixture, folder, seed, num_frames, **options)
+        load_mixture(mixture, folder, seed, num_frames, allow_missing, **options)
         load_statistics(path)
         mix(parts, seed)
         register_robot(robot)
@@ -157,6 +156,8 @@ API = {
         FinetuneArguments(model, output, data, statistics, recipe, settings, model_kwargs, resume, eval_share,
             eval_frames, eval_data, keep_best, patience)
         TrainingData(source, options, weight)
+        TrainingMixture(mixture, folder, options, allow_missing)
+        TrainingMixture.select()
     """,
     "openvla_hf.training.collator": """
         ActionCollator(processor, action_tokenizer, stats, prompt_suffix_token_id, norm_stats, augment, seed,
@@ -244,30 +245,6 @@ API = {
         success_by_task(rollouts)
         success_table(title, results)
     """,
-    "openvla_hf.serving": """
-        Client(url, token, timeout, jpeg_quality)
-        Client.close()
-        Client.info
-        Client.predict_action(images, instruction, state, unnorm_key)
-        Client.round_trip
-        Client.session()
-        SafetyLimits(max_translation, max_rotation, low, high)
-        SafetyLimits.check(action, position)
-        SafetyLimits.clip(action, position)
-        ServerError(reason, kind, status, retry_after)
-        UnsafeAction
-    """,
-    "openvla_hf.serving.client": """
-        ClientSession(client)
-        ClientSession.close()
-        ClientSession.predict_action(images, instruction, state, unnorm_key)
-        ClientSession.reset()
-        RoundTrip(count, last, median, p95, longest)
-    """,
-    "openvla_hf.serving.episodes": """
-        check_server(info, unnorm_key)
-        run_served_episodes(client, seeds, tasks, condition, robots, unnorm_key)
-    """,
     "openvla_hf.cli": """
         main(argv)
     """,
@@ -310,10 +287,10 @@ COMMANDS = {
         source destination --checkpoint --tokenizer --dtype --config --revision --json
     """,
     "finetune": """
-        --data --weights --robot --robots --split --camera --every --drop-idle --cameras --name --statistics
-            --streaming --shuffle-buffer --skip-bad-episodes --model --output --recipe --set --steps --save-steps
-            --logging-steps --keep --workers --resume --report-to --dry-run --eval-share --eval-frames --keep-best
-            --patience --json
+        --data --mixture --data-dir --allow-missing --config --weights --robot --robots --split --camera --every
+            --drop-idle --cameras --name --statistics --streaming --shuffle-buffer --skip-bad-episodes --model --output
+            --recipe --set --steps --save-steps --logging-steps --keep --workers --resume --report-to --dry-run
+            --eval-share --eval-frames --keep-best --patience --json
     """,
     "doctor": """
         data --robot --robots --split --camera --every --drop-idle --model --unnorm-key --frames --cameras --state
@@ -353,9 +330,7 @@ def test_the_public_functions_and_classes_keep_their_parameters(module):
             assert parameters(value) == listed, name
 
 
-@pytest.mark.parametrize(
-    "package", [openvla_hf, openvla_hf.data, openvla_hf.serving], ids=lambda package: package.__name__
-)
+@pytest.mark.parametrize("package", [openvla_hf, openvla_hf.data], ids=lambda package: package.__name__)
 def test_the_packages_export_exactly_the_listed_names(package):
     assert set(package.__all__) == {name for name in entries(API[package.__name__]) if "." not in name}
 

@@ -24,6 +24,11 @@ OTHERS = {"_frame_index", "traj_metadata.episode_metadata.file_path"}
 def keep_open_x(source, target):
     """Write a part of the recordings in `source` into `target`."""
     keep_transforms(source / "transforms", target / "transforms")
+    keep_normalisation(source / "normalise", target / "normalise")
+    keep_chunks(source / "chunking", target / "chunking")
+    keep_mixtures(source / "mixtures", target / "mixtures")
+    cases = json.loads((source / "split_95_percent.json").read_text())
+    (target / "split_95_percent.json").write_text(json.dumps(cases, separators=(",", ":")))
 
 
 def keep_transforms(source, target):
@@ -47,3 +52,38 @@ def keep_transforms(source, target):
         description["unchanged"] = [path for path in description["unchanged"] if path in fields]
         np.savez_compressed(target / f"{name}.npz", **arrays)
         (target / f"{name}.json").write_text(json.dumps(description))
+
+
+def keep_normalisation(source, target):
+    """Keep the case with constant dimensions, and every sixth row."""
+    target.mkdir(exist_ok=True)
+    description = json.loads((source / "normalise.json").read_text())
+    description["cases"] = {"constant": description["cases"]["constant"]}
+    (target / "normalise.json").write_text(json.dumps(description, separators=(",", ":")))
+    arrays = np.load(source / "normalise.npz")
+    kept = {name: arrays[name][::6] for name in arrays if name.startswith("constant.") and ".all." not in name}
+    np.savez_compressed(target / "normalise.npz", **kept)
+
+
+def keep_chunks(source, target):
+    """Keep openvla-oft's chunks of episodes of ten steps, and openvla's without future actions."""
+    target.mkdir(exist_ok=True)
+    for code, futures in (("oft", (3, 7)), ("openvla", (0,))):
+        cases = [
+            case for case in json.loads((source / f"{code}.json").read_text())
+            if case["T"] in (3, 10) and case["window"] == 1 and case["future"] in futures and not case["goal_timestep"]
+        ]  # fmt: skip
+        (target / f"{code}.json").write_text(json.dumps(cases, separators=(",", ":")))
+        arrays = np.load(source / f"{code}.npz")
+        names = [f"T{steps}.in.action" for steps in (3, 10)]
+        names += [f"{case['case']}.action" for case in cases if "raises" not in case]
+        np.savez_compressed(target / f"{code}.npz", **{name: arrays[name] for name in names})
+
+
+def keep_mixtures(source, target):
+    target.mkdir(exist_ok=True)
+    record = json.loads((source / "arithmetic.json").read_text())
+    kept = {name: record["mixtures"][name] for name in ("rtx_franka", "bridge_rt_1")}
+    for case in kept.values():
+        del case["requested"]
+    (target / "arithmetic.json").write_text(json.dumps({"mixtures": kept}, separators=(",", ":")))

@@ -27,6 +27,7 @@ from . import (
     record,
     serve,
 )
+from .config_file import insert_config
 
 
 COMMANDS = (
@@ -132,6 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 2 after a user error, with a message on standard error, and 130 after Ctrl-C.
     """
+    try:
+        argv = insert_config(sys.argv[1:] if argv is None else argv)
+    except (OSError, ValueError) as error:
+        print(f"openvla-hf: {error}", file=sys.stderr)
+        return USER_ERROR
     args = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silence_others()

@@ -58,7 +58,7 @@ def add_data_arguments(
     parser.add_argument(
         "--robot", nargs=nargs, help="robot adapter for the dataset (default: the dataset's own, or generic)"
     )
-    parser.add_argument("--robots", type=file, metavar="FILE", help="Python file that registers your own robots")
+    parser.add_argument("--robots", type=file, metavar="FILE", help="Python or TOML file with your own robots")
     parser.add_argument("--split", default=split, help=split_help)
     parser.add_argument("--camera", nargs=nargs, help="camera to read, if there are several")
     parser.add_argument(

@@ -7,15 +7,17 @@ import gc
 import sys
 from typing import Any
 
-from ..training.arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData
+from ..training.arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData, TrainingMixture
 from .common import (
     add_data_arguments,
     checkpoint,
+    file,
     file_or_folder,
     natural,
     positive,
     print_json,
     print_table,
+    refuse_options,
     register_robots,
     setting,
     share,
@@ -29,7 +31,9 @@ EXAMPLE = """finetune --model openvla/openvla-7b --data lab/kitchen --recipe lor
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen lab/workshop --weights 1 2 \\
       --output outputs/both --eval-share 0.05 --patience 5 --set lora_rank=64 learning_rate=1e-4
   openvla-hf finetune --model openvla/openvla-7b --data lab/two_arms --recipe oft --output outputs/two_arms \\
-      --cameras high left_wrist right_wrist --set action_horizon=25"""
+      --cameras high left_wrist right_wrist --set action_horizon=25
+  openvla-hf finetune --model openvla/openvla-7b --mixture bridge_rt_1 --data-dir oxe --streaming \\
+      --output outputs/bridge_rt_1"""
 
 # Option -> argument of `TrainingArguments` that it sets.
 SETTINGS = {
@@ -48,11 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_arguments(group: Any) -> None:
-    group.add_argument("--data", nargs="+", required=True, metavar="DATA",
-                       help="folder or Hub id of each dataset: LeRobot, RLDS, or datasets with images")  # fmt: skip
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", nargs="+", metavar="DATA",
+                        help="folder or Hub id of each dataset: LeRobot, RLDS, or datasets with images")  # fmt: skip
+    source.add_argument("--mixture", metavar="NAME",
+                        help="mixture of Open X-Embodiment, such as oxe_magic_soup_plus_minus, or a JSON or TOML file "
+                        "with weights by dataset")  # fmt: skip
+    group.add_argument("--data-dir", metavar="DIR", help="folder or URL with the folders of the mixture's datasets")
+    group.add_argument("--allow-missing", action="store_true",
+                       help="leave out datasets of the mixture that are missing or can't be trained on")  # fmt: skip
     group.add_argument("--weights", nargs="+", type=weight, metavar="WEIGHT",
                        help="factor on the number of frames, for each of several datasets (default: 1)")  # fmt: skip
-    add_data_arguments(group, nargs="+")
+    add_data_arguments(
+        group,
+        split=None,
+        split_help="split of the datasets (default: train; of a mixture the episodes that the original trains on)",
+        nargs="+",
+    )
     group.add_argument("--cameras", nargs="+", metavar="CAMERA",
                        help="cameras that the policy sees, in order, for a recipe that takes several")  # fmt: skip
     group.add_argument("--name", nargs="+",
@@ -69,6 +85,8 @@ def _add_data_arguments(group: Any) -> None:
 def _add_run_arguments(group: Any) -> None:
     group.add_argument("--model", type=checkpoint, required=True, help="folder or Hub id of the base model")
     group.add_argument("--output", required=True, metavar="FOLDER", help="folder for the checkpoints and the result")
+    group.add_argument("--config", type=file, metavar="FILE",
+                       help="TOML file with options; those of the command line override them")  # fmt: skip
     group.add_argument("--recipe", default=FinetuneArguments.recipe,
                        help="lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich, oft, oft-discrete or "
                        "oft-diffusion (default: %(default)s)")  # fmt: skip
@@ -160,12 +178,20 @@ def read_arguments(args: argparse.Namespace) -> FinetuneArguments:
     )
 
 
-def read_datasets(args: argparse.Namespace) -> list[TrainingData]:
+def read_datasets(args: argparse.Namespace) -> list[TrainingData] | TrainingMixture:
     """Collect the options of each dataset. An option with one value applies to all datasets.
 
     Raises:
-        ValueError: An option has neither one value nor one for each dataset.
+        ValueError: An option has neither one value nor one for each dataset, or contradicts `--mixture`.
     """
+    if args.mixture is not None:
+        refuse_options(args, "does not apply to --mixture", "weights", "robot", "camera", "name")
+        if args.data_dir is None:
+            raise ValueError("--mixture needs the folder of its datasets. Give it as --data-dir.")
+        return TrainingMixture(args.mixture, args.data_dir, _shared_options(args), args.allow_missing)
+    refuse_options(args, "needs --mixture", "data_dir")
+    if args.allow_missing:
+        raise ValueError("--allow-missing needs --mixture.")
     count = len(args.data)
     given = {"weights": args.weights, "robot": args.robot, "camera": args.camera, "name": args.name}
     for option, values in given.items():
@@ -174,11 +200,15 @@ def read_datasets(args: argparse.Namespace) -> list[TrainingData]:
     weights, robots, cameras, names = (
         [None] * count if values is None else values * (count // len(values)) for values in given.values()
     )
-    shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle", "skip_bad_episodes", "streaming")}
-    shared["shuffle_buffer"] = args.shuffle_buffer if args.streaming else 0
-    if args.cameras is not None:
-        shared["cameras"] = args.cameras
+    shared = _shared_options(args) | {"split": args.split or "train"}
     return [
         TrainingData(source, {"robot": robot, "camera": camera, "name": name, **shared}, weight or 1.0)
         for source, robot, camera, name, weight in zip(args.data, robots, cameras, names, weights, strict=True)
     ]
+
+
+def _shared_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect the options of `load` that apply to all datasets."""
+    shared = {name: getattr(args, name) for name in ("split", "every", "drop_idle", "skip_bad_episodes", "streaming")}
+    shared["shuffle_buffer"] = args.shuffle_buffer if args.streaming else 0
+    return shared if args.cameras is None else shared | {"cameras": args.cameras}

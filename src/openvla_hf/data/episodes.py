@@ -180,8 +180,8 @@ def usable_rows(
             yield dict(zip(columns, values, strict=True))
 
 
-def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[str, Any]:
-    """Convert an episode to the columns of its rows, without the frames that have no instruction.
+def convert_episode(episode: RecordedEpisode, spec: FrameSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Convert the numbers of an episode, as `Robot.standardize` does.
 
     Raises:
         BadEpisodeError: The episode has no frames, a column is missing, or numbers have the wrong size, are not finite
@@ -191,9 +191,19 @@ def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[st
     if not length:
         raise BadEpisodeError(f"{episode.source}: the episode has length 0.")
     try:
-        kept, actions, states = spec.robot.standardize(episode.columns, length, spec.state)
+        return spec.robot.standardize(episode.columns, length, spec.state)
     except ValueError as error:
         raise BadEpisodeError(f"{episode.source}: {error}") from error
+
+
+def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[str, Any]:
+    """Convert an episode to the columns of its rows, without the frames that have no instruction.
+
+    Raises:
+        BadEpisodeError: The episode has no frames, a column is missing, or numbers have the wrong size, are not finite
+            or lie outside their range.
+    """
+    kept, actions, states = convert_episode(episode, spec)
     instructed = _find_instructed(episode, spec)[kept]
     chunks, recorded = spec.make_chunks(actions)
     chosen = np.flatnonzero(instructed & (recorded.all(1) | (not spec.drops_ends)))
@@ -261,6 +271,7 @@ __all__ = [
     "Losses",
     "RecordedEpisode",
     "check_state_size",
+    "convert_episode",
     "usable_columns",
     "usable_rows",
 ]

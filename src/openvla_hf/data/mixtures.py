@@ -1,21 +1,34 @@
 """Mixtures: several datasets as one, drawn from by weight."""
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
-from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets import Dataset, interleave_datasets
 
 from ..modeling.known_names import check_name
 from .frames import Frames, describe_contents
 from .loading import load
-from .open_x import known_table
+from .open_x import dataset_robot, known_table
+from .open_x.table import check_weights
+from .readers.rlds import RLDSSource, find_version, split_for_training
+from .robots import registered_robots
 from .streams import FrameStream, mix_streams
+from .whole_statistics import whole_statistics
 
 
 # Mixture -> folder of a dataset -> weight, which multiplies the dataset's number of frames.
 MIXTURES: dict[str, dict[str, float]] = known_table().mixtures
+
+GO_ON = "Pass allow_missing=True to go on without them."
+
+logger = logging.getLogger(__name__)
 
 
 def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed: int = 0) -> Frames:
@@ -25,8 +38,8 @@ def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed:
     of every dataset is equally likely.
 
     Args:
-        parts: Datasets with their weights. A stream whose metadata does not give its number of frames needs this
-            number as a third item.
+        parts: Datasets with their weights. A third item is the number of frames that the weight multiplies, which is
+            otherwise the length of a table or the number in a stream's metadata.
         seed: Seed of the draws.
 
     Returns:
@@ -43,11 +56,7 @@ def mix(parts: Sequence[tuple[Frames, float] | tuple[Frames, float, int]], seed:
     if any(tables) != all(tables):
         raise ValueError("A mixture can't combine tables and streams. Load all datasets with streaming=True, or none.")
     _require_same_contents(frames)
-    sizes = [
-        len(part[0]) if isinstance(part[0], Dataset) else _count(number, *part) for number, part in enumerate(parts)
-    ]
-    shares = np.array(weights) * sizes
-    shares = (shares / shares.sum()).tolist()
+    shares = sampling_shares(weights, [_count(number, *part) for number, part in enumerate(parts)])
     if all(tables):
         return interleave_datasets(frames, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     return mix_streams(list(zip(frames, shares, strict=True)), seed)
@@ -65,9 +74,29 @@ def _require_same_contents(parts: Sequence[Frames]) -> None:
             )
 
 
-def _count(number: int, stream: IterableDataset, weight: float, num_frames: int | None = None) -> int:
-    """Return the number of frames of a stream."""
+def sampling_shares(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    """Return the share of the draws of each dataset: its weight times its size, divided by the sum of all."""
+    shares = np.array(weights, np.float64) * sizes
+    return (shares / shares.sum()).tolist()
+
+
+def epoch_length(weights: Sequence[float], sizes: Sequence[int], shares: Sequence[float]) -> int:
+    """Return the number of draws in which each dataset of weight 1 is drawn as often as it has frames.
+
+    Raises:
+        ValueError: No dataset has weight 1.
+    """
+    lengths = [size / share for weight, size, share in zip(weights, sizes, shares, strict=True) if weight == 1]
+    if not lengths:
+        raise ValueError("No dataset of the mixture has weight 1, so the length of an epoch is not defined.")
+    return int(max(lengths))
+
+
+def _count(number: int, stream: Frames, weight: float, num_frames: int | None = None) -> int:
+    """Return the number of frames that a weight multiplies."""
     name = f"part {number}"
+    if isinstance(stream, Dataset):
+        return num_frames or len(stream)
     if isinstance(stream, FrameStream):
         if stream.parts:
             raise ValueError("A mixture of streams is endless and can't be part of another. Mix all datasets at once.")
@@ -80,35 +109,146 @@ def _count(number: int, stream: IterableDataset, weight: float, num_frames: int 
     return num_frames
 
 
+def read_mixture(mixture: str | os.PathLike | Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of a mixture.
+
+    Args:
+        mixture: Name of one of `MIXTURES` or of a dataset of Open X-Embodiment, a JSON or TOML file with weights by
+            dataset, their JSON text, or weights by name.
+
+    Raises:
+        OSError: The file can't be read.
+        ValueError: The mixture is unknown, or its content is not weights by dataset.
+    """
+    if isinstance(mixture, Mapping):
+        return check_weights("given", mixture)
+    text = os.fspath(mixture)
+    if text.lstrip().startswith("{"):
+        return check_weights("given", _parse(text, "The mixture", json.loads))
+    if text in MIXTURES:
+        return dict(MIXTURES[text])
+    if text in known_table().datasets:
+        return {text: 1.0}
+    if not text.endswith((".json", ".toml")):
+        check_name(text, MIXTURES, "mixture")
+    loads = tomllib.loads if text.endswith(".toml") else json.loads
+    return check_weights(text, _parse(Path(text).read_text(encoding="utf-8"), text, loads))
+
+
+def _parse(text: str, place: str, loads: Callable[[str], Any]) -> Any:
+    try:
+        return loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} can't be parsed: {error}.") from error
+
+
+def select_datasets(
+    mixture: str | os.PathLike | Mapping[str, float], folder: str | os.PathLike, allow_missing: bool = False
+) -> dict[str, float]:
+    """Select the datasets of a mixture that can be trained on.
+
+    Args:
+        mixture: See `read_mixture`.
+        folder: Folder or URL that contains the datasets' folders.
+        allow_missing: Whether to leave out the datasets that are missing or can't be trained on, with a warning.
+
+    Raises:
+        ValueError: A dataset can't be trained on, or none is left.
+        FileNotFoundError: Datasets are missing. The message says where to get them.
+    """
+    weights = read_mixture(mixture)
+    refused = {name: problem for name in weights if (problem := _problem(name))}
+    if refused and not allow_missing:
+        raise ValueError("\n".join([*refused.values(), GO_ON]))
+    fs, root = fsspec.core.url_to_fs(os.fspath(folder))
+    missing = [name for name in weights if name not in refused and not fs.exists(f"{root}/{name}")]
+    listed = "\n".join(f"  {name}: {_source(name)}" for name in missing)
+    if missing and not allow_missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(weights)} datasets of the mixture are missing from {folder}:\n{listed}\n"
+            f"Download each into a folder of its name. {GO_ON}"
+        )
+    for problem in refused.values():
+        logger.warning("%s", problem)
+    if missing:
+        logger.warning(
+            "%d of %d datasets of the mixture are missing and left out:\n%s", len(missing), len(weights), listed
+        )
+    selected = {name: weight for name, weight in weights.items() if name not in refused and name not in missing}
+    if not selected:
+        raise ValueError(f"{folder} contains none of the {len(weights)} datasets of the mixture.")
+    return selected
+
+
+def training_split(path: str) -> str:
+    """Return the split that the original trains on: of an RLDS dataset without a split "val", the first 95 %."""
+    fs, root = fsspec.core.url_to_fs(path)
+    version = find_version(fs, root)
+    return split_for_training(RLDSSource(fs, version).splits)[0] if version else "train"
+
+
+def _problem(name: str) -> str | None:
+    """Return why a dataset can't be trained on, if it can't."""
+    if name not in known_table().datasets or name in registered_robots():
+        return None
+    try:
+        dataset_robot(name)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _source(name: str) -> str:
+    row = known_table().datasets.get(name)
+    return (row and row.source) or "the source is not known"
+
+
 def load_mixture(
-    mixture: str | Mapping[str, float],
-    folder: str | Path,
+    mixture: str | os.PathLike | Mapping[str, float],
+    folder: str | os.PathLike,
     *,
     seed: int = 0,
     num_frames: Mapping[str, int] | None = None,
+    allow_missing: bool = False,
     **options: Any,
 ) -> Frames:
     """Load the datasets of a mixture from the folders named after them, and mix them.
 
+    A weight multiplies the number of steps of a dataset. As in the original, all steps of an RLDS dataset count, also
+    those of other splits; see `whole_statistics`.
+
     Args:
-        mixture: Name of one of `MIXTURES`, or weights by name.
+        mixture: Name of one of `MIXTURES` or of a dataset of Open X-Embodiment, a JSON or TOML file with weights by
+            dataset, or weights by name.
         folder: Folder or URL that contains the datasets' folders.
         seed: Seed of the draws.
-        num_frames: With `streaming`, numbers of frames by name, for datasets whose metadata does not give them.
+        num_frames: Numbers of steps by name, which are not counted then.
+        allow_missing: Whether to leave out the datasets that are missing or can't be trained on, with a warning.
         options: Options of `load`.
 
     Raises:
-        ValueError: The mixture or the number of frames of a stream is unknown.
+        ValueError: The mixture or the number of frames of a stream is unknown, or a dataset can't be trained on.
+        FileNotFoundError: Datasets are missing. The message says where to get them.
     """
-    if isinstance(mixture, str):
-        check_name(mixture, MIXTURES, "mixture")
-        mixture = MIXTURES[mixture]
     parts: list[Any] = []
-    for name, weight in mixture.items():
-        frames = load(f"{folder}/{name}", name=name, seed=seed, **options)
-        known = (num_frames or {}).get(name)
-        parts.append((frames, weight, known) if known else (frames, weight))
+    counted = {name: options[name] for name in ("robot", "every", "skip_bad_episodes") if name in options}
+    for name, weight in select_datasets(mixture, folder, allow_missing).items():
+        path = f"{os.fspath(folder)}/{name}"
+        frames = load(path, name=name, seed=seed, **options)
+        size = (num_frames or {}).get(name)
+        if size is None and (statistics := whole_statistics(path, name=name, **counted)):
+            size = statistics["num_transitions"]
+        parts.append((frames, weight, size) if size else (frames, weight))
     return mix(parts, seed)
 
 
-__all__ = ["MIXTURES", "load_mixture", "mix"]
+__all__ = [
+    "MIXTURES",
+    "epoch_length",
+    "load_mixture",
+    "mix",
+    "read_mixture",
+    "sampling_shares",
+    "select_datasets",
+    "training_split",
+]

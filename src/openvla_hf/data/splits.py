@@ -37,7 +37,11 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
 
 
 def split_parts(
-    parts: Sequence[Dataset | IterableDataset], weights: Sequence[float] | None, eval_share: float, seed: int
+    parts: Sequence[Dataset | IterableDataset],
+    weights: Sequence[float] | None,
+    eval_share: float,
+    seed: int,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
     """Split each of several datasets, and mix their training frames.
 
@@ -47,6 +51,7 @@ def split_parts(
             held-out frame once.
         eval_share: See `read_split`.
         seed: Seed of the draws.
+        sizes: Numbers of frames that the weights multiply, by default those of the training frames.
 
     Returns:
         Training frames, evaluation frames or `None`, and the record of what is held out (see `describe_split`).
@@ -61,7 +66,8 @@ def split_parts(
     splits = [read_split(part, eval_share, seed) for part in parts]
     train = [part for part, _ in splits]
     weights = weights or [1.0] * len(parts)
-    train_data = train[0] if len(parts) == 1 else mix(list(zip(train, weights, strict=True)), seed)
+    columns: list[Any] = [train, weights, *([sizes] if sizes is not None else [])]
+    train_data = train[0] if len(parts) == 1 else mix(list(zip(*columns, strict=True)), seed)
     if eval_share <= 0:
         return train_data, None, {}
     held_out = [part for _, part in splits]

@@ -1,5 +1,6 @@
 """Arguments of a fine-tuning run: its data, its training and its evaluation."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,41 @@ class TrainingData:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class TrainingMixture:
+    """A mixture of datasets in one folder, balanced by their numbers of steps as in the original.
+
+    Args:
+        mixture: Name of a mixture or of a dataset of Open X-Embodiment, a JSON or TOML file with weights by dataset,
+            or weights by name; see `openvla_hf.data.load_mixture`.
+        folder: Folder or URL that contains the datasets' folders.
+        options: Arguments of `load` for every dataset. Without `split`, the episodes are those that the original
+            trains on.
+        allow_missing: Whether to leave out the datasets that are missing or can't be trained on, with a warning.
+    """
+
+    mixture: str | os.PathLike | Mapping[str, float]
+    folder: str | os.PathLike
+    options: Mapping[str, Any] = field(default_factory=dict)
+    allow_missing: bool = False
+
+    def select(self) -> tuple[TrainingData, ...]:
+        """Return the datasets of the mixture.
+
+        Raises:
+            ValueError: The mixture is unknown, or a dataset can't be trained on.
+            FileNotFoundError: Datasets are missing. The message says where to get them.
+        """
+        from ..data.mixtures import select_datasets, training_split
+
+        datasets = []
+        for name, weight in select_datasets(self.mixture, self.folder, self.allow_missing).items():
+            path = f"{os.fspath(self.folder)}/{name}"
+            split = self.options.get("split") or training_split(path)
+            datasets.append(TrainingData(path, {**self.options, "name": name, "split": split}, weight))
+        return tuple(datasets)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneArguments:
     """Describe one fine-tuning run, for `finetune`.
@@ -43,10 +79,10 @@ class FinetuneArguments:
     Args:
         model: Folder or Hub id of the base model.
         data: Demonstrations: a folder or Hub id, a `TrainingData`, one `TrainingData` for each of several datasets,
-            or frames that `openvla_hf.data` has already loaded.
+            a `TrainingMixture`, or frames that `openvla_hf.data` has already loaded.
         output: Folder of the checkpoints and the result.
         statistics: Action statistics by dataset, or the file or folder that contains them. By default, they are
-            computed from the training frames.
+            computed from the training frames, or for a `TrainingMixture` from all steps of each dataset.
         recipe: Name of a recipe, or a `Recipe`.
         settings: Fields of the recipe or of `transformers.TrainingArguments`, such as
             `{"lora_rank": 64, "max_steps": 1000}`. They override the recipe and `DEFAULT_SETTINGS`.
@@ -67,7 +103,7 @@ class FinetuneArguments:
     model: str | os.PathLike
     output: str | os.PathLike
     # Data
-    data: "str | os.PathLike | TrainingData | Sequence[TrainingData] | Dataset | IterableDataset"
+    data: "str | os.PathLike | TrainingData | Sequence[TrainingData] | TrainingMixture | Dataset | IterableDataset"
     statistics: Mapping[str, Any] | str | os.PathLike | None = None
     # Run
     recipe: "str | Recipe" = "lora"
@@ -101,13 +137,15 @@ class FinetuneArguments:
         """Whether the policy is evaluated while it trains."""
         return self.eval_share > 0 or self.eval_data is not None
 
-    @property
+    @functools.cached_property
     def datasets(self) -> "tuple[TrainingData, ...]":
         """The datasets to load; empty if `data` contains loaded frames."""
         if isinstance(self.data, (str, os.PathLike)):
             return (TrainingData(self.data),)
         if isinstance(self.data, TrainingData):
             return (self.data,)
+        if isinstance(self.data, TrainingMixture):
+            return self.data.select()
         return tuple(self.data) if isinstance(self.data, (list, tuple)) else ()
 
     @property
@@ -117,4 +155,4 @@ class FinetuneArguments:
         return None if all(weight == 1 for weight in weights) else weights
 
 
-__all__ = ["DEFAULT_SETTINGS", "FinetuneArguments", "TrainingData"]
+__all__ = ["DEFAULT_SETTINGS", "FinetuneArguments", "TrainingData", "TrainingMixture"]

@@ -10,7 +10,8 @@
 import copy
 import functools
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -25,13 +26,15 @@ from ..checkpoints.model_card import write_card
 from ..data import Augmentation, compute_statistics, load, load_statistics
 from ..data.frame_spec import name_cameras
 from ..data.frames import read_robot
+from ..data.mixtures import sampling_shares
 from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, sample_frames, split_parts
+from ..data.whole_statistics import whole_statistics
 from ..modeling.action_networks import add_action_networks
 from ..modeling.checkpoint_files import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
-from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData
+from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData, TrainingMixture
 from .checkpoint_saving import last_checkpoint
 from .collator import ActionCollator, ChunkCollator
 from .interrupt import SaveOnInterrupt
@@ -43,6 +46,9 @@ from .trainer import ActionTrainer
 
 NOT_RECORDED = ("streaming", "shuffle_buffer", "seed")
 """Options of `load` that don't change what a frame is, so an evaluation of the result chooses its own."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
     recipe, args = check_run(arguments)
     set_seed(recipe.seed)
     frames = read_frames(arguments, recipe.seed, recipe.load_options())
-    norm_stats = _read_statistics(arguments)
+    norm_stats = _read_statistics(arguments) or frames.statistics
     if norm_stats is None:
         # Once on each machine: the other processes read what the first has cached.
         with PartialState().local_main_process_first():
@@ -161,12 +167,14 @@ class RunFrames:
     Args:
         train: Frames to train on.
         evaluation: Frames to evaluate on, if there are any.
-        record: Their entries in `training.json`: `datasets`, `reading` and `held_out`.
+        record: Their entries in `training.json`: `datasets`, `reading`, `held_out` and, for a mixture, `mixture`.
+        statistics: Statistics of a mixture's datasets, or `None`.
     """
 
     train: Dataset | IterableDataset
     evaluation: Dataset | IterableDataset | Mapping[str, Any] | None
     record: dict[str, Any]
+    statistics: dict[str, Any] | None = None
 
 
 def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]) -> RunFrames:
@@ -193,10 +201,15 @@ def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping
         record = {"datasets": list(reading), "reading": reading}
     if not datasets and not arguments.eval_share:
         return RunFrames(arguments.data, arguments.eval_data, record)
-    train, evaluation, held_out = split_parts(parts, arguments.weights, arguments.eval_share, seed)
+    statistics = sizes = None
+    if isinstance(arguments.data, TrainingMixture):
+        statistics, record["mixture"] = _balance(arguments, datasets, parts)
+        sizes = [one["transitions"] for one in record["mixture"].values()]
+    train, evaluation, held_out = split_parts(parts, arguments.weights, arguments.eval_share, seed, sizes)
     if arguments.eval_frames:
         evaluation = sample_frames(evaluation, arguments.eval_frames, seed)
-    return RunFrames(train, arguments.eval_data if evaluation is None else evaluation, record | {"held_out": held_out})
+    evaluation = arguments.eval_data if evaluation is None else evaluation
+    return RunFrames(train, evaluation, record | {"held_out": held_out}, statistics)
 
 
 def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
@@ -247,6 +260,30 @@ def _read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
     """Return the given statistics, or `None`."""
     given = arguments.statistics
     return dict(given) if isinstance(given, Mapping) else None if given is None else load_statistics(given)
+
+
+def _balance(
+    arguments: FinetuneArguments, datasets: Sequence[TrainingData], parts: Sequence[Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Return the statistics of a mixture's datasets, and of each its weight, its steps and its share of the draws."""
+    statistics: dict[str, Any] = {}
+    for one, part in zip(datasets, parts, strict=True):
+        name = dataset_name(part)
+        given = (_read_statistics(arguments) or {}).get(name)
+        if given is None or "num_transitions" not in given:
+            options = {key: one.options.get(key) for key in ("robot", "every")}
+            skip = one.options.get("skip_bad_episodes", False)
+            given = whole_statistics(one.source, name=name, skip_bad_episodes=skip, **options)
+        statistics[name] = given or compute_statistics(part)[name]
+    weights = [one.weight for one in datasets]
+    transitions = [of_one["num_transitions"] for of_one in statistics.values()]
+    shares = sampling_shares(weights, transitions)
+    columns = zip(statistics, weights, transitions, shares, strict=True)
+    mixture = {
+        name: {"weight": weight, "transitions": count, "share": share} for name, weight, count, share in columns
+    }
+    logger.info("Mixture: %s", mixture)
+    return statistics, mixture
 
 
 def _require_statistics(arguments: FinetuneArguments, names: list[str]) -> None:

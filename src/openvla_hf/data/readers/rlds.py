@@ -4,8 +4,9 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from .tfrecord import Span, open_records, parse_example, read_records
 
 DEFAULT_FILES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 STEPS = "steps/"
+# A part of a split, such as train[:95%] or train[10:20].
+PART_OF_SPLIT = re.compile(r"(?P<split>\w+)\[(?P<start>\d+%?)?:(?P<end>\d+%?)?\]")
 VERSION_FOLDER = re.compile(r"\d+\.\d+\.\d+")
 
 logger = logging.getLogger(__name__)
@@ -57,11 +60,13 @@ class RecordFile:
         path: Path of the file.
         first_episode: Number of its first episode in the split.
         length: Its number of episodes.
+        wanted: Numbers in the file of the episodes that belong to the split.
     """
 
     path: str
     first_episode: int
     length: int
+    wanted: range
 
 
 class RLDSSource:
@@ -70,15 +75,16 @@ class RLDSSource:
     Args:
         fs: File system of the folder.
         root: Folder with `features.json`.
-        split: Name of the split.
+        split: Name of the split, or a part of its episodes in the notation of TFDS: "train[:95%]".
         inline: Whether images are read as bytes, for streams. By default they become references into the files, for
             tables.
 
     Attributes:
         images: Reads the images of the episodes.
+        splits: Names of all splits.
 
     Raises:
-        ValueError: The split is missing, or the files are not TFRecords.
+        ValueError: The split is missing or has no episodes, or the files are not TFRecords.
     """
 
     frequency: float | None = None
@@ -90,8 +96,17 @@ class RLDSSource:
         info = json.loads(fs.read_text(f"{root}/dataset_info.json"))
         self.name: str = info["name"]
         splits = {each["name"]: each for each in info["splits"]}
-        self.split = find_name(split, splits, "split")
-        self.files_of_split: dict[str, Any] = splits[self.split]
+        self.split, self.splits = split, list(splits)
+        part = PART_OF_SPLIT.fullmatch(split)
+        self.split_of_files = find_name(part["split"] if part else split, splits, "split")
+        self.files_of_split: dict[str, Any] = splits[self.split_of_files]
+        total = sum(self._lengths)
+        start, end = (part["start"], part["end"]) if part else (None, None)
+        self.episodes = range(_boundary(start, total, 0), _boundary(end, total, total))
+        if part and not self.episodes:
+            raise ValueError(
+                f"The split {split!r} of {root} contains no episodes, since {total} are too few to divide."
+            )
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise ValueError(
                 f"{root} contains {info['fileFormat']} files, but only tfrecord is supported. Convert them with "
@@ -156,26 +171,34 @@ class RLDSSource:
     @property
     def num_episodes(self) -> int:
         """Number of episodes of the split."""
-        return sum(int(length) for length in self.files_of_split["shardLengths"])
+        return len(self.episodes)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [int(length) for length in self.files_of_split["shardLengths"]]
 
     def shards(self) -> list[RecordFile]:
         """List the files of the split."""
-        lengths = [int(length) for length in self.files_of_split["shardLengths"]]
+        lengths = self._lengths
         template = self.files_of_split.get("filepathTemplate") or DEFAULT_FILES
         shards, first_episode = [], 0
         for index, length in enumerate(lengths):
             parts = {
                 "DATASET": self.name,
-                "SPLIT": self.split,
+                "SPLIT": self.split_of_files,
                 "FILEFORMAT": "tfrecord",
                 "SHARD_INDEX": f"{index:05d}",
                 "NUM_SHARDS": f"{len(lengths):05d}",
                 "SHARD_X_OF_Y": f"{index:05d}-of-{len(lengths):05d}",
             }
             file = re.sub(r"\{(\w+)\}", lambda found, parts=parts: parts[found[1]], template)
-            shards.append(RecordFile(f"{self.root}/{file}", first_episode, length))
+            wanted = range(
+                min(max(0, self.episodes.start - first_episode), length),
+                min(max(0, self.episodes.stop - first_episode), length),
+            )
+            shards.append(RecordFile(f"{self.root}/{file}", first_episode, length, wanted))
             first_episode += length
-        return shards
+        return [shard for shard in shards if shard.wanted]
 
     def files(self) -> list[str]:
         """List all files that the frames depend on."""
@@ -197,6 +220,10 @@ class RLDSSource:
             file, is_compressed = open_records(stored)
             inline = self.inline or is_compressed  # a compressed file can't be read from a position
             for index, record in enumerate(read_records(file, shard.path)):
+                if index < shard.wanted.start:
+                    continue
+                if index == shard.wanted.stop < shard.length:
+                    return
                 if isinstance(record, BadEpisodeError):
                     is_damaged = True
                     yield record
@@ -241,6 +268,19 @@ class RLDSSource:
             _texts(payload, values[wanted[instruction].key], wanted[instruction], length),
             {name: _numbers(name, payload, values[wanted[name].key], wanted[name], length) for name in columns},
         )
+
+
+def _boundary(text: str | None, total: int, default: int) -> int:
+    """Return the number of the episode at a boundary of a part. Halves are rounded to the even number, as in TFDS."""
+    if text is None:
+        return default
+    exact = Fraction(int(text[:-1]) * total, 100) if text.endswith("%") else Fraction(int(text))
+    return min(round(exact), total)
+
+
+def split_for_training(splits: Collection[str]) -> tuple[str, str]:
+    """Return the splits that the original trains and evaluates on."""
+    return ("train", "val") if "val" in splits else ("train[:95%]", "train[95%:]")
 
 
 def find_version(fs: AbstractFileSystem, path: str) -> str | None:
@@ -360,4 +400,4 @@ def _texts(payload: bytes, values: Any, feature: Feature, length: int) -> list[s
     return texts or [""] * length
 
 
-__all__ = ["RLDSSource", "find_version"]
+__all__ = ["RLDSSource", "find_version", "split_for_training"]

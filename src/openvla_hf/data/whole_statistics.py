@@ -1,0 +1,105 @@
+"""Statistics of whole RLDS datasets, as the original computes them.
+
+They count every step of every split: those without an instruction, those of pauses, and those that are held out.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from .adapters import Robot
+from .episodes import BadEpisodeError, Losses, RecordedEpisode, convert_episode
+from .frame_spec import FrameSpec, resolve_spec
+from .loading import choose_robot
+from .motion import name_by_space
+from .readers.rlds import RLDSSource, find_version
+from .statistics import summarize
+from .table_cache import cache_folder, file_version, lock, make_key, write_json
+
+
+# Part of every cache key: increase it when the computation changes, so that old statistics are not read.
+WHOLE_STATISTICS_VERSION = 1
+
+
+def whole_statistics(
+    data: str | os.PathLike,
+    robot: Robot | str | None = None,
+    *,
+    name: str | None = None,
+    every: int | None = None,
+    skip_bad_episodes: bool | float = False,
+) -> dict[str, Any] | None:
+    """Compute the statistics of an RLDS dataset once, and read them from the cache afterwards.
+
+    Args:
+        data: Folder or URL.
+        robot: See `load`.
+        name: See `load`.
+        every: See `load`.
+        skip_bad_episodes: See `load`.
+
+    Returns:
+        `action` and, if there is a state, `proprio` (mean, std, max, min, q01, q99, and the action's mask and names),
+        `num_transitions` and `num_trajectories`, or `None` if the data is not an RLDS dataset.
+
+    Raises:
+        ValueError: The dataset lacks what is read.
+        BadEpisodeError: An episode can't be used, or more are bad than may be skipped.
+    """
+    fs, root = fsspec.core.url_to_fs(os.fspath(data))
+    version = find_version(fs, root)
+    if version is None:
+        return None
+    source = RLDSSource(fs, version, "train")
+    name = name or source.name
+    spec = resolve_spec(choose_robot(robot, source, name), name, every=every, drop_idle=False)
+    losses = Losses.allow(skip_bad_episodes)
+    sources = [RLDSSource(fs, version, split) for split in source.splits]
+    versions = [file_version(fs, path) for each in sources for path in each.files()]
+    key = make_key(WHOLE_STATISTICS_VERSION, versions, replace(spec, cameras=()), losses.limit)
+    path = cache_folder() / f"statistics-{name}-{key}.json"
+    with lock(path):
+        if not path.exists():
+            write_json(path, _compute(sources, spec, losses))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _compute(sources: list[RLDSSource], spec: FrameSpec, losses: Losses) -> dict[str, Any]:
+    actions, states = [], []
+    losses.total = sum(source.num_episodes for source in sources)
+    for episode in _read(sources, spec):
+        losses.read += 1
+        try:
+            if isinstance(episode, BadEpisodeError):
+                raise episode
+            _, action, state = convert_episode(episode, spec)
+        except BadEpisodeError as error:
+            losses.note(error)
+        else:
+            actions.append(action)
+            states += [] if state is None else [state]
+    if not actions:
+        raise ValueError(f"{sources[0].root} has no usable episode.")
+    values = np.concatenate(actions)
+    names = name_by_space(spec.robot.standard_space, values.shape[1])
+    return {
+        "action": summarize(values) | {"mask": spec.robot.mask(values.shape[1])} | ({"names": names} if names else {}),
+        **({"proprio": summarize(np.concatenate(states))} if states else {}),
+        "num_transitions": len(values),
+        "num_trajectories": len(actions),
+    }
+
+
+def _read(sources: list[RLDSSource], spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
+    for source in sources:
+        source.check(spec)
+        for shard in source.shards():
+            yield from source.read(shard, spec)
+
+
+__all__ = ["whole_statistics"]

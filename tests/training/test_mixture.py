@@ -1,0 +1,93 @@
+import json
+
+import pytest
+
+from openvla_hf.cli import build_parser, main
+from openvla_hf.cli.config_file import insert_config
+from openvla_hf.cli.finetune import read_arguments
+from openvla_hf.data import write_rlds
+from openvla_hf.testing import fake_episode
+from openvla_hf.training.arguments import FinetuneArguments, TrainingMixture
+from openvla_hf.training.finetune import build_trainer
+
+
+SARA, SAILOR = "dlr_sara_pour_converted_externally_to_rlds", "austin_sailor_dataset_converted_externally_to_rlds"
+SMALL = {"max_steps": 2, "batch_size": 2, "use_cpu": True, "lora_rank": 2, "dataloader_num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oxe")
+    for name, count in ((SARA, 4), (SAILOR, 2)):
+        episodes = [fake_episode(seed=seed, steps=5, size=32) for seed in range(count)]
+        write_rlds(episodes, folder / name, episodes_per_file=1)
+    (folder / "own.json").write_text(json.dumps({SARA: 1.0, SAILOR: 2.0, "kuka": 1.0}))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_a_run_draws_a_mixture_by_its_steps(base, data, cache, tmp_path, streaming):
+    mixture = TrainingMixture(data / "own.json", data, {"streaming": streaming}, allow_missing=True)
+    arguments = FinetuneArguments(model=base, data=mixture, output=tmp_path / "run", settings=SMALL)
+    trainer = build_trainer(arguments)
+    assert arguments.weights == [1.0, 2.0]
+    assert trainer.record["mixture"] == {
+        SARA: {"weight": 1.0, "transitions": 20, "share": 0.5},
+        SAILOR: {"weight": 2.0, "transitions": 10, "share": 0.5},
+    }
+    reading = trainer.record["reading"][f"{data}/{SARA}"]
+    assert (reading["robot"], reading["split"]) == (SARA, "train[:95%]")
+    assert trainer.model.base_model.model.norm_stats.keys() == {SARA, SAILOR}
+    assert {frame["dataset"] for frame, _ in zip(trainer.train_dataset, range(20), strict=False)} == {SARA, SAILOR}
+
+
+def test_the_command_line_and_a_config_file_give_a_mixture(base, data, tmp_path, capsys):
+    config = tmp_path / "run.toml"
+    config.write_text(f'''
+model = "{base}"
+data-dir = "{data}"
+allow-missing = true
+streaming = false
+eval_share = 0.25
+cameras = ["full_image"]
+[mixture]
+{SARA} = 1
+kuka = 0.5
+[set]
+lora_rank = 4
+''')
+    argv = ["finetune", "--config", str(config), "--output", "out", "--eval-share", "0.5"]
+    arguments = read_arguments(build_parser().parse_args(insert_config(argv)))
+    assert arguments.data == TrainingMixture(
+        f'{{"{SARA}": 1, "kuka": 0.5}}',
+        str(data),
+        {"split": None, "every": None, "drop_idle": None, "skip_bad_episodes": False, "streaming": False,
+         "shuffle_buffer": 0, "cameras": ["full_image"]},
+        allow_missing=True,
+    )  # fmt: skip
+    assert (arguments.eval_share, arguments.settings["lora_rank"]) == (0.5, 4)
+    assert [one.weight for one in arguments.datasets] == [1]
+
+    own = str(data / "own.json")
+    command = ["finetune", "--model", str(base), "--mixture", own, "--data-dir", str(data), "--output", "out"]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert "kuka: gs://gresearch/robotics/kuka" in message
+    assert "Pass --allow-missing to go on without them." in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--mixture kuka", "--mixture needs the folder of its datasets. Give it as --data-dir."),
+        ("--mixture kuka --data-dir d --weights 2", "--weights does not apply to --mixture."),
+        ("--data a --data-dir d", "--data-dir needs --mixture."),
+        ("--data a --allow-missing", "--allow-missing needs --mixture."),
+        ("--mixture roboset --data-dir d", "'roboset' can't be trained on"),
+        ("--config missing.toml", "No such file"),
+    ],
+)
+def test_contradicting_options_of_a_mixture_are_told(options, message, base, capsys):
+    command = ["finetune", "--model", str(base), "--output", "out", *options.split()]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
