@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any, Self
 
 
-# What transformers imports of other packages, and takes most of its time.
-PRELOADED = ("numpy", "PIL.Image", "sympy", "torch", "torch._inductor.compile_fx", "torch.distributed.tensor")
+# What transformers and datasets import of other packages, and takes most of their time.
+PRELOADED = (
+    *("numpy", "pandas", "PIL.Image", "pyarrow.compute", "sympy", "torch"),
+    *("torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.tensor"),
+)
 FRESH = {"huggingface_hub", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "openvla_hf"}
 
 # Code to begin with, for what must work where this package is not installed.

@@ -85,6 +85,7 @@ def run(data, output, name, batch_size, streaming=False, steps=4, spoil=False):
     with open(f"{output}-{index}.json", "w") as file:
         json.dump([index, losses, Watched.seen], file)
 
+gc.freeze()  # what is imported, which each run would go through several times to collect garbage
 for arguments in json.loads(sys.argv[1]):
     run(**arguments)
 gc.collect()  # the trainers, which keep the group alive

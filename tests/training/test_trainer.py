@@ -309,7 +309,7 @@ def test_an_evaluation_whose_loss_is_not_finite_ends_the_run(tmp_path):
 # Runs of one policy, each in a process of its own that has imported everything before. A run may be killed at the
 # `count`-th time that `name` is written, renamed or removed: at once, or when a file exceeds `limit`.
 TRAIN = """
-import json, os, resource, signal, sys
+import gc, json, os, resource, signal, sys
 import torch
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -350,6 +350,7 @@ def kill(event, name, count, limit=None):
 
     sys.addaudithook(watch)
 
+gc.freeze()  # as the tests do
 for run in json.loads(sys.argv[1]):
     child = os.fork()
     if child == 0:
