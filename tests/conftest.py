@@ -35,6 +35,12 @@ def pytest_addoption(parser):
         type=os.path.abspath,
         help="run the tests that read the datasets in DIR, which other libraries wrote; see CONTRIBUTING.md",
     )
+    parser.addoption(
+        "--openpi-client",
+        metavar="PYTHON",
+        type=os.path.abspath,
+        help="run the test with PyPI's openpi-client, which this interpreter imports; see CONTRIBUTING.md",
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,11 +55,11 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that need `--golden`, `--samples` or torchao where these are missing.
+    """Deselect the tests that need `--golden`, `--samples`, `--openpi-client` or torchao where these are missing.
 
     Files with slow tests come first, so that no process is left with a long file at the end.
     """
-    missing = {name for name in ("golden", "samples") if config.getoption(name) is None}
+    missing = {name for name in ("golden", "samples", "openpi_client") if config.getoption(name) is None}
     if importlib.util.find_spec("torchao") is None:
         missing.add("torchao")
     needing = [item for item in items if missing.intersection(item.fixturenames)]
@@ -73,6 +79,12 @@ def golden(pytestconfig) -> Path:
 def samples(pytestconfig) -> Path:
     """The folder of datasets that other libraries wrote. A test with this fixture runs only with `--samples`."""
     return Path(pytestconfig.getoption("samples"))
+
+
+@pytest.fixture(scope="session")
+def openpi_client(pytestconfig) -> str:
+    """A Python that has openpi-client. A test with this fixture runs only with `--openpi-client`."""
+    return pytestconfig.getoption("openpi_client")
 
 
 @pytest.fixture(scope="session")

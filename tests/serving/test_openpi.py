@@ -1,16 +1,19 @@
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import socket
+import subprocess
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
-from openpi_client import ActionChunkBroker, OpenpiClient, pack
+from conforming_client import ActionChunkBroker, OpenpiClient, pack
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from openvla_hf.serving.policy import ServedPolicy
@@ -261,6 +264,22 @@ def test_clients_send_the_token_as_an_api_key(serve, plain_policy, make_observat
             assert answer.status == 200
 
 
+def test_the_client_on_pypi_acts(openpi_client, serve, chunk_policy, make_observation, tmp_path):
+    seen = [make_observation(chunk_policy, seed) for seed in range(3)]
+    images, wrists = (np.stack([one.images[name] for one in seen]) for name in ("full_image", "wrist_image"))
+    states, path = np.stack([one.state for one in seen]), tmp_path / "observations.npz"
+    np.savez(path, images=images, wrists=wrists, states=states, prompt=seen[0].instruction)
+    script = Path(__file__).with_name("real_openpi_client.py")
+    with serve(chunk_policy, token="secret") as url:
+        output = subprocess.run(
+            [openpi_client, "-W", "ignore", script, url, "secret", path], capture_output=True, text=True, check=True
+        ).stdout
+    got = json.loads(output)
+    np.testing.assert_array_equal(got["played"], np.concatenate(single_calls(chunk_policy, seen)))
+    assert got["metadata"] == {"protocol": "openpi", "protocol_version": 1, **chunk_policy.describe()}
+    assert got["error"].startswith("Error in inference server:\nThe observation has no image")
+
+
 def test_the_health_check_answers_ok(plain_server):
     with urllib.request.urlopen(f"{plain_server}/healthz") as answer:
         assert (answer.status, answer.read()) == (200, b"OK\n")
@@ -288,6 +307,8 @@ def mutate(data, rng):
     """Change, delete, insert or repeat a few bytes; more often near the start, where the structure is."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 4)):
+        if not data:
+            break
         place = min(int(rng.expovariate(1 / 60)), len(data) - 1) if rng.random() < 0.7 else rng.randrange(len(data))
         match rng.randrange(5):
             case 0:
