@@ -13,7 +13,7 @@ from PIL import Image
 
 README = ROOT / "README.md"
 # These have tests of their own, which look at what comes of the blocks.
-ELSEWHERE = {"walkthrough.md", "data.md", "relatives.md"}
+ELSEWHERE = {"walkthrough.md", "data.md", "relatives.md", "robot.md"}
 OTHERS = [page for page in PAGES if page != README and page.name not in ELSEWHERE and read_blocks(page)]
 # A tiny model on a CPU: two steps instead of thousands.
 SMALLER = {"finetune": "--steps 2 --workers 0 --set dtype=float32 batch_size=2 lora_rank=2 use_cpu=true --json"}
@@ -115,7 +115,7 @@ def test_lines_of_prose_wrap_at_120_columns(page):
         assert len(line) <= 120 or line.startswith("|") or "](http" in line, f"{page_id(page)}:{number}"
 
 
-@pytest.mark.parametrize("module", ["openvla_hf", "openvla_hf.data", "openvla_hf.testing"])
+@pytest.mark.parametrize("module", ["openvla_hf", "openvla_hf.data", "openvla_hf.serving", "openvla_hf.testing"])
 def test_the_reference_describes_every_public_name(module):
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference").glob("*.md"))
     described = {line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: ")}

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 import openvla_hf
 import openvla_hf.data
+import openvla_hf.serving
 from openvla_hf.cli import build_parser
 
 
@@ -245,6 +246,30 @@ API = {
         success_by_task(rollouts)
         success_table(title, results)
     """,
+    "openvla_hf.serving": """
+        Client(url, token, timeout, jpeg_quality)
+        Client.close()
+        Client.info
+        Client.predict_action(images, instruction, state, unnorm_key)
+        Client.round_trip
+        Client.session()
+        SafetyLimits(max_translation, max_rotation, low, high)
+        SafetyLimits.check(action, position)
+        SafetyLimits.clip(action, position)
+        ServerError(reason, kind, status, retry_after)
+        UnsafeAction
+    """,
+    "openvla_hf.serving.client": """
+        ClientSession(client)
+        ClientSession.close()
+        ClientSession.predict_action(images, instruction, state, unnorm_key)
+        ClientSession.reset()
+        RoundTrip(count, last, median, p95, longest)
+    """,
+    "openvla_hf.serving.episodes": """
+        check_server(info, unnorm_key)
+        run_served_episodes(client, seeds, tasks, condition, robots, unnorm_key)
+    """,
     "openvla_hf.cli": """
         main(argv)
     """,
@@ -330,7 +355,9 @@ def test_the_public_functions_and_classes_keep_their_parameters(module):
             assert parameters(value) == listed, name
 
 
-@pytest.mark.parametrize("package", [openvla_hf, openvla_hf.data], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [openvla_hf, openvla_hf.data, openvla_hf.serving], ids=lambda package: package.__name__
+)
 def test_the_packages_export_exactly_the_listed_names(package):
     assert set(package.__all__) == {name for name in entries(API[package.__name__]) if "." not in name}
 
