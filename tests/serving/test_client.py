@@ -373,6 +373,7 @@ def test_what_does_not_fit_the_policy_is_refused_with_the_reason(client):
     [
         (np.zeros((3, 8, 8), np.uint8), ValueError, r"must be uint8 \(H, W, 3\) in RGB, got uint8 \(3, 8, 8\)"),
         (np.zeros((8, 8, 3)), ValueError, "got float64"),
+        (Image.new("RGBA", (8, 8)), ValueError, "must have mode 'RGB' or 'L', got 'RGBA'"),
         ("frame.png", TypeError, "must be a PIL image or an array, got str"),
     ],
 )
@@ -381,10 +382,20 @@ def test_an_image_that_cannot_be_sent_is_refused(client, image, error, message):
         client.predict_action(image, INSTRUCTION)
 
 
+@pytest.mark.parametrize("state", [[0.0, np.nan], [[0.0, 1.0]], ["open"], "open"])
+def test_a_state_that_cannot_be_sent_is_refused(client, state):
+    with pytest.raises(ValueError, match="A state must"):
+        client.predict_action(frame(), INSTRUCTION, state)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"url": "ws://localhost:8000"}, "begins with http:// or https://, got 'ws:"),
+        ({"url": "ws://localhost:8000"}, "must begin with http:// or https:// and a host, .* got 'ws:"),
+        ({"url": "http://:x"}, "got 'http://:x'"),
+        ({"url": "https://"}, "got 'https://'"),
+        ({"token": "secret\n"}, "The token must consist of ASCII characters"),
+        ({"token": ""}, "The token must"),
         ({"timeout": 0}, "`timeout` must be above 0"),
         ({"jpeg_quality": 101}, "`jpeg_quality` must be from 1 to 100"),
     ],

@@ -9,7 +9,8 @@ from openvla_hf.serving.policy import ServedPolicy
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
 
 
-SEEDS = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + 2)
+SEEDS = [FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + 2, FIRST_UNSEEN_SEED + 5]  # short episodes
+LONG_SEED, LONG_STEPS = FIRST_UNSEEN_SEED + 3, 37
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,21 @@ def test_a_server_plays_the_same_episodes_as_its_policy_in_this_process(tabletop
     assert any(one.success for one in there)
 
 
+def test_episodes_that_nobody_waits_for_end_early(tabletop_server):
+    with Client(tabletop_server, "secret") as client:
+        running = run_served_episodes(client, [SEEDS[0], LONG_SEED])
+        first = next(running)
+        running.close()
+        assert client.round_trip.count < first.steps + LONG_STEPS
+
+
 def test_evaluate_reports_the_success_of_a_server(tabletop_server, monkeypatch, capsys, tmp_path):
     (tmp_path / "token").write_text("secret\n")
-    command = ["evaluate", "--server", tabletop_server, "--condition", "black", "--episodes", "1", "--task", "put"]
+    command = ["evaluate", "--server", tabletop_server, "--condition", "swapped", "--episodes", "1"]
     assert main([*command, "--token-file", str(tmp_path / "token"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["model"] == str(TABLETOP_POLICY)
-    assert report["results"]["black"]["all"]["episodes"] == 1
+    assert report["results"]["swapped"]["all"]["episodes"] == 1
     assert 0 < report["round_trip"]["median"] <= report["round_trip"]["longest"]
     monkeypatch.delenv("OPENVLA_HF_SERVER_TOKEN", raising=False)
     assert main(command) == 2

@@ -94,8 +94,9 @@ class Client:
     """
 
     def __init__(self, url: str, token: str | None = None, *, timeout: float = 10.0, jpeg_quality: int | None = None):
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"The address of a server begins with http:// or https://, got {url!r}.")
+        _check_address(url)
+        if token is not None and not (token.isascii() and token.isprintable() and token == token.strip() != ""):
+            raise ValueError("The token must consist of ASCII characters, without spaces or line breaks around it.")
         if not timeout > 0:
             raise ValueError(f"`timeout` must be above 0 seconds, got {timeout}.")
         if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
@@ -153,7 +154,7 @@ class Client:
 
         Raises:
             ServerError: The server gave no answer in time, or refused the request.
-            ValueError: An image can't be sent.
+            ValueError: An image or the state can't be sent.
             TypeError: An image is neither a PIL image nor an array.
         """
         started = time.monotonic()
@@ -182,7 +183,7 @@ class Client:
         return {
             "images": {name: base64.b64encode(one).decode("ascii") for name, one in encoded.items()},
             "instruction": instruction,
-            "state": None if state is None else np.asarray(state, dtype=np.float64).tolist(),
+            "state": None if state is None else _encode_state(state),
             "unnorm_key": unnorm_key,
         }
 
@@ -321,6 +322,19 @@ class ClientSession:
         return client._ask("POST", "/v1/sessions", deadline)["session"]
 
 
+def _check_address(url: str) -> None:
+    """Raise `ValueError` unless an address is that of an HTTP server."""
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL:
+        host = ""
+    if not url.startswith(("http://", "https://")) or not host:
+        raise ValueError(
+            f"The address of a server must begin with http:// or https:// and a host, such as http://gpu-server:8000, "
+            f"got {url!r}."
+        )
+
+
 def _encode_image(image: ImageLike, jpeg_quality: int | None) -> bytes:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -330,12 +344,24 @@ def _encode_image(image: ImageLike, jpeg_quality: int | None) -> bytes:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise TypeError(f"An image must be a PIL image or an array, got {type(image).__name__}.")
+    if image.mode not in ("RGB", "L"):
+        raise ValueError(f"An image must have mode 'RGB' or 'L', got {image.mode!r}. Convert it first.")
     file = io.BytesIO()
     if jpeg_quality is None:
-        image.convert("RGB").save(file, "PNG", compress_level=1)  # fast, and hardly larger
+        image.save(file, "PNG", compress_level=1)  # fast, and hardly larger
     else:
-        image.convert("RGB").save(file, "JPEG", quality=jpeg_quality)
+        image.save(file, "JPEG", quality=jpeg_quality)
     return file.getvalue()
+
+
+def _encode_state(state: Sequence[float] | np.ndarray) -> list[float]:
+    try:
+        values = np.asarray(state, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"A state must consist of numbers, got {state!r}.") from error
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(f"A state must be a list of finite numbers, got {state!r}.")
+    return values.tolist()
 
 
 def _read_error(response: httpx.Response) -> ServerError:

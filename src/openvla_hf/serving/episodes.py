@@ -1,7 +1,8 @@
 """Tabletop episodes whose actions come from a server."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,14 @@ def run_served_episodes(
     check_server(info, unnorm_key)
     cameras = [camera["name"] for camera in info["cameras"]]
     state = info["state_dim"] is not None
+    is_over = threading.Event()  # nobody waits for the other episodes: one failed, or the caller has stopped
 
     def run(seed: int) -> Rollout:
         with client.session() as session:
 
             def act(observations: Sequence[Any], instructions: Sequence[str]) -> np.ndarray:
+                if is_over.is_set():
+                    raise CancelledError
                 (seen,), (instruction,) = observations, instructions
                 images = {camera: seen[camera] for camera in cameras}
                 return session.predict_action(images, instruction, seen.get("state"), unnorm_key)[None]
@@ -87,7 +91,10 @@ def run_served_episodes(
             return episode
 
     with ThreadPoolExecutor(robots) as pool:
-        yield from pool.map(run, seeds)
+        try:
+            yield from pool.map(run, seeds)
+        finally:
+            is_over.set()
 
 
 __all__ = ["check_server", "run_served_episodes"]
