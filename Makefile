@@ -1,12 +1,12 @@
 # `make demo` and `make test` need Python 3.11 and nothing else: they build a virtual environment first.
 
 PYTHON ?= python3
-# More processes than two bring little: the slowest test files bound the time.
+# More than two processes gain little, because the slowest test files determine the time.
 PYTEST_FLAGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 VENV := .venv
 OLDEST := .venv-oldest
-# Quiet twice: no progress and no warnings, but errors.
+# Two times --quiet hides progress and warnings, but not errors.
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ help:  ## list these targets
 demo: $(VENV)/.stamp  ## run the tabletop demo with the policy that ships with the package
 	@$(VENV)/bin/openvla-hf demo
 
-test: $(VENV)/.stamp  ## run every test, the slow ones too
+test: $(VENV)/.stamp  ## run every test, including the slow ones
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.stamp  ## run the tests that are not marked slow
@@ -54,10 +54,10 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The oldest versions: every `name>=version` of pyproject.toml as `name==version`, and everything else as tested. Kept as
-# tested besides: torch, whose older builds bring gigabytes of CUDA, and Pillow, whose version 13 changed how an
-# image that is much taller than wide is resized, which the recorded pixels of the original show.
-# Left to pip: what the oldest companions ask for in older versions.
+# The oldest versions: every `name>=version` of pyproject.toml becomes `name==version`, and all other packages stay at
+# the tested versions. torch and Pillow stay too: older builds of torch install gigabytes of CUDA libraries, and
+# Pillow before 13 resizes images that are much taller than wide differently from the recordings of the original.
+# pip chooses the packages in the loop, because the oldest versions of other packages need older versions of them.
 define OLDEST_CONSTRAINTS
 import re, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]

@@ -1,19 +1,19 @@
 """Compare one action at a time with chunks of 8 (OpenVLA-OFT) on the tabletop, with two cameras and the state.
 
     python benchmarks/chunks.py --output outputs/chunks                          # every method, one after the other
-    python benchmarks/chunks.py --output outputs/chunks --methods oft            # one method, such as one on each core
+    python benchmarks/chunks.py --output outputs/chunks --methods oft            # one method, to run one on each core
     python benchmarks/chunks.py --output outputs/chunks --methods oft --steps 20 --episodes 4    # a quick trial
 
-Each method starts from the weights of the policy that ships, learns from the same demonstrations in the same number of
+Each method starts from the weights of the shipped policy, learns from the same demonstrations in the same number of
 steps, and is evaluated on the same unseen episodes:
 
 - autoregressive: one action of 7 tokens, one after the other, as in OpenVLA.
 - oft: 8 actions in one pass, read by an L1 head.
 - oft-discrete: 8 actions in one pass, as tokens.
 
-All of them are trained in full and see the fixed camera, the wrist camera and the state, which the policy that ships
-does not. The demonstrations are recorded if they do not exist yet. Running the command again resumes the training from
-the last checkpoint, and finished methods are not trained again.
+All methods are trained in full, and see the fixed camera, the wrist camera and the state; the shipped policy sees only
+the fixed camera. The demonstrations are recorded if they do not exist yet. Running the command again resumes the
+training from the last checkpoint, and finished methods are not trained again.
 """
 
 import argparse
@@ -83,14 +83,14 @@ def record(folder: Path, tasks: Sequence[str], episodes: int) -> Frames:
 
 
 def build(method: str, statistics: dict[str, Any]) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
-    """Build a method's model from the weights of the policy that ships; only the new modules are random."""
+    """Build a method's model from the weights of the shipped policy. Only the new modules are random."""
     extended = {"num_images": len(CAMERAS), "proprio_dim": len(STATE_NAMES), "norm_stats": statistics}
     config = OpenVLAConfig.from_pretrained(TABLETOP_POLICY, **extended, **METHODS[method])
     model = OpenVLAForActionPrediction(config)
     missing, unexpected = model.load_state_dict(AutoModel.from_pretrained(TABLETOP_POLICY).state_dict(), strict=False)
     new = ("model.proprio_projector.", "action_head.")
     if unexpected or any(not name.startswith(new) for name in missing):
-        raise ValueError(f"The weights of the policy that ships do not fit: {missing}, {unexpected}.")
+        raise ValueError(f"The weights of the shipped policy do not fit: missing {missing}, unexpected {unexpected}.")
     processor = AutoProcessor.from_pretrained(TABLETOP_POLICY, cameras=list(CAMERAS), state_dim=len(STATE_NAMES))
     return model, processor
 
@@ -98,7 +98,7 @@ def build(method: str, statistics: dict[str, Any]) -> tuple[OpenVLAForActionPred
 def collate(
     model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, frames: Sequence[dict[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Turn frames into the arguments of `model`, for which it returns a loss."""
+    """Turn frames into the arguments with which `model` returns a loss."""
     stats = model.norm_stats[NAME]
     inputs = processor(
         [list(frame["images"].values()) for frame in frames],
@@ -122,7 +122,7 @@ def collate(
 
 
 def batches(count: int, size: int, first: int, steps: int) -> Iterator[list[int]]:
-    """Yield the indices of each batch from step `first` on; each epoch has an order of its own."""
+    """Yield the indices of each batch from step `first` on. Each epoch has its own order."""
     orders: dict[int, np.ndarray] = {}
     for step in range(first, steps):
         chosen = []

@@ -34,7 +34,7 @@ def frames(index: int, steps: int = EPISODE_STEPS, size: int = SIZE) -> Iterator
     for step in range(steps):
         yield {
             "image": np.ascontiguousarray(np.roll(scene, step, axis=1)),
-            "instruction": f"do the task number {index}",
+            "instruction": f"do task number {index}",
             "action": np.append(rng.normal(0, 0.01, 6), float(step < steps / 2)),
             "state": rng.normal(0, 0.1, 7),
         }
@@ -170,8 +170,8 @@ def workers(args: argparse.Namespace) -> None:
                 time.sleep(args.step_seconds)
             print(
                 f"{name}: {args.workers} workers deliver {rate(count, seconds, 'samples')}; after a step of "
-                f"{args.step_seconds:.2f} s a batch of {args.batch_size} is waited for "
-                f"{1e3 * np.median(waits):.1f} ms (median), {1e3 * max(waits):.0f} ms (most)"
+                f"{args.step_seconds:.2f} s, the wait for a batch of {args.batch_size} is "
+                f"{1e3 * np.median(waits):.1f} ms (median), {1e3 * max(waits):.0f} ms (longest)"
             )
 
 

@@ -1,10 +1,9 @@
 """Measure how often the tokens of the last action are right for the next one, in a policy's rollouts on the tabletop.
 
-python benchmarks/drafts.py --model outputs/tabletop --observations 2000 --json
+    python benchmarks/drafts.py --model outputs/tabletop --observations 2000 --json
 
 One robot acts with an `ActionStream`. On each frame, plain `predict_action` is timed too, and both must give the same
-tokens as `generate`. A third prediction must do so too: its draft is right, wrong, random, too short and too long in
-turn.
+tokens as `generate`. So must a third prediction, whose draft is right, wrong, random, too short and too long in turn.
 """
 
 import argparse
@@ -98,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         for number, times in result["passes"].items():
             table.add_row(f"  {number} passes", "", f"{times / args.observations:.1%}")
         Console().print(table)
-        print(f"{result['observations_with_other_tokens_than_generate']} frames with other tokens than generate's")
+        print(f"{result['observations_with_other_tokens_than_generate']} frames whose tokens differ from generate's")
     return int(result["observations_with_other_tokens_than_generate"] > 0)
 
 

@@ -49,7 +49,7 @@ def label(name: str | None, towers: bool, dtype: torch.dtype = torch.bfloat16) -
 
 
 def weights(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compute the size of the weights for 7B, and compare the computed with the loaded size for a shallow model."""
+    """Compute the size of the weights of 7B, and compare computed and loaded sizes for a shallow model."""
     full, shallow = random_config("7b"), random_config("7b", {"num_hidden_layers": 1})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def time_actions(
     act = functools.partial(model.predict_action, **inputs)
     act()
     beside = peak_memory(act, device)
-    row["beside them (GB)"] = None if beside is None else round(beside / 1e9, 2)
+    row["other memory (GB)"] = None if beside is None else round(beside / 1e9, 2)
     row["action (ms)"] = round(median_ms(act, args.device, args.repeats), 1)
     if args.compile:
         model.compile_for_actions()

@@ -35,7 +35,7 @@ from openvla_hf.training.trainer import ActionTrainer
 
 
 WARM_UP_STEPS = 3
-# The small model has Llama's vocabulary size, so that computing all logits is as costly as for Llama, for its width.
+# The small model has Llama's vocabulary size, so that computing all logits costs as much as for Llama at this width.
 VOCABULARY = 32064
 MATRIX_SIDE = 8192
 

@@ -1,7 +1,7 @@
-"""The notebooks, executed top to bottom in a kernel of their own, with a stand-in for the Hub to push to.
+"""The notebooks, each executed from top to bottom in its own kernel, with a stand-in for the Hub to push to.
 
-make test-notebooks                        # all of them
-SAVE_OUTPUTS=1 make test-notebooks         # and writes what they print and draw into the files
+make test-notebooks                        # run all notebooks
+SAVE_OUTPUTS=1 make test-notebooks         # also save their outputs in the files
 """
 
 import os
@@ -44,7 +44,7 @@ def test_it_runs_top_to_bottom(path, tmp_path, monkeypatch):
 
 
 def tidy(notebook):
-    """Keep what a reader sees: no times of execution, no warnings of libraries, one name for the kernel."""
+    """Remove execution times and warnings of libraries, and set the same kernel name everywhere."""
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -58,7 +58,7 @@ def tidy(notebook):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_is_committed_as_it_should_be(path):
+def test_the_committed_notebook_is_complete(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     text = path.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from hub_server import HubServer
 from interpreters import Interpreters
 
 
-# What is slow to import is imported in fixtures: the process that only distributes the tests does without it.
+# Slow imports are in fixtures, so that the process that only distributes the tests does not pay for them.
 STEPS = 6  # of an episode that `make_episode` makes
 
 
@@ -95,7 +95,7 @@ def torchao():
 
 @pytest.fixture(scope="session")
 def recordings(pytestconfig, tmp_path_factory):
-    """Gives the folder of a case: what is kept in tests/parity, or the full recordings with `--golden`."""
+    """Return a function that gives the folder of a case, as kept in tests/parity or, with `--golden`, in full."""
     from recordings import unpack
 
     full = pytestconfig.getoption("golden")
@@ -109,7 +109,7 @@ def recordings(pytestconfig, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def recorded(recordings):
-    """Gives a case's recordings, read once in a session."""
+    """Return a function that gives the recordings of a case, read once per session."""
     from recordings import Recorded
 
     return functools.cache(lambda case: Recorded(recordings(case)))
@@ -117,7 +117,7 @@ def recorded(recordings):
 
 @pytest.fixture
 def silent(monkeypatch, recwarn):
-    """Whatever a test does, the terminal is asked nothing and nobody is warned."""
+    """Fail a test that asks a question on the terminal or gives a warning."""
 
     def refuse(prompt=""):
         raise AssertionError(f"asked: {prompt}")
@@ -134,7 +134,7 @@ def silent(monkeypatch, recwarn):
 
 @pytest.fixture(scope="session")
 def interpreters(tmp_path_factory):
-    """Starts Python processes without the seconds that an import of PyTorch takes."""
+    """Start Python processes without the seconds that an import of PyTorch takes."""
     folder = tmp_path_factory.mktemp("interpreters")
     with Interpreters(folder) as started:
         yield started
@@ -154,7 +154,7 @@ def offline(tmp_path):
 
 @pytest.fixture
 def run_python(interpreters, offline):
-    """Runs code in a process with nobody at the terminal and no network. Only PyTorch is imported before."""
+    """Return a function that runs code in a process without input or network, with only PyTorch imported before."""
 
     def run(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
         result = interpreters.run("-c", code, *map(str, args), env=offline | env)
@@ -166,7 +166,7 @@ def run_python(interpreters, offline):
 
 @pytest.fixture
 def run_fresh_python(offline):
-    """As `run_python`, with nothing imported before."""
+    """Return a function like `run_python`, but with nothing imported before."""
 
     def run(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
@@ -192,7 +192,7 @@ def hub(tmp_path):
 
 @pytest.fixture
 def owner(hub, monkeypatch, tmp_path):
-    """This process takes the stand-in for the Hub, with the owner's token and an empty cache."""
+    """Make this process use the stand-in as the Hub, with the owner's token and an empty cache."""
     from huggingface_hub import constants
 
     for name, value in {
@@ -203,14 +203,14 @@ def owner(hub, monkeypatch, tmp_path):
         "HF_HUB_CACHE": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address of its first call
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the address of its first call
     monkeypatch.setenv("HF_TOKEN", hub.token)
     return hub
 
 
 @pytest.fixture
 def full_disk():
-    """Within `full_disk()`, a file can't grow beyond a few bytes: the system refuses to write more."""
+    """Return a context manager in which the system refuses to let a file grow beyond a few bytes."""
 
     @contextlib.contextmanager
     def limit(size: int = 1000):
@@ -233,7 +233,7 @@ def tokenizer():
 
 @pytest.fixture
 def tiny(tokenizer):
-    """Builds a tiny model with random weights and its processor: `tiny(fused=False, ...)`."""
+    """Return a function that builds a tiny random model and its processor: `tiny(fused=False, ...)`."""
     import torch
     from transformers import AutoModel
 
@@ -244,7 +244,7 @@ def tiny(tokenizer):
         torch.manual_seed(seed)
         model = AutoModel.from_config(config).eval()
         for parameter in model.parameters():
-            # Bigger than a fresh model's: inputs must matter.
+            # Larger than in a new model, so that inputs matter.
             torch.nn.init.normal_(parameter, std=0.15)
         return model, tiny_processor(tokenizer, config)
 
@@ -261,7 +261,7 @@ def taught():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Tables of frames are kept in the test's own folder."""
+    """Keep tables of frames in the test's own folder, and return this folder."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -270,7 +270,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def _make_episode(index: int, steps: int = STEPS, instruction: str | None = None):
-    """Frames that differ: a bar that moves, over a colour of the episode; actions that can be told apart."""
+    """Make frames that all differ: a bar moves over the episode's colour, and each action is different."""
     rng = np.random.default_rng(index)
     frames = []
     for step in range(steps):

@@ -4,10 +4,10 @@
         shutil.copytree(checkpoint, hub.root / "someone/model")
         run_python("...", **hub.env)
 
-It keeps branches, commits and pull requests, takes large files by LFS, serves ranges, and hides private repositories
-from everybody without `hub.token`; `hub.guest_token` is known and may not write. The folder `{root}/{owner}/{name}`
-(of a data set `{root}/datasets/{owner}/{name}`) is the branch `main`: what a test puts or changes there is a commit,
-what is pushed lies there. The client has to leave Xet out, as `hub.env` says.
+The server has branches, commits and pull requests, takes large files by LFS, serves ranges, and hides private
+repositories from everybody without `hub.token`; `hub.guest_token` is known but may not write. The folder
+`{root}/{owner}/{name}` (for a dataset `{root}/datasets/{owner}/{name}`) is the branch `main`: a change in the folder
+becomes a commit, and pushed files appear in it. The client must not use Xet, which `hub.env` turns off.
 """
 
 import base64
@@ -40,7 +40,7 @@ class Repository:
     seen: list[tuple[str, int, int]] | None = None
 
     def state(self) -> list[tuple[str, int, int]]:
-        """Changes whenever a file of the folder does."""
+        """Return a value that changes whenever a file in the folder does."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return [
             (path.relative_to(self.folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files
@@ -54,11 +54,11 @@ class Repository:
 
 
 class HubServer:
-    """Serves what is under `root`; `requests` is what was asked, such as `"GET /api/models/a/b"`.
+    """Serve the repositories under `root`; `requests` lists the requests, such as `"GET /api/models/a/b"`.
 
-    faults: Pattern of a path (as in `requests`) -> status that it is answered with; 0 breaks the connection off.
-    uploads_until_cut: How many large files arrive whole; the connection of each later one is cut half-way. `None` for
-        all.
+    faults: Pattern of a path (as in `requests`) -> HTTP status of the answer; 0 breaks off the connection.
+    uploads_until_cut: Number of large files that arrive whole. The connection of each later one is cut half-way.
+        `None` for no limit.
     """
 
     token = "hf_ownerOfEverythingHere"
@@ -96,7 +96,7 @@ class HubServer:
 
     @property
     def env(self) -> dict[str, str]:
-        """Variables with which a Python process takes this server for the Hub, as the owner of all repositories."""
+        """Variables that make a Python process use this server as the Hub, as the owner of all repositories."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_OFFLINE": "0",
@@ -105,7 +105,7 @@ class HubServer:
         }
 
     def repository(self, repo: str) -> Repository:
-        """With a commit for what changed in its folder; `LookupError` where there is none."""
+        """Return a repository, after committing changes in its folder; raise `LookupError` if there is none."""
         with self.lock:
             folder = self.root / repo
             if not folder.is_dir():
@@ -117,13 +117,13 @@ class HubServer:
             return found
 
     def keep(self, content: bytes) -> str:
-        """SHA-256 of a content, which is stored."""
+        """Store the content of a file, and return its SHA-256."""
         digest = hashlib.sha256(content).hexdigest()
         self.blobs[digest] = content
         return digest
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """Name in the repository -> content."""
+        """Return the content of each file of a repository."""
         found = self.repository(repo)
         commit = found.branches.get(revision, revision)
         if commit not in found.commits:
@@ -131,13 +131,13 @@ class HubServer:
         return {name: self.blobs[digest] for name, digest in found.commits[commit].items()}
 
     def commit(self, repo: str, revision: str = "main") -> str:
-        """Id of the last commit of a branch."""
+        """Return the id of the last commit of a branch."""
         found = self.repository(repo)
         return found.branches.get(revision, revision)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request; a path's first parts say what is asked, as on the Hub."""
+    """Answer one request; the first parts of its path say what is requested, as on the Hub."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing on the terminal: `hub.requests` has it."""
+        """Print nothing: `hub.requests` lists the requests."""
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
@@ -317,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository.seen = repository.state()
 
     def _send_upload_links(self, objects: list[dict[str, Any]]) -> None:
-        """What is here already gets none."""
+        """Answer with a link for each file that the server does not have yet."""
         for one in objects:
             if one["oid"] not in self.hub.blobs:
                 one["actions"] = {"upload": {"href": f"{self.hub.endpoint}/upload/{one['oid']}"}}
@@ -344,7 +344,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif is_large(name):
             digest = self.hub.keep(files[name])
             linked = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(files[name]))}
-            # Under another host's name, as on the Hub: the client sends no token there.
+            # The storage has another host name, as on the Hub, so the client sends it no token.
             storage = self.hub.endpoint.replace("127.0.0.1", "localhost")
             self._send(302, Location=f"{storage}/storage/{digest}", **linked, **commit)
         else:
@@ -382,17 +382,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def is_large(name: str) -> bool:
-    """Whether a file goes to the large-file storage."""
+    """Return whether a file is stored by LFS."""
     return name.endswith((".safetensors", ".model", ".parquet", ".mp4"))
 
 
 def git_hash(content: bytes) -> str:
-    """Git's id of a content."""
+    """Return Git's id for the content of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def upload_mode(file: dict[str, Any], there: dict[str, bytes]) -> dict[str, Any]:
-    """The Hub's answer for a file that is to be uploaded."""
+    """Return the Hub's answer about a file to upload."""
     name, large = file["path"], is_large(file["path"])
     old = there.get(name)
     oid = None if old is None else hashlib.sha256(old).hexdigest() if large else git_hash(old)

@@ -1,12 +1,12 @@
-"""Python processes that start in a second, since each is a fork of one that has imported PyTorch.
+"""Python processes that start within a second, because each is forked from one that has imported PyTorch.
 
     with Interpreters(tmp_path) as interpreters:
         process = interpreters.start("-c", "import torch; print(torch.ones(2).sum())", env=dict(os.environ))
         assert process.wait() == 0
         print(process.output())
 
-Nothing of Hugging Face and nothing of this package is imported before the fork, so the variables that they read
-at import are those of the new process. Of what PyTorch and Python read when they start, `PYTHONIOENCODING` alone is.
+Nothing from Hugging Face or from this package is imported before the fork, so these libraries read the environment
+variables of the new process. Python and PyTorch have already read theirs; only `PYTHONIOENCODING` is applied again.
 """
 
 import gc
@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, Self
 
 
-# What transformers and datasets import of other packages, and takes most of their time.
+# Modules of other packages that take most of the time to import transformers and datasets.
 PRELOADED = (
     *("numpy", "pandas", "PIL.Image", "pyarrow.compute", "sympy", "torch"),
     *("torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.tensor"),
 )
 FRESH = {"huggingface_hub", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "openvla_hf"}
 
-# Code to begin with, for what must work where this package is not installed.
+# First lines of code that must work where this package is not installed.
 WITHOUT_THE_PACKAGE = """
 import sys
 
@@ -46,7 +46,7 @@ sys.meta_path.insert(0, Refuse())
 
 @dataclass
 class Process:
-    """A started process; `output()` and `errors()` are what it has written so far."""
+    """A started process; `output()` and `errors()` return the text that it has written so far."""
 
     pid: int
     server: "Interpreters"
@@ -74,7 +74,7 @@ class Process:
 
 
 class Interpreters:
-    """Starts processes; `folder` takes what they write. What the imports before the fork wrote is each one's."""
+    """Start processes that write to files in `folder`. Each process also gets the errors of the shared imports."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -103,7 +103,7 @@ class Interpreters:
         return json.loads(self._server.stdout.readline())
 
     def start(self, *arguments: str, env: dict[str, str]) -> Process:
-        """Start what `python *arguments` would: `-c code`, `-m module` or a script, in a session of its own."""
+        """Start the same as `python *arguments` (`-c code`, `-m module` or a script) in a new session."""
         self.started += 1
         folder = self.folder / str(self.started)
         folder.mkdir()
@@ -117,7 +117,7 @@ class Interpreters:
 
 
 def serve() -> list[str]:
-    """Answer requests until there are no more; in a new process, return its arguments."""
+    """Answer requests until there are no more. In a new process, return its arguments."""
     for request in map(json.loads, iter(sys.stdin.readline, "")):
         if "wait" in request:
             pid, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
@@ -165,7 +165,7 @@ def run(kind: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the folder that a process is started in, instead of this one
+    sys.path[0] = ""  # the current folder of a process, instead of the folder of this file
     for name in PRELOADED:
         importlib.import_module(name)
     assert not FRESH & set(sys.modules)

@@ -28,7 +28,7 @@ from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# What stands for `...` in a command.
+# Arguments that replace `...` in a command.
 RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "outputs/kitchen"]
 # Functions that record a command instead of running it; `python -c` prints a value and runs.
 RECORD = """
@@ -57,7 +57,7 @@ def read_blocks(page: Path) -> list[Block]:
 
 
 def read_commands(code: str, variables: dict[str, str] | None = None) -> list[list[str]]:
-    """Have bash read a block, and give the arguments of each command in it without running any."""
+    """Let bash read a block, and return the arguments of each command without running any."""
     recorded = Path("recorded")
     environment = {**os.environ, **(variables or {}), "RECORDED": str(recorded), "INTERPRETER": sys.executable}
     subprocess.run(["bash", "-euc", f"set +u\n{RECORD}{code}"], env=environment, check=True)
@@ -67,13 +67,13 @@ def read_commands(code: str, variables: dict[str, str] | None = None) -> list[li
 
 
 def fill_in(arguments: list[str]) -> list[str]:
-    """The arguments of `openvla-hf`, with a run in place of `...`, on a machine without a GPU."""
+    """Replace `...` in the arguments of `openvla-hf` with a run, and the GPU with the CPU."""
     filled = [word for argument in arguments for word in (RUN if argument == "..." else [argument])]
     return ["cpu" if word == "cuda" else word for word in filled]
 
 
 def run_command(*arguments: str) -> str:
-    """Run `openvla-hf` in this process, and give what it prints."""
+    """Run `openvla-hf` in this process, and return its output."""
     printed, complaint = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
         status = main(arguments)
@@ -82,7 +82,7 @@ def run_command(*arguments: str) -> str:
 
 
 def check_command(program: str, *arguments: str) -> None:
-    """Check a command that does not run here: its options are known, and the files that it names are there."""
+    """Check that the options of a command are known and the files that it names exist, without running it."""
     if program == "openvla-hf":
         build_parser().parse_args(fill_in(list(arguments)))
     elif program == "accelerate":
@@ -112,7 +112,7 @@ class Walk:
 
 @pytest.fixture
 def small_hub(tiny, owner, tmp_path, monkeypatch) -> HubServer:
-    """The repositories that the pages name, small, and `frame.png` in the folder where their code runs."""
+    """Create small versions of the repositories that the pages name, and `frame.png` where their code runs."""
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(robots, "_REGISTRY", dict(robots._REGISTRY))  # pages register robots
     monkeypatch.chdir(tmp_path / "work")
@@ -138,9 +138,9 @@ def walk(
 
     Args:
         page: The page.
-        runs: Gives the arguments with which a command of `openvla-hf` runs, or `None` to check its options only.
-        smaller: Texts in Python blocks -> what stands for them, to make a run small.
-        names: What the Python blocks find defined.
+        runs: Returns the arguments to run an `openvla-hf` command with, or `None` to check only its options.
+        smaller: Texts in Python blocks -> their replacements, which make a run small.
+        names: Names that are defined before the first Python block.
     """
     names = {"__name__": "page", **names}
     printed = []

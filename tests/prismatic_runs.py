@@ -1,4 +1,4 @@
-"""Training runs as the original's training code (Prismatic) leaves them."""
+"""Training runs in the form in which the original's training code (Prismatic) saves them."""
 
 import json
 
@@ -9,7 +9,7 @@ FUSED, SINGLE = "prism-dinosiglip-224px+7b", "siglip-224px+7b"
 
 
 def as_trained(published):
-    """Published weights as the original's training code saves them."""
+    """Convert published weights to the form in which the original's training code saves them."""
     parts = {"vision_backbone": {}, "projector": {}, "llm_backbone": {}}
     fused = any("fused_featurizer" in name for name in published)
     for name, tensor in published.items():

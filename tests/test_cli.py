@@ -31,7 +31,7 @@ BOUNDS = ("q01", "q99", "min", "max")
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """A saved policy of the tabletop's arm that knows nothing, and an image."""
+    """An untrained saved policy for the tabletop's arm, and an image."""
     folder = tmp_path_factory.mktemp("policy")
     tokenizer = tiny_tokenizer()
     still = {bound: [*BRIDGE_LIKE_STATS[bound][:3], 0.0, 0.0, 0.0, *BRIDGE_LIKE_STATS[bound][6:]] for bound in BOUNDS}
@@ -63,7 +63,7 @@ def test_predict_prints_a_table_for_people(policy, capsys):
     assert "gripper" in table
 
 
-def test_dimensions_are_called_what_the_data_of_the_policy_called_them(policy, capsys, tmp_path):
+def test_dimensions_have_the_names_from_the_policys_data(policy, capsys, tmp_path):
     joints = [f"joint{index}" for index in range(7)]
     shutil.copytree(policy, tmp_path / "named")
     config = json.loads((policy / "config.json").read_text())
@@ -107,14 +107,14 @@ def test_images_and_states_that_a_plain_policy_does_not_take(policy, capsys):
     assert "give one CAMERA=IMAGE for each camera" in refusal(capsys, *command, *named)
     assert "Got images by camera name ('front')" in refusal(capsys, *command[:-2], *named)
     assert "this processor takes none: leave --state out" in refusal(capsys, *command, "--state", "0.1 -2e-3")
-    assert "argument --state: must be numbers between spaces, got 'home'" in refusal(
+    assert "argument --state: must be numbers separated by spaces, got 'home'" in refusal(
         capsys, *command, "--state", "home"
     )
 
 
 @pytest.fixture(scope="module")
 def chunks(tmp_path_factory):
-    """Published OpenVLA-OFT checkpoints: a function that gives the folder of a kind of head."""
+    """Return a function that gives the folder of a published OpenVLA-OFT checkpoint with some kind of head."""
     folder = tmp_path_factory.mktemp("oft")
     write_tiny_oft(folder / "l1")
     write_tiny_oft(folder / "none", head="none", proprio=False)
@@ -151,13 +151,13 @@ def test_predict_prints_a_chunk_of_tokens(chunks, policy, capsys):
     assert "probability" in capsys.readouterr().out
 
 
-def test_a_wrong_key_is_one_sentence(policy, capsys):
+def test_a_wrong_key_is_reported_in_one_sentence(policy, capsys):
     assert predict(policy, "--unnorm-key", "tinny") == 2
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
 
 
 def refusal(capsys, *arguments):
-    """Run a command that must be refused, and return the line that says why."""
+    """Run a command that must fail, and return the line with the reason."""
     try:
         status = main([str(argument) for argument in arguments])
     except SystemExit as error:
@@ -221,7 +221,7 @@ CHECKPOINT_COMMANDS = [
 
 
 @pytest.mark.parametrize("command", CHECKPOINT_COMMANDS)
-def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_in_one_line(command, capsys):
+def test_a_source_that_is_neither_a_folder_nor_a_hub_id_is_refused_in_one_line(command, capsys):
     error = refusal(capsys, *command.format("/no/where").split())
     assert error.endswith(": '/no/where' is neither a folder nor a Hub id (user/name).\n")
 
@@ -290,7 +290,7 @@ def test_a_policy_is_not_an_adapter_to_merge(policy, capsys, tmp_path):
         "export {} out",
     ],
 )
-def test_an_adapter_is_to_be_merged_first(command, capsys, tmp_path):
+def test_an_adapter_must_be_merged_first(command, capsys, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b", "peft_type": "LORA"}')
     (tmp_path / "adapter_model.safetensors").touch()
     error = refusal(capsys, *command.format(tmp_path).split())
@@ -298,7 +298,7 @@ def test_an_adapter_is_to_be_merged_first(command, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["doctor {0}", "finetune --model {0} --data {0} --output {1}"])
-def test_a_checkpoint_is_not_taken_for_a_data_set(command, policy, capsys, tmp_path):
+def test_a_checkpoint_is_not_taken_for_a_dataset(command, policy, capsys, tmp_path):
     status = main(command.format(policy, tmp_path / "out").split())
     assert status == 2
     assert f"'{policy}' is a checkpoint, not a dataset" in capsys.readouterr().err.splitlines()[-1]
@@ -349,7 +349,7 @@ def test_brackets_in_an_instruction_are_printed(policy, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_never_holds_a_number_that_json_does_not_have(value, capsys):
+def test_json_output_contains_only_numbers_that_json_allows(value, capsys):
     with pytest.raises(ValueError, match="not JSON compliant"):
         print_json({"action": [value]})
     assert capsys.readouterr().out == ""
@@ -357,7 +357,7 @@ def test_json_never_holds_a_number_that_json_does_not_have(value, capsys):
 
 @pytest.fixture
 def command_line(interpreters):
-    """Starts a command in a process of its own."""
+    """Return a function that starts a command in a new process."""
 
     def start(*arguments, **env):
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | env
@@ -376,7 +376,7 @@ def test_a_terminal_without_unicode_gets_escapes(policy, command_line):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["lora", "qlora"])
-def test_fine_tuning_says_nothing_of_what_others_deprecate(recipe, policy, command_line, tmp_path):
+def test_fine_tuning_hides_deprecation_warnings_of_other_libraries(recipe, policy, command_line, tmp_path):
     if recipe == "qlora":
         pytest.importorskip("bitsandbytes")
     write_lerobot([fake_episode(steps=6)], tmp_path / "kitchen")

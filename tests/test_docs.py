@@ -1,4 +1,4 @@
-"""The README and the docs keep what they promise: code that runs, commands that exist, links that lead somewhere."""
+"""The README and the docs keep their promises: the code runs, the commands exist and the links work."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 README = ROOT / "README.md"
-# These have tests of their own, which look at what comes of the blocks.
+# These pages have their own tests, which check the results of the blocks.
 ELSEWHERE = {"walkthrough.md", "data.md", "relatives.md", "robot.md"}
 OTHERS = [page for page in PAGES if page != README and page.name not in ELSEWHERE and read_blocks(page)]
 # A tiny model on a CPU: two steps instead of thousands.
@@ -34,7 +34,7 @@ SMALLER_PYTHON = {
     '"max_steps": 2000': '"max_steps": 2, "batch_size": 2, "use_cpu": True, "logging_steps": 1',
     'random_model("7b"': 'random_model("tiny"',
 }
-# Pages that take up where the one on fine-tuning ends.
+# Pages that continue where the page on fine-tuning ends.
 FINETUNED = {"hub.md"}
 TRAIN = {"finetuning.md", "hub.md"}
 
@@ -50,7 +50,7 @@ def make_smaller(arguments):
 
 
 def runs_on(page):
-    """Says with which arguments a page's commands run here."""
+    """Return a function that gives the arguments with which a page's command runs here."""
     beginnings = RUNS.get(page.name, ())
     return lambda arguments: make_smaller(arguments) if " ".join(arguments).startswith(beginnings) else None
 
@@ -75,7 +75,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, small_hub):
     if page.name in FINETUNED:
         run_command(*make_smaller(fill_in(["finetune", "..."])))
         run_command("merge", "outputs/kitchen", "outputs/kitchen-merged")
-    # The adapter that somebody has published is the one that the page trains.
+    # The page's published adapter is the adapter that the page trains.
     (small_hub.root / "someone").mkdir(exist_ok=True)
     (small_hub.root / "someone/openvla-7b-adapter").symlink_to(Path("outputs/kitchen").absolute())
     walk(page, runs_on(page), SMALLER_PYTHON, image=Image.open("frame.png"))
@@ -90,7 +90,7 @@ def test_links_of_the_readme_lead_to_files_of_the_repository():
         assert (ROOT / link).exists(), link
 
 
-def test_what_the_readme_names_is_there():
+def test_files_that_the_readme_names_exist():
     text = README.read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {"sim", "data", "quantize"} <= project["optional-dependencies"].keys()
@@ -103,7 +103,7 @@ def test_what_the_readme_names_is_there():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_no_cell_of_a_table_holds_a_command(page):
+def test_no_cell_of_a_table_contains_a_command(page):
     for line in page.read_text(encoding="utf-8").splitlines():
         assert not re.match(r"\|.*`(openvla-hf|python|accelerate|pip|make|taskset) ", line), line
 
@@ -111,7 +111,7 @@ def test_no_cell_of_a_table_holds_a_command(page):
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_lines_of_prose_wrap_at_120_columns(page):
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        # A row of a table and a link can't be broken.
+        # Table rows and links can't be wrapped.
         assert len(line) <= 120 or line.startswith("|") or "](http" in line, f"{page_id(page)}:{number}"
 
 
@@ -121,7 +121,7 @@ def test_the_reference_describes_every_public_name(module):
     described = {line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: ")}
     if f"::: {module}\n" in pages:
         return
-    # The first is another name of a class of transformers, the second is a table.
+    # The first is an alias of a class in transformers, the second is a table.
     missing = {*importlib.import_module(module).__all__} - described - {"AutoModelForVision2Seq", "MIXTURES"}
     assert not missing
 

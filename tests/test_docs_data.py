@@ -1,4 +1,4 @@
-"""Every Python block of the page on data runs, one after the other, on small data in the layouts that it names."""
+"""All Python blocks of the page on data run in order, on small data in the layouts that the page names."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page on relatives of OpenVLA: its blocks run on a training run and on a checkpoint that reasons, both small."""
+"""The blocks of the page on relatives of OpenVLA run on a small training run and a small checkpoint that reasons."""
 
 import json
 
@@ -16,7 +16,7 @@ __all__ = ["run_command", "small_hub"]
 
 @pytest.fixture
 def sizes(small_hub, taught, tiny, tmp_path):
-    """Puts the repositories of the page into the Hub, and gives a file with the sizes of the small run."""
+    """Put the repositories of the page into the Hub, and return a file with the sizes of the small run."""
     model, processor = tiny()
     write_run(
         small_hub.root / "openvla/openvla-7b-prismatic",

@@ -1,8 +1,9 @@
-"""Calls of a policy in forms that hypothesis makes up.
+"""Calls of a policy in forms that hypothesis generates.
 
-A valid form gives the action of the reference call: one PIL image with its instruction. An invalid one raises an error
-that this package words. `OPENVLA_FUZZ_EXAMPLES=5000 pytest tests/test_fuzz.py --hypothesis-show-statistics` runs more
-examples of each test, and counts the forms.
+A valid form gives the action of the reference call: one PIL image with its instruction. An invalid form raises one of
+this package's own errors. This command runs more examples of each test, and counts the forms:
+
+    OPENVLA_FUZZ_EXAMPLES=5000 pytest tests/test_fuzz.py --hypothesis-show-statistics
 """
 
 import base64
@@ -24,7 +25,7 @@ from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_config, tiny_processor
 
 
 EXAMPLES = int(os.environ.get("OPENVLA_FUZZ_EXAMPLES", "30"))
-# Failing examples are not made smaller: that takes hundreds of predictions.
+# Failing examples are not shrunk, which would take hundreds of predictions.
 bounded = settings(
     max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
 )
@@ -36,7 +37,7 @@ numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def policy(tokenizer):
-    """Model and processor; in float64, where a batch differs from its rows by less than any two logits do."""
+    """Model and processor in float64, so that a batch differs from its rows by less than any two logits differ."""
     config = tiny_config(tokenizer, norm_stats={key: {"action": stats} for key, stats in KEYS.items()})
     torch.manual_seed(0)
     model = AutoModel.from_config(config).eval().double()
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 def pick(draw, options):
-    """One of a few values. `st.sampled_from` would describe them all, in text, and some are large."""
+    """Draw one of a few values. `st.sampled_from` would convert all of them to text, and some are large."""
     return options[draw(st.integers(0, len(options) - 1))]
 
 
@@ -129,7 +130,7 @@ CHANNELS_FIRST = {"uint8", "int32", "float32", "RGBA array", "tensor", "float te
 
 
 def image_forms(draw, folder):
-    """An image in some form, and its levels (H, W, 3)."""
+    """Draw an image in some form, with its levels (H, W, 3)."""
     height, width = (draw(st.one_of(st.integers(5, 40), st.just(1), st.just(200))) for _ in range(2))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     highest = draw(st.integers(16, 255))
@@ -149,12 +150,12 @@ def image_forms(draw, folder):
 
 
 words = st.sampled_from(["pick", "up", "the", "red", "Block", "<image>", "<IMAGE>", "and", "{instruction}", "7"])
-# A word at either end, since an instruction is neither empty nor ends in a full stop.
+# A word at each end, so that an instruction is neither empty nor ends in a full stop.
 instructions = st.one_of(st.lists(words, max_size=5).map(" ".join), st.text(max_size=16)).map("Open {} up".format)
 
 
 def processor_calls(draw, processor, images, texts):
-    """Arguments of a call, positional and named, for images and their instructions."""
+    """Draw the positional and named arguments of a call, for images and their instructions."""
     only_paths = all(isinstance(image, str) for image in images)  # of two texts, the prompt comes first
     if len(images) == 1:
         images = pick(draw, [images[0], images, tuple(images)])
@@ -172,7 +173,7 @@ def processor_calls(draw, processor, images, texts):
 
 
 def pad_right(inputs):
-    """Padding on the left of the rows to their right."""
+    """Move the padding of the rows from the left to the right."""
     starts = inputs["attention_mask"].argmax(1)
     for name in ("input_ids", "attention_mask"):
         rows = zip(inputs[name], starts.tolist(), strict=True)
@@ -180,7 +181,7 @@ def pad_right(inputs):
 
 
 def other_inputs(draw, inputs):
-    """The same inputs, in another form."""
+    """Draw another form of the same inputs."""
     inputs = dict(inputs)
     if draw(st.booleans()):
         pad_right(inputs)
@@ -195,7 +196,7 @@ def other_inputs(draw, inputs):
 
 
 def predictions(draw, model, inputs, keys):
-    """Actions (B, A) of a call of the model."""
+    """Call the model in some form, and return the actions (B, A)."""
     unnorm_key = keys[0] if len(set(keys)) == 1 and draw(st.booleans()) else keys
     whose = {"unnorm_key": unnorm_key}
     if len(set(keys)) == 1 and draw(st.booleans()):
@@ -280,7 +281,7 @@ def bad_pil_images():
 
 
 def bad_files(draw, folder):
-    """A path or text that holds no image; files may be cut short, or have other bytes in them."""
+    """Draw a path or text without a valid image; files may be cut short or have changed bytes."""
     kind = pick(draw, ["cut", "bytes", "text", "absent", "folder", "empty"])
     if kind == "absent":
         return draw(st.text(max_size=30).filter(lambda text: not os.path.isfile(text) and "://" not in text))
@@ -314,7 +315,7 @@ def bad_images(draw, folder):
 
 
 def bad_processor_calls(draw, model, processor, folder):
-    """Calls of the processor whose images or texts are wrong."""
+    """Draw a call of the processor whose images or texts are wrong."""
     image = some_pixels(0, 255, np.uint8)
     kind = pick(draw, ["image", "image", "text", "number", "arguments", "length"])
     if kind == "image":
@@ -458,7 +459,7 @@ def bad_arguments(draw, model, inputs):
 
 
 def bad_predictions(draw, model, processor, folder):
-    """Calls of the model in which one argument is wrong."""
+    """Draw a call of the model in which one argument is wrong."""
     rows = draw(st.integers(1, 2))
     image = some_pixels(0, 255, np.uint8)
     inputs = {**processor([image] * rows, instruction=["open", "pick up the red block"][:rows]), "unnorm_key": "arm"}
@@ -473,7 +474,7 @@ def bad_predictions(draw, model, processor, folder):
 
 @bounded
 @given(data=st.data())
-def test_every_invalid_form_is_refused_in_a_sentence(policy, folder, data):
+def test_every_invalid_form_is_refused_in_one_sentence(policy, folder, data):
     bad_calls = pick(data.draw, [bad_processor_calls, bad_predictions])
     call = bad_calls(data.draw, *policy, folder)
     with pytest.raises((ValueError, TypeError, OSError)) as refused:
@@ -481,6 +482,6 @@ def test_every_invalid_form_is_refused_in_a_sentence(policy, folder, data):
     message = str(refused.value)
     assert message.endswith("."), message
     assert not message[0].islower(), message
-    # Said by this package, not by a library that stumbled.
+    # Raised by this package, not by a library that it calls.
     assert PACKAGE in refused.traceback[-1].path.parents, message
     event(refused.type.__name__)

@@ -78,12 +78,12 @@ def test_the_public_names_are_there():
         exec("from openvla_hf import OpenVLA")
 
 
-# What is found by the first call after the imports, in many orders
+# The classes that the first call after the imports finds, in many orders
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Saved by this package."""
+    """A checkpoint that this package saved."""
     folder = tmp_path_factory.mktemp("saved")
     config = openvla_hf.testing.tiny_config()
     openvla_hf.OpenVLAForActionPrediction(config).save_pretrained(folder)
@@ -93,7 +93,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The files of a published checkpoint without its weights, with a tokenizer that is Llama's in kind."""
+    """The files of a published checkpoint without its weights, with a tokenizer of Llama's kind."""
     folder = tmp_path_factory.mktemp("published")
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(PUBLISHED / name, folder)
@@ -112,7 +112,7 @@ def published(tmp_path_factory):
     return folder
 
 
-# A call -> the class that it gives.
+# A call -> the class of its result.
 FIRST_CALLS = {
     f"transformers.{call}": name
     for call, name in {
@@ -127,9 +127,9 @@ FIRST_CALLS = {
         "AutoTokenizer.from_pretrained(published)": "TokenizersBackend",
     }.items()
 }
-# The code that a repository names is not preferred to this package.
+# This package takes precedence over the code that a repository names.
 TRUSTING_CALLS = {call.replace(")", ", trust_remote_code=True)"): name for call, name in FIRST_CALLS.items()}
-# Past the Auto classes, or with what was got past them.
+# Without the Auto classes, or with objects that were made without them.
 DIRECT_CALLS = {
     "openvla_hf.OpenVLAForActionPrediction.from_pretrained(saved)": "OpenVLAForActionPrediction",
     "openvla_hf.AutoModelForVision2Seq.from_pretrained(saved)": "OpenVLAForActionPrediction",
@@ -172,9 +172,9 @@ ORDERS = {
     "trainer and pipelines first": "import transformers.trainer\nfrom transformers import pipeline\nimport openvla_hf",
     "trainer and pipelines last": "import openvla_hf\nimport transformers.trainer\nfrom transformers import pipeline",
 }
-# What every call imports anyway, imported once.
+# Modules that every call imports, imported once.
 SHARED = "\nimport torch, transformers.modeling_utils"
-# transformers with an OpenVLA of its own, which is in use.
+# A version of transformers with its own OpenVLA, which is in use.
 RIVAL = """
 import types
 from transformers import AutoConfig, BertConfig
@@ -194,7 +194,7 @@ assert type(AutoConfig.for_model("openvla")) is OpenVLAConfig
 import openvla_hf
 assert sys.modules["transformers.models.openvla"] is rival
 """
-# A transformers that keeps its names in other tables.
+# A version of transformers that keeps its names in other tables.
 NO_TABLES = """
 from transformers import AutoModel, AutoProcessor
 sys.modules["transformers.models.auto.auto_mappings"] = None
@@ -211,16 +211,16 @@ def check_calls(run_python, imports, calls, saved, published):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_first_call_finds_us(run_python, saved, published, order):
+def test_the_first_call_finds_this_package(run_python, saved, published, order):
     check_calls(run_python, ORDERS[order] + SHARED, FIRST_CALLS, saved, published)
 
 
 @pytest.mark.slow
-def test_the_first_call_finds_us_past_the_auto_classes_and_past_remote_code(run_python, saved, published):
+def test_the_first_call_finds_this_package_without_auto_classes_and_with_remote_code(run_python, saved, published):
     check_calls(run_python, "import openvla_hf" + SHARED, DIRECT_CALLS | TRUSTING_CALLS, saved, published)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("imports", [RIVAL, NO_TABLES], ids=["a rival", "no tables"])
-def test_another_transformers(run_python, saved, published, imports):
+def test_the_first_call_finds_this_package_in_other_versions_of_transformers(run_python, saved, published, imports):
     check_calls(run_python, imports, FIRST_CALLS, saved, published)

@@ -332,7 +332,7 @@ COMMANDS = {
 
 
 def parameters(value: Any) -> list[str]:
-    if isinstance(value, type) and issubclass(value, PreTrainedConfig):  # its own fields, not those of transformers
+    if isinstance(value, type) and issubclass(value, PreTrainedConfig):  # only its own fields
         return [name for name in value.__annotations__ if name in value.__dataclass_fields__]
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     found = inspect.signature(value).parameters.values()
@@ -340,7 +340,7 @@ def parameters(value: Any) -> list[str]:
 
 
 def entries(text: str) -> dict[str, list[str] | None]:
-    """Name -> parameters, or `None` for a name without parentheses."""
+    """Read entries as name -> parameters, or `None` for a name without parentheses."""
     found = re.findall(r"([\w.]+)(\([^)]*\))?", text)
     return {name: re.findall(r"[\w*]+", inside) if inside else None for name, inside in found}
 

@@ -19,7 +19,7 @@ MODULES = {
 
 
 def imports(module):
-    """Modules of the package that a module imports, also within functions and for types alone."""
+    """Yield the modules of the package that a module imports, also within functions and only for types."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -34,7 +34,7 @@ def imports(module):
 IMPORTS = {module: set(imports(module)) - {module} for module in MODULES}
 
 
-def test_no_imports_go_in_a_circle():
+def test_no_imports_are_circular():
     list(TopologicalSorter(IMPORTS).static_order())
 
 
@@ -44,7 +44,7 @@ def room(module):
 
 
 @pytest.mark.parametrize("name", ROOMS)
-def test_a_room_imports_from_the_rooms_below_alone(name):
+def test_a_room_imports_only_from_the_rooms_below(name):
     above = ROOMS[ROOMS.index(name) + 1 :]
     found = {
         (module, imported) for module in MODULES if room(module) == name for imported in IMPORTS[module]

@@ -22,7 +22,7 @@ __all__ = ["small_hub"]
 
 
 @pytest.mark.slow
-def test_the_walk_from_recordings_to_the_hub_runs_as_it_is_written(small_hub, run_python):
+def test_the_walk_from_recordings_to_the_hub_runs_as_written(small_hub, run_python):
     walked = walk(
         ROOT / "docs/walkthrough.md",
         lambda arguments: [*arguments, *SMALLER.get(arguments[0], "").split(), "--json"],
@@ -34,14 +34,14 @@ def test_the_walk_from_recordings_to_the_hub_runs_as_it_is_written(small_hub, ru
     check_single_actions(walked.names, [answer for _, answer in told[: len(commands)]], small_hub)
     check_chunks(walked.names, [answer for _, answer in told[len(commands) :]], small_hub)
 
-    # The last file of the page, in a process where the package can't be imported.
+    # Run the last file of the page in a process where the package can't be imported.
     code = WITHOUT_THE_PACKAGE + Path("elsewhere.py").read_text() + "\nprint(chunk.tolist())"
     elsewhere = json.loads(run_python(code, **small_hub.env).stdout)
     np.testing.assert_allclose(elsewhere, walked.names["chunk"], rtol=0, atol=1e-5)
 
 
 def check_single_actions(names, told, hub):
-    """One camera and one action at a time, at 10 Hz."""
+    """Check the policy with one camera and one action at a time, at 10 Hz."""
     assert [names[name].shape for name in ("action", "left", "right")] == [(14,), (7,), (7,)]
     at_50_hz, at_10_hz, _, evaluation, prediction, _ = told
 
@@ -77,7 +77,7 @@ def check_single_actions(names, told, hub):
 
 
 def check_chunks(names, told, hub):
-    """Three cameras and 25 actions at a time, at 50 Hz."""
+    """Check the policy with three cameras and 25 actions at a time, at 50 Hz."""
     examined, _, evaluation, _, _ = told
     assert examined["frequency"] == 50
     assert examined["warnings"] == []
@@ -88,7 +88,7 @@ def check_chunks(names, told, hub):
     assert len(statistics["proprio"]["min"]) == DIMENSIONS
     config = names["model"].config
     assert (config.num_images, config.proprio_dim, config.action_normalization) == (3, DIMENSIONS, "bounds")
-    # Five looks at the same observation.
+    # Five predictions for the same observation.
     np.testing.assert_array_equal(names["played"], np.tile(chunk[:10], (5, 1)))
 
     assert evaluation["episodes"] == HELD_OUT

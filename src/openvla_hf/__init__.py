@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a user or an Auto class asks for: a public class, the list of their names, or a subpackage."""
+    """Import a public class, the list of public names or a subpackage when it is first used."""
     if name in ("modeling", "processing"):
         return import_module(f".{name}", __name__)
     # Only published files use the names that begin with Prismatic, so they are not in `__all__`.
@@ -47,14 +47,14 @@ def _add_names_to_transformers() -> None:
             SPECIAL_MODEL_TYPE_TO_MODULE_NAME,
         )
     except ImportError as error:
-        if error.name != "transformers":  # absent from a robot's computer that only asks a server
-            # This transformers keeps no such tables: import and register the classes now.
+        if error.name != "transformers":  # not installed where only a served policy is used
+            # This version of transformers has no such tables: import and register the classes now.
             import_module(".auto", __name__)
         return
     # transformers imports `transformers.models.<module>`. Our package's name can't clash with one of its models, so a
     # future "openvla" of transformers stays importable, while the tables lead to ours.
     sys.modules[f"transformers.models.{__name__}"] = sys.modules[__name__]
-    # The processors' table has one name for each model type, so the name in published files has a type of its own.
+    # The table of processors has one name per model type, so the name in published files has a type of its own.
     for model_type, processor in {"openvla": "OpenVLAProcessor", "prismatic": "PrismaticProcessor"}.items():
         SPECIAL_MODEL_TYPE_TO_MODULE_NAME[model_type] = __name__
         PROCESSOR_MAPPING_NAMES[model_type] = processor

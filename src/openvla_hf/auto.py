@@ -41,7 +41,7 @@ __all__ = [
     "load_adapter",
 ]
 
-# Code for the original loads it with this class, which transformers 5 no longer has.
+# Code written for the original uses this class, which transformers 5 no longer has.
 AutoModelForVision2Seq = AutoModelForImageTextToText
 
 
@@ -67,7 +67,7 @@ def load_adapter(
 
 
 class PrismaticConfig(PreTrainedConfig):
-    """Key under which `AutoProcessor` keeps `PrismaticProcessor`: it has one processor for each config class."""
+    """Key for `PrismaticProcessor` in `AutoProcessor`, which has one processor for each config class."""
 
     model_type = "prismatic"
 
@@ -104,5 +104,5 @@ AutoImageProcessor.register(
 AutoProcessor.register(OpenVLAConfig, OpenVLAProcessor, exist_ok=True)
 AutoProcessor.register(PrismaticConfig, PrismaticProcessor, exist_ok=True)
 AutoTokenizer.register(OpenVLAConfig, PreTrainedTokenizerFast, exist_ok=True)
-# Published files name LlamaTokenizer, which would win over the line above and does not give the original's ids.
+# Published files name LlamaTokenizer, which would override the line above and does not give the original's ids.
 TOKENIZER_MAPPING_NAMES[OpenVLAConfig.model_type] = "TokenizersBackend"

@@ -218,7 +218,7 @@ def write_oft_components(
     film: bool = False,
     step: str = "latest",
 ) -> Path:
-    """Write components of OpenVLA-OFT with random weights beside a plain checkpoint, and statistics.
+    """Write components of OpenVLA-OFT with random weights, and statistics, into the folder of a plain checkpoint.
 
     Args:
         folder: Folder of the checkpoint.

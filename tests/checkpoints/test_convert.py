@@ -1,4 +1,4 @@
-"""`convert` makes an ordinary checkpoint of a training run of Prismatic, and names what is wrong with a run."""
+"""`convert` turns a training run of Prismatic into an ordinary checkpoint, and reports what is wrong with a run."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def sizes(policy):
 
 @pytest.fixture
 def converted(run, sizes, tmp_path):
-    """Converts the run: `converted(checkpoint=...)`."""
+    """Return a function that converts the run: `converted(checkpoint=...)`."""
 
     def call(source=run, **options):
         shutil.rmtree(tmp_path / "converted", ignore_errors=True)
@@ -266,7 +266,7 @@ class Harmful:
 def test_a_file_that_could_run_code_is_refused(run, parts, converted, capsys):
     (path,) = (run / "checkpoints").iterdir()
     torch.save({"model": parts, "more": Harmful()}, path)
-    with pytest.raises(ValueError, match="such a file could run code"):
+    with pytest.raises(ValueError, match="reading it could run code"):
         converted()
     assert "harm" not in capsys.readouterr().out
 
@@ -306,7 +306,7 @@ def test_an_incomplete_run_is_refused(run, converted, name, message):
 def test_a_tokenizer_of_another_model_is_refused(converted, tmp_path):
     with pytest.raises(OSError, match=r"Cannot load the tokenizer of '.*nowhere' .*as `tokenizer=`\.$"):
         converted(tokenizer=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"pads with id \d+, but the model with 386: give the tokenizer"):
+    with pytest.raises(ValueError, match=r"pads with id \d+, but the model pads with 386: give the tokenizer"):
         converted(pad_token_id=386)
 
 
@@ -323,7 +323,7 @@ def test_the_command_converts_with_the_fields_of_a_file(run, sizes, tmp_path, ca
     assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.float16
 
 
-def test_a_run_is_to_be_converted_first(run, capsys):
+def test_a_run_must_be_converted_first(run, capsys):
     told = f"is a training run of the original's code: convert it first with `openvla-hf convert {run} NEW_FOLDER`."
     with pytest.raises(ValueError, match="is a training run of the original's code"):
         OpenVLAForActionPrediction.from_pretrained(run)

@@ -1,4 +1,4 @@
-"""What `export` writes is the published layout: the original's names, fields and bytes."""
+"""`export` writes the published layout: the original's names, fields and bytes."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def read_tensors(folder):
 
 
 def is_never_read(name, tensors):
-    """By the published names alone: the highest block of a tower, its norm, its pooling head."""
+    """Whether a published name belongs to the last block of a tower, its final norm or its pooling head."""
     tower, _, rest = name.removeprefix("vision_backbone.").partition(".")
     if not name.startswith("vision_backbone."):
         return False
@@ -40,7 +40,7 @@ def is_never_read(name, tensors):
 
 @pytest.fixture
 def tiny_towers(monkeypatch):
-    """The recorded checkpoints hold narrow towers under the published ids, as the original was made to build them."""
+    """Let the published ids stand for the narrow towers of a recorded checkpoint, as when it was recorded."""
 
     def use(record):
         backbone_id = json.loads((record.checkpoint / "config.json").read_text())["vision_backbone_id"]
@@ -90,10 +90,10 @@ def test_configs_and_tokenizer_are_the_originals(exported, case):
 
     for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
         ours, original = both(name)
-        # The code is named by the repository that holds it, so that no copy of it is needed.
+        # The config names the repository that contains the code, so no copy of the code is needed.
         assert ours["auto_map"] == {key: PUBLISHED_CODE + value for key, value in original.pop("auto_map").items()}
         del ours["auto_map"]
-        # Read by nobody: the original applies `tvf_normalize_params`; `legacy` differs between published repositories.
+        # Never read: the original applies `tvf_normalize_params`, and `legacy` differs between published repositories.
         for key in ("means", "stds", "legacy"):
             ours.pop(key, None), original.pop(key, None)
         assert ours == original, name
@@ -181,7 +181,7 @@ def test_image_processors_come_back(fields):
     assert again.to_dict() == processor.to_dict()
 
 
-def test_what_only_the_evaluation_script_applies_is_told(recorded, tiny_towers):
+def test_fields_that_only_the_evaluation_script_applies_give_a_warning(recorded, tiny_towers):
     record = recorded("fused-224")
     tiny_towers(record)
     processor = AutoProcessor.from_pretrained(record.checkpoint, resample="lanczos3", center_crop_area=0.9)
@@ -191,7 +191,7 @@ def test_what_only_the_evaluation_script_applies_is_told(recorded, tiny_towers):
     assert published_image_processor(processor.image_processor)["interpolations"] == ["bicubic", "bicubic"]
 
 
-def test_what_the_original_cannot_express_is_refused(tiny, tmp_path):
+def test_models_that_the_original_cannot_express_are_refused(tiny, tmp_path):
     model, processor = tiny(fused=False)
     model.save_pretrained(tmp_path / "ours")
     processor.save_pretrained(tmp_path / "ours")
@@ -226,7 +226,7 @@ OFT_KINDS = {
 
 @pytest.fixture
 def oft(recorded, tiny_towers, tmp_path):
-    """A recorded checkpoint with components beside it, saved in our layout and exported from there."""
+    """A recorded checkpoint with components next to it, saved in our layout and exported from there."""
     record = recorded("fused-224")
     tiny_towers(record)
 
@@ -277,7 +277,7 @@ def test_a_plain_policy_with_several_images_is_not_exported(recorded, tiny_tower
         published_config(record.load(num_images=2), record.processor)
 
 
-def test_image_processing_and_cameras_that_oft_does_not_store_are_told(oft, tmp_path):
+def test_image_processing_and_cameras_that_oft_does_not_store_give_a_warning(oft, tmp_path):
     oft("l1")
     for path in (tmp_path / "published").iterdir():
         path.unlink()

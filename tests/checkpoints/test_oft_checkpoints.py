@@ -1,4 +1,4 @@
-"""OpenVLA-OFT after loading: quantised, described, pushed, without the package, and adapters merged already."""
+"""OpenVLA-OFT checkpoints: quantised, described, pushed, loaded without the package, and with merged adapters."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def load(folder, kind="l1", **options):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Gives the folder of a kind, as the original writes it. Tests must not change it."""
+    """Return a function that gives a published checkpoint of some kind. Tests must not change its folder."""
     root = tmp_path_factory.mktemp("published")
 
     def folder(kind):
@@ -60,7 +60,7 @@ def observe(folder):
 
 
 def predict(model, inputs):
-    """A chunk; noise is the same in every call."""
+    """Predict a chunk, from the same noise in every call."""
     noise = {}
     if model.config.action_head == "diffusion":
         shape = (model.config.action_horizon, model.config.action_dim)
@@ -182,7 +182,7 @@ def test_a_checkpoint_is_described_without_reading_its_components(published, cap
     assert "aloha (from the statistics)" in told
 
 
-def test_a_platform_that_is_unknown_is_told(published, tmp_path, capsys):
+def test_an_unknown_platform_is_reported(published, tmp_path, capsys):
     folder = shutil.copytree(published("l1"), tmp_path / "oft")
     (folder / "dataset_statistics.json").unlink()
     assert describe(folder).oft["platform"] is None
@@ -190,7 +190,7 @@ def test_a_platform_that_is_unknown_is_told(published, tmp_path, capsys):
     assert "unknown: pass `platform=` or `action_horizon=`" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_pushed_policy_has_a_card_that_tells_of_cameras_chunk_and_state(published, owner, tmp_path):
+def test_a_pushed_policy_has_a_card_that_describes_cameras_chunk_and_state(published, owner, tmp_path):
     folder = published("aloha")
     with pytest.raises(ValueError, match="has weights in pickled files, which are not pushed"):
         push(folder, "someone/policy")
@@ -247,7 +247,7 @@ def adapted(published, tmp_path):
     model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    # Older versions of peft store the whole weight of the head too.
+    # Older versions of peft also store the whole weight of the head.
     stored = load_file(weights) | {"base_model.model.lm_head.base_layer.weight": before}
     save_file(stored, weights, metadata={"format": "pt"})
     merge_layers(model)

@@ -111,7 +111,7 @@ def test_a_pushed_policy_acts_where_the_package_is_not_installed(tiny, owner, ru
     cases = (tmp_path / "image.png", json.dumps(codes), json.dumps([("someone/policy", old)]))
     result = run_python(READER, *cases, "absent", **owner.env)
     assert json.loads(result.stdout.splitlines()[-1]) == expected
-    # Once seen, the Hub is not needed; and the package changes nothing.
+    # Once cached, the policy loads without the Hub, and acts the same with the package installed.
     asked = len(owner.requests)
     result = run_python(READER, *cases, "installed", **owner.env | {"HF_HUB_OFFLINE": "1"})
     assert json.loads(result.stdout.splitlines()[-1]) == expected
@@ -149,7 +149,7 @@ def test_a_private_repository_needs_a_token(tiny, owner, monkeypatch):
     assert AutoModel.from_pretrained("someone/secret", token=owner.token).norm_stats == model.norm_stats
 
 
-def test_why_a_push_failed_is_said_in_a_sentence(tiny, owner, monkeypatch, tmp_path):
+def test_a_failed_push_says_why_in_one_sentence(tiny, owner, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the client's retries
     folder = save(tmp_path / "run", tiny())
     monkeypatch.delenv("HF_TOKEN")
@@ -176,7 +176,7 @@ def test_why_a_push_failed_is_said_in_a_sentence(tiny, owner, monkeypatch, tmp_p
         push(folder, "someone/policy", token=owner.token)
 
 
-def test_one_commit_holds_everything_and_nothing_of_whoever_pushed(tiny, owner, tmp_path, monkeypatch):
+def test_one_commit_contains_everything_and_no_trace_of_its_author(tiny, owner, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "adalovelace"))
     folder = save(tmp_path / "adalovelace" / "run", tiny(), max_shard_size="60KB")
     (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path)}))
@@ -199,7 +199,7 @@ def test_one_commit_holds_everything_and_nothing_of_whoever_pushed(tiny, owner, 
     assert b"==" not in pushed["requirements.txt"]
     for secret in (owner.token, "adalovelace", str(Path.cwd()), tempfile.gettempdir()):
         assert not [name for name, content in pushed.items() if secret.encode() in content]
-    # Other shards take the place of the first ones, and what has not changed is not sent again.
+    # Other shards replace the first ones, and unchanged files are not sent again.
     asked = len(owner.requests)
     save(tmp_path / "whole", tiny())
     push(tmp_path / "whole", "someone/policy")
@@ -240,7 +240,7 @@ def test_branches_and_pull_requests_leave_main_alone(tiny, owner):
     assert card_of(owner, "someone/policy", "tuned").data.license == "mit"
 
 
-def test_the_card_tells_of_the_run(tiny, owner, tmp_path):
+def test_the_card_describes_the_run(tiny, owner, tmp_path):
     base = owner.root / "someone/base"
     base.mkdir(parents=True)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
@@ -296,7 +296,7 @@ def fake_statistics(dim):
     return {"action": one, "num_transitions": 90}
 
 
-def test_an_adapter_names_a_base_that_others_have(tiny, owner, tmp_path):
+def test_an_adapter_names_a_base_that_others_can_load(tiny, owner, tmp_path):
     base = save(tmp_path / "base", tiny())
     model, processor = tiny()
     model.name_or_path = str(base)
@@ -318,7 +318,7 @@ def test_an_adapter_names_a_base_that_others_have(tiny, owner, tmp_path):
 
 
 def tune(base, output, name):
-    """Two steps of a named recipe, on frames of a data set that is no other's."""
+    """Train two steps with a named recipe, on a dataset that no other test uses."""
     frames = from_episodes([fake_episode(seed=seed, steps=6) for seed in range(2)], name="kitchen")
     settings = {"dtype": "float32", "batch_size": 4, "learning_rate": 0.01, "dataloader_num_workers": 0}
     settings |= {"lora_rank": 4} if "lora" in name else {}
@@ -384,10 +384,10 @@ for repo in repositories:
 
 
 @pytest.mark.parametrize("case", ["fused-224", "siglip-224", "sharded"])
-def test_a_published_repository_and_ours_differ_in_nothing_for_a_user(recorded, owner, run_python, tmp_path, case):
+def test_a_published_repository_and_ours_act_alike_for_a_user(recorded, owner, run_python, tmp_path, case):
     record = recorded(case)
     published = Path(shutil.copytree(record.checkpoint, owner.root / "openvla/published"))
-    # The miniature's towers, which a published config can't say.
+    # The towers of the small model, which a published config can't describe.
     config = json.loads((published / "config.json").read_text()) | record.overrides
     (published / "config.json").chmod(0o644)
     (published / "config.json").write_text(json.dumps(config))
@@ -407,7 +407,7 @@ def test_a_finished_run_has_a_card(tiny, owner, tmp_path, name):
     card = ModelCard.load(folder / "README.md")
     assert f'from_pretrained("{folder}"' in card.text
     assert (card.data.base_model, card.data.datasets, card.data.license) == (None, ["someone/kitchen"], "apache-2.0")
-    for line in (f"| recipe | {name} |", "| steps | 2 |", "| samples a step | 4 |", "| `kitchen` | 7 |"):
+    for line in (f"| recipe | {name} |", "| steps | 2 |", "| samples per step | 4 |", "| `kitchen` | 7 |"):
         assert line in card.text
     assert re.search(r"\| action l1 \| 0\.\d+ \|", card.text)
     push(folder, "someone/policy", base_model="someone/base" if name == "lora" else None, license="mit")
@@ -462,7 +462,7 @@ def test_every_text_is_searched_for_secrets(saved, owner, file):
     assert owner.requests == []
 
 
-def test_the_own_token_and_passwords_are_not_pushed(saved, owner, monkeypatch):
+def test_the_users_token_and_passwords_are_not_pushed(saved, owner, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "unusual token")
     add_text(saved / "config.json", "an unusual token")
     with pytest.raises(ValueError, match=r"config\.json contains your access token"):
@@ -489,7 +489,7 @@ def test_local_paths_of_any_system_are_not_pushed(tmp_path):
                 refuse_secrets("README.md", text, tmp_path, None)
 
 
-def test_what_only_resembles_a_secret_or_a_path_is_pushed(tmp_path):
+def test_texts_that_only_resemble_secrets_or_paths_are_pushed(tmp_path):
     texts = [
         "https://example.com/home/ada",
         "https://example.com:8080/data/work/~ada/opt",
@@ -511,7 +511,7 @@ def test_what_only_resembles_a_secret_or_a_path_is_pushed(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["tabletop", "recordings"])
-def test_checkpoints_that_are_public_hold_no_secret_or_path(place, tmp_path):
+def test_public_checkpoints_contain_no_secret_or_path(place, tmp_path):
     root = TABLETOP_POLICY if place == "tabletop" else Path(__file__).parents[1] / "parity" / "kept"
     texts = [
         path for path in root.rglob("*") if path.name in TEXT_FILES or path.name in ("README.md", "tokenizer.model")
@@ -558,7 +558,7 @@ def test_an_index_whose_weights_would_not_be_pushed_is_refused(saved, owner, nam
         ("training.json", "{", "is not valid JSON"),
     ],
 )
-def test_a_damaged_file_of_the_run_is_refused_in_a_sentence(saved, owner, file, content, problem):
+def test_a_damaged_file_of_the_run_is_refused_in_one_sentence(saved, owner, file, content, problem):
     (saved / file).write_text(content)
     with pytest.raises(ValueError, match=rf"{file} {problem}.*\. Write it again, or delete it\."):
         push(saved, "someone/policy")
@@ -651,7 +651,7 @@ def test_a_damaged_text_is_not_pushed(saved, owner, content, problem):
         push(saved, "someone/policy")
 
 
-def test_what_cannot_be_pushed_is_said_in_a_sentence(tiny, owner, tmp_path):
+def test_a_source_that_cannot_be_pushed_is_refused_in_one_sentence(tiny, owner, tmp_path):
     model, _ = tiny()
     with pytest.raises(ValueError, match="without its processor"):
         push(model, "someone/policy")
@@ -687,7 +687,7 @@ def test_a_checkpoint_is_described_alike_here_and_on_the_hub(tiny, owner, tmp_pa
     assert here.action_dims == {"tiny": 7}
 
 
-def test_layouts_are_told_apart(recordings, tmp_path):
+def test_layouts_are_distinguished(recordings, tmp_path):
     checkpoint = recordings("fused-224") / "checkpoint"
     published = describe(checkpoint)
     assert (published.layout, published.dtype, published.has_code) == ("published", "bfloat16", False)

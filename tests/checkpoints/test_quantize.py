@@ -60,7 +60,7 @@ def policy(tiny, tmp_path):
 
 
 def exact(name):
-    """The format with float32 arithmetic in which no row depends on the others of its pass."""
+    """Make the config of a format with float32 arithmetic, in which no row depends on the others of its batch."""
     config = quantization(name)
     config.bnb_4bit_compute_dtype = torch.float32
     config.llm_int8_threshold = 0.0
@@ -68,7 +68,7 @@ def exact(name):
 
 
 def kinds(model):
-    """Part of the model -> names of the classes of its linear layers."""
+    """Return the class names of the linear layers in each part of the model."""
     parts = {"head": model.lm_head, "vision": model.model.vision_backbone, "projector": model.model.projector}
     parts["text"] = model.model.language_model
     return {
@@ -101,7 +101,7 @@ def test_a_config_as_a_dict_has_the_same_defaults(policy):
     assert kinds(model) == {"head": {"Linear"}, "vision": {"Linear"}, "projector": {"Linear"}, "text": {"Linear4bit"}}
 
 
-def test_what_the_user_keeps_is_kept_and_nothing_else(policy):
+def test_only_the_modules_that_the_user_names_are_kept(policy):
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "model.projector"])
     model = AutoModel.from_pretrained(policy.folder, quantization_config=config)
     assert kinds(model)["projector"] == kinds(model)["head"] == {"Linear"}
@@ -210,7 +210,7 @@ def read_all(folder):
 
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("towers", [False, True])
-def test_quantize_writes_what_loading_and_saving_would(policy, tmp_path, name, towers):
+def test_quantize_writes_the_same_as_loading_and_saving(policy, tmp_path, name, towers):
     config = quantization(name, towers=towers)
     model = AutoModel.from_pretrained(policy.folder, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "saved")
@@ -240,7 +240,7 @@ def test_quantize_reads_a_published_sharded_checkpoint(recorded, tmp_path):
 
 
 def tensor_bytes():
-    """Of all that is in memory; `type`, since some objects import or warn when they are asked for more."""
+    """Count the bytes of all tensors in memory. `isinstance` would make some objects import modules or warn."""
     real = [
         one
         for one in gc.get_objects()
@@ -270,7 +270,7 @@ def test_quantize_leaves_nothing_behind_when_it_fails(policy, tmp_path):
     assert not list((tmp_path / "out").rglob("*"))
 
 
-def test_quantize_refuses_weights_that_do_not_belong(policy, tmp_path):
+def test_quantize_refuses_weights_of_another_model(policy, tmp_path):
     weights = policy.folder / "model.safetensors"
     tensors = load_file(weights)
     del tensors["lm_head.weight"]
@@ -284,10 +284,10 @@ def test_quantize_refuses_weights_that_do_not_belong(policy, tmp_path):
 
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("towers", [False, True])
-def test_weights_take_what_is_computed(policy, name, towers):
+def test_weights_take_the_computed_size(policy, name, towers):
     config = quantization(name, towers=towers)
     model = AutoModel.from_pretrained(policy.folder, quantization_config=config, dtype=torch.bfloat16)
-    # A description of each 4-bit layer, of some hundred bytes, weighs something here.
+    # The description of each 4-bit layer takes some hundred bytes, which matters at this size.
     assert weight_bytes(model) == pytest.approx(expected_weight_bytes(model.config, name, towers=towers), rel=0.05)
 
 
@@ -303,7 +303,7 @@ def test_a_7b_policy_fits(name, towers, most):
 # Adapters
 
 
-def test_qlora_saves_an_adapter_alone_that_runs_on_4_and_on_16_bits(policy, tmp_path):
+def test_qlora_saves_only_an_adapter_that_runs_on_4_and_on_16_bits(policy, tmp_path):
     # Arithmetic in bfloat16 differs a little between the kernels for training and for predicting.
     in_4 = quantization("4bit", dtype=torch.float32)
     steps = fake_episode(steps=8)
@@ -350,7 +350,7 @@ def test_qlora_saves_an_adapter_alone_that_runs_on_4_and_on_16_bits(policy, tmp_
 # Fidelity
 
 
-def test_the_report_counts_what_the_models_say(tiny, tmp_path):
+def test_the_report_compares_the_predictions_of_the_models(tiny, tmp_path):
     model, processor = tiny()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -456,7 +456,7 @@ def test_an_unknown_format_names_the_nearest():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["int4", "float8"])
-def test_a_format_for_gpus_says_so(name):
+def test_a_format_that_needs_a_gpu_says_so(name):
     with pytest.raises(ValueError, match=r"needs a GPU of compute capability .* use '4bit' or 'int8'"):
         quantization(name)
 
@@ -533,7 +533,7 @@ def test_a_missing_package_is_named(policy, tmp_path, monkeypatch):
         AutoModel.from_pretrained(tmp_path / "four")
 
 
-def test_sizes_that_the_cpu_kernel_can_not_take_go_the_general_way(tiny, tmp_path, monkeypatch):
+def test_sizes_that_the_cpu_kernel_rejects_use_the_general_kernel(tiny, tmp_path, monkeypatch):
     """On a CPU with AVX512-BF16 such a layer fails with "N must be divisible by block_n"."""
     model, processor = tiny(text_width=48)
     model.save_pretrained(tmp_path)

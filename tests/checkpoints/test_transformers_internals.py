@@ -1,6 +1,7 @@
-"""What `openvla_hf.checkpoints.transformers_internals` expects of transformers.
+"""The parts of transformers on which `openvla_hf.checkpoints.transformers_internals` relies.
 
-When one of these fails after an update of transformers, adapt that module: nothing else in `checkpoints/` uses them.
+If one of these tests fails after an update of transformers, adapt that module. Nothing else in `checkpoints/` uses
+these parts.
 """
 
 import importlib
@@ -31,7 +32,7 @@ FIELDS = {
 
 
 def find(path):
-    """What transformers has at a path such as `modeling_utils.PreTrainedModel._get_dtype_plan`."""
+    """Look up a path in transformers, such as `modeling_utils.PreTrainedModel._get_dtype_plan`."""
     parts = path.split(".")
     count = next(index for index, part in enumerate(parts) if part != part.lower() or index == len(parts) - 1)
     found = importlib.import_module(".".join(["transformers", *parts[:count]]))

@@ -20,7 +20,7 @@ def image():
     return np.asarray(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90)))
 
 
-def test_without_any_change_it_resizes_as_lanczos(image):
+def test_without_any_change_it_resizes_with_lanczos(image):
     resized = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.LANCZOS))
     assert np.abs(Augmentation(**NOTHING)(image).astype(int) - resized).max() <= 1
 
@@ -46,7 +46,7 @@ def test_colours_change_as_in_hsv(saturation, hue):
 
 
 def test_the_crop_keeps_its_share_of_the_area_wherever_it_falls():
-    # Red is the column and green the row, so the colours of a view show where it was cut.
+    # Red gives the column and green the row, so the colours of a view show where it was cropped.
     ramp = np.linspace(0, 255, 224).round().astype(np.uint8)
     picture = np.stack([np.tile(ramp, (224, 1)), np.tile(ramp[:, None], (1, 224)), np.zeros((224, 224), np.uint8)], -1)
     crop = Augmentation(**NOTHING | {"crop_area": 0.9})
@@ -72,6 +72,6 @@ def test_prediction_crops_the_centre_by_itself(image, tmp_path):
     assert Augmentation(crop_area=1.0).for_prediction(processor).image_processor.center_crop_area is None
 
 
-def test_a_wrong_area_is_told():
+def test_a_wrong_area_is_refused():
     with pytest.raises(ValueError, match="crop_area"):
         Augmentation(crop_area=1.5)

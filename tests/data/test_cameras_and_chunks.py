@@ -38,7 +38,7 @@ OPTIONS = {"cameras": CAMERAS, "chunk": CHUNK, "state": True}
 
 
 def with_wrist(episode):
-    """Give the frames a second camera of another size, whose colour tells the frames apart."""
+    """Give the frames a second camera of another size, whose colour differs from frame to frame."""
     return [
         {**{key: value for key, value in frame.items() if key != "image"}}
         | {"images": {"front": frame["image"], "wrist": np.full((48, 64, 3), 15 * step, np.uint8)}}
@@ -85,7 +85,7 @@ def source(request, two_cameras, tmp_path):
 
 @pytest.fixture(params=["lerobot", "rlds", "python"])
 def streamed(request, two_cameras, tmp_path):
-    """Sources whose streams read whole episodes."""
+    """Select the sources whose streams read whole episodes."""
     return SOURCES[request.param](two_cameras, tmp_path / "arm")
 
 
@@ -132,7 +132,7 @@ def test_frames_have_the_images_the_chunk_and_the_state_that_were_recorded(sourc
             assert frame["chunk_mask"].tolist() == [step + k < STEPS for k in range(CHUNK)]
 
 
-def test_a_stream_gives_what_the_table_holds(streamed):
+def test_a_stream_gives_the_frames_of_the_table(streamed):
     for options in (OPTIONS, OPTIONS | {"chunk_end": "pad"}):
         table, stream = read(streamed, **options), read(streamed, streaming=True, **options)
         assert all(
@@ -150,7 +150,7 @@ def test_a_plain_load_of_several_cameras_reads_the_named_one(tmp_path, two_camer
     assert np.abs(frame["image"].astype(float) - 45).mean() < LOSSY
 
 
-def test_a_stream_goes_on_from_a_saved_position(tmp_path, two_cameras):
+def test_a_stream_continues_from_a_saved_position(tmp_path, two_cameras):
     folder = write_lerobot(two_cameras, tmp_path / "arm")
     stream = load(folder, streaming=True, **OPTIONS)
     everything = list(stream)
@@ -269,7 +269,7 @@ def test_cameras_may_be_renamed_and_come_from_the_adapter(tmp_path, two_cameras)
     assert identical(load(folder, cameras=recorded)[2], by_hand)
 
 
-def test_libero_s_adapter_names_the_cameras_as_oft_does(tmp_path, make_episode):
+def test_liberos_adapter_names_the_cameras_as_oft_does(tmp_path, make_episode):
     episode = with_wrist(make_episode(0))
     for frame in episode:
         frame["images"] = {"image": frame["images"]["front"], "wrist_image": frame["images"]["wrist"]}
@@ -296,7 +296,7 @@ def test_a_damaged_image_of_any_camera_makes_its_episode_bad(two_cameras, tmp_pa
     assert sorted(set(frames[:]["episode_index"])) == [0, 2, 3]
 
 
-def test_a_state_that_is_asked_for_must_be_whole(two_cameras):
+def test_a_required_state_must_be_complete(two_cameras):
     two_cameras[2][4]["state"] = np.full(7, np.nan)
     assert from_episodes(two_cameras, cameras=["front"])[2 * STEPS]["state"] is None
     with pytest.raises(BadEpisodeError, match=r"episode 2: 'state' contains NaN or infinity at frame 4\."):
@@ -314,7 +314,7 @@ def test_a_state_that_is_asked_for_must_be_whole(two_cameras):
 
 
 @pytest.mark.parametrize("format", ["lerobot", "rlds", "table"])
-def test_a_dataset_without_a_state_is_refused_if_a_state_is_asked_for(two_cameras, tmp_path, format):
+def test_a_dataset_without_a_state_is_refused_if_a_state_is_required(two_cameras, tmp_path, format):
     for frame in (frame for episode in two_cameras for frame in episode):
         if format != "table":
             del frame["state"]

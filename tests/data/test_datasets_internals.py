@@ -1,4 +1,4 @@
-"""What this package needs of `datasets` beyond its public interface, all of it in `datasets_internals`."""
+"""The private parts of `datasets` that this package uses, all of them in `datasets_internals`."""
 
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets

@@ -18,7 +18,7 @@ def open_files():
 
 @pytest.fixture
 def tables(make_episode, tmp_path):
-    """More tables with videos than a reader keeps open."""
+    """Tables with more videos than a reader keeps open."""
     folders = [tmp_path / f"arm{index}" for index in range(OPEN_VIDEOS + 3)]
     for index, folder in enumerate(folders):
         write_lerobot([make_episode(index, steps=2)], folder)
@@ -29,7 +29,7 @@ def test_a_table_keeps_few_videos_open_and_closes_them_when_it_goes(tables):
     before = open_files()
     table = concatenate_datasets(tables)
     assert all(frame["image"].shape == (64, 96, 3) for frame in table)
-    # The first table's decoder reads the images of all.
+    # The first table's decoder reads the images of all tables.
     assert open_files() <= before + OPEN_VIDEOS
     tables.clear()
     del table

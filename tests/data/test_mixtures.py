@@ -37,7 +37,7 @@ def test_the_same_seed_mixes_alike(make_episode):
     assert list(first) == list(again) != list(different)
 
 
-def test_streams_mix_without_an_end_and_go_on_from_a_position(make_episode, tmp_path):
+def test_mixed_streams_are_endless_and_continue_from_a_position(make_episode, tmp_path):
     write_rlds([make_episode(index) for index in range(4)], tmp_path / "one", episodes_per_file=1)
     write_lerobot([make_episode(index) for index in range(4)], tmp_path / "other")
 
@@ -74,7 +74,7 @@ def test_streams_of_any_origin_mix(make_episode, tmp_path):
             )
 
 
-def test_bad_mixtures_are_told(make_episode, tmp_path):
+def test_bad_mixtures_are_refused(make_episode, tmp_path):
     table = from_episodes([make_episode(0)])
     stream = from_episodes(lambda: [make_episode(0)], streaming=True)
     with pytest.raises(ValueError, match="combine tables and streams"):
@@ -90,7 +90,7 @@ def test_the_published_mixture_is_known():
     assert Counter(weights.values()) == {1.0: 13, 2.0: 7, 0.2: 2, 0.1: 1, 3.0: 1, 0.8341046294: 1}
 
 
-def test_a_permutation_of_a_table_goes_on_where_it_was(make_episode, tmp_path):
+def test_a_permutation_of_a_table_continues_where_it_stopped(make_episode, tmp_path):
     write_rlds([make_episode(index) for index in range(4)], tmp_path / "arm")
     order = [(f["episode_index"], f["frame_index"]) for f in load(tmp_path / "arm").shuffle(seed=3)]
     again = load(tmp_path / "arm").shuffle(seed=3).skip(7)

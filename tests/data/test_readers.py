@@ -88,7 +88,7 @@ def test_a_table_holds_the_frames_that_were_written(written, episodes):
         assert np.abs(frame["image"].astype(float) - truth["image"]).mean() < LOSSY
 
 
-def test_a_stream_gives_what_the_table_holds(written):
+def test_a_stream_gives_the_frames_of_the_table(written):
     table, stream = load(written), load(written, streaming=True)
     assert isinstance(table, Dataset)
     assert isinstance(stream, IterableDataset)
@@ -102,7 +102,7 @@ def test_frames_can_be_read_in_any_order(written):
         np.testing.assert_array_equal(frames[index]["image"], in_order[index])
 
 
-def test_a_stream_goes_on_from_a_saved_position(written):
+def test_a_stream_continues_from_a_saved_position(written):
     stream = load(written, streaming=True)
     everything = list(stream)
     reading = iter(stream)
@@ -146,7 +146,7 @@ def test_a_shuffled_stream_gives_every_frame_once_in_another_order(written):
     assert sorted(keys) == [(index, step) for index in range(5) for step in range(STEPS)]
 
 
-def test_a_stream_comes_from_a_remote_file_system(written):
+def test_a_stream_reads_a_remote_file_system(written):
     memory = fsspec.filesystem("memory")
     memory.put(str(written), f"/{written.name}", recursive=True)
     remote = load(f"memory:///{written.name}", streaming=True)
@@ -165,7 +165,7 @@ def test_a_table_is_read_once_and_again_after_a_change(episodes, tmp_path, cache
     assert len(load(tmp_path / "arm")) == 10 * STEPS
 
 
-def test_each_split_has_a_table_of_its_own(episodes, tmp_path):
+def test_each_split_has_its_own_table(episodes, tmp_path):
     write_lerobot(episodes, tmp_path / "arm")
     info = tmp_path / "arm/meta/info.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"splits": {"train": "0:3", "val": "3:5"}}))
@@ -173,7 +173,7 @@ def test_each_split_has_a_table_of_its_own(episodes, tmp_path):
     assert set(load(tmp_path / "arm", split="val")["episode_index"]) == {3, 4}
 
 
-def test_lerobot_s_instructions_are_read_from_a_column_too(episodes, tmp_path):
+def test_lerobots_instructions_are_also_read_from_a_column(episodes, tmp_path):
     write_lerobot(episodes, tmp_path / "arm")
     tasks = tmp_path / "arm/meta/tasks.parquet"
     table = pq.read_table(tasks).to_pandas()
@@ -346,7 +346,7 @@ def test_other_files_of_tfds_are_refused_with_the_command_that_converts_them(epi
         load(tmp_path / "arm")
 
 
-def test_rlds_without_an_instruction_names_the_texts_that_there_are(episodes, tmp_path):
+def test_rlds_without_an_instruction_lists_the_available_texts(episodes, tmp_path):
     write_rlds(episodes, tmp_path / "arm")
     silent = Robot("arm", instruction="annotation")
     for streaming in (False, True):
@@ -397,7 +397,7 @@ def test_images_in_parquet_files_stay_where_they_are(episodes, tmp_path, cache, 
         table[0]
 
 
-def test_large_row_groups_of_images_are_told(episodes, tmp_path, monkeypatch, caplog):
+def test_large_row_groups_of_images_give_a_warning(episodes, tmp_path, monkeypatch, caplog):
     write_lerobot(episodes, tmp_path / "arm")
     file = keep_images_in_parquet(tmp_path / "arm", episodes, row_group_size=2 * STEPS)
     size = len(encode_png(episodes[0][0]["image"])["bytes"])
@@ -436,7 +436,7 @@ def from_columns(rows):
     return Dataset.from_dict({key: [row[key] for row in rows] for key in features}, features=Features(features))
 
 
-def test_episodes_made_by_python_come_back_as_they_were(episodes):
+def test_episodes_made_by_python_come_back_unchanged(episodes):
     for frames in (from_episodes(episodes), from_episodes(lambda: iter(episodes), streaming=True)):
         for frame, truth in zip(frames, [frame for each in episodes for frame in each], strict=True):
             np.testing.assert_array_equal(frame["image"], truth["image"])
@@ -687,7 +687,7 @@ def test_a_state_that_is_not_finite_counts_as_none_where_no_action_needs_it(epis
         from_episodes(episodes, Robot("poses", relative=False))
 
 
-def test_an_image_that_is_none(episodes, tmp_path):
+def test_a_file_that_is_not_an_image(episodes, tmp_path):
     write_rlds(episodes, tmp_path / "arm")
     file = tfrecord(tmp_path / "arm")
     with file.open("rb") as stored:
@@ -792,12 +792,12 @@ def test_a_stored_episode_of_length_0(episodes, tmp_path):
         assert len(load(tmp_path / name, skip_bad_episodes=True)) == left * STEPS
 
 
-def test_an_action_of_another_size_than_the_adapter_s(written):
+def test_an_action_of_another_size_than_the_adapters(written):
     with pytest.raises(BadEpisodeError, match=r"7 dimensions.*for 14"):
         load(written, robot=Robot("two_arms", action_dim=14))
 
 
-def test_wrong_names_are_answered_with_the_right_ones(written, tmp_path):
+def test_errors_about_wrong_names_list_the_right_ones(written, tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'libero'"):
         load(written, robot="librero")
     with pytest.raises(ValueError, match="Unknown camera 'wrist'"):

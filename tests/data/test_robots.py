@@ -14,7 +14,7 @@ def standardize(robot, action, state=None):
     return robot.standardize(columns, len(action))
 
 
-def test_a_registered_robot_is_found_by_its_name_and_by_its_dataset_s():
+def test_a_registered_robot_is_found_by_its_name_and_its_datasets_name():
     arm = register_robot(Robot("test_arm", camera="wrist", gripper=Gripper(open=0.0, closed=0.8)))
     assert "test_arm" in registered_robots()
     assert resolve_robot("test_arm", "anything") is arm
@@ -32,14 +32,14 @@ def test_the_gripper_becomes_1_for_open_and_0_for_closed_and_is_not_scaled():
     assert GENERIC.mask(7) == [True] * 7
 
 
-def test_a_gripper_outside_its_range_is_told():
+def test_a_gripper_outside_its_range_is_refused():
     action = np.zeros((2, 7))
     action[1, -1] = -1
     with pytest.raises(ValueError, match=r"from -1 to 0.*open=1 and closed=0"):
         standardize(Robot("arm", gripper=Gripper()), action)
 
 
-def test_numbers_are_taken_in_the_order_that_the_adapter_says():
+def test_numbers_are_taken_in_the_order_of_the_adapter():
     _, actions, _ = standardize(Robot("arm", select=(2, 0, -1)), [[1.0, 2.0, 3.0, 4.0]])
     assert actions.tolist() == [[3.0, 1.0, 4.0]]
     with pytest.raises(ValueError, match=r"asks for \[9\]"):
@@ -76,7 +76,7 @@ def test_an_absolute_pose_becomes_the_movement_to_it(rotation):
     np.testing.assert_array_equal(actions[:, 6], 1.0)
 
 
-def test_no_turn_is_the_identity():
+def test_a_rotation_by_zero_is_the_identity():
     np.testing.assert_allclose(axis_angle_to_matrix(np.zeros(3)), np.eye(3))
 
 
@@ -100,7 +100,7 @@ def test_bridge_takes_the_reached_pose_and_drops_the_first_step_and_the_last():
         standardize(BRIDGE, action[:2], state[:2])
 
 
-def test_a_wrong_rotation_is_told():
+def test_a_wrong_rotation_is_refused():
     with pytest.raises(ValueError, match="'quaternion' is not one of 'euler'"):
         Robot("arm", rotation="quaternion")
 
@@ -187,7 +187,7 @@ def test_a_rotation_is_not_taken_for_a_gripper():
         standardize(Robot("arm", space="end_effector_delta", gripper=Gripper()), np.zeros((2, 6)))
 
 
-def test_names_of_dimensions_follow_what_becomes_of_the_numbers():
+def test_names_of_dimensions_follow_the_conversion_of_the_numbers():
     names = {"a": ["one", "two"], "b": ["three"]}
     assert Robot("arm", action=("b", "a")).name_dimensions(names, names) == ["three", "one", "two"]
     assert Robot("arm", action="a", select=(1,)).name_dimensions(names, names) == ["two"]

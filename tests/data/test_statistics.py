@@ -22,7 +22,7 @@ NAMES = ["x", "y", "z", "roll", "pitch", "yaw", "grip"]
 ARM = Robot("arm", gripper=Gripper())
 
 
-def test_statistics_are_numpy_s_over_all_frames(episodes):
+def test_statistics_equal_numpys_over_all_frames(episodes):
     actions = np.stack([frame["action"] for each in episodes for frame in each]).astype(np.float64)
     states = np.stack([frame["state"] for each in episodes for frame in each]).astype(np.float64)
     (name, found), = compute_statistics(from_episodes(episodes, ARM, name="arm")).items()  # fmt: skip
@@ -67,7 +67,7 @@ def test_frames_that_a_mixture_draws_again_count_once(make_episode):
     assert compute_statistics(mixture) == compute_statistics(one) | compute_statistics(other)
 
 
-def test_statistics_of_a_table_are_kept(episodes, tmp_path, cache, run_python):
+def test_statistics_of_a_table_are_cached(episodes, tmp_path, cache, run_python):
     write_rlds(episodes, tmp_path / "arm")
     first = compute_statistics(load(tmp_path / "arm", ARM))
     (kept,) = cache.glob("statistics-*.json")
@@ -84,7 +84,7 @@ def test_statistics_of_a_table_are_kept(episodes, tmp_path, cache, run_python):
     assert compute_statistics(load(tmp_path / "other", ARM, name="arm"))["arm"]["num_trajectories"] == 3
 
 
-def test_statistics_of_states_are_of_those_that_there_are(episodes):
+def test_statistics_of_states_cover_the_states_that_exist(episodes):
     episodes[1][3]["state"][2] = np.nan
     states = np.stack([f["state"] for index in (0, 2, 3, 4) for f in episodes[index]]).astype(np.float64)
     found = compute_statistics(from_episodes(episodes, ARM, name="arm"))["arm"]
@@ -117,7 +117,7 @@ def count_reads(monkeypatch):
     return read
 
 
-def test_statistics_of_a_stream_are_kept_until_its_files_change(episodes, tmp_path, monkeypatch):
+def test_statistics_of_a_stream_are_cached_until_its_files_change(episodes, tmp_path, monkeypatch):
     write_rlds(episodes, tmp_path / "arm", episodes_per_file=1)
     write_rlds(episodes[:3], tmp_path / "other")
     read = count_reads(monkeypatch)
@@ -139,7 +139,7 @@ def test_statistics_of_a_stream_are_kept_until_its_files_change(episodes, tmp_pa
     assert statistics()["new"]["num_trajectories"] == 5
 
 
-def test_statistics_of_made_episodes_are_kept_under_a_key(episodes):
+def test_statistics_of_python_episodes_are_cached_under_a_key(episodes):
     calls = []
 
     def make():
@@ -167,7 +167,7 @@ def test_statistics_are_read_from_a_file_or_its_folder(episodes, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_names_of_dimensions_come_along_with_the_statistics(make_episode, tmp_path, streaming):
+def test_statistics_contain_the_names_of_dimensions(make_episode, tmp_path, streaming):
     parts = []
     for name, names in (("named", NAMES), ("other", NAMES[::-1]), ("nameless", None)):
         write_lerobot([make_episode(0), make_episode(1)], tmp_path / name, action_names=names)

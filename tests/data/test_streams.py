@@ -1,4 +1,4 @@
-"""Streams in training: which reader draws which frames, how often, and which images are decoded."""
+"""Streams in training: which reader draws which frames and how often, and which images are decoded."""
 
 import itertools
 from collections import Counter
@@ -99,7 +99,7 @@ def test_workers_of_ranks_draw_every_frame_equally(write, files):
     assert len(drawn) == 20 * files
 
 
-def test_each_pass_over_a_shuffled_stream_has_an_order_of_its_own(write, without_images):
+def test_each_pass_over_a_shuffled_stream_has_its_own_order(write, without_images):
     stream = load(write(*[6] * 5), streaming=True, shuffle_buffer=8)
     for repeated in (TrainingStream(stream), stream.repeat(None), stream.repeat(3), mix([(stream, 1.0, 30)])):
         order = keys(take(repeated, 90))
@@ -118,7 +118,7 @@ def test_a_reader_decodes_only_what_it_draws(write, decoded, readers):
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 8])
-def test_used_frames_are_passed_over_without_decoding(write, decoded, shuffle_buffer):
+def test_used_frames_are_skipped_without_decoding(write, decoded, shuffle_buffer):
     stream = load(write(20, 20), streaming=True, shuffle_buffer=shuffle_buffer)
     straight = take(TrainingStream(stream, batch_size=4), 60)
     decoded.clear()
@@ -130,7 +130,7 @@ def test_used_frames_are_passed_over_without_decoding(write, decoded, shuffle_bu
     assert len(decoded) == 8
 
 
-def test_a_mixture_goes_on_from_a_position_without_decoding_what_was_drawn(write, decoded):
+def test_a_mixture_continues_from_a_position_without_decoding_used_frames(write, decoded):
     parts = [(load(write(20, name=name), streaming=True), 1.0, 20) for name in ("one", "other")]
     mixture = mix(parts)
     reading = iter(mixture)
@@ -174,7 +174,7 @@ def test_a_stream_of_unknown_size_in_a_mixture_needs_its_number_of_frames(write,
         mix([(mix([(made, 1.0, 6)]), 1.0), (stored, 1.0, 12)])
 
 
-def test_the_card_of_a_plain_dataset_tells_its_number_of_frames(episodes, tmp_path):
+def test_the_card_of_a_plain_dataset_gives_its_number_of_frames(episodes, tmp_path):
     folder = tmp_path / "plain"
     folder.mkdir()
     rows = [frame for each in episodes for frame in each]
@@ -196,7 +196,7 @@ def test_frames_that_are_left_out_or_joined_do_not_count(make_episode, tmp_path)
     assert load(tmp_path / "arm", moving, streaming=True, drop_idle=True).num_frames is None
 
 
-def test_statistics_beside_rlds_files_tell_their_number_of_frames(write):
+def test_statistics_beside_rlds_files_give_their_number_of_frames(write):
     folder = write(6, 8, 10)
     (folder / "1.0.0" / "dataset_statistics_0a1b.json").write_text('{"num_transitions": 48, "num_trajectories": 6}')
     assert load(folder, streaming=True).num_frames == 24
@@ -228,7 +228,7 @@ def test_a_plain_stream_is_shared_evenly_too():
 
 
 @pytest.mark.parametrize("readers", [1, 3, 8])
-def test_ranks_evaluate_every_frame_once_and_equally_many(write, decoded, readers):
+def test_ranks_evaluate_every_frame_once_and_equal_numbers_of_frames(write, decoded, readers):
     stream = load(write(10, 5), streaming=True)
     shares = [keys(EvaluationStream(stream, rank, readers)) for rank in range(readers)]
     assert {len(share) for share in shares} == {-(-15 // readers)}
@@ -261,7 +261,7 @@ def damaged(make_episode):
 
 
 @pytest.mark.parametrize("readers", [1, 3])
-def test_ranks_evaluate_equally_many_frames_where_the_first_is_damaged(damaged, readers):
+def test_ranks_evaluate_equal_numbers_of_frames_if_the_first_is_damaged(damaged, readers):
     shares = [keys(EvaluationStream(damaged, rank, readers)) for rank in range(readers)]
     assert {len(share) for share in shares} == {12 // readers}
     undamaged = {(index, step) for index in range(2) for step in range(6)} - {(0, 0), (1, 2)}

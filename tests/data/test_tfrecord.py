@@ -41,7 +41,7 @@ def test_examples_come_back():
 
 
 @pytest.mark.parametrize("payload", [b"\xff" * 20, b"\x0a\x7f", b"plain text"])
-def test_what_is_no_example_is_refused(payload):
+def test_bytes_that_are_not_an_example_are_refused(payload):
     with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
         parse_example(payload, lambda name: True)
 
@@ -58,7 +58,7 @@ def test_a_cut_is_noticed_wherever_it_is(cut):
     assert "arm.tfrecord, record 1" in str(error)
 
 
-def test_every_flipped_bit_is_noticed_and_what_follows_is_read_where_it_can_be_found():
+def test_every_flipped_bit_is_noticed_and_later_records_are_read_if_they_can_be_found():
     file = io.BytesIO()
     write_record(file, b"first")
     size = file.tell()

@@ -64,7 +64,7 @@ def test_each_fault_is_found(make_episode, tmp_path):
     assert "record 1: 'action' contains NaN" in report.warnings[0]
 
 
-def test_faults_of_the_state_and_of_each_camera_are_found_if_they_are_asked_for(make_episode, tmp_path):
+def test_faults_of_the_state_and_of_each_camera_are_found_on_request(make_episode, tmp_path):
     episodes = [make_episode(index, steps=8) for index in range(15)]
     for frame in (frame for episode in episodes for frame in episode):
         frame["images"] = {"front": frame.pop("image"), "wrist": np.full((32, 32, 3), 90, np.uint8)}
@@ -84,7 +84,7 @@ def test_faults_of_the_state_and_of_each_camera_are_found_if_they_are_asked_for(
 
 
 def reaching(index, still=0, steps=24):
-    """An arm of two joints that stands still, and then follows targets with a lag; and its movements."""
+    """Make the frames of an arm with two joints, which stands still and then follows targets with a lag."""
     targets = np.concatenate([np.zeros(still), np.sin(np.linspace(0, 3, steps) + index)])[:, None] * [1.0, -0.5]
     states = np.concatenate([targets[:1], targets[:-1]])
     rng = np.random.default_rng(index)
@@ -127,7 +127,7 @@ def test_motionless_starts_are_recognised_by_the_state_and_go_without_idle_frame
     assert report.idle < 0.1
 
 
-def test_the_doctor_judges_the_data_at_the_rate_that_is_asked_for(make_episode, tmp_path, capsys):
+def test_the_doctor_judges_the_data_at_the_requested_rate(make_episode, tmp_path, capsys):
     episodes = [make_episode(index, steps=20) for index in range(4)]
     for each in episodes:
         for frame in each[:5]:
@@ -146,7 +146,7 @@ JOINTS = [f"joint{index}" for index in range(7)]
 
 
 @pytest.mark.parametrize("names", [JOINTS, {"motors": JOINTS}, {name: place for place, name in enumerate(JOINTS)}])
-def test_dimensions_are_called_what_the_data_calls_them(make_episode, tmp_path, capsys, names):
+def test_dimensions_have_the_names_that_the_data_gives(make_episode, tmp_path, capsys, names):
     episodes = [make_episode(index, steps=30) for index in range(7)]
     episodes[2][4]["action"][1] = 3.0
     write_lerobot(episodes, tmp_path / "arm", action_names=JOINTS)
@@ -194,7 +194,7 @@ def test_a_robot_without_a_gripper_is_not_asked_for_one(make_episode):
     assert "gripper" not in " ".join(report.warnings)
 
 
-def test_another_number_of_dimensions_than_the_model_s_is_told(make_episode):
+def test_another_number_of_dimensions_than_the_models_is_refused(make_episode):
     with pytest.raises(ValueError, match="7 dimensions, but the model's statistics have 2"):
         examine(from_episodes([make_episode(0)]), stats={"q01": [0, 0], "q99": [1, 1]})
 

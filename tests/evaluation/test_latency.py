@@ -28,7 +28,7 @@ def numel(module):
 
 @pytest.mark.parametrize(("size", "billions"), [("7b", 6.48), ("0.5b", 0.51), ("tiny", 0.0006)])
 def test_random_models_have_the_size_of_their_name(size, billions):
-    """Layers of the language model; the first two without taking memory."""
+    """Only the language model's layers count. The two large models are built without memory."""
     model, _ = random_model(size, torch.bfloat16, "cpu" if size == "tiny" else "meta")
     assert numel(model.model.language_model.layers) / 1e9 == pytest.approx(billions, rel=0.05)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -118,7 +118,7 @@ def test_a_chunk_model_shares_all_weights_but_its_head():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is counted on Linux only")
 def test_peak_memory_is_what_a_call_takes():
     cpu = torch.device("cpu")
-    # The kernel counts pages in batches for each processor, so a little is missing at times.
+    # Linux counts pages in batches for each processor, so the figure may be slightly too low.
     assert 60 << 20 <= peak_memory(lambda: torch.ones(64 << 20, dtype=torch.uint8), cpu) <= 96 << 20
 
 
@@ -135,7 +135,7 @@ def test_what_is_measured(tiny):
         for timing in batch.timings.values():
             assert timing["p95"] >= timing["median"] > 0
             assert timing["hz"] == pytest.approx(batch.batch_size / timing["median"])
-        # The parts of an action are the whole of it.
+        # The parts of an action add up to the whole.
         parts = batch.parts["vision"] + batch.parts["prefill"] + batch.parts["decode"]
         assert parts == pytest.approx(batch.timings["predict_action"]["median"])
     assert json.loads(json.dumps(asdict(compared)))["batches"][1]["prompt_tokens"] > 16
@@ -195,7 +195,7 @@ def test_options_of_random_models_are_refused_for_a_checkpoint(option, tiny, cap
     assert f"{option} is for random weights: give --random." in capsys.readouterr().err
 
 
-def test_a_platform_is_for_a_checkpoint_whose_files_do_not_tell_it(capsys, tmp_path):
+def test_a_platform_is_for_a_checkpoint_whose_files_do_not_determine_it(capsys, tmp_path):
     write_tiny_oft(tmp_path, head="none", proprio=False)
     command = ["bench", "--model", str(tmp_path), "--platform", "libero", "--repeats", "1", "--json"]
     assert main(command) == 2

@@ -36,11 +36,11 @@ def test_errors_are_in_the_robots_units_for_each_dimension(tiny):
     assert open_loop_table("arm", report, list("abcdefg")).row_count == 2 + 7 + 2
 
 
-def test_a_policy_that_does_as_recorded_is_perfect(tiny):
+def test_a_policy_that_acts_as_recorded_is_perfect(tiny):
     model, processor = tiny()
     rows = [dict(frame) for frame in recorded()]
     own = [[{**row, "action": predict(model, processor, row)} for row in rows]]
-    # The gripper's token is a number a little beside 0 or 1.
+    # The gripper's token stands for a number slightly different from 0 or 1.
     perfect = evaluate_open_loop(model, processor, from_episodes(own, Robot("arm"), name="own"))
     assert perfect.token_accuracy > 0.9
     assert perfect.l1 < 0.01
@@ -84,7 +84,7 @@ def test_the_command_names_dimensions_as_the_data_do(tiny, tmp_path, capsys):
 
 @pytest.fixture
 def two_cameras(tiny, tmp_path):
-    """A policy of chunks that sees two cameras and the state, and a recording for it."""
+    """A policy that predicts chunks from two cameras and the state, and a recording for it."""
     proprio = {"q01": [-1.0, -1.0], "q99": [1.0, 1.0]}
     fields = {"action_decoding": "parallel", "action_head": "l1", "action_horizon": 3, "action_dim": 7}
     model, processor = tiny(
@@ -221,9 +221,7 @@ def write_robots(folder, closed):
     return ["--robots", str(file)]
 
 
-def test_the_adapter_that_read_the_data_for_training_reads_them_for_the_evaluation_or_nothing_does(
-    tiny, tmp_path, capsys, monkeypatch
-):
+def test_only_the_adapter_of_the_training_reads_the_data_for_the_evaluation(tiny, tmp_path, capsys, monkeypatch):
     registered = dict(robots._REGISTRY)
     monkeypatch.setattr(robots, "_REGISTRY", registered)
     model, processor = tiny()

@@ -26,7 +26,7 @@ def images(count, seed=0):
 
 @torch.no_grad()
 def generated(model, inputs, steps=STEPS, constrained=True):
-    """Greedy ids (B, steps) by `generate`, after prompts that are padded on the left."""
+    """Generate ids (B, steps) greedily with `generate`, after prompts that are padded on the left."""
     end_id = model.config.action_vocab_end
     only = [ActionIdsOnly(end_id - model.config.n_action_bins, end_id)] if constrained else []
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
@@ -35,7 +35,7 @@ def generated(model, inputs, steps=STEPS, constrained=True):
 
 
 def drafts_of(right, config):
-    """Guesses at action ids (B, A): good, bad, and no ids at all."""
+    """Make drafts for action ids (B, A): good ones, bad ones, and some that are not ids."""
     end_id, count = config.action_vocab_end, right.shape[1]
     wrong = end_id - 1 - (end_id - right) % config.n_action_bins
     assert (wrong != right).all()
@@ -57,7 +57,7 @@ def drafts_of(right, config):
 
 @pytest.fixture
 def policy(tiny):
-    """(model, processor) with an end of the prompt, for an attention implementation."""
+    """Return a function that builds (model, processor) without a prompt suffix, for an attention implementation."""
 
     def build(attention="sdpa", **fields):
         model, processor = tiny(**fields)
@@ -135,7 +135,7 @@ def test_rows_of_different_length_and_action_dimension(policy):
             count = model.get_action_dim(key)
             assert np.array_equal(details.token_ids[row, :count], right[row, :count]), name
             assert np.array_equal(details.actions[row, :count], singles[row]), name
-    # What comes after the last dimension of a row is nobody's business.
+    # Tokens after the last dimension of a row do not matter.
     long_enough = np.where(np.arange(2 * STEPS) < np.array([[7], [14], [7]]), right, model.config.action_vocab_end - 1)
     assert predict(model, inputs, unnorm_key=keys, draft_token_ids=long_enough).forward_passes == 1
 
@@ -170,7 +170,7 @@ def test_the_recorded_tokens_come_whatever_the_draft(recorded, case):
         drafts = drafts_of(right, model.config)
         options = {"unnorm_key": prediction["unnorm_key"], "constrained": False}
         assert predict(model, inputs, draft_token_ids=right, **options).forward_passes == 1
-        # One row for each draft, cut or filled up to the same length.
+        # One row for each draft, cut or padded to the same length.
         rows = [np.resize(np.append(np.ravel(draft), [-1] * steps), steps) for draft in drafts.values()]
         batch = {name: tensor.expand(len(rows), *tensor.shape[1:]) for name, tensor in inputs.items()}
         details = predict(model, batch, draft_token_ids=np.stack(rows), **options)
@@ -215,7 +215,7 @@ def test_a_head_that_is_changed_in_place_counts(policy):
 
 @pytest.mark.parametrize("window", [4096, 8])
 def test_a_sliding_window(tokenizer, window):
-    """One that is wider than the prompt slides nowhere; one that does goes through `generate`."""
+    """A window wider than the prompt has no effect; a narrower one goes through `generate`."""
     config = tiny_config(tokenizer)
     sizes = {name: getattr(config.text_config, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
     config.text_config = MistralConfig(
@@ -225,7 +225,7 @@ def test_a_sliding_window(tokenizer, window):
     model, processor = AutoModel.from_config(config).eval(), tiny_processor(tokenizer, config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    for image in images(2):  # the second call finds the cache of the first
+    for image in images(2):  # the second call uses the cache of the first
         check_against_generate(model, processor(image, instruction=INSTRUCTIONS[0]))
 
 
@@ -237,7 +237,7 @@ def test_attention_that_takes_no_such_mask_goes_through_generate(policy, monkeyp
 
     def count(**options):
         calls.append(options["max_new_tokens"])
-        model.config.text_config._attn_implementation = "sdpa"  # no other runs everywhere
+        model.config.text_config._attn_implementation = "sdpa"  # the others do not run everywhere
         return generate(**options)
 
     monkeypatch.setattr(model, "generate", count)
@@ -391,11 +391,11 @@ def test_float16_that_overflows_is_refused(policy):
 
 
 @torch.no_grad()
-def test_what_follows_the_last_dimension_of_a_row_may_be_anything(policy):
+def test_tokens_after_the_last_dimension_of_a_row_may_be_anything(policy):
     model, processor = policy(norm_stats={"one": {"action": BRIDGE_LIKE_STATS}, "two": {"action": TWO_ARMS}})
     inputs = processor(images(2), instruction=INSTRUCTIONS[:2])
     expected = predict(model, inputs, unnorm_key=["one", "two"])
-    # The token that ends the first row's action is read for what comes after it alone.
+    # The last token of the first row's action is read only to predict the tokens after it.
     last = expected.token_ids[0, STEPS - 1]
     assert last not in expected.token_ids[0, : STEPS - 1]
     assert last not in expected.token_ids[1, :-1]
@@ -485,7 +485,7 @@ def test_a_copy_of_a_compiled_model_compiles_by_itself(policy):
 
 @pytest.fixture
 def small_policy(policy):
-    """As `policy`, with as few layers as there can be: a compiler takes a while for each."""
+    """Like `policy`, with as few layers as possible, because compiling each takes a while."""
     return functools.partial(policy, vision_layers=2, text_layers=1)
 
 
@@ -496,7 +496,7 @@ def test_a_pass_in_code_for_this_machine_gives_the_same(small_policy):
     inputs = processor(images(1), instruction=INSTRUCTIONS[0])
     plain = predict(model, inputs)
     model.compile_for_actions()
-    with torch._inductor.config.patch(compile_threads=1):  # more of them take longer to start than they save here
+    with torch._inductor.config.patch(compile_threads=1):  # starting more threads takes longer than they save
         details = predict(model, inputs, draft_token_ids=plain.token_ids)
     assert model.action_pass is not action_pass, "it compiled nothing"
     assert details.forward_passes == 1
@@ -506,7 +506,7 @@ def test_a_pass_in_code_for_this_machine_gives_the_same(small_policy):
 
 @pytest.mark.slow
 def test_compiled_passes_give_the_same(small_policy, monkeypatch):
-    # Every graph is captured and run. The test above has code generated, which takes most of the time.
+    # Every graph is captured and run. Only the test above generates code, which takes most of the time.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model, processor = small_policy()
     observations = [processor(image, instruction=text) for image, text in zip(images(2), INSTRUCTIONS, strict=False)]
@@ -551,7 +551,7 @@ print([str(one.message) for one in caught if "Compilation failed" in str(one.mes
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_warns_once_and_goes_on(small_policy, run_python, tmp_path):
+def test_without_a_compiler_it_warns_once_and_continues(small_policy, run_python, tmp_path):
     model, processor = small_policy(fused=False)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")

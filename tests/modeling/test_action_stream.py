@@ -1,4 +1,4 @@
-"""Streams that play chunks of actions. Those of plain models are in test_action_decoding.py."""
+"""Streams that play chunks of actions. test_action_decoding.py tests those of plain models."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def model(tiny):
 
 
 def observations(rows=1):
-    """Different inputs of `predict_action`, one after the other."""
+    """Yield different inputs for `predict_action`."""
     generator = torch.Generator().manual_seed(0)
     while True:
         yield {

@@ -32,7 +32,7 @@ def test_decoding_is_within_half_a_bin(tokenizer):
     assert ids.min() == tokenizer.first_id
     assert ids.max() == tokenizer.vocab_end - 1
     assert np.abs(tokenizer.decode(ids) - actions).max() <= 1 / (tokenizer.n_bins - 1) + 1e-12
-    # The highest action shares the last centre, so that its id is the only one that does not come back.
+    # The highest action shares the last centre, so its id is the only one that changes.
     moved = tokenizer.encode(tokenizer.decode(ids)) != ids
     assert (ids[moved] == tokenizer.first_id).all()
 
@@ -46,14 +46,14 @@ def test_ids_count_down_and_bins_count_up():
     assert tokenizer.bin_values[0] == tokenizer.decode(31999)
 
 
-def test_ids_that_are_no_action_clip_to_an_end():
+def test_ids_that_are_not_actions_are_clipped_to_an_end():
     tokenizer = ActionTokenizer()
     expected = tokenizer.decode(np.array([31744, 31999]))
     assert np.array_equal(tokenizer.decode(torch.tensor([2, 32063])), expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_has_no_id(value):
+def test_values_that_are_not_finite_have_no_id(value):
     with pytest.raises(ValueError, match="must be finite"):
         ActionTokenizer().encode(np.array([0.0, value]))
 
@@ -113,7 +113,7 @@ SEVERAL = {"bridge_orig": {"action": STATS}, "fractal": {"action": STATS}}
             "Unknown `unnorm_key` 'bridge'. Did you mean 'bridge_orig'.* from 'bridge_orig', 'frac",
         ),
         (SEVERAL, "xyz", "Unknown `unnorm_key` 'xyz'. Choose from 'bridge_orig', 'fractal'"),
-        ({}, None, "no action statistics.*put a `dataset_statistics.json` beside.*or pass `stats=`"),
+        ({}, None, "no action statistics.*put a `dataset_statistics.json` next to.*or pass `stats=`"),
         (None, "bridge_orig", "no action statistics"),
     ],
 )

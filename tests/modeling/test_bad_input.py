@@ -1,4 +1,4 @@
-"""What is wrong with an input or a checkpoint is said in one sentence, with the way out."""
+"""Errors about an input or a checkpoint say in one sentence what is wrong and what to do."""
 
 import json
 from functools import partial
@@ -26,7 +26,7 @@ SEVERAL = {"bridge_orig": {"action": BRIDGE_LIKE_STATS}, "fractal": {"action": B
     [
         (SEVERAL, {}, "several action statistics: pass `unnorm_key=`, one of 'bridge_orig', 'fractal'"),
         (SEVERAL, {"unnorm_key": "bridge"}, "Unknown `unnorm_key` 'bridge'. Did you mean 'bridge_orig'"),
-        ({}, {}, "no action statistics.*put a `dataset_statistics.json` beside its weights"),
+        ({}, {}, "no action statistics.*put a `dataset_statistics.json` next to its weights"),
         (SEVERAL, {"unnorm_key": ["fractal"]}, "Got 1 `unnorm_key`s for 2 observations: give one, or one for each"),
     ],
 )
@@ -61,7 +61,7 @@ def test_ids_of_another_number_of_dimensions_are_not_decoded(tiny, shape):
 
 
 def every_way_in(model):
-    """What takes ids, images and a mask."""
+    """Return all functions that take ids, images and a mask."""
     return [model, partial(model.generate, max_new_tokens=1), model.predict_action]
 
 
@@ -226,7 +226,7 @@ def test_tensors_that_are_not_dense_values_are_refused(tiny, name, change):
         model.predict_action(**inputs)
 
 
-def test_a_stream_refuses_what_is_not_ids_at_every_step(tiny):
+def test_a_stream_refuses_values_that_are_not_ids_at_every_step(tiny):
     model, processor = tiny()
     inputs = processor(fake_episode(steps=1)[0]["image"], instruction="open")
     stream = model.action_stream()
@@ -456,7 +456,7 @@ def test_damaged_statistics_in_a_config(checkpoint):
         (lambda weights: weights.pop("lm_head.weight"), r"1 weight is missing \(for example 'lm_head.weight'"),
     ],
 )
-def test_weights_that_are_too_many_or_missing(checkpoint, change, message):
+def test_missing_or_unexpected_weights(checkpoint, change, message):
     weights = load_file(checkpoint / "model.safetensors")
     change(weights)
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
@@ -476,7 +476,7 @@ def test_a_damaged_file(checkpoint, damage):
 
 def test_a_missing_file(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"no file named model\.safetensors.*copy the weights beside the config"):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors.*copy the weights next to the config"):
         AutoModel.from_pretrained(checkpoint)
 
 
@@ -574,7 +574,7 @@ def test_consent_to_an_adapters_code_is_not_consent_to_that_of_its_base(tiny, tm
     for path in base.glob("*.py"):
         path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     with pytest.raises(
-        ValueError, match=r"is for 'another'\. The adapter .* load it yourself with consent to that code"
+        ValueError, match=r"is for 'another'\. The adapter .* load it yourself with `trust_remote_code=True`"
     ):
         OpenVLAForActionPrediction.from_pretrained(adapter, trust_remote_code=True)
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""Which files a checkpoint has: what is absent, and what can't be told or read."""
+"""The files of a checkpoint: which are absent, and which are unknown or can't be read."""
 
 import json
 
@@ -14,7 +14,7 @@ STATISTICS = "dataset_statistics.json"
 
 @pytest.fixture
 def repository(owner, monkeypatch):
-    """A small repository on a Hub that is asked again at once where the client would wait."""
+    """A small repository on a Hub whose client retries without waiting."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     folder = owner.root / REPO
     folder.mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_without_the_list_of_files_the_cache_is_used_alone(repository, owner, st
         files.find(STATISTICS)
 
 
-def test_offline_a_file_that_was_never_asked_for_is_not_taken_for_absent(repository, offline):
+def test_offline_a_file_that_was_never_requested_does_not_count_as_absent(repository, offline):
     CheckpointFiles.locate(REPO).find("config.json")
     offline()
     files = CheckpointFiles.locate(REPO)
@@ -96,7 +96,7 @@ def test_offline_a_downloaded_repository_has_no_more_than_its_files(repository, 
     assert files.match(["action_head--*"]) == []
 
 
-def test_offline_a_part_of_a_repository_is_known_as_one(repository, offline):
+def test_offline_an_incomplete_repository_is_recognised_as_such(repository, offline):
     (repository / "action_head--100_checkpoint.pt").write_bytes(b"weights")
     snapshot_download(REPO, allow_patterns=["config.json"])
     offline()
@@ -113,7 +113,7 @@ def test_all_files_come_from_the_commit_that_was_listed(repository):
     assert CheckpointFiles.locate(REPO).read_json(STATISTICS) == {"bathroom": 1}
 
 
-def test_a_subfolder_has_files_of_its_own(repository):
+def test_a_subfolder_has_its_own_files(repository):
     (repository / "inner").mkdir()
     (repository / "inner" / "config.json").write_text('{"inner": 1}')
     files = CheckpointFiles.locate(REPO, subfolder="inner")
@@ -123,7 +123,7 @@ def test_a_subfolder_has_files_of_its_own(repository):
 
 
 @pytest.mark.parametrize("source", ["/no/where", "./nowhere", "../no/where", "", "no where"])
-def test_what_is_neither_a_folder_nor_a_hub_id_is_said_so(owner, source):
+def test_a_source_that_is_neither_a_folder_nor_a_hub_id_is_reported(owner, source):
     with pytest.raises(OSError, match="is neither an existing folder nor a Hub id such as 'openvla/openvla-7b'"):
         CheckpointFiles.locate(source)
 

@@ -141,7 +141,7 @@ except ImportError as error:
 """
 
 
-def test_an_old_transformers_is_told_what_to_do(run_python):
+def test_an_old_version_of_transformers_gets_a_clear_error(run_python):
     result = run_python(OLD_TRANSFORMERS, configuration_openvla.__file__)
     assert result.stdout == (
         "This OpenVLA needs transformers >= 5.20, but 4.57.0 is installed: run `pip install -U transformers`.\n"

@@ -19,7 +19,7 @@ def film_model(**kwargs):
 
 
 def randomize(published, rank, seed=0):
-    """Random values for a published backbone whose LoRA has another rank."""
+    """Make random weights for a published backbone whose LoRA has another rank."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {}
     for name, tensor in published.items():
@@ -31,7 +31,7 @@ def randomize(published, rank, seed=0):
 
 
 def expected_features(published, config, pixel_values, language):
-    """Features of the images, computed from the published file as it is."""
+    """Compute the features of the images directly from the published file."""
     images = pixel_values.unflatten(1, (config.num_images, -1, 3))
     towers = []
     for index, (name, tower) in enumerate(

@@ -1,4 +1,4 @@
-"""A save that is interrupted leaves the old checkpoint, or one that does not load."""
+"""An interrupted save leaves either the old checkpoint or one that does not load."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from openvla_hf.modeling.folder_writing import UNFINISHED, written_whole
 from openvla_hf.testing import BRIDGE_LIKE_STATS
 
 
-# Of the interpreter's audit events: what changes a folder.
+# Audit events of Python that change a folder.
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod")
 
 
 def copy_at_every_change(folder, save, copies):
-    """Run `save` in a process of its own, and copy `folder` before each change: what a kill would leave there.
+    """Run `save` in a new process, and copy `folder` before each change, as a kill would leave it.
 
-    The folder of unfinished files is not copied, since no load reads it. Returns the copies in order; the last is of
-    the end.
+    The folder of unfinished files is not copied, since loading never reads it. Returns the copies in order; the last
+    one shows the final state.
     """
     child = os.fork()
     if child == 0:
@@ -56,7 +56,7 @@ def copy_at_every_change(folder, save, copies):
 
 
 def state(folder):
-    """What a checkpoint acts with, or `None` where it does not load."""
+    """Return everything that determines a checkpoint's actions, or `None` if it does not load."""
     try:
         model = AutoModel.from_pretrained(folder)
     except (OSError, ValueError):
@@ -91,10 +91,10 @@ def test_a_killed_save_never_loads_as_a_mixture(tiny, tmp_path, before, after):
         outcome = [name for name in expected if found == expected[name]]
         assert outcome or found is None, copied.name
         outcomes.append(outcome[0] if outcome else None)
-    # First the old one, then none, and the new one when all is done.
+    # First the old checkpoint loads, then none, and at the end the new one.
     changes = [outcome for index, outcome in enumerate(outcomes) if index == 0 or outcome != outcomes[index - 1]]
     assert changes == ["old", None, "new"]
-    # The next save tidies up nothing of others, and is whole.
+    # The next save is complete, and removes no files of others.
     new.save_pretrained(copies[0], max_shard_size=after)
     assert state(copies[0]) == expected["new"]
 
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny, tmp_path, full_disk):
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
-def test_a_full_disk_is_said_in_a_sentence(tiny, tmp_path, full_disk):
+def test_a_full_disk_is_reported_in_one_sentence(tiny, tmp_path, full_disk):
     model, _ = tiny()
     with full_disk(50_000), pytest.raises(OSError, match=r"can't be written .*free some space, or"):
         model.save_pretrained(tmp_path / "new")
@@ -124,7 +124,7 @@ def test_statistics_of_an_earlier_checkpoint_are_not_revived(tiny, tmp_path):
     assert not AutoModel.from_pretrained(tmp_path).norm_stats
 
 
-def test_what_is_not_replaced_stays(tiny, tmp_path):
+def test_files_that_are_not_replaced_stay(tiny, tmp_path):
     model, processor = tiny()
     processor.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("mine")
@@ -144,7 +144,7 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_is_saved_whole_too(tiny, tmp_path):
+def test_an_adapter_is_also_saved_as_a_whole(tiny, tmp_path):
     model, _ = tiny()
     model.save_pretrained(tmp_path / "base")
     model = AutoModel.from_pretrained(tmp_path / "base")

@@ -3,7 +3,7 @@ import pytest
 from openvla_hf.modeling.known_names import LONGEST_LIST, check_name
 
 
-def test_a_known_name_passes_and_an_unknown_one_is_answered_with_the_closest():
+def test_a_known_name_passes_and_the_error_for_an_unknown_one_suggests_the_closest():
     check_name("bridge_orig", {"bridge_orig": 1}, "dataset")
     with pytest.raises(ValueError, match=r"^Unknown dataset 'bridge'\. Did you mean 'bridge_orig'\? Choose from 'br"):
         check_name("bridge", ["bridge_orig", "fractal"], "dataset")

@@ -1,4 +1,4 @@
-"""What this package needs of other libraries beyond their public interfaces, each with the file that needs it."""
+"""The private parts of other libraries that this package uses, each with the file that uses it."""
 
 import logging
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_a_config_knows_the_attention_implementation():
 
 
 def test_the_cache_keeps_the_list_of_a_commits_files(owner):
-    """`CheckpointFiles` in checkpoint_files.py looks for it where the Hub is not asked."""
+    """`CheckpointFiles` in checkpoint_files.py reads the list when the Hub is not asked."""
     folder = owner.root / "someone/policy"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""What the Hub holds is loaded as what is on disk, and refused as that is."""
+"""Checkpoints on the Hub are loaded and refused like those on disk."""
 
 import json
 import shutil
@@ -71,14 +71,14 @@ def test_a_checkpoint_on_the_hub(tiny, run_python, tmp_path):
         assert json.loads(loaded) == action
         assert refused == again
         assert "`action_dim=6` contradicts action_head--latest_checkpoint.pt of someone/oft" in refused
-        # Both Auto classes ask which commit it is, and the model for the files (the tree is for chat templates).
+        # Both Auto classes ask for the commit, and the model for the files (the tree is for chat templates).
         asked = [request for request in hub.requests if "/api/models/someone/good" in request]
         assert len([request for request in asked if "/tree/" not in request]) == 3
-        # The weights of what is refused are not downloaded first.
+        # The weights of a refused checkpoint are never downloaded.
         weights = [request for request in hub.requests if "/oft/resolve/" in request and "safetensors" in request]
         assert "/plain/" in weights[0]
 
-        # Where there is no list, what is in the cache is looked at and loaded, and nothing else.
+        # Without a list of files, only the files in the cache are examined and loaded.
         cached = ["none 1", "l1 2"]
         assert run_python(LOAD_WITHOUT_THE_LIST, **hub.env).stdout.splitlines() == cached
         unknown = run_python(LOAD_WITHOUT_THE_LIST, **hub.env, HF_HOME=str(tmp_path / "empty")).stdout.splitlines()
@@ -89,7 +89,7 @@ def test_a_checkpoint_on_the_hub(tiny, run_python, tmp_path):
 
 @pytest.fixture
 def shared(tiny, owner, monkeypatch):
-    """A policy and an adapter with statistics of its own, on a Hub that is asked again at once when it fails."""
+    """A policy and an adapter with its own statistics, on a Hub whose client retries without waiting."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     model, processor = tiny()
     for one in (model, processor):
@@ -119,7 +119,7 @@ def test_statistics_of_an_adapter_that_cannot_be_read_are_not_those_of_its_base(
     assert list(load("someone/adapter").norm_stats) == ["mine"]
 
 
-def test_an_adapter_without_a_network_is_not_called_something_else(shared, monkeypatch):
+def test_without_a_network_an_adapter_is_not_reported_as_something_else(shared, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"someone/adapter: it is not in the cache, and offline mode"):
         onto_a_base("someone/adapter")

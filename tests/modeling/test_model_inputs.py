@@ -29,7 +29,7 @@ def test_an_image_goes_after_bos_and_mask_and_labels_grow_with_it(config):
     assert insert_image_tokens(config, input_ids[1:2])[0].tolist() == grown_ids[1:2].tolist()
 
 
-def test_an_image_that_is_there_stays(config):
+def test_existing_placeholders_stay(config):
     image = [config.image_token_id] * config.num_image_tokens
     assert insert_image_tokens(config, row(BOS, *image, A))[0].tolist() == [[BOS, *image, A]]
 

@@ -78,7 +78,7 @@ def test_each_tower_runs_once_for_an_action(tiny, decoding):
 
 @pytest.fixture(params=["golden", "tiny", "tiny one tower"])
 def policy(request, tiny):
-    """Builds (model, processor) for an attention implementation; the recorded checkpoint where there is one."""
+    """Return a function that builds (model, processor), recorded or tiny, for an attention implementation."""
 
     def build(attention="sdpa"):
         if request.param == "golden":
@@ -197,7 +197,7 @@ def number_of_parameters(module):
 )
 @torch.no_grad()
 def test_a_tower_stops_at_the_layer_that_is_read(vision_config, unread):
-    """It gives hidden_states[-2] of the whole tower, and holds nothing that this does not need."""
+    """The tower computes hidden_states[-2] of the whole tower, and has no weights that this does not need."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     whole = AutoModel.from_config(vision_config(**sizes)).eval()
     config = tiny_config(image_size=28, fused=False)
@@ -217,7 +217,7 @@ def test_number_of_parameters(tiny, fused):
     model, _ = tiny(fused=fused)
     towers = model.model.vision_backbone.towers
     vision, width = 32 * len(towers), 64
-    # DINOv2 has LayerScale and tokens of its own; both have 16 patches of 14 x 14 x 3.
+    # DINOv2 also has LayerScale and extra tokens; both have 16 patches of 14 x 14 x 3.
     block = 12 * 32**2 + 13 * 32
     patches = (14 * 14 * 3 + 1) * 32
     expected = {
@@ -295,7 +295,7 @@ def test_one_observation_gives_one_action(tiny):
     inputs = processor(observations(1), instruction="open")
     action = model.predict_action(**inputs)
     assert (action.shape, action.dtype) == ((STEPS,), np.float64)
-    # The original's form of the call, the key in its place and greedy decoding asked for.
+    # The original's form of the call, with a positional key and greedy decoding.
     original_form = model.predict_action(
         inputs["input_ids"], pixel_values=inputs["pixel_values"], unnorm_key="tiny", do_sample=False
     )
@@ -328,7 +328,7 @@ def test_sampling_repeats_with_its_seed(tiny):
     assert not np.array_equal(samples[0], samples[2])
 
 
-def test_what_is_not_asked_to_sample_is_deterministic(tiny):
+def test_decoding_without_sampling_is_deterministic(tiny):
     model, processor = tiny()
     inputs = processor(observations(2), instruction="open")
     greedy = model.predict_action(**inputs)

@@ -1,4 +1,4 @@
-"""Published OpenVLA-OFT checkpoints: what their files tell, what stays to be said, and what is refused."""
+"""Published OpenVLA-OFT checkpoints: fields that their files determine, fields to give, and refused checkpoints."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ from openvla_hf.testing import tiny_config, tiny_processor, write_tiny_oft
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Folders by their options, each written once."""
+    """Return a function that gives the folder of a checkpoint with some options, written once."""
     folder = tmp_path_factory.mktemp("written")
     return functools.cache(
         lambda options: write_tiny_oft(folder / "-".join(str(value) for _, value in options), **dict(options))
@@ -34,7 +34,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def oft(written, tmp_path):
-    """Copies a checkpoint into the folder "oft", beside what is there."""
+    """Return a function that copies a checkpoint into the folder "oft", which may already contain files."""
 
     def copy(**options):
         source = written(tuple(sorted(options.items())))
@@ -76,7 +76,7 @@ def test_weights_get_our_names_and_keep_their_values(oft):
     assert weights["model.noisy_action_projector.fc1.weight"].dtype == torch.float32
 
 
-def test_given_fields_come_before_the_platform(oft):
+def test_given_fields_take_precedence_over_the_platform(oft):
     resolved = fields(oft(), "libero", num_images=1, action_horizon=4, action_normalization="bounds")
     assert (resolved["num_images"], resolved["action_horizon"], resolved["action_normalization"]) == (1, 4, "bounds")
     assert fields(oft(), num_images=1)["action_horizon"] == 8
@@ -98,7 +98,7 @@ def test_without_a_component_the_platform_must_be_named(oft):
 def test_an_ambiguous_platform_is_asked_for(oft):
     folder = oft(proprio=False)
     message = (
-        "oft does not state `num_images`, and action_dim=7 fits several platforms: pass `platform=`, one of "
+        "oft does not state `num_images`, and several platforms have action_dim=7: pass `platform=`, one of "
         "'libero', 'bridge', or `num_images=`"
     )
     with pytest.raises(ValueError, match=message):
@@ -111,11 +111,11 @@ def test_two_arms_belong_to_one_platform(oft):
     assert (resolved["num_images"], resolved["proprio_dim"]) == (3, None)
 
 
-def test_dimensions_of_no_platform_are_told(oft):
+def test_dimensions_of_no_platform_are_refused(oft):
     folder = oft()
     path = folder / "proprio_projector--latest_checkpoint.pt"
     torch.save(torch.load(path) | {"module.fc1.weight": torch.ones(64, 9)}, path)
-    with pytest.raises(ValueError, match="action_dim=7 and proprio_dim=9 fits no known platform"):
+    with pytest.raises(ValueError, match="no known platform has action_dim=7 and proprio_dim=9"):
         fields(folder)
     stated = {"num_images": 2, "action_horizon": 6, "action_normalization": "q99"}
     assert fields(folder, **stated)["proprio_dim"] == 9
@@ -285,7 +285,7 @@ def test_a_plain_checkpoint_has_no_platform(tmp_path, load, given):
     load.from_pretrained(tmp_path, platform="libero", action_decoding="parallel")
 
 
-def test_a_recognised_platform_is_told_unless_it_is_named(oft, caplog):
+def test_a_recognised_platform_gives_a_warning_unless_it_is_named(oft, caplog):
     folder = oft()
     fields(folder)
     (record,) = caplog.records
@@ -330,7 +330,7 @@ def test_statistics_of_a_state_that_never_changes_are_refused(oft):
         ({"action_normalization": "normal"}, "Unknown `action_normalization` 'normal'. Choose from 'q99', 'bounds'"),
     ],
 )
-def test_bad_fields_are_told_whichever_class_loads(oft, load, given, message):
+def test_bad_fields_are_refused_whichever_class_loads(oft, load, given, message):
     with pytest.raises(ValueError, match=message):
         load.from_pretrained(oft(), **given)
 
@@ -435,7 +435,7 @@ def test_a_model_saved_over_its_source_replaces_the_components(oft):
     assert not list(folder.glob("*.pt"))
     assert AutoModel.from_pretrained(folder).action_head.fc2.bias.eq(1).all()
     (folder / "action_head--latest_checkpoint.pt").write_bytes(head)
-    with pytest.raises(ValueError, match=r"has the weights of the action_head twice, .*: delete the second file"):
+    with pytest.raises(ValueError, match=r"has the weights of the action_head twice, .*: delete action_head--"):
         AutoModel.from_pretrained(folder)
 
 
@@ -457,7 +457,7 @@ def test_an_offloaded_head_is_not_left_empty(oft, tmp_path):
 
 def test_a_checkpoint_with_components_is_saved_before_it_is_quantised_on_disk(oft, tmp_path):
     with pytest.raises(
-        ValueError, match=r"files of their own \(action_head--.*save it with `save_pretrained`, and quantise"
+        ValueError, match=r"component files \(action_head--.*save it with `save_pretrained`, and quantise"
     ):
         quantize(oft(), tmp_path / "small", "8bit")
 

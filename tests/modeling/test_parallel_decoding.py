@@ -36,7 +36,7 @@ IMPLEMENTATIONS = ["sdpa", "eager"]
 
 
 def make_inputs(model, rows=1, seed=0, lengths=(5, 9, 3)):
-    """Arguments of `predict_action` for prompts of different lengths, padded on the right."""
+    """Make arguments of `predict_action` for prompts of different lengths, padded on the right."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     width = max(lengths[:rows])
     mask = torch.arange(width) < torch.tensor(lengths[:rows])[:, None]
@@ -124,7 +124,7 @@ def test_padding_on_the_left_and_on_the_right_agree(model):
     assert np.array_equal(model.predict_action(**on_the_left, **noise), expected)
 
 
-def test_placeholders_of_the_images_may_be_there_already(model):
+def test_the_ids_may_already_contain_the_placeholders_of_the_images(model):
     inputs, noise = row_of(make_inputs(model), 0), noise_of(model)
     expected = model.predict_action(**inputs, **noise)
     count = model.config.num_images * model.config.num_image_tokens
@@ -136,7 +136,7 @@ def test_placeholders_of_the_images_may_be_there_already(model):
 
 
 def watch(module):
-    """The embeddings that enter a language model, and the hidden states that leave it, of the last call."""
+    """Record the input embeddings and the output hidden states of a language model in its last call."""
     seen = {}
 
     def keep(_, args, kwargs, output):
@@ -219,7 +219,7 @@ def with_language_model(kind, **fields):
 def test_the_listed_language_models_see_ahead(kind):
     config = with_language_model(kind)
     for implementation in IMPLEMENTATIONS:
-        if (kind, implementation) == ("gemma2", "sdpa"):  # which does not have it
+        if (kind, implementation) == ("gemma2", "sdpa"):  # Gemma 2 does not support SDPA
             continue
         torch.manual_seed(0)
         model = OpenVLAForActionPrediction._from_config(config, attn_implementation=implementation).eval()
@@ -263,7 +263,7 @@ def test_flex_attention_agrees(l1):
 
 def test_an_attention_implementation_without_a_bidirectional_mask_is_refused(l1):
     l1.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="'flash_attention_2' does not take a bidirectional mask: load"):
+    with pytest.raises(ValueError, match="'flash_attention_2' does not take the bidirectional mask"):
         l1.predict_action(**row_of(make_inputs(l1), 0))
 
 
@@ -341,7 +341,7 @@ def test_a_variant_without_a_stop_token_acts_differently(tiny):
 
 @torch.no_grad()
 def test_without_a_stop_token_the_sequence_ends_in_the_last_slot(tiny):
-    """The chunk of each row equals a pass over a sequence that is put together by hand."""
+    """The chunk of each row equals a pass over a sequence that is built by hand."""
     model = tiny(**PARALLEL | MODELS["none"], action_stop_token=False)[0]
     inputs = make_inputs(model, 2)
     details = model.predict_action(**inputs, return_details=True)
@@ -473,7 +473,7 @@ def test_several_images_and_the_state_also_enter_autoregressive_decoding(tiny):
 
 
 BAD_CALLS = [
-    ({"state": None}, "also sees the robot's state: pass 2 numbers"),
+    ({"state": None}, "robot's state is missing: pass 2 numbers"),
     ({"state": np.zeros((1, 3))}, r"`state` has shape \(1, 3\), but this model needs \(1, 2\)"),
     ({"state": np.zeros((2, 2))}, r"`state` has shape \(2, 2\), but this model needs \(1, 2\)"),
     ({"state": np.array([np.nan, 0.0])}, "`state` contains NaN or infinity"),
@@ -481,8 +481,8 @@ BAD_CALLS = [
     ({"pixel_values": torch.zeros(1, 6, 56, 56)}, "contains 1 image for each observation, but this model sees 2"),
     ({"pixel_values": torch.zeros(1, 18, 56, 56)}, "contains 3 images for each observation, but this model sees 2"),
     ({"pixel_values": torch.full((1, 12, 56, 56), torch.nan)}, "output is not finite for observation 0"),
-    ({"initial_noise": np.zeros((K, A))}, "belong to a diffusion head, which this model lacks"),
-    ({"num_inference_steps": 5}, "belong to a diffusion head"),
+    ({"initial_noise": np.zeros((K, A))}, "need a diffusion head, which this model lacks: leave them out"),
+    ({"num_inference_steps": 5}, "need a diffusion head"),
     ({"do_sample": True}, "Parallel decoding does not take 'do_sample': leave it out"),
     ({"do_sample": True, "top_k": 5}, "does not take 'do_sample', 'top_k': leave them out"),
     ({"draft_token_ids": [1] * A}, "Parallel decoding does not take 'draft_token_ids'"),
@@ -525,14 +525,14 @@ def test_noise_that_does_not_fit_is_refused(diffusion):
         with pytest.raises(ValueError, match="`initial_noise` must be finite numbers of shape"):
             diffusion.predict_action(**inputs, initial_noise=noise)
     for steps in (0, 3, 6, 11, 2.0, True):
-        with pytest.raises(ValueError, match=r"must divide the 10 steps of training \(choose from 1, 2, 5, 10\), got"):
+        with pytest.raises(ValueError, match=r"must divide the 10 training steps \(choose from 1, 2, 5, 10\), got"):
             diffusion.predict_action(**inputs, num_inference_steps=steps)
 
 
 def test_training_inputs_that_do_not_fit_are_refused(l1, diffusion, tiny):
     inputs = training_inputs(l1)
     for change, message in (
-        ({"actions": inputs["actions"][:, :2]}, r"`actions` has shape \(3, 2, 7\), but this model learns from"),
+        ({"actions": inputs["actions"][:, :2]}, r"`actions` has shape \(3, 2, 7\), but this model needs"),
         ({"action_mask": torch.ones(3, K)}, "`action_mask` must be bools"),
         ({"action_mask": torch.ones(3, 1, dtype=torch.bool)}, r"got torch.bool of shape \(3, 1\)"),
         ({"labels": inputs["input_ids"]}, "does not take `labels`"),
@@ -540,7 +540,7 @@ def test_training_inputs_that_do_not_fit_are_refused(l1, diffusion, tiny):
         ({"logits_to_keep": 1}, "does not take `logits_to_keep`"),
         ({"logits_to_keep": torch.tensor([0])}, "does not take `logits_to_keep`"),
         ({"state": inputs["proprio"]}, "does not take `state`: leave it out.* the normalised state as `proprio`"),
-        ({"proprio": None}, "also sees the robot's state"),
+        ({"proprio": None}, "robot's state is missing"),
         ({"proprio": torch.zeros(3, 5)}, r"`proprio` has shape \(3, 5\), but this model needs \(3, 2\)"),
         ({"pixel_values": None}, "needs both `input_ids` and `pixel_values`"),
     ):

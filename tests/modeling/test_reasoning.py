@@ -1,4 +1,4 @@
-"""A model writes its reasoning before the action: tiny, and taught three texts of different lengths."""
+"""Models that write their reasoning before the action: a tiny one was taught three texts of different lengths."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from openvla_hf.testing import tiny_config
 
 @pytest.fixture
 def predict(taught):
-    """Predicts for some of the instructions, with details."""
+    """Return a function that predicts for some of the instructions, with details."""
 
     def run(*instructions, **options):
         inputs = taught.processor([taught.images[one] for one in instructions], instruction=list(instructions))
@@ -47,7 +47,7 @@ def test_the_plain_call_returns_the_action(taught, predict):
     assert details.reasoning_ids == [taught.lessons[instruction][0]]
 
 
-def test_rows_of_a_batch_that_end_at_different_lengths_are_as_alone(predict):
+def test_rows_of_a_batch_with_different_lengths_give_the_same_as_alone(predict):
     alone = [predict(instruction) for instruction in TEXTS]
     assert len({len(one.reasoning_ids[0]) for one in alone}) == 3
     for order in ([0, 1, 2], [2, 0, 1], [1, 1, 2]):
@@ -141,18 +141,18 @@ def test_logits_that_are_not_finite_are_an_error(taught, tiny):
         model.predict_action(**inputs, max_new_tokens=9)
 
 
-def test_what_does_not_fit_a_text_is_refused(taught, predict):
+def test_arguments_that_do_not_fit_a_text_are_refused(taught, predict):
     for name, value in {"draft_token_ids": [[1] * 7], "num_beams": 2, "num_return_sequences": 2}.items():
         with pytest.raises(ValueError, match=f"does not take `{name}`"):
             predict("push", **{name: value})
     with pytest.raises(ValueError, match=r"and 5000 new tokens exceed the 512 positions"):
         predict("push", max_new_tokens=5000)
-    with pytest.raises(ValueError, match="Got `reasoning_ids` for 2 rows and 1 observations"):
+    with pytest.raises(ValueError, match="Got `reasoning_ids` for 2 rows, but 1 observations: give a list of ids"):
         predict("push", reasoning_ids=[[3], [4]])
     for wrong in (-1, 10**6, taught.model.config.image_token_id):
         with pytest.raises(ValueError, match="`reasoning_ids` contains ids that are not text"):
             predict("push", reasoning_ids=[[wrong]])
-    with pytest.raises(ValueError, match="Compiled passes"):
+    with pytest.raises(ValueError, match="compiled passes only decode"):
         taught.model.compile_for_actions()
 
 
@@ -171,7 +171,7 @@ def test_a_reused_text_gives_the_same_in_fewer_passes(taught, predict):
     assert (some.text, some.token_ids.tolist()) == (whole.text, whole.token_ids.tolist())
 
 
-def test_the_lasting_part_ends_before_the_first_part_that_moves(taught):
+def test_the_lasting_part_ends_before_the_first_part_that_changes(taught):
     tokenizer = taught.processor.tokenizer
 
     def kept(text):
@@ -213,7 +213,7 @@ def test_another_instruction_or_another_number_of_robots_starts_a_new_text(taugh
         assert passes[0] == max(len(taught.lessons[name][0]) for name in names) + 8 > passes[1]
 
 
-def test_a_stream_reuses_nothing_unless_told(taught):
+def test_a_stream_reuses_nothing_by_default(taught):
     inputs = taught.processor(taught.images["push"], instruction="push")
     stream = taught.model.action_stream("bridge_orig")
     passes = [stream.predict_action(**inputs, return_details=True).forward_passes for _ in range(2)]
@@ -227,7 +227,7 @@ def test_a_stream_reuses_nothing_unless_told(taught):
 
 def test_a_model_that_does_not_reason_refuses_to_reuse(tiny):
     model, _ = tiny()
-    with pytest.raises(ValueError, match="need a model that was loaded with `reasoning=True`"):
+    with pytest.raises(ValueError, match="need a model with `reasoning=True`"):
         model.action_stream(reuse_reasoning=5)
 
 
@@ -235,7 +235,7 @@ def test_a_model_that_does_not_reason_refuses_to_reuse(tiny):
 
 
 def test_one_argument_makes_a_published_checkpoint_reason(recorded, tmp_path):
-    """Published ones are saved like openvla-7b."""
+    """Published checkpoints that reason are saved like openvla-7b."""
     record = recorded("fused-224")
     plain, model = record.load(), record.load(reasoning=True)
     assert (plain.config.reasoning, plain.config.prompt_suffix_token_id) == (False, 29871)

@@ -60,7 +60,7 @@ for folder, copy in zip(folders[::2], folders[1::2]):
 )
 
 
-# A chunk from two images, a state and towers that the instruction modulates.
+# A chunk from two images and a state, with towers that the instruction modulates.
 FILM = {
     "action_decoding": "parallel",
     "action_head": "l1",
@@ -74,7 +74,7 @@ FILM = {
 KINDS = {"one": {"fused": False}, "two": {}, "film": FILM}
 
 
-def test_a_saved_model_needs_no_package_nor_does_its_copy(tiny, run_python, tmp_path):
+def test_neither_a_saved_model_nor_its_copy_needs_the_package(tiny, run_python, tmp_path):
     image, expected = fake_episode(steps=1)[0]["image"], []
     Image.fromarray(image).save(tmp_path / "image.png")
     for kind, fields in KINDS.items():
@@ -97,7 +97,7 @@ def test_a_saved_model_needs_no_package_nor_does_its_copy(tiny, run_python, tmp_
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_files_obey_the_rules(path):
-    """transformers copies what `from .sibling import name` names, by a look at the text alone."""
+    """transformers finds the files to copy by searching the text for `from .sibling import name`."""
     text = path.read_text()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -115,6 +115,6 @@ def test_shipped_files_obey_the_rules(path):
             assert re.match(r"\s*from\s+\.\w+\s+import\s", line), f"line {number} names more than a sibling"
 
 
-def test_all_that_the_auto_map_names_ships():
+def test_all_files_that_the_auto_map_names_ship():
     shipped = {path.stem for path in SHIPPED}
     assert {name.split(".")[0] for name in AUTO_MAP.values()} <= shipped

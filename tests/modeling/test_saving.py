@@ -77,7 +77,7 @@ def test_the_statistics_are_a_file_too(tiny, tmp_path):
     assert AutoModel.from_pretrained(tmp_path).norm_stats is None
 
 
-def test_the_file_of_statistics_comes_before_the_config(tiny, tmp_path):
+def test_the_file_of_statistics_takes_precedence_over_the_config(tiny, tmp_path):
     """Fine-tuning by the original leaves the base's statistics in the config and the run's in the file."""
     model, processor = tiny()
     model.save_pretrained(tmp_path)
@@ -88,12 +88,12 @@ def test_the_file_of_statistics_comes_before_the_config(tiny, tmp_path):
     again = AutoModel.from_pretrained(tmp_path)
     assert again.norm_stats == again.config.norm_stats == run
     assert describe(tmp_path).statistics == run
-    # What the caller gives comes first.
+    # Statistics that the caller gives take precedence.
     other = {"other": {"action": BRIDGE_LIKE_STATS}}
     assert AutoModel.from_pretrained(tmp_path, norm_stats=other).norm_stats == other
     in_config = model.norm_stats
     assert OpenVLAForActionPrediction.from_pretrained(tmp_path, norm_stats=in_config).norm_stats == in_config
-    # Both places of what is saved hold the same.
+    # The saved config and file contain the same statistics.
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "dataset_statistics.json").read_text()) == run
     assert json.loads((tmp_path / "again" / "config.json").read_text())["norm_stats"] == run

@@ -1,4 +1,4 @@
-"""Files of `torch.save` are data: no code in them runs, and a damaged one is named."""
+"""Files written by `torch.save` are read as data: no code in them runs, and errors name damaged files."""
 
 import os
 import zipfile
@@ -23,7 +23,7 @@ def test_tensors_and_plain_values_come_back(file):
 
 
 class Touch:
-    """An object that makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -35,7 +35,7 @@ class Touch:
 def test_code_in_a_file_does_not_run(tmp_path):
     path, touched = tmp_path / "weights.pt", tmp_path / "touched"
     torch.save({"weight": torch.ones(2), "more": Touch(touched)}, path)
-    with pytest.raises(ValueError, match=r"weights\.pt is not read, since it contains more than tensors"):
+    with pytest.raises(ValueError, match=r"weights\.pt contains more than tensors"):
         read_torch_file(path)
     assert not touched.exists()
     torch.load(path, weights_only=False)

@@ -1,7 +1,7 @@
-"""An independent FiLM backbone: reads the published file as it is, with its LoRA not merged.
+"""An independent FiLM backbone that reads the published file directly, without merging its LoRA.
 
-Plain functions in the original's order, with timm's names, for tests at any size. The recordings of the original
-check it.
+The code follows the original's order and timm's names, for tests at any size. It is checked against the recordings of
+the original.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import transformers
 from torch.nn import functional
 
 
-# The oldest supported transformers can't write published names.
+# The oldest supported version of transformers can't write published names.
 needs_export = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23), reason="needs a newer transformers"
 )

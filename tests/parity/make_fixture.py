@@ -1,6 +1,6 @@
 """Make the recordings in `kept` from the full ones: `python tests/parity/make_fixture.py DIR`.
 
-README.md says what is kept.
+README.md lists what is kept.
 """
 
 import json
@@ -23,18 +23,18 @@ from torch.nn.functional import pad
 
 STRIDE = 16  # of pixels, patches, positions and rows of gradients
 VOCABULARY = 32064
-TAIL = 31744  # first of the columns of which every step's logits are recorded: the action ids and the padded rows
+TAIL = 31744  # first of the columns whose logits are recorded in every step: the action ids and the padded rows
 HEAD = "language_model.lm_head.weight"
 WITH_LOGITS = (0, 3, 5, 10, 13, 15, 16, 17)  # predictions whose logits and hidden states are kept
 WITH_HIDDEN_TEXT = (7, 9)
-# Small images of the image processor: with alpha, grey, with a palette.
+# Small images for the image processor: with an alpha channel, in grey, with a palette.
 PROCESSOR_IMAGES = {
     "resize-crop-fused": [4, 5, 6],
     "resize-crop-fused-f32stats": [5],
     "letterbox-fused": [4],
     "resize-naive-siglip": [5],
 }
-# Images of TensorFlow's resizing: one shrinks in height and grows in width, one grows in both.
+# Images for TensorFlow's resizing: one shrinks in height and grows in width, one grows in both.
 EVALUATION_IMAGES = (3, 4)
 PREDICTION = ("image", "prompt", "unnorm_key", "appended_29871", "n_steps", "action_token_ids")
 
@@ -56,13 +56,13 @@ def main(golden: Path, target: Path = KEPT) -> None:
 
 
 def keep_case(source: Path, target: Path, samples: list[dict[str, Any]], adapted: dict[str, torch.Tensor]) -> None:
-    """Keep a checkpoint and what was recorded of it.
+    """Keep a checkpoint and its recordings.
 
     Args:
         source: The full recordings.
         target: The kept ones.
         samples: Training samples whose prompts are kept.
-        adapted: Recordings with an adapter, whose ids the checkpoint must hold too.
+        adapted: Recordings with an adapter, whose ids the checkpoint must also contain.
     """
     record = Recorded(source)
     tensors, predictions = record.tensors, record.expected["predictions"]
@@ -109,7 +109,7 @@ def keep_case(source: Path, target: Path, samples: list[dict[str, Any]], adapted
 
 
 def keep_shards(golden: Path, target: Path) -> None:
-    """Keep the index, and the recordings in bfloat16: those in float32 are the whole checkpoint's."""
+    """Keep the index and the recordings in bfloat16. Those in float32 equal the recordings of the whole checkpoint."""
     sharded = load_file(golden / "sharded" / "expected.safetensors")
     (target / "checkpoint").mkdir(parents=True, exist_ok=True)
     index = json.loads((golden / "sharded" / "checkpoint" / "model.safetensors.index.json").read_text())
@@ -122,7 +122,7 @@ def keep_shards(golden: Path, target: Path) -> None:
 
 
 def keep_adapter(source: Path, target: Path, columns: list[int]) -> None:
-    """Keep the adapter, but for what the original never reads."""
+    """Keep the adapter, except for weights that the original never reads."""
     (target / "adapter").mkdir(parents=True, exist_ok=True)
     weights = load_file(source / "adapter" / "adapter_model.safetensors")
     unread = json.loads((source / "expected.json").read_text())["lora_grad_none"]
@@ -192,7 +192,7 @@ def is_kept(name: str) -> bool:
 
 
 def cut(name: str, tensor: torch.Tensor, columns: list[int]) -> torch.Tensor:
-    """The kept part of a tensor: every 16th pixel, patch, position or row of a gradient; the kept ids' logits."""
+    """Cut a tensor to its kept part: every 16th pixel, patch, position or row of a gradient, and kept ids' logits."""
     if name.endswith("pixel_values"):
         tensor = tensor[..., ::STRIDE, ::STRIDE]
     elif name.endswith(("_features", "projector_output")):
@@ -205,14 +205,14 @@ def cut(name: str, tensor: torch.Tensor, columns: list[int]) -> torch.Tensor:
 
 
 def left_out(record: Recorded, columns: list[int]) -> torch.Tensor:
-    """What the head's rows that are not kept add to the loss of the training batch, for each supervised position.
+    """Summarise how the head's dropped rows affect the loss of the training batch at each supervised position.
 
-    The loss reads these rows by the logarithm of the sum of their exponentials alone. Its tangent plane at the hidden
-    state of a position gives the loss and its gradients up to terms of the second order in the difference of two
-    float32 computations of this state.
+    The loss depends on these rows only through the logarithm of the sum of their exponentials. The tangent plane of
+    this logarithm at a position's hidden state gives the loss and its gradients, up to second-order terms in the
+    difference between two float32 computations of the hidden state.
 
     Returns:
-        (positions, D + 1): slope and offset of one logit which, given to each row that is not kept, sums up to theirs.
+        (positions, D + 1): slope and offset of one logit. If every dropped row has this logit, their sum is right.
     """
     batch = record.training_batch
     pixel_values = record.pixel_values[[sample["image"] for sample in record.cases["train"]]]
@@ -232,7 +232,7 @@ def left_out(record: Recorded, columns: list[int]) -> torch.Tensor:
 
 
 def keep_resized(record: Recorded, index: int, target: Path, path: str) -> None:
-    """Keep an image as the processor resizes it, before it is normalised."""
+    """Keep an image after the processor's resizing and before its normalisation."""
     processor, pixels = record.processor.image_processor, record.tensors["pixel_values"][index]
     mean, std = (torch.tensor(values)[-1, :, None, None] for values in (processor.image_mean, processor.image_std))
     levels = ((pixels[-3:] * std + mean) * 255).round().to(torch.uint8)
@@ -243,7 +243,7 @@ def keep_resized(record: Recorded, index: int, target: Path, path: str) -> None:
 
 
 def keep_heads(golden: Path, target: Path) -> None:
-    """Keep an action head, a projector of the state and a noise schedule, with what they read and give."""
+    """Keep an action head, a projector of the state and a noise schedule, with their inputs and outputs."""
     record, diffusion = RecordedOFT(golden / "oft-l1"), RecordedOFT(golden / "oft-diffusion")
     kept = {}
     for component in ("action_head", "proprio_projector"):
@@ -269,13 +269,13 @@ def keep_heads(golden: Path, target: Path) -> None:
 
 
 def columns_of(kept: Path) -> list[int]:
-    """The ids whose rows of the head a kept checkpoint holds."""
+    """Return the ids whose rows of the head are in a kept checkpoint."""
     head = read(kept / "checkpoint" / "model.safetensors")[HEAD]
     return head.any(dim=1).nonzero().flatten().tolist()
 
 
 def only(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """The tensor with all rows zero but these."""
+    """Set all rows of a tensor to zero, except these."""
     kept = torch.zeros_like(tensor)
     kept[rows] = tensor[rows]
     return kept
@@ -298,8 +298,8 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def pack(content: bytes, path: Path) -> None:
-    """Write a file packed, `.xz` added to its name."""
-    # Numbers of two or four bytes: what comes next depends on the place in a number.
+    """Write a compressed file, with `.xz` added to its name."""
+    # Numbers have two or four bytes, so the next byte depends on the position within a number.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 2, "lp": 2, "pb": 2}]
     path.with_name(f"{path.name}.xz").write_bytes(lzma.compress(content, filters=filters))
 

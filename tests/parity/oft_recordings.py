@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel
 import openvla_hf  # noqa: F401  registers the Auto classes
 
 
-# Parts of the names in the components' files -> parts of ours.
+# Parts of the names in component files -> parts of our names.
 COMPONENT_NAMES = {
     "noise_predictor.mlp_resnet.": "",
     "mlp_resnet_blocks.": "blocks.",
@@ -38,7 +38,7 @@ def our_name(component: str, name: str) -> str:
 
 
 class RecordedOFT:
-    """A published checkpoint of OpenVLA-OFT in miniature, and what the original code made of it in float32."""
+    """A small OpenVLA-OFT checkpoint in the published layout, and the original code's outputs for it in float32."""
 
     def __init__(self, folder: Path):
         self.folder, self.checkpoint = folder, folder / "checkpoint"
@@ -58,7 +58,7 @@ class RecordedOFT:
 
     @functools.cached_property
     def model(self) -> Any:
-        """Shared by the tests of a session, which must leave it as it is."""
+        """The model, shared by all tests of a session, which must not change it."""
         return self.load()
 
     @functools.cached_property

@@ -1,6 +1,6 @@
-"""Read the original code's recordings: the full ones, or the part kept here, which is unpacked.
+"""Read the original code's recordings: the full ones, or the unpacked part that is kept here.
 
-README.md says what is recorded and what is kept.
+README.md lists what is recorded and what is kept.
 """
 
 import functools
@@ -99,8 +99,8 @@ def split(checkpoint: Path) -> None:
 def stand_in_tokenizer(prompts: dict[str, list[int]]) -> Tokenizer:
     """Build a tokenizer that gives recorded prompts their ids.
 
-    Each id stands for the character of its code point. The normaliser replaces a recorded prompt, as a whole, by the
-    characters of its ids; any other text is tokenised character by character but for one merge, so that there is one.
+    Each id stands for the character with this code point. The normaliser replaces a whole recorded prompt with the
+    characters of its ids. Any other text is tokenised character by character, except for the single merge.
     """
     special = {"<unk>": 0, "<s>": 1, "</s>": 2}
     characters = {chr(index): index for index in range(len(special) + 1, TEXT_TOKENS)}
@@ -129,7 +129,7 @@ def read_tower_overrides(folder: Path) -> dict[str, dict[str, int]]:
 
 
 class Recorded:
-    """A published checkpoint in miniature, and what the original code made of it in float32."""
+    """A small checkpoint in the published layout, and the original code's outputs for it in float32."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -148,7 +148,7 @@ class Recorded:
 
     @functools.cached_property
     def model(self) -> Any:
-        """Shared by the tests of a session, which must leave it as it is."""
+        """The model, shared by all tests of a session, which must not change it."""
         return self.load()
 
     @functools.cached_property
@@ -161,12 +161,12 @@ class Recorded:
 
     @functools.cached_property
     def columns(self) -> torch.Tensor:
-        """The ids whose logits are recorded: those whose rows of the head the checkpoint holds."""
+        """The ids whose logits are recorded: those whose rows of the head are in the checkpoint."""
         return self.model.lm_head.weight.any(dim=1).nonzero().flatten()
 
     @functools.cached_property
     def stride(self) -> int:
-        """Every how many-th pixel, patch, position and row of a gradient is recorded."""
+        """Step between the recorded pixels, patches, positions and rows of gradients."""
         return self.pixel_values.shape[-1] // self.tensors["pixel_values"].shape[-1]
 
     def prompt(self, index: int) -> torch.Tensor:

@@ -61,7 +61,7 @@ def test_the_reference_of_the_tests_gives_the_recorded_features(record, publishe
 
 
 def test_loss_and_gradients_with_the_padding_in_the_mean(record, published):
-    """The original's mean runs over the padding of the batch, so the test computes the mean."""
+    """The original's mean includes the padding of the batch, so the test computes this mean itself."""
     model, batch, train = record.load(), record.batch, record.expected["train"]
     is_text = batch["labels"] < FIRST_ACTION_ID
     text = model.get_input_embeddings()(batch["input_ids"][is_text].reshape(3, -1))
@@ -87,7 +87,7 @@ def test_loss_and_gradients_with_the_padding_in_the_mean(record, published):
 
 
 def published_gradient(name, gradients, published):
-    """The gradient of a published weight; that of LoRA's parts follows from that of the merged weight."""
+    """Return the gradient of a published weight. For parts of a LoRA, it follows from that of the merged weight."""
     if name.partition(".")[0] in COMPONENTS:
         return gradients[our_name(*name.split(".", 1))]
     layer, is_lora, side = name.partition(".lora_")

@@ -17,7 +17,7 @@ CASES = ["fused-224", "siglip-224"]
 
 
 def test_the_kept_files_are_made_from_the_full_recordings(golden, tmp_path):
-    """Byte for byte, but for the numbers to which a float32 computation of ours contributes."""
+    """Byte for byte, except for numbers to which our own float32 computation contributes."""
     made = tmp_path / "made"
     make_fixture(golden, made)
     names = [sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in (made, KEPT)]

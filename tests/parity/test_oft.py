@@ -56,7 +56,7 @@ def compare(record, details, rows, name, tolerance):
 
 
 def decoding(record, rows):
-    """Arguments of the recorded predictions, and the tolerance of their actions."""
+    """Return the arguments of the recorded predictions, and the tolerance of their actions."""
     if record.model.config.action_head != "diffusion":
         return "predict", {"constrained": False, "return_details": True}, ACTIONS
     noise = torch.stack([record.tensors[f"predict.{k}.initial_noise"] for k in rows])
@@ -126,7 +126,7 @@ def test_the_mask_is_not_causal(recorded_oft, golden, implementation):
 
 
 def test_a_causal_mask_gives_the_recorded_wrong_actions(recorded_oft, golden, monkeypatch):
-    """The recording above is told apart by the mask alone."""
+    """Only the mask differs from the recording above."""
     record = recorded_oft("oft-l1")
     causal = load_file(golden / "oft-openvla-mask" / "expected.safetensors")
     monkeypatch.setattr("openvla_hf.modeling.modeling_openvla.bidirectional_mask", lambda config, embeds, mask: mask)

@@ -1,4 +1,4 @@
-"""OpenVLA-OFT's action head, state and noise schedule against the recordings that are kept here."""
+"""OpenVLA-OFT's action head, state and noise schedule, compared with the recordings that are kept here."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
 """The original code's recorded outputs, reproduced: those kept here or, with `--golden DIR`, all of them.
 
-Which are kept and the tolerances: README.md. Recorded tensors may be cut: `record.stride` and `record.columns`.
+README.md lists the kept recordings and the tolerances. Recorded tensors may be cut to `record.stride` and
+`record.columns`.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from openvla_hf.training.collator import ActionCollator
 
 
 CASES = ["fused-224", "siglip-224"]
-CHECKPOINTS = [*CASES, "sharded"]  # the weights of the first, so that what holds for these holds for the shards
+CHECKPOINTS = [*CASES, "sharded"]  # "sharded" has the weights of the first case
 PIXELS, FEATURES, PROJECTOR, LOGITS, NORMALIZED = 1e-6, 5e-5, 1e-4, 1e-4, 1e-6
 LOSS, GRADIENT_NORM = 1e-5, 1e-4  # relative
 BFLOAT16 = 0.02  # relative, for a whole tensor
@@ -57,7 +58,7 @@ def relative_error(actual, expected):
 
 
 def in_published_layout(name, tensors, is_fused):
-    """Our tensors (by name) as the published one: q, k and v stacked, positions of the patches alone."""
+    """Convert our tensors of one published weight: stack q, k and v, and keep only the positions of patches."""
     name = name.removeprefix("language_model.") if name.startswith("language_model.lm_head") else f"model.{name}"
     name = name.replace("language_model.model.", "language_model.")
     if "vision_backbone" in name:
@@ -80,14 +81,14 @@ def record(recorded, case):
     return recorded(case)
 
 
-# openvla_hf.AutoModelForVision2Seq is the second of them.
+# openvla_hf.AutoModelForVision2Seq is the second of these classes.
 LOADERS = [AutoModel, AutoModelForImageTextToText, openvla_hf.OpenVLAForActionPrediction]
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS, indirect=True)
 @pytest.mark.parametrize("trust_remote_code", [None, True])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_class_loads_published_weights_in_silence(record, silent, loader, trust_remote_code):
+def test_every_class_loads_published_weights_without_warnings(record, silent, loader, trust_remote_code):
     model, info = record.load(loader, trust_remote_code=trust_remote_code, output_loading_info=True)
     assert type(model) is openvla_hf.OpenVLAForActionPrediction
     assert not any(info.values()), info
@@ -115,7 +116,7 @@ for trust in (None, True):
 """
 
 
-def test_nobody_at_the_terminal_is_needed(recorded, run_python):
+def test_loading_asks_no_question_on_the_terminal(recorded, run_python):
     record = recorded("fused-224")
     image = record.folder / record.cases["images"][0]
     result = run_python(LOAD_IN_SILENCE, record.checkpoint, json.dumps(record.overrides), image)
@@ -125,7 +126,7 @@ def test_nobody_at_the_terminal_is_needed(recorded, run_python):
 
 @pytest.mark.parametrize("case", CHECKPOINTS, indirect=True)
 def test_every_published_weight_lands(record, recorded, case):
-    """Each tensor of the files is one of ours bit for bit, or one that the original never reads."""
+    """Each tensor of the files equals one of ours bit for bit, or is never read by the original."""
     ours, landed = record.model.state_dict(), 0
     unread = set(recorded("siglip-224" if case == "siglip-224" else "fused-224").expected["train"]["grad_none"])
     for path in record.checkpoint.glob("*.safetensors"):
@@ -150,7 +151,7 @@ def test_shards_hold_the_same_model(recorded):
 
 
 def test_a_checkpoint_like_openvla_v01_has_one_tower_two_projector_layers_and_the_prompt_of_vicuna(recorded):
-    """Every test here that takes "siglip-224" holds for it."""
+    """Every test here with "siglip-224" covers this checkpoint."""
     record = recorded("siglip-224")
     published = json.loads((record.checkpoint / "config.json").read_text())
     assert (published["vision_backbone_id"], published["llm_backbone_id"]) == ("siglip-vit-so400m", "vicuna-v15-7b")
@@ -178,7 +179,7 @@ def test_features_and_projector(record):
 
 @torch.no_grad()
 def test_forward(record):
-    """Hidden states and logits of prompts alone, with an image and without."""
+    """Hidden states and logits of prompts without actions, with and without an image."""
     tensors, stride, columns = record.tensors, record.stride, record.columns
     compared = set()
     for k, prediction in enumerate(record.cases["predictions"][:12]):
@@ -238,12 +239,12 @@ def test_every_step_of_every_prediction(record, placeholders):
 
 
 def complete_head(model, record, supervised):
-    """Let the rows of the head that are not kept count in the loss, until the returned hook is removed.
+    """Include the head's dropped rows in the loss, until the returned hook is removed.
 
     Args:
         model: The checkpoint, whose head has zeros in these rows.
-        record: Holds the slope and the offset of their logit for each supervised position; nothing where the
-            recordings are the full ones.
+        record: Contains the slope and the offset of their logit for each supervised position, but not in full
+            recordings.
         supervised: (B, T) positions whose logits the loss reads.
     """
     plane = record.tensors.get("train.left_out")
@@ -317,7 +318,7 @@ def test_gradients(record, case):
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_near_as_bfloat16_is(recorded):
+def test_bfloat16_is_as_close_as_its_precision_allows(recorded):
     whole, sharded = recorded("fused-224"), recorded("sharded")
     model = sharded.load(dtype="auto")
     assert model.dtype == torch.bfloat16
@@ -367,7 +368,7 @@ def test_the_tolerances_catch_mistakes_that_the_ids_do_not_show(recorded, mutati
     assert effect["argmax_same"]
     assert logits.argmax() == reference.argmax()
     assert error(logits, reference) > LOGITS
-    # Of the size that the same mistake has in the original.
+    # As large as the same mistake in the original.
     assert 0.3 < error(logits, reference) / effect["logits"] < 3
 
 
@@ -387,7 +388,7 @@ def test_action_tokens(recordings):
 
 
 def test_training_samples(recorded, recordings):
-    """Every row of the collator, its placeholders taken out, is the original's."""
+    """Without its placeholders, every row of the collator equals the original's."""
     samples = json.loads((recordings("action-tokenizer") / "expected.json").read_text())["training_samples"]
     as_it_is = {name: [bound] * 7 for name, bound in (("q01", -1), ("q99", 1), ("min", -1), ("max", 1))}
     as_it_is |= {"mean": [0] * 7, "std": [1] * 7, "mask": [False] * 7}
@@ -418,7 +419,7 @@ def test_normalisation(recordings):
 
 
 def test_normalising_is_the_inverse_of_unnormalising(record):
-    """On the original's own actions, but for the dimensions that never change, which normalise to 0."""
+    """For the original's own actions, except for dimensions that never change, which normalise to 0."""
     for k, prediction in enumerate(record.cases["predictions"]):
         stats = record.model.get_action_stats(prediction["unnorm_key"])
         action = record.tensors[f"predict.{k}.actions"].numpy()

@@ -25,7 +25,7 @@ def processor():
 
 
 def strided(pixels, expected):
-    """The grid of the pixels that is recorded: all with the full recordings."""
+    """Cut pixels to the recorded grid, which has all pixels in the full recordings."""
     stride = pixels.shape[-1] // expected.shape[-1]
     return pixels[..., ::stride, ::stride]
 
@@ -164,7 +164,7 @@ def test_a_batch_equals_its_images(processor, images):
         (np.full((4, 4, 3), np.nan), ValueError, "nan"),
     ],
 )
-def test_what_is_no_image_is_refused_with_the_way_out(processor, bad, error, message):
+def test_inputs_that_are_not_images_are_refused_with_advice(processor, bad, error, message):
     with pytest.raises(error, match=message):
         processor(bad)
 
@@ -265,7 +265,7 @@ def test_an_image_that_a_resize_makes_huge_is_refused(strategy):
 
 
 @pytest.mark.parametrize("name", ["image.jpg", "image.png"])
-def test_a_damaged_image_is_said_to_be_damaged(processor, images, tmp_path, name):
+def test_a_damaged_image_is_reported_as_damaged(processor, images, tmp_path, name):
     images[0].save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) // 2])
@@ -287,7 +287,7 @@ def test_a_closed_image_is_refused(processor, images, tmp_path):
 
 
 class Web:
-    """Answers over HTTP, by path: with `pages`, a redirect, without end, slowly, or never."""
+    """Answer HTTP requests according to their path: with `pages`, with a redirect, endlessly, slowly, or never."""
 
     def __init__(self):
         self.pages: dict[str, bytes] = {}
@@ -319,7 +319,7 @@ class Web:
                     while not web.stopped.wait(pause):
                         self.wfile.write(bytes(size))
                 except OSError:
-                    pass  # the client has gone
+                    pass  # the client has closed the connection
 
             def log_message(self, format, *args):
                 pass
@@ -367,7 +367,7 @@ def test_a_url_that_does_not_answer_in_time_is_an_error(processor, web, monkeypa
         processor(web.url + page)
 
 
-def test_a_host_that_accepts_and_says_nothing_is_an_error(processor, monkeypatch):
+def test_a_host_that_accepts_and_sends_nothing_is_an_error(processor, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(image_processing_openvla, "URL_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent_host, pytest.raises(OSError, match="no answer within"):
@@ -375,7 +375,7 @@ def test_a_host_that_accepts_and_says_nothing_is_an_error(processor, monkeypatch
 
 
 def test_a_download_has_a_largest_size(processor, web, images, monkeypatch):
-    monkeypatch.setattr(image_processing_openvla, "URL_TIMEOUT", 600)  # a busy machine takes a while for 64 MiB
+    monkeypatch.setattr(image_processing_openvla, "URL_TIMEOUT", 600)  # 64 MiB take a while on a busy machine
     with pytest.raises(OSError, match="could not be downloaded: it has more than 67108864 bytes"):
         processor(f"{web.url}/endless")
     data = io.BytesIO()
@@ -404,7 +404,7 @@ def test_a_url_without_an_image_is_an_error(processor, web):
         ({"image_resize_strategy": "stretch"}, "Unknown `image_resize_strategy` 'stretch'"),
         ({"size": {"shortest_edge": 224}}, "height and a width"),
         ({"center_crop_area": 0.0}, r"fraction in \(0, 1\]"),
-        ({"resample": "lanczos"}, "resample='lanczos' is not a filter: pass one of PIL's or 'lanczos3'"),
+        ({"resample": "lanczos"}, "resample='lanczos' is not a filter: pass one of PIL's filters or 'lanczos3'"),
         ({"image_mean": [0.5, 0.5, 0.5]}, "for 1 towers, but `image_std` for 2"),
         ({"image_resize_strategy": "letterbox", "size": (224, 320)}, "square"),
     ],
@@ -415,8 +415,8 @@ def test_bad_fields(fields, message):
 
 
 def test_centre_crop_keeps_the_fraction_of_the_area(images):
-    # On a ramp, pixel i samples 111.5 (1 - s) + s i of the old ones, where s is the side that stays. The result is
-    # truncated after a scale of 255.5 / 255, as TensorFlow does.
+    # On a ramp, pixel i samples the old position 111.5 (1 - s) + s i, where s is the share of the side that is kept.
+    # Like TensorFlow, the crop scales the result by 255.5 / 255 and truncates it.
     ramp = Image.fromarray(np.repeat(np.tile(np.arange(224, dtype=np.uint8), (224, 1))[..., None], 3, -1))
     processor = OpenVLAImageProcessor(image_mean=[0.0] * 3, image_std=[1.0] * 3, center_crop_area=0.81)
     levels = processor(ramp)["pixel_values"][0, 0] * 255

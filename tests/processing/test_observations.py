@@ -24,7 +24,7 @@ def processor(tokenizer):
 
 @pytest.fixture
 def make(tokenizer):
-    """Builds a processor with these fields."""
+    """Return a function that builds a processor with the given fields."""
     return lambda **fields: OpenVLAProcessor(
         OpenVLAImageProcessor(size=28), tokenizer, num_image_tokens=PATCHES, **fields
     )
@@ -146,12 +146,12 @@ ONE_EACH = rf"must have one image from each camera \({LISTED}\), got "
         ),
         (
             dict.fromkeys([*CAMERAS, "depth"], "image"),
-            rf"unknown camera 'depth'. This .* cameras are {LISTED}: .* with `cameras=`",
+            rf"unknown camera 'depth'. This .* cameras are {LISTED}: .* as `cameras=`",
         ),
         ({name: ["image"] for name in CAMERAS}, f"{ONE_EACH}a list as an image"),
     ],
 )
-def test_a_wrong_set_of_cameras_is_a_sentence(processor, images, observations, message):
+def test_a_wrong_set_of_cameras_is_refused_in_one_sentence(processor, images, observations, message):
     def fill(value):
         if isinstance(value, dict):
             return {name: fill(each) for name, each in value.items()}
@@ -174,14 +174,14 @@ def test_a_wrong_set_of_cameras_is_a_sentence(processor, images, observations, m
         ([], ValueError, "must have 2 dimensions for each observation, got 0 dimensions"),
         ([[0.0, 1.0]] * 3, ValueError, "Got 3 states for 1 observations: give a state of 2 dimensions for each"),
         ([[0.0, 1.0], [0.0]], ValueError, r"states differ in length \(2, 1 dimensions\)"),
-        ([0.0, float("nan")], ValueError, r"Dimension 1 of state 0 \(2 dimensions\) is nan: give finite"),
-        (torch.tensor([float("inf"), 0]), ValueError, r"Dimension 0 of state 0 \(2 dimensions\) is inf"),
+        ([0.0, float("nan")], ValueError, "Dimension 1 of state 0 is nan: give 2 finite numbers"),
+        (torch.tensor([float("inf"), 0]), ValueError, "Dimension 0 of state 0 is inf"),
         ("home", TypeError, "A state must consist of numbers, got 'home'"),
         ([0.0, None], TypeError, "A state must consist of numbers, got None"),
         ({"joints": [0.0, 1.0]}, TypeError, "A state must consist of numbers, got {'joints'"),
     ],
 )
-def test_a_wrong_state_is_a_sentence(processor, images, state, error, message):
+def test_a_wrong_state_is_refused_in_one_sentence(processor, images, state, error, message):
     with pytest.raises(error, match=message):
         prepare(processor, images, state=state)
 

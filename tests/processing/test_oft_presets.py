@@ -39,7 +39,7 @@ PLAIN = (None, None, Image.Resampling.BICUBIC, None)
 
 @pytest.fixture
 def publish(recordings, tokenizer):
-    """Writes a folder as published, without weights."""
+    """Return a function that writes a published folder without weights."""
 
     def write(folder, dims=(7, 8), files=(HEAD, PROJECTOR)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def test_without_a_projector_there_is_no_state(publish, tmp_path):
         assert fields_of(AutoProcessor.from_pretrained(folder, **options)) == oft("libero", state_dim=None)
 
 
-def test_given_fields_win(publish, tmp_path):
+def test_given_fields_take_precedence(publish, tmp_path):
     folder = publish(tmp_path / "oft")
     given = {"cameras": ["a", "b", "c"], "state_dim": 3, "resample": 3, "center_crop_area": None}
     assert fields_of(AutoProcessor.from_pretrained(folder, **given)) == tuple(given.values())
@@ -128,7 +128,7 @@ def test_the_processor_and_the_model_look_for_the_same_files():
     assert set(COMPONENTS) == set(OFT_FILES)
 
 
-def test_what_was_saved_wins_over_the_components_beside_it(publish, tmp_path):
+def test_saved_fields_take_precedence_over_the_components_beside_them(publish, tmp_path):
     folder = publish(tmp_path / "oft")
     AutoProcessor.from_pretrained(folder, cameras=["front"], state_dim=3, center_crop_area=0.8).save_pretrained(folder)
     assert fields_of(AutoProcessor.from_pretrained(folder)) == (["front"], 3, "lanczos3", 0.8)
@@ -136,7 +136,7 @@ def test_what_was_saved_wins_over_the_components_beside_it(publish, tmp_path):
 
 def test_the_cameras_of_an_unknown_robot_must_be_given(publish, tmp_path):
     folder = publish(tmp_path / "oft", (10, 12))
-    with pytest.raises(ValueError, match=r"no platform has 10 action and 12 state dim.* `cameras=` .* `platform=`"):
+    with pytest.raises(ValueError, match=r"10 action and 12 state dimensions, which no .* `cameras=` .* `platform=`"):
         AutoProcessor.from_pretrained(folder)
     loaded = AutoProcessor.from_pretrained(folder, cameras=["front", "left"])
     assert fields_of(loaded) == (["front", "left"], 12, "lanczos3", 0.9)
@@ -157,7 +157,7 @@ def test_the_cameras_of_an_unknown_robot_must_be_given(publish, tmp_path):
         ),
     ],
 )
-def test_statistics_that_do_not_tell_the_platform(publish, tmp_path, content, message):
+def test_statistics_that_do_not_determine_the_platform(publish, tmp_path, content, message):
     folder = publish(tmp_path / "oft")
     statistics = folder / "dataset_statistics.json"
     statistics.unlink() if content is None else statistics.write_text(content)
@@ -173,7 +173,7 @@ def test_an_unknown_platform(publish, tmp_path):
 
 @pytest.fixture
 def published(publish, owner, monkeypatch):
-    """A published repository on a Hub that is asked again at once when it fails."""
+    """A published repository on a Hub whose client retries without waiting."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     return publish(owner.root / REPO)
 
@@ -196,7 +196,7 @@ def test_a_folder_of_a_repository_is_recognised_by_its_own_files(published, publ
 )
 def test_a_list_of_files_that_cannot_be_read_is_not_taken_for_empty(published, publish, owner, status, files):
     publish(owner.root / "someone/other", files=files)
-    # The list of a commit; transformers itself asks for that of the chat templates.
+    # The list of a commit. transformers itself also asks for the list of chat templates.
     owner.faults["/api/models/someone/other/tree/*[0-9a-f]"] = status
     with pytest.raises(OSError, match=r"Cannot read the list of files of someone/other, .* HF_HUB_OFFLINE=1"):
         AutoProcessor.from_pretrained("someone/other")

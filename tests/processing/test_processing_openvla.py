@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("silent")
 
 @pytest.fixture
 def expected(recorded, case):
-    """The recorded tensors; the shards have those of the whole."""
+    """Return the recorded tensors. The shards share those of the whole checkpoint."""
     return recorded("fused-224" if case == "sharded" else case).tensors
 
 
@@ -222,7 +222,7 @@ def test_a_bare_instruction_given_as_text_warns_once(processor, images, text):
     assert torch.equal(inputs["input_ids"][0, 257:], torch.tensor(processor.tokenizer(text)["input_ids"][1:]))
 
 
-def test_more_after_a_prompt_is_a_prompt_still(processor, images):
+def test_a_prompt_followed_by_more_text_is_still_a_prompt(processor, images):
     for more in ("", " ", " red block"):
         processor(processor.build_prompt("open") + more, images[0])
 
@@ -264,7 +264,7 @@ IMAGE_NAMES = ["<IMAGE> open <image>", "<im<image>age> open", "open <<image>imag
 
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize("instruction", IMAGE_NAMES)
-def test_no_instruction_makes_a_placeholder(processor, tokenizer, images, instruction, lowercase):
+def test_no_instruction_can_form_a_placeholder(processor, tokenizer, images, instruction, lowercase):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     own = OpenVLAProcessor(processor.image_processor, tokenizer, lowercase_instruction=lowercase, num_image_tokens=4)
     ids = own(images[0], instruction=instruction)["input_ids"][0]
@@ -401,7 +401,7 @@ def test_a_saved_published_checkpoint_is_ours(recorded, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path).prompt_template == VICUNA_PROMPT
 
 
-def test_a_remote_copy_and_the_installed_one_live_together(processor, images, tmp_path, monkeypatch):
+def test_a_remote_copy_and_the_installed_package_coexist(processor, images, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     saved = tmp_path / "saved"
@@ -456,7 +456,7 @@ def test_saved_code_works_without_the_package(processor, images, tmp_path, run_p
 
 @pytest.fixture
 def cropping(tokenizer, owner, monkeypatch):
-    """A repository whose two files of the image processor differ, on a Hub that is asked again at once."""
+    """A repository with two different image processor files, on a Hub whose client retries without waiting."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     folder = owner.root / "someone/good"
     OpenVLAImageProcessor().save_pretrained(folder)

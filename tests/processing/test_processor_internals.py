@@ -1,4 +1,4 @@
-"""What the processor needs of transformers beyond its public interface."""
+"""The private parts of transformers that the processor uses."""
 
 import inspect
 

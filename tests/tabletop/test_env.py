@@ -24,7 +24,7 @@ def act(x: float = 0.0, y: float = 0.0, z: float = 0.0, gripper: float = OPEN) -
 
 
 def drive(env: TabletopEnv, until: Callable[[TabletopEnv], bool]) -> dict[str, Any]:
-    """Let the expert act until a condition on the state holds; the last `info`."""
+    """Let the expert act until a condition on the state holds, and return the last `info`."""
     for _ in range(env.max_steps):
         *_, info = env.step(expert_action(env))
         if until(env):
@@ -33,7 +33,7 @@ def drive(env: TabletopEnv, until: Callable[[TabletopEnv], bool]) -> dict[str, A
 
 
 def pixels_apart(a: np.ndarray, b: np.ndarray) -> int:
-    """Pixels that differ clearly between two frames."""
+    """Count the pixels that differ clearly between two frames."""
     return int((np.abs(a.astype(int) - b.astype(int)).max(axis=-1) > 40).sum())
 
 
@@ -102,7 +102,7 @@ def test_wrist_camera_moves_with_the_hand_and_shows_the_grasp():
     assert pixels_apart(frame(0.05, 0.1), frame(0.05, 0.09)) > 100
     assert pixels_apart(frame(0.05, 0.1), frame(0.05, 0.1, is_open=False)) > 500
     assert pixels_apart(frame(0.05, 0.1, is_open=False), frame(0.05, 0.1, is_open=False, holding=True)) > 1000
-    # What the hand holds stays where it is in the image.
+    # A held object stays at the same place in the image.
     carried = (
         place(frame(0.05, 0.1, is_open=False, holding=True)),
         place(frame(-0.1, 0.1, is_open=False, holding=True)),

@@ -13,13 +13,13 @@ NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 
 def episode(instruction, steps):
-    """A blue scene: what is neither blue nor paper is writing."""
+    """An episode with blue frames, so that any pixel that is neither blue nor paper belongs to text."""
     frame = np.full((224, 224, 3), (0, 0, 255), np.uint8)
     return rollouts.Rollout(0, "put", instruction, success=True, steps=steps, frames=[frame] * steps)
 
 
 def dark(picture):
-    """Where there is writing in the colour of the instructions."""
+    """Return where there is text in the colour of the instructions."""
     return np.asarray(picture.convert("RGB")).max(-1) < 100
 
 

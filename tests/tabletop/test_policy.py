@@ -1,4 +1,4 @@
-"""The policy that ships: whole, as the package saves it, and able to act."""
+"""The shipped policy is complete, has the files that the package would save, and acts."""
 
 import json
 
@@ -55,7 +55,7 @@ def rates(act, episodes, condition):
 
 @pytest.mark.slow
 def test_it_does_what_it_is_told_and_looks(act):
-    """A part of what `openvla-hf evaluate` measures: bounds are wide of the figures in the card."""
+    """A part of the measurement of `openvla-hf evaluate`, with bounds far below the figures in the card."""
     assert rates(act, 12, "as told")[0] >= 0.8
     assert rates(act, 12, "swapped")[1] >= 0.8
     assert rates(act, 4, "black")[0] == 0

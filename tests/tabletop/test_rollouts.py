@@ -17,7 +17,7 @@ SEEDS = range(1_000_000, 1_000_006)
 
 
 def wander(images, instructions):
-    """Acts on what it sees and is told, and on nothing else."""
+    """Act depending only on the image and the instruction."""
     level = np.array([image.mean() for image in images]) / 255 + np.array([len(text) for text in instructions])
     rest = [*np.zeros((3, len(images))), (level * 10).astype(int) % 2]
     return np.stack([0.03 * np.sin(level), 0.03 * np.cos(7 * level), np.full_like(level, -0.01), *rest], axis=1)
@@ -160,7 +160,7 @@ def test_pictures_hold_the_frames(tmp_path):
     save_gif(episodes, tmp_path / "episodes.gif", frames_per_second=5)
     with Image.open(tmp_path / "episodes.gif") as gif:
         shown = []
-        for index in range(gif.n_frames):  # a picture that stays the same is stored once, for longer
+        for index in range(gif.n_frames):  # repeated pictures are stored once, with a longer duration
             gif.seek(index)
             shown.append(gif.info["duration"])
     assert sum(shown) == 200 * (max(len(one.frames) for one in episodes) + 5)

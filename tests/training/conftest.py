@@ -7,7 +7,7 @@ from openvla_hf.testing import tiny_config, tiny_processor, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A plain policy with its processor, as a run starts from."""
+    """A plain policy with its processor, from which a run can start."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer)

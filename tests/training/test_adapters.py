@@ -16,17 +16,17 @@ from openvla_hf.training.recipes import recipe
 
 
 LOGITS = 1e-4  # as tests/parity
-MERGED_LOGITS = 3e-4  # what merging in another order of float32 sums moves
+MERGED_LOGITS = 3e-4  # effect of another order of float32 sums in merging
 
 
 @pytest.fixture
 def published(recordings):
-    """The adapter that the original code wrote, and what came of it."""
+    """The adapter that the original code wrote, and its recordings."""
     return recordings("lora")
 
 
 def check_recorded(model, processor, recorded, folder, kind, tolerance):
-    """Logits of every recorded step, and every action."""
+    """Compare the logits of every recorded step, and every action."""
     expected = load_file(folder / "expected.safetensors")
     cases = json.loads((folder / "cases.json").read_text())
     base = recorded("fused-224")
@@ -83,7 +83,7 @@ def rewrite(published, folder, change):
     return folder
 
 
-def test_a_weight_without_a_place_is_an_error(recorded, published, tmp_path):
+def test_a_weight_that_matches_no_layer_is_an_error(recorded, published, tmp_path):
     def add(weights):
         weights["base_model.model.language_model.model.layers.9.mlp.up_proj.lora_A.weight"] = torch.zeros(8, 128)
 
@@ -145,7 +145,7 @@ def saved_base(folder, **fields):
 
 @pytest.fixture
 def trained(tmp_path):
-    """A base, an adapter of ours whose B is not zero, and the inputs and logits that it gives."""
+    """A base, an adapter of ours whose B is not zero, and inputs with the resulting logits."""
 
     def build(name="lora", **fields):
         base, processor = saved_base(tmp_path / "base", **fields)

@@ -37,7 +37,7 @@ RECIPES = ("oft", "oft-discrete", "oft-diffusion")
 
 
 def chunk_frames(episodes=2, steps=6, pad=True):
-    """Frames with two cameras, a state and the next actions; at the end, the last action is repeated."""
+    """Make frames with two cameras, a state and the next actions. At the end, the last action is repeated."""
     rng = np.random.default_rng(0)
     rows = []
     for index in range(episodes):
@@ -97,7 +97,7 @@ def predict(model, processor, frame):
     return model.predict_action(**inputs, unnorm_key="tiny", **more)
 
 
-def test_a_batch_has_prompts_and_beside_them_normalised_chunks(base, tmp_path):
+def test_a_batch_has_prompts_and_normalised_chunks(base, tmp_path):
     trainer = build(base, tmp_path)
     frames = chunk_frames()[3:6]
     batch = trainer.eval_collator(frames)
@@ -221,7 +221,7 @@ def test_an_adapter_that_lacks_a_network_or_fits_another_policy_is_refused(base,
     trainer.save_model(str(tmp_path / "adapter"))
     other = OpenVLAForActionPrediction.from_pretrained(base)
     add_action_networks(other, recipe("oft", action_horizon=5).action_fields(7, 2, 3))
-    with pytest.raises(ValueError, match="action_horizon=3, but the model has action_horizon=5"):
+    with pytest.raises(ValueError, match="action_horizon=3, but the model already has networks for action_horizon=5"):
         other.load_adapter(str(tmp_path / "adapter"))
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = next(key for key in weights if key.endswith("action_head.fc2.bias"))
@@ -379,7 +379,7 @@ def test_the_noise_of_a_diffusion_head_differs_between_batches_and_processes(bas
     draws = [trainer._draw_noise(actions)["noise"] for _ in range(2)]
     assert not torch.equal(*draws)
     trainer.check_step()
-    assert torch.equal(trainer._draw_noise(actions)["noise"], draws[0])  # as after a resume at the same step
+    assert torch.equal(trainer._draw_noise(actions)["noise"], draws[0])  # the same after a resume at this step
     trainer.check_step()
     monkeypatch.setattr(type(trainer.args), "process_index", 1)
     assert not torch.equal(trainer._draw_noise(actions)["noise"], draws[0])

@@ -70,12 +70,12 @@ def test_a_few_steps_on_one_batch_lower_the_loss():
 
 @pytest.fixture(scope="module")
 def frames():
-    """Three episodes of five frames, and the view that training takes of each in two epochs."""
+    """Three episodes of five frames, and the augmented view of each in two epochs."""
     return from_episodes([fake_episode(seed=seed, steps=5) for seed in range(3)], name="tiny")
 
 
 def views(frames, epoch=0, seed=0, **loader):
-    """The pixels of each frame that a loader gives, by episode and frame."""
+    """Return the pixels of each frame from a loader, by episode and frame."""
     collate, _ = collator()
     collate.augment, collate.seed = Augmentation(size=56), seed
     collate.set_epoch(epoch)
@@ -96,14 +96,14 @@ def test_a_frame_is_augmented_alike_by_any_number_of_workers_in_any_order(frames
     assert differing(views(frames), views(frames, num_workers=workers)) == 0
 
 
-def test_another_epoch_or_seed_augments_every_frame_otherwise(frames):
+def test_another_epoch_or_seed_augments_every_frame_differently(frames):
     first = views(frames)
     assert differing(first, views(frames, epoch=1)) == len(frames)
     assert differing(first, views(frames, seed=1)) == len(frames)
     assert len({one.numpy().tobytes() for one in first.values()}) == len(frames)
 
 
-def test_workers_that_outlive_an_epoch_augment_the_next_one_otherwise(frames):
+def test_workers_that_outlive_an_epoch_augment_the_next_one_differently(frames):
     collate, _ = collator()
     collate.augment = Augmentation(size=56)
     loader = DataLoader(frames, batch_size=5, collate_fn=collate, num_workers=1, persistent_workers=True)
@@ -115,7 +115,7 @@ def test_workers_that_outlive_an_epoch_augment_the_next_one_otherwise(frames):
     assert not torch.equal(epochs[0], epochs[1])
 
 
-def test_a_frame_without_its_place_is_augmented_by_its_image():
+def test_a_frame_without_indices_is_augmented_by_its_image():
     collate, _ = collator()
     collate.augment = Augmentation(size=56)
     one, other = fake_episode(steps=2)
@@ -128,8 +128,8 @@ def test_a_frame_without_its_place_is_augmented_by_its_image():
     assert not np.array_equal(collate.view(other), collate.view(other | {"epoch": 0}))
 
 
-def test_each_pass_over_a_stream_augments_its_frames_otherwise_for_any_readers():
-    """What one reader draws of a stream, two readers draw between them: the same frames, with the same passes."""
+def test_each_pass_over_a_stream_augments_its_frames_differently_for_any_readers():
+    """Two readers together draw the same frames of a stream as one reader, with the same pass numbers."""
     stream = from_episodes(lambda: [fake_episode(seed=seed, steps=4) for seed in range(4)], streaming=True)
 
     def passes(rank, ranks, count):

@@ -1,4 +1,4 @@
-"""Two processes (gloo) against one at the same global batch, through the shipped configs of accelerate."""
+"""Two processes (gloo) compared with one at the same global batch size, with the shipped configs of accelerate."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from openvla_hf.testing import fake_episode
 CONFIGS = Path(__file__).resolve().parents[2] / "src" / "openvla_hf" / "configs"
 STREAM_STEPS = 30  # of four frames: four passes over the 30 frames, two of each process
 INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red block")
-# Several runs, one after the other: a launch starts three processes, which takes longer than a run.
+# Performs several runs, because a launch starts three processes, which takes longer than a run.
 TRAIN = """
 import gc, json, sys
 from pathlib import Path
@@ -96,7 +96,7 @@ assert not [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Episodes of different lengths, whose instructions differ in length too; a file each."""
+    """Episodes of different lengths and with instructions of different lengths, each in its own file."""
     folder = tmp_path_factory.mktemp("data") / "arm"
     episodes = [fake_episode(seed=seed, steps=4 + seed, instruction=INSTRUCTIONS[seed % 3]) for seed in range(5)]
     write_rlds(episodes, folder, episodes_per_file=1)
@@ -105,7 +105,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, data, interpreters):
-    """Runs `train(config, output={...})` and gives the folder of the outputs."""
+    """Return a function `train(config, output={...})` that performs runs and returns the folder of their outputs."""
     folder = tmp_path_factory.mktemp("runs")
     script = folder / "train.py"
     script.write_text(TRAIN)
@@ -133,13 +133,13 @@ def train(tmp_path_factory, data, interpreters):
 
 @pytest.fixture(scope="module")
 def of_one(train):
-    """What one process makes of the runs that two are compared with."""
+    """Outputs of the runs with one process, for comparison."""
     return train(one_lora={"name": "lora"}, one_full={"name": "full"}, one_oft={"name": "oft"})
 
 
 @pytest.fixture(scope="module")
 def of_two(train):
-    """What two processes make of a table, of a stream, and of a batch that is spoilt in one of them."""
+    """Outputs of two processes for tables, for a stream, and for a batch that contains NaN in one process."""
     return train(
         "ddp.yaml",
         two_lora={"name": "lora"},
@@ -150,7 +150,7 @@ def of_two(train):
 
 
 def told_by(folder, output):
-    """What each process says of a run: its losses and the frames that it drew, by episode."""
+    """Return what each process wrote about a run: its losses and the frames that it drew, by episode."""
     told = sorted(json.loads(file.read_text()) for file in folder.glob(f"{output}-*.json"))
     assert [process for process, _, _ in told] == list(range(len(told)))
     return told
@@ -185,7 +185,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does(of_one, train)
 def test_two_processes_draw_every_frame_of_a_stream_equally(of_two):
     (_, one, some), (_, other, rest) = told_by(of_two, "stream")
     for drawn in (some, rest):
-        # The loader is a batch ahead.
+        # The loader prefetches one batch.
         assert set(Counter(map(tuple, drawn[: 2 * STREAM_STEPS])).values()) == {2}
     assert len({*map(tuple, some)}) == 30
     assert not {*map(tuple, some[:12])} & {*map(tuple, rest[:12])}

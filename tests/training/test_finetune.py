@@ -26,7 +26,7 @@ from openvla_hf.training.finetune import FinetuneArguments, TrainingData, build_
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four episodes as a data set on disk."""
+    """Four episodes as a dataset on disk."""
     folder = tmp_path_factory.mktemp("data") / "kitchen"
     rows = [
         frame | {"episode_index": episode, "frame_index": index}
@@ -127,13 +127,13 @@ def test_training_stops_without_an_improvement_and_ends_with_the_best_checkpoint
     with_other = [*bound[:-1], "3"]
     assert run(base, data, output, *with_other, "--resume", settings=settings) == 2
     assert "was trained with --patience 2" in capsys.readouterr().err
-    # Two evaluations had brought nothing: one more, and a run that goes on stops again.
+    # Two evaluations brought no improvement. After one more, the resumed run stops again.
     further = [*SETTINGS, "learning_rate=0.02", "save_steps=2"]
     assert run(base, data, output, *bound, "--resume", settings=further) == 0
 
 
 @pytest.mark.slow
-def test_an_evaluation_while_training_reads_no_more_frames_than_it_is_told(base, data, tmp_path, monkeypatch):
+def test_an_evaluation_while_training_reads_no_more_frames_than_requested(base, data, tmp_path, monkeypatch):
     read = []
 
     def spy(arguments):
@@ -155,7 +155,7 @@ def test_stopping_early_needs_held_out_episodes(base, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_adapter_learnt_on_four_bits_acts_and_merges_on_the_whole_base(base, data, tmp_path, capsys):
+def test_an_adapter_trained_on_four_bits_acts_and_merges_on_the_whole_base(base, data, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     output = tmp_path / "tuned"
     assert run(base, data, output, "--recipe", "qlora", "--steps", "3") == 0
@@ -172,7 +172,7 @@ def test_an_adapter_learnt_on_four_bits_acts_and_merges_on_the_whole_base(base, 
 
 
 def tree(folder):
-    """Every file of a folder and what is in it."""
+    """Return every file of a folder with its content."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -196,7 +196,7 @@ def test_a_resumed_run_keeps_its_settings_or_is_refused(base, data, tmp_path, ca
         assert f"was trained with {name}={old}, and a resumed run can't change it to {new}" in printed
         assert "start a new run in another folder" in printed
     assert tree(output) == before
-    # Half the batch and twice the batches are the same step.
+    # Half the batch size with twice the batches gives the same step.
     settings = [*SETTINGS, "learning_rate=1e-3", "batch_size=2", "gradient_accumulation_steps=2"]
     assert run(base, data, output, "--steps", "3", "--resume", settings=settings) == 0
     told = json.loads((output / "training.json").read_text())
@@ -247,7 +247,7 @@ def test_a_diverging_run_is_exit_status_2_and_saves_nothing(base, data, tmp_path
     assert not (output / "README.md").exists()
 
 
-def test_what_a_recipe_takes_is_said_before_anything_is_loaded(base, tmp_path, capsys):
+def test_the_cost_of_a_recipe_is_shown_before_anything_is_loaded(base, tmp_path, capsys):
     assert run(base, tmp_path / "no such data", tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr()
     cost = json.loads(printed.out)
@@ -269,7 +269,7 @@ def test_without_a_gpu_a_policy_is_finetuned_in_float32(base, data, tmp_path, ca
     [
         ("lerning_rate=1e-3", "Unknown setting 'lerning_rate'. Did you mean 'learning_rate'?"),
         ("lora_ranks=8", "Unknown setting 'lora_ranks'. Did you mean 'lora_rank'?"),
-        ("output_dir=there", "The output folder is given as --output, not as the setting output_dir."),
+        ("output_dir=there", "output_dir is not a setting of a run: give the folder as --output."),
         ("learning_rate=fast", "learning_rate must be a number, got 'fast'."),
         ("num_train_epochs=-", "num_train_epochs must be a number, got '-'."),
         ("lora_rank=-1", "lora_rank must be at least 0, got -1."),
@@ -281,7 +281,7 @@ def test_without_a_gpu_a_policy_is_finetuned_in_float32(base, data, tmp_path, ca
         ("ddp_backend=glo", "Unknown ddp_backend 'glo'. Did you mean 'gloo'?"),
     ],
 )
-def test_a_wrong_setting_is_said_before_any_data_is_read(base, tmp_path, capsys, setting, expected, more):
+def test_a_wrong_setting_is_reported_before_any_data_is_read(base, tmp_path, capsys, setting, expected, more):
     settings = [*SETTINGS, setting]
     assert run(base, tmp_path / "no such data", tmp_path / "out", *more, settings=settings) == 2
     printed = capsys.readouterr()
@@ -298,7 +298,7 @@ def test_a_wrong_setting_is_said_before_any_data_is_read(base, tmp_path, capsys,
         (["--statistics", "nope.json"], "argument --statistics: There is no file or folder 'nope.json'."),
     ],
 )
-def test_a_robot_or_statistics_that_are_not_there_are_said_before_any_data_is_read(
+def test_missing_robots_or_statistics_are_reported_before_any_data_is_read(
     base, tmp_path, capsys, option, expected, more
 ):
     try:
@@ -311,7 +311,7 @@ def test_a_robot_or_statistics_that_are_not_there_are_said_before_any_data_is_re
     assert "no such data" not in printed
 
 
-def test_ready_statistics_without_those_of_the_data_are_refused_by_file_and_name(base, data, tmp_path, capsys):
+def test_given_statistics_without_those_of_the_data_are_refused_by_file_and_name(base, data, tmp_path, capsys):
     ready = save_statistics({"lab": compute_statistics(load(data))["kitchen"]}, tmp_path)
     assert run(base, data, tmp_path / "out", "--statistics", str(ready), "--steps", "1") == 2
     assert f"{ready} has no statistics for 'kitchen', only for 'lab': give the dataset" in capsys.readouterr().err
@@ -335,13 +335,13 @@ def test_other_weights_are_refused_on_resume_before_any_data_is_read(base, tmp_p
     assert told in capsys.readouterr().err
 
 
-def test_a_folder_that_is_taken_is_said_before_any_data_is_read(base, tmp_path, capsys):
+def test_a_folder_in_use_is_reported_before_any_data_is_read(base, tmp_path, capsys):
     for more in (["--dry-run"], []):
         assert run(base, tmp_path / "no such data", base, *more) == 2
         assert "is the base model itself" in capsys.readouterr().err
 
 
-def test_a_missing_tracker_is_said_before_any_data_is_read(base, tmp_path, capsys):
+def test_a_missing_tracker_is_reported_before_any_data_is_read(base, tmp_path, capsys):
     missing = sorted({"tensorboard", "wandb", "trackio", "swanlab"} - set(get_available_reporting_integrations()))
     if not missing:
         pytest.skip("every tracker is installed")
@@ -373,7 +373,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_continue(base, data, tmp_path
     assert last_checkpoint(output) == str(output / f"checkpoint-{step + 1}")
 
 
-def test_a_wrong_recipe_is_one_sentence(base, data, tmp_path, capsys):
+def test_a_wrong_recipe_is_reported_in_one_sentence(base, data, tmp_path, capsys):
     assert run(base, data, tmp_path / "out", "--recipe", "lor") == 2
     assert "Did you mean 'lora'?" in capsys.readouterr().err
 
@@ -393,7 +393,7 @@ def test_a_run_trains_and_predicts_without_a_final_full_stop(base, tmp_path):
 
 
 def test_one_call_does_what_the_command_does(base, data, tmp_path, capsys):
-    """Same data, split, statistics, weights, record and card; what differs is the folder alone."""
+    """Data, split, statistics, weights, record and card are equal. Only the folder differs."""
     assert run(base, data, tmp_path / "command", "--steps", "2", "--eval-share", "0.25") == 0
     figures = json.loads(capsys.readouterr().out)["figures"]
     settings = {"dtype": "float32", "batch_size": 4, "lora_rank": 4, "use_cpu": True}
@@ -444,7 +444,7 @@ def test_whole_episodes_are_held_out():
 
 
 @pytest.mark.slow
-def test_a_robot_of_the_users_own_reads_the_data(base, data, tmp_path, capsys):
+def test_a_users_own_robot_reads_the_data(base, data, tmp_path, capsys):
     robots = tmp_path / "robots.py"
     robots.write_text(
         "from openvla_hf.data.robots import Gripper, Robot, register_robot\n"
@@ -460,7 +460,7 @@ def test_a_robot_of_the_users_own_reads_the_data(base, data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_several_data_sets_train_one_policy_by_their_weights(base, data, tmp_path, capsys):
+def test_several_datasets_train_one_policy_by_their_weights(base, data, tmp_path, capsys):
     write_lerobot([fake_episode(seed=seed, steps=6) for seed in range(4)], tmp_path / "lab")
     output, both = tmp_path / "out", ["--data", str(data), str(tmp_path / "lab")]
     robots = ["--robot", "tabletop", "generic", "--name", "kitchen", "lab"]
@@ -475,14 +475,14 @@ def test_several_data_sets_train_one_policy_by_their_weights(base, data, tmp_pat
     capsys.readouterr()
     assert run(base, data, output, *weighted, "--steps", "2", "--resume", "--weights", "2", "1") == 2
     assert "a resumed run can't change it to [2.0, 1.0]" in capsys.readouterr().err
-    # Each is evaluated as it was read for training.
+    # Each dataset is read for evaluation as it was for training.
     for folder, name in ((data, "kitchen"), (tmp_path / "lab", "lab")):
         command = ["evaluate", "--model", str(output), "--data", str(folder), "--unnorm-key", name, "--json"]
         assert main(command) == 0
         assert json.loads(capsys.readouterr().out)["dataset"] == name
 
 
-def test_streams_of_several_data_sets_train_on_ready_statistics(base, data, tmp_path):
+def test_streams_of_several_datasets_train_on_given_statistics(base, data, tmp_path):
     folders = [str(tmp_path / name) for name in ("lab", "shop")]
     for folder, seeds in zip(folders, (range(3), range(3, 5)), strict=True):
         write_lerobot([fake_episode(seed=seed, steps=6) for seed in seeds], folder)
@@ -506,23 +506,23 @@ def test_streams_of_several_data_sets_train_on_ready_statistics(base, data, tmp_
         (["--name", "both"], "--name has 1 values for 2 datasets"),
     ],
 )
-def test_options_of_several_data_sets_are_one_for_each(base, tmp_path, capsys, options, message):
+def test_options_of_several_datasets_need_a_value_for_each(base, tmp_path, capsys, options, message):
     assert run(base, "a/b", tmp_path / "out", "--data", "a/b", "c/d", *options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_data_set_is_not_given_twice(base, tmp_path, capsys):
+def test_a_dataset_must_not_be_given_twice(base, tmp_path, capsys):
     assert run(base, "a/b", tmp_path / "out", "--data", "a/b", "a/b") == 2
     assert "given twice in --data" in capsys.readouterr().err
 
 
-def test_data_sets_of_one_name_are_not_taken_together():
+def test_datasets_with_the_same_name_are_refused():
     parts = [from_episodes([fake_episode(seed=seed)], name="kitchen") for seed in range(2)]
     with pytest.raises(ValueError, match="Two datasets are called 'kitchen'"):
         split_parts(parts, None, 0.0, seed=0)
 
 
-def test_each_of_several_data_sets_holds_out_episodes_of_its_own():
+def test_each_of_several_datasets_holds_out_its_own_episodes():
     parts = [
         from_episodes([fake_episode(seed=seed, steps=4) for seed in range(count)], name=name)
         for name, count in (("kitchen", 8), ("lab", 4))

@@ -15,7 +15,7 @@ from openvla_hf.training.trainer import supervised_positions
 
 PAPER_LORA_PARAMETERS = 110_828_288
 PAPER_SINGLE_TOWER = {"last-layer": 465.0, "frozen-vision": 6760.4}  # millions
-# What the paper trains of the single tower and no model here has: the last block, the final norm and the pooling head.
+# Parts of the single tower that the paper trains and this package leaves out: last block, final norm, pooling head.
 PAPER_NEVER_READ = 7188.1 - 7157.6
 
 
@@ -50,7 +50,7 @@ def test_partial_recipes_train_what_they_name():
     assert learning("full") - learning("frozen-vision") == {name for name in learning("full") if "vision" in name}
 
 
-def test_every_field_can_be_overridden_and_a_wrong_name_is_a_sentence():
+def test_every_field_can_be_overridden_and_a_wrong_name_is_refused_in_one_sentence():
     assert recipe("lora", lora_rank=64, learning_rate=1e-4).lora_rank == 64
     with pytest.raises(ValueError, match="Did you mean 'lora_rank'"):
         recipe("lora", lora_ranks=64)
@@ -80,7 +80,7 @@ def test_every_field_can_be_overridden_and_a_wrong_name_is_a_sentence():
         ({"adam_beta1": 1.0}, "adam_beta1 must be below 1, got 1.0."),
     ],
 )
-def test_a_setting_that_can_not_be_is_a_sentence(tmp_path, setting, expected):
+def test_an_impossible_setting_is_refused_in_one_sentence(tmp_path, setting, expected):
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
         recipe("lora").training_arguments(str(tmp_path / "out"), **setting)
 
@@ -97,7 +97,7 @@ def test_a_setting_that_can_not_be_is_a_sentence(tmp_path, setting, expected):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0."),
     ],
 )
-def test_a_field_of_a_recipe_that_can_not_be_is_a_sentence(field, expected):
+def test_an_impossible_field_of_a_recipe_is_refused_in_one_sentence(field, expected):
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
         recipe("lora", **field)
 
@@ -155,7 +155,7 @@ def test_counts_at_full_size_are_those_of_the_paper():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing):
-    """In bfloat16, like what is estimated; tensors that are views of the same memory count once."""
+    """In bfloat16, as in the estimate. Tensors that are views of the same memory count once."""
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer, text_width=256, text_layers=4, vision_width=128, heads=4, image_size=112)
     fields = {"dtype": "bfloat16", "batch_size": 4}
@@ -179,7 +179,7 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(checkpointing):
         model(**batch, logits_to_keep=positions)
     prompt = batch["input_ids"].shape[1] - config.num_image_tokens
     estimate = estimate_cost(config, chosen, prompt_tokens=prompt).activations * 2**30
-    if checkpointing:  # its own hooks keep the inputs of blocks, out of sight
+    if checkpointing:  # checkpointing keeps the inputs of blocks where hooks do not see them
         full = estimate_cost(config, recipe("full", **fields), prompt_tokens=prompt).activations * 2**30
         assert estimate < full / 2
     else:

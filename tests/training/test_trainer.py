@@ -37,7 +37,7 @@ def frames(episodes=3, steps=8):
 
 
 def build(output, name="lora", dataset=None, norm_stats=NORM_STATS, seed=0, augment=None, fields=None, **arguments):
-    """A trainer of a tiny policy; `fields` are the recipe's."""
+    """Build a trainer of a tiny policy; `fields` are those of the recipe."""
     tokenizer = tiny_tokenizer(INSTRUCTIONS)
     config = tiny_config(tokenizer, norm_stats=norm_stats)
     torch.manual_seed(seed)
@@ -96,7 +96,7 @@ def test_two_steps_and_resumed_to_four_equals_four_straight(tmp_path, name, iter
     def data():
         if not iterable:
             return frames()
-        # It ends after two and a half steps.
+        # The epoch ends after two and a half steps.
         return frames(episodes=1, steps=10).to_iterable_dataset(num_shards=3).shuffle(seed=3, buffer_size=4)
 
     more = {"augment": Augmentation(size=56), "dataloader_num_workers": workers}
@@ -123,7 +123,7 @@ def test_a_run_learns_the_same_with_any_number_of_workers(tmp_path):
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_a_resumed_run_saves_as_often_as_it_is_told(tmp_path):
+def test_a_resumed_run_saves_as_often_as_requested(tmp_path):
     build(tmp_path, max_steps=2, save_steps=2).train()
     resumed = build(tmp_path, max_steps=4, save_steps=1)
     resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
@@ -148,7 +148,7 @@ def test_a_resumed_run_neither_decodes_nor_augments_the_used_frames_of_a_stream(
     decoded.clear(), augmented.clear()
     resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path / "resumed"))
     assert losses(resumed) == losses(straight)
-    # Two steps of four frames; the loader is a batch ahead.
+    # Two steps of four frames; the loader prefetches one batch.
     assert len(decoded) == len(augmented) == 12
 
 
@@ -164,7 +164,7 @@ def test_an_adapter_learns_and_its_base_stays(tmp_path):
 
 
 def test_accumulated_batches_weigh_each_token_alike(tmp_path):
-    """One step on 8 frames, in one batch or in 8, also where rows differ in supervised tokens."""
+    """One step on 8 frames, in one batch or in 8, also if rows differ in their number of supervised tokens."""
     three = {name: values[:3] for name, values in BRIDGE_LIKE_STATS.items()}
     norm_stats = {"seven": {"action": BRIDGE_LIKE_STATS}, "three": {"action": three}}
     rows = fake_episode(steps=8)
@@ -225,7 +225,7 @@ def test_metrics_of_a_stream_are_those_of_its_table(tmp_path):
         assert found[name] == pytest.approx(expected[name], abs=1e-5)
 
 
-def test_a_checkpoint_is_complete_and_holds_the_adapter_alone(tmp_path):
+def test_a_checkpoint_is_complete_and_contains_only_the_adapter(tmp_path):
     trainer = build(tmp_path, max_steps=2)
     trainer.train()
     folder = tmp_path / "checkpoint-2"
@@ -247,7 +247,7 @@ def test_a_second_run_over_the_same_steps_replaces_their_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for_is_none(tmp_path, full_disk):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_does_not_count(tmp_path, full_disk):
     trainer = build(tmp_path, max_steps=2)
     trainer.train()
     trainer.args.max_steps = 4
@@ -306,7 +306,7 @@ def test_an_evaluation_whose_loss_is_not_finite_ends_the_run(tmp_path):
         trainer.evaluate(frames(episodes=1, steps=2))
 
 
-# Runs of one policy, each in a process of its own that has imported everything before. A run may be killed at the
+# Runs of one policy, each in its own fork of a process that has imported everything. A run may be killed the
 # `count`-th time that `name` is written, renamed or removed: at once, or when a file exceeds `limit`.
 TRAIN = """
 import gc, json, os, resource, signal, sys
@@ -361,7 +361,7 @@ for run in json.loads(sys.argv[1]):
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print("ended", json.dumps([status, last_checkpoint(run["output"])]), flush=True)
 """
-# By stage of a save: where a run is killed, and the last step that is saved whole then. The next run resumes there.
+# Stage of a save -> where a run is killed, and the last step with a complete checkpoint, where the next run resumes.
 KILLS = {
     "before the weights": ({"event": "open", "name": "/generation_config.json", "count": 2}, 1),
     "in the weights": ({"event": "open", "name": "/generation_config.json", "count": 2, "limit": 100_000}, 2),
@@ -374,7 +374,7 @@ KILLS = {
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(tmp_path, run_python):
+def test_a_run_killed_while_it_saves_resumes_from_a_complete_checkpoint(tmp_path, run_python):
     steps = 9
     killed, straight = ({"output": str(tmp_path / name), "steps": steps} for name in ("killed", "straight"))
     runs = [*(killed | {"kill": kill} for kill, _ in KILLS.values()), killed, straight]

@@ -1,4 +1,4 @@
-"""The parts of transformers and accelerate that training relies on without a promise of theirs."""
+"""The undocumented parts of transformers and accelerate on which training relies."""
 
 import inspect
 
@@ -56,6 +56,6 @@ def test_accelerate_still_prepares_a_loader_that_each_process_has_to_itself():
         )
 
 
-def test_transformers_still_tells_callbacks_before_the_optimizers_step():
+def test_transformers_still_calls_callbacks_before_the_optimizers_step():
     told = "transformers no longer calls on_pre_optimizer_step: adapt ActionTrainer.check_step, which finds NaN."
     assert hasattr(TrainerCallback, "on_pre_optimizer_step"), told

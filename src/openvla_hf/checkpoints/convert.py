@@ -2,7 +2,7 @@
 
 A run is a folder with `config.json`, `dataset_statistics.json` and `checkpoints/step-*.pt`. Like the original's own
 converter, this one writes the published configuration: means and standard deviations of the pixels rounded to bfloat16
-(0.484375, where training had 0.485), and the language model's defaults of transformers 4.40.1.
+(0.484375 instead of the 0.485 of training), and the language model's defaults of transformers 4.40.1.
 """
 
 import os
@@ -156,7 +156,7 @@ def convert(
 def _find_weights(
     source: str | os.PathLike, checkpoint: str | None, hub_kwargs: dict[str, Any]
 ) -> tuple[CheckpointFiles, str]:
-    """Find the files beside the run's config, and the path of its weights, downloaded if need be."""
+    """Find the files next to the run's config, and the path of its weights, downloaded if need be."""
     path = Path(source)
     if path.is_file():
         if checkpoint is not None:
@@ -164,12 +164,12 @@ def _find_weights(
         folders = [folder for folder in list(path.parents)[:2] if (folder / CONFIG_NAME).is_file()]
         return CheckpointFiles.locate(folders[0] if folders else path.parent), str(path)
     run = CheckpointFiles.locate(source, **hub_kwargs)
-    if not run.is_whole and (config_file := run.find(CONFIG_NAME)) is not None:  # the cache is a folder like others
+    if not run.is_whole and (config_file := run.find(CONFIG_NAME)) is not None:  # read the cached files as a folder
         run = CheckpointFiles.locate(Path(config_file).parent)
     beside = CheckpointFiles.locate(run.source, **run.hub_kwargs | {"subfolder": CHECKPOINTS})
     names = sorted(name for name in beside.names if name.endswith(".pt"))
     if not names:
-        _base_model(run)  # what is not a run at all is reported as such
+        _base_model(run)  # raises the clearer error if this is not a run at all
         raise OSError(f"{source} has no `.pt` files in its folder `{CHECKPOINTS}`: copy them from the training run.")
     if checkpoint is not None:
         check_name(checkpoint, names, "checkpoint")
@@ -182,7 +182,7 @@ def latest(names: list[str]) -> str:
     """Return the file of the last step.
 
     Raises:
-        ValueError: There are several files, and none has the name that training gives.
+        ValueError: There are several files, and none has a name that training gives.
     """
     steps = {name: int(match[1]) for name in names if (match := STEP.fullmatch(name))}
     if steps:
@@ -236,7 +236,7 @@ def _processor(
     if tokenizer.pad_token_id != config.pad_token_id:
         raise ValueError(
             f"The tokenizer of {os.fspath(tokenizer_source)!r} pads with id {tokenizer.pad_token_id}, but the model "
-            f"with {config.pad_token_id}: give the tokenizer of a checkpoint with the same language model."
+            f"pads with {config.pad_token_id}: give the tokenizer of a checkpoint with the same language model."
         )
     means, stds = zip(*(PIXELS[tower.model_type] for tower in config.vision_configs), strict=True)
     image_processor = OpenVLAImageProcessor(
@@ -259,7 +259,7 @@ def _processor(
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Read the weights of a run by their published names, still in the file. The optimizer's state is left out.
+    """Read the weights of a run by their published names. Tensors stay in the file; the optimizer's state is left out.
 
     Raises:
         ValueError: A part of the model is missing, or a weight has a name that no rule of `RENAMINGS` knows.

@@ -49,8 +49,8 @@ class CheckpointInfo:
         statistics: Action statistics. Empty for an adapter that uses those of its base model.
         statistics_file: File that holds the statistics, or `None`.
         oft: Fields of the config of a policy with parallel decoding, several images or a state, or `None` for plain
-            OpenVLA. `platform` is the platform that they follow from, `None` if the config states them. Fields that
-            stay unknown are missing.
+            OpenVLA. `platform` is the platform that the fields follow from, or `None` if the config states them.
+            Unknown fields are missing.
     """
 
     layout: str
@@ -102,7 +102,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         raise ValueError(f"{source} has no safetensors files. Save the model again with `save_pretrained`.")
     counts: Counter[str] = sum((_count_weights(files, name) for name in weights), Counter())
     model = OpenVLAConfig.from_dict(config) if adapter is None else None
-    # The file beside the weights takes precedence, as it does when loading.
+    # The file next to the weights takes precedence, as it does when loading.
     in_file = statistics_in_file(files.read_json(STATISTICS_FILE), source)
     in_config = check_statistics(model.norm_stats, f"{CONFIG_NAME} of {source}") if model and not in_file else None
     quantization = _quantization(config.get("quantization_config"))
@@ -170,7 +170,7 @@ def _count_weights(files: CheckpointFiles, name: str) -> Counter[str]:
 
 
 def _is_remote(files: CheckpointFiles) -> bool:
-    """Whether the files are on the Hub, and not in a folder or in the cache alone."""
+    """Whether the files are on the Hub, and not only in a folder or in the cache."""
     return files.is_whole and not os.path.isdir(str(files.source))
 
 
@@ -187,7 +187,7 @@ def _layout(files: dict[str, int], config: dict[str, Any], adapter: dict[str, An
 
 
 def _oft_fields(components: list[str], config: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the fields of OpenVLA-OFT: those in the config, or what the components and the statistics tell."""
+    """Return the fields of OpenVLA-OFT: those in the config, or those that follow from components and statistics."""
     stated = {name: config[name] for name in OFT_FIELDS if name in config}
     if stated or not components:
         return stated | {"platform": None} if stated else None

@@ -4,8 +4,8 @@
 and pooling heads of the towers. This package does not keep them. They are written as zeros, with norm weights of one,
 so that these blocks pass their input on, and code that reads a later block still sees the trained features.
 
-A model that decodes in parallel is written as the original of OpenVLA-OFT saves it: the head and the projectors are in
-files of their own, and the fields that its code takes from the command line are also in `config.json`.
+A model that decodes in parallel is written as the original code of OpenVLA-OFT saves it: the head and the projectors
+are in separate files, and the fields that this code takes from the command line are also in `config.json`.
 """
 
 import json
@@ -269,7 +269,7 @@ def _published_text_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict
 
 
 def published_image_processor(image_processor: OpenVLAImageProcessor) -> dict[str, Any]:
-    """Make the published `preprocessor_config.json`. The original code reads the `tvf_*` fields, one entry a tower."""
+    """Make the published `preprocessor_config.json`. The original code reads `tvf_*`, with one entry per tower."""
     height, width = image_processor.size["height"], image_processor.size["width"]
     towers = len(image_processor.image_mean)
     strategy = image_processor.image_resize_strategy

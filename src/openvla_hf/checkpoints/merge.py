@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model, which gives a checkpoint without an adapter."""
+"""Merge an adapter into its base model, to get a checkpoint without an adapter."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Write the model card of a repository, from the checkpoint and the files of its run.
 
-Three files are read if they are beside the weights:
+Three files are read if they are next to the weights:
 
 - `training.json`, written by `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings`
   and `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`), and
@@ -90,7 +90,7 @@ def write_card(
 
 
 def read_training(source: str | os.PathLike) -> dict[str, Any]:
-    """Read `training.json` beside a policy. Returns an empty dictionary if there is none.
+    """Read `training.json` next to a policy. Returns an empty dictionary if there is none.
 
     Args:
         source: Folder or Hub id.

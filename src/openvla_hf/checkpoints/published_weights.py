@@ -1,7 +1,7 @@
 """Weights in the published layout, by the original's names.
 
 Weights that OpenVLA never uses (last blocks, final norms and pooling heads of the towers) are zeros, with norm weights
-of one. The components of OpenVLA-OFT are in files of their own.
+of one. The components of OpenVLA-OFT are in separate files.
 """
 
 import re
@@ -21,7 +21,7 @@ from .transformers_internals import revert_weight_conversion
 FILM_LORA_LAYERS = re.compile(r"(.*\.(?:qkv|proj|fc1|fc2|q|kv))\.(weight|bias)")
 FILM_LORA_RANK = 32
 FILM_WEIGHT = re.compile(r"\.(scale|shift)\.(weight|bias)$")
-# In place of the training step in the names of components' files. The original writes this word too.
+# Takes the place of the training step in the names of component files, as in files that the original writes.
 STEP = "latest"
 
 
@@ -38,10 +38,10 @@ def published_state_dict(model: OpenVLAForActionPrediction) -> dict[str, torch.T
 
 
 def published_film_backbone(model: OpenVLAForActionPrediction) -> dict[str, torch.Tensor]:
-    """Return the vision backbone of a model with FiLM, as the original saves it in a file of its own.
+    """Return the vision backbone of a model with FiLM, as the original saves it in a separate file.
 
-    The original reads it into a backbone whose layers have a LoRA. The weights are complete without one, so that it is
-    written as zeros.
+    The original loads this file into a backbone whose layers have a LoRA. The weights are complete without it, so the
+    LoRA is written as zeros.
     """
     tensors = {}
     for name, tensor in _published_backbone(model).items():
@@ -119,7 +119,7 @@ def _never_read(read: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict
 
 
 def write_components(model: OpenVLAForActionPrediction, folder: Path) -> None:
-    """Write the components of OpenVLA-OFT that a model has, each in a file of its own; a plain model has none."""
+    """Write each component of OpenVLA-OFT that a model has to a separate file; a plain model has none."""
     for component, state in component_states(model).items():
         torch.save(state, folder / f"{component}--{STEP}{SUFFIX}")
 

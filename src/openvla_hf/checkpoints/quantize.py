@@ -264,7 +264,7 @@ def quantize(
         The folder.
 
     Raises:
-        ValueError: The checkpoint is already quantised or is not OpenVLA, or see `quantization`.
+        ValueError: The checkpoint is already quantised or is not OpenVLA; see also `quantization`.
         FileExistsError: `destination` is not empty.
         OSError: A weights file is missing or can't be read.
         ImportError: See `quantization`.
@@ -276,7 +276,7 @@ def quantize(
     refuse_foreign_files(files)
     if components := component_files(files):
         raise ValueError(
-            f"{source} has weights in files of their own ({', '.join(components.values())}), which are not quantised. "
+            f"{source} has weights in component files ({', '.join(components.values())}), which are not quantised. "
             "Load it with `from_pretrained`, save it with `save_pretrained`, and quantise the saved checkpoint."
         )
     config = config or AutoConfig.from_pretrained(source, **hub_kwargs)

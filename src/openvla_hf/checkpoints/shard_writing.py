@@ -31,7 +31,8 @@ def write_shards(folder: Path, shards: Iterable[Shard], count: int, on_progress:
     part = 0
     for tensors, part_metadata in shards:
         part += 1  # noqa: SIM113 - `enumerate` would keep the tensors of the last part
-        # torchao lists the tensors in this field, and readers use the list of the last file, so it names them all.
+        # torchao lists a file's tensors in this field, but readers use only the last file's list, so that list names
+        # the tensors of all files.
         known, new = (json.loads(each.get("tensor_names", "[]")) for each in (metadata, part_metadata))
         metadata |= part_metadata | ({"tensor_names": json.dumps(known + new)} if known + new else {})
         file_name = f"model-{part:05d}-of-{count:05d}.safetensors" if count > 1 else SAFE_WEIGHTS_NAME

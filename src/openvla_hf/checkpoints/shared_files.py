@@ -187,7 +187,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _package_code(layout: str) -> dict[str, str]:
-    """Read the modules that `save_pretrained` writes beside a checkpoint: name -> text."""
+    """Read the modules that `save_pretrained` writes next to a checkpoint: name -> text."""
     with tempfile.TemporaryDirectory() as folder:
         for one in SHIPPED_CLASSES.get(layout, ()):
             custom_object_save(one, folder)

@@ -200,16 +200,16 @@ def image(text: str) -> str:
 
 
 def add_oft_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name an OpenVLA-OFT checkpoint whose files don't."""
+    """Add the options for OpenVLA-OFT checkpoints whose files do not identify their platform or decoding."""
     parser.add_argument(
         "--platform",
         choices=PLATFORMS,
-        help="platform of an OpenVLA-OFT checkpoint whose files don't tell it (default: found by the files)",
+        help="platform of an OpenVLA-OFT checkpoint (default: recognised from its files)",
     )
     parser.add_argument(
         "--action-decoding",
         choices=("autoregressive", "parallel"),
-        help="how an OpenVLA-OFT checkpoint without component files decodes (default: as its config.json says)",
+        help="how an OpenVLA-OFT checkpoint without component files decodes (default: as stated in its config.json)",
     )
 
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def oft_rows(oft: dict[str, Any]) -> dict[str, str]:
-    """Describe the fields of an OpenVLA-OFT policy; "unknown" where neither the files nor a platform tell."""
+    """Describe the fields of an OpenVLA-OFT policy, or "unknown" if they follow from neither files nor a platform."""
 
     def known(name: str, text: str) -> str:
         return text.format(oft[name]) if name in oft else f"unknown: pass `platform=` or `{name}=`"

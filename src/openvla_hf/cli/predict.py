@@ -54,11 +54,11 @@ def camera_image(text: str) -> tuple[str | None, str]:
 
 
 def numbers(text: str) -> list[float]:
-    """Parse numbers between spaces or commas."""
+    """Parse numbers that are separated by spaces or commas."""
     try:
         return [float(number) for number in text.replace(",", " ").split()]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be numbers between spaces, got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"must be numbers separated by spaces, got {text!r}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -106,7 +106,7 @@ def make_observation(images: list[tuple[str | None, str]], cameras: list[str] | 
     names = [name for name, _ in images if name is not None]
     if names:
         if len(names) < len(images) or len({*names}) < len(names):
-            raise ValueError("Some --image name a camera twice or not at all: give one CAMERA=IMAGE for each camera.")
+            raise ValueError("Some --image repeat a camera or name none: give one CAMERA=IMAGE for each camera.")
         return dict(images)
     paths = [path for _, path in images]
     if cameras is None and len(paths) > 1:

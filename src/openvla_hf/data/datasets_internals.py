@@ -13,7 +13,7 @@ def fingerprint(table: Dataset) -> str:
 
 def drop_repeats(table: Dataset) -> Dataset:
     """Select the stored rows that a table uses, each once and in the order of storage, which is fastest to read."""
-    # Selections and mixtures store the numbers of their rows beside the data.
+    # Selections and mixtures store the numbers of their rows next to the data.
     if table._indices is None:
         return table
     _, first = np.unique(table._indices.column(0), return_index=True)

@@ -1,4 +1,4 @@
-"""What frames contain: the cameras, the chunks of actions and the state, beside the robot that converts the actions.
+"""What frames contain: the cameras, the chunks of actions and the state, with the robot that converts the actions.
 
 Letters in shapes: N frames of an episode, K actions of a chunk, A dimensions of an action.
 """
@@ -15,7 +15,7 @@ from .feature_names import Names, find_camera
 from .robots import resolve_robot
 
 
-# Columns of the rows of every reader, beside the images. `dataset` names the statistics of the action, and
+# Columns of the rows of every reader, apart from the images. `dataset` names the statistics of the action, and
 # `action_mask` says which dimensions they scale.
 NUMBERS = {
     "instruction": Value("string"),
@@ -28,7 +28,7 @@ NUMBERS = {
 }
 # Columns of rows with one camera and without chunks.
 FEATURES = Features({"image": Image(decode=False), **NUMBERS})
-# What becomes of the last frames of an episode, after which fewer than K actions are recorded.
+# What happens to the last frames of an episode, for which fewer than K actions are left.
 CHUNK_ENDS = ("drop", "pad")
 # Prefix of the columns of rows that contain the images of several cameras.
 CAMERA_PREFIX = "images."
@@ -77,14 +77,14 @@ class FrameSpec:
 
     @property
     def camera_features(self) -> list[Names]:
-        """For each camera, the features that it may be read from; empty if the robot names no camera."""
+        """Features that each camera may be read from; empty if the robot names no camera."""
         return [names for _, names in self.cameras] or ([self.robot.camera] if self.robot.camera else [])
 
     def choose_cameras(self, available: Collection[str]) -> dict[str, str]:
         """Choose the cameras to read from a dataset's cameras.
 
         Returns:
-            By column of the rows, the dataset's camera.
+            The dataset's camera for each column of the rows.
 
         Raises:
             ValueError: The dataset lacks a camera, or it has several and none is named.

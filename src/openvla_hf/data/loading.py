@@ -163,7 +163,7 @@ def read_table(
         decode_all: Whether to decode every image, to find the damaged ones.
 
     Raises:
-        ValueError: The dataset lacks what is read.
+        ValueError: The dataset lacks a feature that is read.
         BadEpisodeError: An episode can't be used, or more are bad than `losses` allow.
     """
     if isinstance(source, Dataset):

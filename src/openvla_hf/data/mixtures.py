@@ -104,7 +104,7 @@ def _count(number: int, stream: Frames, weight: float, num_frames: int | None = 
     if not num_frames:
         raise ValueError(
             f"The number of frames of {name} is not known, so its weight can't be applied. Save "
-            "dataset_statistics.json beside its files, or pass num_frames to `mix` or `load_mixture`."
+            "dataset_statistics.json next to its files, or pass num_frames to `mix` or `load_mixture`."
         )
     return num_frames
 

@@ -167,7 +167,7 @@ def adapt_stream(data: IterableDataset, spec: FrameSpec, name: str, losses: Loss
             "action": actions[0],
             "action_mask": robot.mask(actions.shape[1]),
             "state": None if states is None else states[0],
-            # Each reader of a stream counts its own rows, so a row's number does not say which frame it is.
+            # Each reader of a stream counts its own rows, so the number of a row does not identify a frame.
             "episode_index": row.get("episode_index"),
             "frame_index": row.get("frame_index"),
             "dataset": name,

@@ -28,7 +28,7 @@ TABLE_VERSION = 3
 # Rows to write at once: large pieces are read faster.
 WRITE_ROWS = 1024
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Counts of `Losses` that are stored beside a table.
+# Counts of `Losses` that are stored next to a table.
 STORED_LOSSES = ("bad_episodes", "skipped", "without_instruction")
 
 logger = logging.getLogger(__name__)

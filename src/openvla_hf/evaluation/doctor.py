@@ -68,7 +68,7 @@ class Report:
         motionless_start: Share of the frames before the state of their episode changes; `None` without states.
         histograms: Counts in the 256 bins of the action tokens, lowest first, for each dimension.
         model: `frames`, `token_accuracy` and `l1` (normalised) of a model on the data, if one was given.
-        warnings: One sentence or two for each problem to look at before training.
+        warnings: One or two sentences for each problem to look at before training.
         table_row: Row of the table of Open X-Embodiment that the adapter follows; `None` for other adapters.
     """
 

@@ -68,7 +68,7 @@ def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Measure the most bytes that a call needs beyond those in use before; `None` if they cannot be counted."""
+    """Measure the peak of the bytes that a call adds to those in use; `None` if they cannot be counted."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -99,7 +99,7 @@ class BatchLatency:
         prompt_tokens: Tokens of the prompt, image placeholders included.
         parts: Medians of processor, vision, prefill and decode of `predict_action`, or of processor, vision and chunk
             (the rest) with parallel decoding.
-        floor: `{part or variant: least seconds}`, see `Floor`.
+        floor: `{part or variant: least time}`, see `Floor`.
         timings: `{variant: {"median", "p95", "hz", "speedup"}}`; `hz` counts the actions of all rows and chunks,
             `speedup` is that of `hz` over plain `generate`, if the model can generate.
         forward_passes: `{variant: passes of the language model in a call}`.
@@ -188,7 +188,7 @@ def measure_latency(
         progress: Called with the name of each step before it starts.
 
     Raises:
-        ValueError: `compile_passes` was asked of a model with parallel decoding.
+        ValueError: `compile_passes` is set for a model with parallel decoding.
     """
     if compile_passes and model.config.is_parallel:
         raise ValueError(
@@ -426,7 +426,7 @@ def latency_tables(result: Latency) -> list[Table]:
 
     tables = []
     for batch in result.batches:
-        table = Table(title=f"{batch.prompt_tokens} tokens, batch of {batch.batch_size}, ms of a call")
+        table = Table(title=f"{batch.prompt_tokens} tokens, batch of {batch.batch_size}, ms per call")
         if batch.same_tokens is not None:
             table.caption = "same tokens as generate" if batch.same_tokens else "tokens differ from generate's"
         for column in ("", "median", "p95", "actions/s", "x generate", "passes/action", "floor", "x floor"):

@@ -1,4 +1,4 @@
-"""The least time of an action: what a model must read and compute, at the measured speed of the device."""
+"""A lower bound on the time of an action: what a model must read and compute, at the measured speed of the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ..modeling.parallel_decoding import num_new_tokens
 class Work:
     """The least that one pass reads and computes: its weights, and two operations for each weight and token.
 
-    Attention and activations are left out. They add little at these lengths, and a lower bound may be too low.
+    Attention and activations are left out. They add little at these lengths, and the bound stays valid without them.
     """
 
     weight_bytes: int
@@ -25,12 +25,12 @@ class Work:
         return cls(sum(p.nbytes for p in parameters), 2 * tokens * sum(p.numel() for p in parameters))
 
     def seconds(self, bandwidth: float, matmul: float) -> float:
-        """Return the least seconds, reached when reading and computing overlap."""
+        """Return the least time in seconds, reached when reading and computing overlap."""
         return max(self.weight_bytes / bandwidth, self.operations / matmul)
 
 
 class Floor:
-    """The least seconds of the parts of a model, for a batch on a device.
+    """The least time in seconds of each part of a model, for a batch on a device.
 
     Args:
         model: The policy.
@@ -56,17 +56,17 @@ class Floor:
         self.action_head = None if model.action_head is None else list(model.action_head.parameters())
 
     def least(self, parameters: Sequence[torch.Tensor], tokens: int) -> float:
-        """Return the least seconds to multiply parameters with this many tokens of each row."""
+        """Return the least time to multiply parameters with this many tokens of each row."""
         return Work.of(parameters, self.batch * tokens).seconds(self.bandwidth, self.matmul)
 
     def see(self) -> float:
-        """Return the least seconds of the vision towers and the projector."""
+        """Return the least time of the vision towers and the projector."""
         # FiLM reads one embedding of the text for each row.
         patches = self.config.num_images * self.config.num_image_tokens
         return self.least(self.vision, patches) + self.least(self.film, 1)
 
     def token_by_token(self, steps: int) -> dict[str, float]:
-        """Return the least seconds of vision, prefill and decode, in total and with an accepted draft."""
+        """Return the least times of vision, prefill and decode, in total and with an accepted draft."""
         parts = {
             "vision": self.see(),
             "prefill": self.least(self.language, self.prompt) + self.least(self.head, 1),
@@ -76,7 +76,7 @@ class Floor:
         return parts | {"predict_action": sum(parts.values()), "accepted draft": parts["vision"] + drafted}
 
     def chunk(self, passes: int) -> dict[str, float]:
-        """Return the least seconds of vision and of the passes over the whole sequence, and in total."""
+        """Return the least times of vision and of the passes over the whole sequence, and in total."""
         horizon = self.config.action_horizon
         if self.action_head is not None:
             head = self.least(self.action_head, horizon)

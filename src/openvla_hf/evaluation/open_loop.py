@@ -1,4 +1,4 @@
-"""Measure how close a policy's actions are to recorded ones. It predicts from recorded images and never acts."""
+"""Measure how close a policy's actions are to recorded ones. The policy sees recorded images and never acts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -71,7 +71,7 @@ def load_recorded(data: str, training: dict[str, Any], **options: Any) -> Datase
 
 
 def load_options(model: Any, processor: Any) -> dict[str, Any]:
-    """Return the options of `load` that give frames what a policy sees and predicts: none for plain OpenVLA."""
+    """Return the options of `load` for frames with a policy's inputs and actions: none for plain OpenVLA."""
     options: dict[str, Any] = {} if processor.cameras is None else {"cameras": processor.cameras}
     if processor.state_dim is not None:
         options["state"] = True
@@ -108,7 +108,7 @@ def evaluate_open_loop(
         model: A policy.
         processor: Its processor.
         frames: Frames of one dataset, as `openvla_hf.data.load` returns them. If they have no `actions`, only the
-            first action of each predicted chunk is compared. Where `chunk_mask` is false, nothing is.
+            first action of each predicted chunk is compared. Actions whose `chunk_mask` is false are not compared.
         unnorm_key: Name of the action statistics; by default the dataset's name, if the model has statistics for it.
         max_episodes: Largest number of episodes to evaluate on, drawn by `seed`; all by default.
         max_frames: Largest number of frames to evaluate on, spread over the episodes; all by default.
@@ -186,8 +186,8 @@ def _compare(
     """Predict the actions of B frames and compare them with the recorded ones.
 
     Returns:
-        Absolute errors in the robot's units and normalised, (N, A) each, which tokens (or bins of numbers) are equal,
-        (N, A), and which grippers agree, (N, G). N is B, or the number of recorded actions in the chunks.
+        Absolute errors in the robot's units and normalised, (N, A) each; which tokens (or bins, for numbers) are
+        equal, (N, A); and which grippers agree, (N, G). N is B, or the number of recorded actions in the chunks.
     """
     stats = model.get_action_stats(unnorm_key)
     images = [read_frame_images(frame, processor.cameras, "A frame") for frame in batch]

@@ -109,10 +109,10 @@ def random_model(
 
 
 def chunk_model(model: OpenVLAForActionPrediction, horizon: int, head: str = "l1") -> OpenVLAForActionPrediction:
-    """Make a model with parallel decoding that shares all weights of `model`; only its action head is new.
+    """Make a model with parallel decoding that shares all weights of `model`. Only the action head is new.
 
     Args:
-        model: A model that decodes token by token, and whose statistics are those of one robot.
+        model: A model that decodes token by token and has the statistics of a single robot.
         horizon: Actions in a chunk.
         head: "l1", or "none" for action tokens.
     """

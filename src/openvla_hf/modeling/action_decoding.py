@@ -43,9 +43,9 @@ class ActionTokens:
 
 @dataclass
 class DecodedActions:
-    """Decoded actions, or chunks (B, K, A) instead of (B, A) with parallel decoding.
+    """Decoded actions. With parallel decoding they are chunks, (B, K, A) instead of (B, A).
 
-    normalized_actions: (B, A) float64, as a rule in [-1, 1]; NaN where the model's output is not finite.
+    normalized_actions: (B, A) float64, usually in [-1, 1]; NaN where the model's output is not finite.
     token_ids: (B, A) int64; `None` with an action head.
     action_logits: (B, A, N) logits of the action ids, lowest action value first; `None` with an action head.
     forward_passes: Number of passes of the language model.
@@ -82,7 +82,7 @@ def decode_actions(
 ) -> DecodedActions:
     """Decode one action per row after left-padded prompts (B, T) with their placeholders in place.
 
-    `proprio` (B, S) is the normalised state of the robots, where the model sees it.
+    `proprio` (B, S) is the normalised state of the robots, if the model sees it.
     """
     tokens = _decode_ids(model, input_ids, pixel_values, attention_mask, dims, proprio, constrained, **decoding)
     token_ids = tokens.token_ids.cpu().numpy()
@@ -122,13 +122,13 @@ def _takes_additive_masks(model: PreTrainedModel, length: int) -> bool:
     # transformers has a public setter for the attention implementation, but no public getter.
     if model.config.text_config._attn_implementation not in MASKED_ATTENTION:
         return False
-    if torch.is_autocast_enabled(model.device.type):  # keys and values have two dtypes, and a cache has one
+    if torch.is_autocast_enabled(model.device.type):  # keys and values differ in dtype, but a cache has one
         return False
     return length <= model.attention_reach
 
 
 def attention_reach(text_config: PreTrainedConfig) -> int:
-    """Return the most tokens that every layer of a language model attends to; 0 without keys and values."""
+    """Return the number of tokens that every layer of a language model can attend to; 0 without keys and values."""
     layers = StaticCache(text_config, sys.maxsize).layers  # allocates memory only in the first pass
     plain = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
     return min(layer.max_cache_len for layer in layers) if plain else 0
@@ -456,7 +456,7 @@ def _leading(agrees: torch.Tensor) -> torch.Tensor:
 
 
 def _finite_or_none(token_ids: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
-    """Replace ids (B, A) whose logits are not finite with -1, so that the host needs no second copy to see them."""
+    """Replace ids (B, A) whose logits are not finite with -1, which saves a second copy to the host."""
     return token_ids.masked_fill(~highest.isfinite(), -1)
 
 

@@ -1,4 +1,4 @@
-"""Networks of OpenVLA-OFT beside the language model: heads that predict numbers, and projectors that embed them.
+"""Networks that OpenVLA-OFT adds to the language model: heads that predict actions, and projectors for other inputs.
 
 Shapes: B batch, K actions of a chunk, A action dimensions, D width of the language model.
 """
@@ -19,14 +19,14 @@ LONGEST_PERIOD = 10000.0
 
 
 class DefaultLinear(nn.Linear):
-    """Linear layer that is initialised as PyTorch does it, unlike the language model's.
+    """Linear layer with PyTorch's default initialisation instead of the language model's.
 
-    The normal distribution of a language model would be far too wide for the inputs of an action head.
+    The normal distribution of a language model would be far too wide for the many inputs of an action head.
     """
 
 
 class InputProjector(nn.Module):
-    """Embed the robot's state, or one number of a noisy action, as one embedding of the language model."""
+    """Project the robot's state, or one number of a noisy action, to one embedding of the language model."""
 
     def __init__(self, features: int, width: int):
         super().__init__()
@@ -34,7 +34,7 @@ class InputProjector(nn.Module):
         self.fc2 = DefaultLinear(width, width)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Embed numbers (..., features) as (..., D)."""
+        """Project numbers (..., features) to (..., D)."""
         return self.fc2(nn.functional.gelu(self.fc1(values.to(self.fc1.bias.dtype))))
 
 
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """Predict each action of a chunk, or its noise, from the hidden states of its dimensions."""
+    """Predict the actions of a chunk, or their noise, from one hidden state for each dimension of each action."""
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__()
@@ -102,32 +102,32 @@ class NoiseSchedule:
         """Return `count` evenly spaced timesteps, the noisiest first; the last is 0.
 
         Raises:
-            ValueError: `count` does not divide the number of training steps. Pure noise would enter at a level that
-                has less noise.
+            ValueError: `count` does not divide the number of training steps, so sampling would start from pure noise
+                at a level that has less noise.
         """
         divisors = [i for i in range(1, self.steps + 1) if self.steps % i == 0]
         if not isinstance(count, int) or isinstance(count, bool) or count not in divisors:
             raise ValueError(
-                f"`num_inference_steps` must divide the {self.steps} steps of training (choose from "
+                f"`num_inference_steps` must divide the {self.steps} training steps (choose from "
                 f"{', '.join(map(str, divisors))}), got {count!r}."
             )
         spacing = self.steps // count
         return [i * spacing for i in reversed(range(count))]
 
     def add_noise(self, actions: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Mix actions (B, K, A) with noise to the levels of `timesteps` (B,)."""
+        """Mix actions (B, K, A) with noise at the levels given by `timesteps` (B,)."""
         signal = self.alphas_cumprod.to(actions)[timesteps.to(actions.device)][:, None, None]
         return signal.sqrt() * actions + (1 - signal).sqrt() * noise
 
     def remove_noise(self, noisy: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Estimate the actions in [-1, 1] under the predicted noise (B, K, A)."""
+        """Remove the predicted noise (B, K, A) from noisy actions, and clip the result to [-1, 1]."""
         signal = self.alphas_cumprod.to(noisy)[timesteps.to(noisy.device)][:, None, None]
         return ((noisy - (1 - signal).sqrt() * noise) / signal.sqrt()).clamp(-1, 1)
 
     def step(self, noisy: torch.Tensor, noise: torch.Tensor, timestep: int, count: int) -> torch.Tensor:
-        """Go from the noise level `timestep` to the next lower of `count` levels, all of shape (B, K, A).
+        """Take noisy actions (B, K, A) from the level `timestep` to the next lower one of `count` levels.
 
-        The predicted noise is kept as it is where the estimate of the actions is clipped.
+        Where the estimated actions are clipped, the predicted noise stays as it is.
         """
         levels = torch.full((len(noisy),), timestep, device=noisy.device)
         actions = self.remove_noise(noisy, noise, levels)
@@ -138,7 +138,7 @@ class NoiseSchedule:
 
 @functools.cache
 def noise_schedule(steps: int) -> NoiseSchedule:
-    """Return the schedule of a number of training steps."""
+    """Return the noise schedule for a number of training steps."""
     return NoiseSchedule(steps)
 
 

@@ -1,4 +1,4 @@
-"""Give a plain policy the networks of OpenVLA-OFT, to fine-tune it or to load an adapter that needs them."""
+"""Add the networks of OpenVLA-OFT to a plain policy, for fine-tuning or for an adapter that needs them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,17 +12,17 @@ from .film import FilmLayer, add_film
 from .known_names import check_name
 
 
-# Last parts of the names of these networks, with those of FiLM in the layers of the vision towers.
+# Last parts of the names of these networks, including those of FiLM in the layers of the vision towers.
 NETWORKS = ("action_head", "proprio_projector", "noisy_action_projector", "film_scale", "film_shift")
 
 
 def action_fields(config: OpenVLAConfig) -> dict[str, Any]:
-    """Return the fields of a config that OpenVLA-OFT adds."""
+    """Return the fields that OpenVLA-OFT adds to a config."""
     return {name: getattr(config, name) for name in OFT_FIELDS}
 
 
 def list_networks(model: nn.Module) -> list[str]:
-    """List the names in `NETWORKS` of the networks that a model has."""
+    """List the networks of `NETWORKS` that a model has."""
     found = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     return [name for name in NETWORKS if name in found]
 
@@ -30,15 +30,15 @@ def list_networks(model: nn.Module) -> list[str]:
 def add_action_networks(model: PreTrainedModel, fields: Mapping[str, Any], where: str = "`fields`") -> None:
     """Set fields of a policy's config, and add the networks that they need.
 
-    Heads and projectors start from random weights, and FiLM from zeros, which leave the features as they are.
+    Heads and projectors start from random weights, and FiLM from zeros, which leave the features unchanged.
 
     Args:
-        model: Policy without these networks, or one whose config has the same fields already.
-        fields: Fields of the config that OpenVLA-OFT adds (`OFT_FIELDS`).
+        model: Policy without these networks, or one whose config already has the same values.
+        fields: Fields that OpenVLA-OFT adds to the config (`OFT_FIELDS`).
         where: Origin of the fields, for messages.
 
     Raises:
-        ValueError: A field is unknown or out of its range, or the policy has other networks already.
+        ValueError: A field is unknown or out of range, or the policy already has other networks.
     """
     config = model.config
     for name in fields:
@@ -46,8 +46,8 @@ def add_action_networks(model: PreTrainedModel, fields: Mapping[str, Any], where
     if changed := [name for name, value in fields.items() if getattr(config, name) != value]:
         if list_networks(model):
             raise ValueError(
-                f"{where} has {changed[0]}={fields[changed[0]]!r}, but the model has "
-                f"{changed[0]}={getattr(config, changed[0])!r} and networks for that. Start from a plain checkpoint."
+                f"{where} has {changed[0]}={fields[changed[0]]!r}, but the model already has networks for "
+                f"{changed[0]}={getattr(config, changed[0])!r}. Start from a plain checkpoint."
             )
         for name in changed:
             setattr(config, name, fields[name])

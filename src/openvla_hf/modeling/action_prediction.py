@@ -112,7 +112,7 @@ class ActionPredictionMixin(_Base):
 
     @cached_property
     def attention_reach(self) -> int:
-        """Largest number of tokens that every layer of the language model attends to."""
+        """Number of tokens that every layer of the language model can attend to."""
         return attention_reach(self.config.text_config)
 
     def decode_actions(self, token_ids: torch.Tensor | np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
@@ -122,7 +122,7 @@ class ActionPredictionMixin(_Base):
         if normalized.shape[-1:] != (action_dim(stats),):
             raise ValueError(
                 f"`token_ids` has shape {normalized.shape}, but an action has {action_dim(stats)} dimensions: give "
-                "one id for each on the last axis."
+                "one id for each dimension, on the last axis."
             )
         return self._to_robot_units(normalized, stats)
 
@@ -182,9 +182,9 @@ class ActionPredictionMixin(_Base):
                 below may also be arrays or lists.
             pixel_values: (B, 3 * towers * images, H, W).
             attention_mask: (B, T), 1 for tokens and 0 for padding: ids of the config's `pad_token_id` at the ends of a
-                row. All ones when left out, so rows with padding need their mask.
+                row. Without a mask, all ids count as tokens, so rows with padding need one.
             unnorm_key: Name of the statistics that turn the action into robot units; a list gives each row its own.
-            state: (B, S) or (S,) state of the robots in their own units, where the model sees it.
+            state: (B, S) or (S,) state of the robots in their own units, if the model sees it.
             stats: Action statistics (`q01`, `q99`, `mask`) to use in place of the checkpoint's.
             constrained: Choose among the action ids only. `False` takes the best id of the whole vocabulary and clips
                 it to the action ids, as the original code does.
@@ -192,14 +192,14 @@ class ActionPredictionMixin(_Base):
             draft_token_ids: (B, A) or (A,) guess of the action's ids, such as the last action's. The guess does not
                 change the result; a better guess takes fewer passes of the language model.
             decoding: Arguments of `generate` (`do_sample`, `temperature`, ...); greedy by default. A diffusion head
-                takes `initial_noise` (B, K, A) or (K, A), random by default, and `num_inference_steps`, which divides
+                takes `initial_noise` (B, K, A) or (K, A), random by default, and `num_inference_steps`, a divisor of
                 the config's `diffusion_steps` (the default). A model that reasons takes `tokenizer` (for `text` in the
                 details), `max_new_tokens` (1024 by default) and `reasoning_ids` (a list of ids for each row: the
                 beginning of a text that the model continues).
 
         Returns:
             float64 (A,) for one observation, (B, A) for a batch, in the units of the statistics. With parallel
-            decoding (K, A) and (B, K, A).
+            decoding, the shapes are (K, A) and (B, K, A).
 
         Raises:
             ValueError: The statistics can't be resolved, an input does not fit this model, or the model's output is
@@ -250,8 +250,8 @@ class ActionPredictionMixin(_Base):
     ) -> ActionStream | ChunkStream | ReasoningStream:
         """Start a control loop.
 
-        It is a `ChunkStream` with parallel decoding, a `ReasoningStream` for a model that reasons, and otherwise an
-        `ActionStream`.
+        The loop is a `ChunkStream` with parallel decoding, a `ReasoningStream` for a model that reasons, and otherwise
+        an `ActionStream`.
 
         Args:
             unnorm_key: As in `predict_action`.
@@ -264,7 +264,7 @@ class ActionPredictionMixin(_Base):
             ValueError: An argument does not fit this model.
         """
         if not self.config.reasoning and (reuse_reasoning is not None or tokenizer is not None):
-            raise ValueError("`reuse_reasoning` and `tokenizer` need a model that was loaded with `reasoning=True`.")
+            raise ValueError("`reuse_reasoning` and `tokenizer` need a model with `reasoning=True`: leave them out.")
         if self.config.is_parallel:
             return ChunkStream(self, unnorm_key, execute, ensemble)
         if execute is not None or ensemble is not None:
@@ -289,8 +289,8 @@ class ActionPredictionMixin(_Base):
         """
         if self.config.is_parallel or self.config.reasoning:
             raise ValueError(
-                "Compiled passes are for decoding an action token by token. This model decodes a chunk in one pass or "
-                "writes a text first: predict without `compile_for_actions`."
+                "This model decodes a chunk in one pass or writes a text first, but compiled passes only decode an "
+                "action token by token: predict without `compile_for_actions`."
             )
         mode = mode or ("reduce-overhead" if self.device.type == "cuda" else "default")
         self.action_pass, self.action_caches = CompiledActionPass(mode), {}
@@ -312,7 +312,7 @@ def _refuse_not_finite(normalized: np.ndarray, dims: Sequence[int]) -> None:
 
 
 def _details(actions: np.ndarray, decoded: DecodedActions) -> ActionPrediction:
-    """Add probabilities and entropies of the action ids, where there are any."""
+    """Add probabilities and entropies of the action ids, if there are any."""
     probabilities = entropy = None
     if decoded.action_logits is not None:
         log_probabilities = decoded.action_logits.float().log_softmax(-1)

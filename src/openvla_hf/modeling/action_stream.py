@@ -1,4 +1,4 @@
-"""Control loops of a robot: actions that build on the last ones.
+"""Control loops of a robot, in which actions build on earlier predictions.
 
 Shapes: B batch (robots that act in step), T tokens, K actions of a chunk, A action dimensions, S state dimensions.
 """
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from .model_inputs import as_tensor
 
 
-# Further arguments of a model that decodes in parallel.
+# Decoding arguments of a model that decodes in parallel.
 DECODING = {"constrained", "initial_noise", "num_inference_steps"}
 
 
 class ActionStream:
-    """Control loop of a robot, in which the tokens of the last action are the draft of the next.
+    """Control loop of a robot, in which the tokens of the last action are a draft of the next one.
 
     The actions equal those of `predict_action` and take fewer passes, since a robot's next action resembles its last.
     A batch is a group of robots that act in step.
@@ -81,9 +81,9 @@ class ActionStream:
 class ChunkStream:
     """Control loop of a robot whose model predicts chunks of actions, which the stream plays one by one.
 
-    Most steps replay a chunk and need no observation. The images and the state given to such a step are ignored, but
-    another prompt, another `unnorm_key` or another number of robots ends the chunks, and the step predicts a new one.
-    A batch is a group of robots that act in step.
+    Most steps replay a chunk and need no observation. Such a step ignores images and state. If the prompt, the
+    `unnorm_key` or the number of robots changes, the stream discards its chunks and predicts a new one. A batch is a
+    group of robots that act in step.
 
     Temporal ensembling (ACT) averages the predictions of all chunks for the current step. The i-th oldest of them,
     counted from 0, has a weight proportional to `exp(-ensemble * i)`: at 0 all weights are equal, and a higher decay
@@ -104,7 +104,7 @@ class ChunkStream:
     Args:
         model: The policy.
         unnorm_key: As in `predict_action`.
-        execute: Number of actions that are played before the next prediction: K by default, and 1 with `ensemble`.
+        execute: Number of actions to play before the next prediction; by default K, or 1 with `ensemble`.
         ensemble: Decay of the weights in temporal ensembling, at least 0; `None` for no ensembling.
 
     Attributes:
@@ -136,8 +136,8 @@ class ChunkStream:
 
     def reset(self) -> None:
         """Start an episode: forget all chunks."""
-        self._chunks: list[np.ndarray] = []  # (B, later steps, A) each, the oldest first
-        self._prompts: torch.Tensor | None = None  # (B, T) that the chunks belong to, with their key
+        self._chunks: list[np.ndarray] = []  # oldest first, each (B, remaining steps, A)
+        self._prompts: torch.Tensor | None = None  # (B, T) of the last prediction, like the key
         self._key: str | list[str] | None = None
         self._played = 0  # steps since the last prediction
         self.forward_passes = 0
@@ -160,17 +160,16 @@ class ChunkStream:
         """Return the action of the next step, float64 (A,) or (B, A), in the robot's units.
 
         Args:
-            input_ids: As in `OpenVLAForActionPrediction.predict_action`, and so are the others. They may be left out
+            input_ids: As in `OpenVLAForActionPrediction.predict_action`, like the other inputs. All may be left out
                 unless `needs_observation` is true.
             pixel_values: (B, 3 * towers * images, H, W).
             attention_mask: (B, T).
-            unnorm_key: By default the stream's own.
+            unnorm_key: Defaults to the stream's own.
             state: (B, S) or (S,) in the robot's units.
             decoding: `constrained`, `initial_noise` and `num_inference_steps`.
 
         Raises:
-            ValueError: An observation is needed and missing, an argument is unknown, or an input does not fit the
-                model.
+            ValueError: A needed observation is missing, an argument is unknown, or an input does not fit the model.
         """
         if unknown := sorted(decoding.keys() - DECODING):
             raise ValueError(
@@ -179,7 +178,7 @@ class ChunkStream:
         if input_ids is not None:
             input_ids = as_tensor("input_ids", input_ids)
         key = self.unnorm_key if unnorm_key is None else unnorm_key
-        is_named = input_ids is not None or unnorm_key is not None  # otherwise the task stays as it is
+        is_named = input_ids is not None or unnorm_key is not None  # otherwise the task stays the same
         if is_named and self._is_other_task(input_ids, key):
             self.reset()
         self.forward_passes = 0
@@ -198,7 +197,7 @@ class ChunkStream:
         return action[0] if len(action) == 1 else action
 
     def _is_other_task(self, input_ids: torch.Tensor | None, key: str | list[str] | None) -> bool:
-        """Whether the prompts (B, T), where given, or the key differ from those of the last prediction."""
+        """Whether the prompts (B, T), if given, or the key differ from those of the last prediction."""
         if self._prompts is None:
             return False
         if key != self._key or input_ids is None:
@@ -207,7 +206,7 @@ class ChunkStream:
 
 
 def average_chunks(chunks: Sequence[np.ndarray], decay: float) -> np.ndarray:
-    """Average what chunks (..., K, A), the oldest first, predict for their first step (temporal ensembling).
+    """Average the predictions of chunks (..., K, A), oldest first, for their first step (temporal ensembling).
 
     The i-th oldest chunk has a weight proportional to `exp(-decay * i)`.
     """
@@ -215,7 +214,7 @@ def average_chunks(chunks: Sequence[np.ndarray], decay: float) -> np.ndarray:
 
 
 def drop_first_step(chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Remove the first step of chunks (..., K, A), and the chunks that have no other."""
+    """Remove the first step of chunks (..., K, A), and chunks that have no other step."""
     return [chunk[..., 1:, :] for chunk in chunks if chunk.shape[-2] > 1]
 
 

@@ -12,7 +12,7 @@ from .known_names import check_name
 
 # Pairs of bounds, the lower one first.
 BOUNDS = ("q01", "q99", "min", "max")
-# `action_normalization` of a config -> the statistics of -1 and 1.
+# `action_normalization` of a config -> the statistics that map to -1 and 1.
 BOUNDS_OF = {"q99": BOUNDS[:2], "bounds": BOUNDS[2:]}
 # `action_normalization` of a config -> `kind` of `normalize`.
 NORMALIZATION_KINDS = {"q99": "bounds_q99", "bounds": "bounds"}
@@ -193,7 +193,7 @@ def resolve_key(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> st
     if not norm_stats:
         raise ValueError(
             "This checkpoint has no action statistics, so its actions can't be turned into robot units: put a "
-            "`dataset_statistics.json` beside its weights, set `model.norm_stats`, or pass `stats=`."
+            "`dataset_statistics.json` next to its weights, set `model.norm_stats`, or pass `stats=`."
         )
     if unnorm_key is None and len(norm_stats) == 1:
         return next(iter(norm_stats))
@@ -248,7 +248,7 @@ def unnormalize(actions: np.ndarray, stats: dict[str, Any], bounds: str = "q99",
         actions: (..., dims).
         stats: Their statistics.
         bounds: Statistics that correspond to -1 and 1: "q99" or "bounds" (minimum and maximum).
-        margin: Added to the range, `RANGE_MARGIN` in OpenVLA-OFT.
+        margin: Number to add to the range, `RANGE_MARGIN` for OpenVLA-OFT.
     """
     actions = np.asarray(actions, dtype=np.float64)
     low, high = (_read(stats, name) for name in BOUNDS_OF[bounds])

@@ -1,7 +1,7 @@
 """LoRA adapters with the original's layer names, translated to ours.
 
 Adapters published for the original code name timm's layers, whose attention has one layer for q, k and v. An adapter
-of that layer equals three adapters: each has the shared A and its third of B.
+of that layer equals three adapters, each with the shared A and a third of B.
 """
 
 import json
@@ -24,13 +24,13 @@ from .weight_mapping import RENAMINGS
 PREFIX = "base_model.model."
 PUBLISHED_PARTS = ("vision_backbone.", "projector.", "language_model.")
 ADAPTED = re.compile(r"^(?P<layer>.+)\.(?P<side>lora_A|lora_B)\.weight$")
-# A whole weight of an adapted layer: older versions of peft store the head's too.
+# Ending of the name of an adapted layer's whole weight, which older versions of peft also store for the head.
 WHOLE = ".base_layer.weight"
-# peft's word for every linear layer but the head.
+# peft's name for all linear layers except the head.
 ALL_LINEAR = "all-linear"
 # Folder in which the original keeps the adapter of a checkpoint, after merging it into the weights.
 MERGED_FOLDER = "lora_adapter"
-# Share of an adapter's change by which merged weights may differ from base and change: the rounding to 16 bits.
+# Largest accepted rounding error of merged 16-bit weights, as a share of the adapter's change.
 MERGED_TOLERANCE = 0.5
 # The original's layers of a tower's block.
 BLOCK_PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -58,7 +58,7 @@ def our_name(model: nn.Module, name: str) -> str:
 def translate(model: nn.Module, config_file: str, weights_file: str, folder: Path) -> dict[str, torch.Tensor]:
     """Write an adapter with our names into `folder`, and return the other weights in its file by our names.
 
-    These are whole weights of adapted layers, and those of the modules that were trained in full
+    The other weights are whole weights of adapted layers, and weights of modules that were trained in full
     (`modules_to_save`).
 
     Args:
@@ -133,7 +133,7 @@ def _check_whole_weights(
     """Return the names of the weights that were trained in full.
 
     Raises:
-        ValueError: One of them is missing, or another layer without an adapter has a whole weight.
+        ValueError: One of these weights is missing, or another layer without an adapter has a whole weight.
     """
     names = [name for name in layers if name and _is_trained_in_full(f"{name}.weight", config)]
     in_full = {f"{name}.{kind}" for name in names for kind, _ in layers[name].named_parameters(recurse=False)}
@@ -151,7 +151,7 @@ def _check_whole_weights(
 
 
 def _is_trained_in_full(weight: str, config: dict[str, Any]) -> bool:
-    """Return whether a weight belongs to a module that `modules_to_save` names, by the rules of peft."""
+    """Return whether a weight belongs to a module that `modules_to_save` names, according to peft's rules."""
     return any(f".{name}." in f".{weight}" for name in config.get("modules_to_save") or ())
 
 
@@ -197,7 +197,7 @@ def _check_shapes(
 
 
 def refuse_merged(files: CheckpointFiles) -> None:
-    """Raise `ValueError` for the adapter that the original keeps beside the weights into which it has merged it.
+    """Raise `ValueError` for an adapter that the original keeps next to the weights into which it was merged.
 
     Args:
         files: Files of the adapter.
@@ -226,7 +226,7 @@ def _refuse_merged_weights(
     config: dict[str, Any],
     weights_file: str,
 ) -> None:
-    """Raise `ValueError` if a layer of the model is its whole weight in the adapter's file with the change added."""
+    """Raise `ValueError` if a layer of the model equals its base weight in the adapter's file plus the change."""
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     for name, base in bases.items():
         weight = layers[name].weight
@@ -316,7 +316,7 @@ def published_layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Return whether an adapter's config targets a layer, by the rules of peft."""
+    """Return whether an adapter's config targets a layer, according to peft's rules."""
 
     def matches(patterns: Any) -> bool:
         if patterns == ALL_LINEAR:
@@ -334,7 +334,7 @@ def is_target(name: str, config: dict[str, Any]) -> bool:
 
 
 def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Split a weight of a fused qkv layer into those of three layers; return any other weight as it is."""
+    """Split a weight of a fused qkv layer into those of three layers; return any other weight unchanged."""
     if ".qkv." not in name:
         return [(name, tensor)]
     parts = tensor.chunk(3) if ".lora_B." in name else [tensor.clone() for _ in "qkv"]

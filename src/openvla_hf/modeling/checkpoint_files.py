@@ -32,7 +32,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Fields of the policy's config that the base of an adapter lacks.
 ADAPTER_POLICY = "policy_config.json"
 STATISTICS_FILE = "dataset_statistics.json"
-# Weights of published OpenVLA-OFT checkpoints beside the safetensors files.
+# Weights of published OpenVLA-OFT checkpoints next to the safetensors files.
 OFT_FILES = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
 # Arguments that select files of a repository and say how to download them.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -58,7 +58,7 @@ class CheckpointFiles:
 
     Attributes:
         source: Folder or Hub id; `None` where a `state_dict` takes the place of the files.
-        names: Names of the files beside `config.json`; if the Hub was not asked, of those in the cache.
+        names: Names of the files next to `config.json`; if the Hub was not asked, of those in the cache.
         hub_kwargs: `token`, `cache_dir`, ... for other loaders, which then read the same commit.
         is_whole: Whether `names` lists all files of the commit.
         failure: Error of the request for the list of files, if it failed.
@@ -133,7 +133,7 @@ class CheckpointFiles:
         known = None if self.hub_kwargs.get("force_download") else self._cached(name)
         if known is not None:
             return known if isinstance(known, str) else None
-        # Ask even where the list lacks the file: the cache keeps the answer for offline use.
+        # Ask even if the list lacks the file, because the cache keeps the answer for offline use.
         options = self.hub_kwargs | {"revision": _commit(self.hub_kwargs.get("revision"))}
         try:
             return hf_api().hf_hub_download(self.source, name, **options)
@@ -194,7 +194,7 @@ class CheckpointFiles:
         return self._snapshot(pattern) is not None
 
     def _is_absent_from_cached_list(self, name: str) -> bool:
-        """Return whether the cache has a list of the commit's files, as a full download leaves, without this file."""
+        """Return whether the cache has a list of the commit's files (from a full download) that lacks this file."""
         # `huggingface_hub` reads the list too, but has no public function that says whether there is one.
         snapshot = self._snapshot(name)
         return snapshot is not None and (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").is_file()
@@ -250,7 +250,7 @@ def hub_error(source: str, what: str, error: Exception | None) -> OSError:
         return OSError(f"{start}: {cause.strerror or cause}.")
     return OSError(
         f"{start}: the Hub does not answer ({type(cause).__name__}). Check the network, or set HF_HUB_OFFLINE=1 to "
-        "use what is in the cache."
+        "use the cached files."
     )
 
 

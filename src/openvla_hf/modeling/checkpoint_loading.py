@@ -50,7 +50,7 @@ def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
 
 
 def refuse_foreign_files(files: CheckpointFiles) -> None:
-    """Raise `ValueError` if an index or a config names weights that are not safetensors files beside it.
+    """Raise `ValueError` if an index or a config names weights that are not safetensors files next to it.
 
     Call this before any weights file is opened: a pickled file could run code, and a path could lead anywhere.
     """
@@ -64,8 +64,8 @@ def refuse_foreign_files(files: CheckpointFiles) -> None:
         for name in names:
             if not isinstance(name, str) or not PLAIN_WEIGHTS.fullmatch(name):
                 raise ValueError(
-                    f"{where} of {files.source} names the weights file {name!r}, but only safetensors files beside it "
-                    "are read. Save the checkpoint again as safetensors."
+                    f"{where} of {files.source} names the weights file {name!r}, but only safetensors files next to "
+                    "it are read. Save the checkpoint again as safetensors."
                 )
     if found := fnmatch.filter(files.names, "*.distcp"):
         raise ValueError(
@@ -171,7 +171,7 @@ def refuse_foreign_config(files: CheckpointFiles, config: Any, adapter: Adapter 
         if adapter is not None:
             sentence += (
                 f" The adapter {adapter.source} names it as its base. If it needs code of its own, load it yourself "
-                "with consent to that code, and then the adapter with `openvla_hf.load_adapter(model, adapter)`."
+                "with `trust_remote_code=True`, and then the adapter with `openvla_hf.load_adapter(model, adapter)`."
             )
         raise ValueError(sentence)
 
@@ -202,7 +202,7 @@ def read_statistics(
     if in_file is None and in_config_are_wrong:
         raise ValueError(
             f"{files.source} has no {STATISTICS_FILE}, and the statistics in the {CONFIG_NAME} of an OpenVLA-OFT "
-            "checkpoint are those of its base: copy the file of the training run beside the config, or pass the "
+            "checkpoint are those of its base: copy the file of the training run next to the config, or pass the "
             "statistics as `norm_stats=`."
         )
     return check_statistics(norm_stats, f"{CONFIG_NAME} of {files.source}") if in_file is None else in_file
@@ -216,7 +216,7 @@ def statistics_in_file(content: dict[str, Any] | None, source: Any) -> dict[str,
 
 
 def check_oft_statistics(config: OpenVLAConfig, source: Any) -> None:
-    """Check the statistics of a model that sees the state or normalises by other bounds than a plain one.
+    """Check the statistics of a model that sees the state or normalises with other bounds than a plain model.
 
     Raises:
         ValueError: Statistics of the state are damaged or constant, or the bounds of an action or a state are missing.
@@ -256,15 +256,15 @@ class CheckpointMixin(_Base):
     ) -> Any:
         """Load a published checkpoint or our own, like `PreTrainedModel.from_pretrained`.
 
-        A published OpenVLA-OFT checkpoint has components in files of their own (`action_head--*_checkpoint.pt`). They
-        and `platform` ("libero", "aloha" or "bridge") give the fields of the config that it does not state. The
-        platform is recognised if exactly one has these action and state dimensions, and a warning names the fields
-        that it gave. A checkpoint without components that decodes in parallel can't be told from a plain one, so it
-        needs `action_decoding="parallel"` and `platform`: it has no action head, one image and no state, unless
-        fields of the config are given (`num_images=2`).
+        A published OpenVLA-OFT checkpoint has components in separate files (`action_head--*_checkpoint.pt`). The
+        fields that its config does not state follow from these files and from `platform` ("libero", "aloha" or
+        "bridge"). Without `platform`, the only platform with these action and state dimensions is used, and a warning
+        names the fields that it gave. A checkpoint without components that decodes in parallel can't be told from a
+        plain one, so it needs `action_decoding="parallel"` and `platform`. It has no action head, one image and no
+        state, unless fields of the config are given (`num_images=2`).
 
         A `quantization_config` leaves the heads, the towers and the projectors in 16 bits by default. Weights are read
-        from safetensors files, and components as data alone: a pickled file could run code.
+        only from safetensors files, and components only as plain data, because a pickled file could run code.
 
         Raises:
             ValueError: Weights are missing or unexpected, a field of the config stays unknown or contradicts the
@@ -297,7 +297,7 @@ class CheckpointMixin(_Base):
             if "no file named" not in str(error):  # transformers has no error class for a missing weights file
                 raise
             raise OSError(
-                f"{error} The checkpoint is incomplete: copy the weights beside the config, or download it again."
+                f"{error} The checkpoint is incomplete: copy the weights next to the config, or download it again."
             ) from error
         except ModuleNotFoundError as error:
             raise missing_package(source, error) or error from error
@@ -355,7 +355,7 @@ class CheckpointMixin(_Base):
         return info
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save like `PreTrainedModel.save_pretrained`, with our weight names, the code and a file of the statistics.
+        """Save like `PreTrainedModel.save_pretrained`, with our weight names, the code and a statistics file.
 
         Files are moved into the folder once all are written. Until then, an earlier checkpoint stays in place. After
         that, its weights and statistics are gone.

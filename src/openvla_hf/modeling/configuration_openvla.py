@@ -106,8 +106,8 @@ ACTION_CHOICES = {
     "action_head": ("none", "l1", "diffusion"),
     "action_normalization": ("q99", "bounds"),
 }
-# Language models whose attention follows a bidirectional mask with all implementations of attention. Others may add a
-# causal mask of their own.
+# Language models that follow a bidirectional mask in every attention implementation. Others may add a causal mask of
+# their own.
 BIDIRECTIONAL_LANGUAGE_MODELS = (
     "llama",
     "mistral",
@@ -147,27 +147,27 @@ class OpenVLAConfig(PreTrainedConfig):
         pad_to_multiple_of: Number of padding rows at the end of the embedding. The action ids are the last
             `n_action_bins` ids before them.
         norm_stats: `{key: {"action": {"q01", "q99", "mask", ...}, ...}}`, the statistics of `predict_action`.
-        num_images: Number of cameras, whose images all enter each prediction.
+        num_images: Number of cameras. Each prediction uses one image from each camera.
         action_decoding: "autoregressive" (OpenVLA: one token after another) or "parallel" (OpenVLA-OFT: a chunk of
             actions in one bidirectional pass).
         action_head: Output of parallel decoding: "none" for action tokens, or "l1" or "diffusion" for a network that
             predicts numbers.
         action_horizon: Number of actions in a chunk. Values above 1 need parallel decoding.
-        action_dim: Dimensions of an action. Parallel decoding needs them.
-        proprio_dim: Dimensions of the robot's state if the model sees it, else `None`.
+        action_dim: Number of dimensions of an action. Parallel decoding requires this field.
+        proprio_dim: Number of dimensions of the robot's state if the model sees it, else `None`.
         action_normalization: Statistics that correspond to -1 and 1: "q99" (`q01` and `q99`) or "bounds" (`min` and
             `max`).
         use_film: Whether the instruction modulates the vision towers (OpenVLA-OFT+).
-        diffusion_steps: Steps of the noise schedule, with the diffusion head.
+        diffusion_steps: Number of steps in the noise schedule of a diffusion head.
         action_stop_token: Whether the end-of-sequence token follows the action slots of parallel decoding. RLinf's
             checkpoints have none.
-        reasoning: Whether the model writes its reasoning before the action (Embodied-CoT). Then the prompt has no
+        reasoning: Whether the model writes its reasoning before the action (Embodied-CoT). The prompt then has no
             suffix. Saved only if true.
 
     The fields from `num_images` to `action_stop_token` are saved only if one of them differs from its default.
 
     A published config (with `vision_backbone_id`) is converted to these fields. `vision_config` and
-    `fused_vision_config` beside it override single fields of the towers that the id names.
+    `fused_vision_config` alongside it override single fields of the towers that the id names.
     """
 
     model_type = "openvla"

@@ -1,7 +1,7 @@
-"""FiLM: vision towers whose features the instruction modulates, as in OpenVLA-OFT+.
+"""FiLM: vision towers whose features are modulated by the instruction, as in OpenVLA-OFT+.
 
 In every layer, between attention and MLP, the mean embedding of the text scales and shifts each feature of every
-patch: `x * (1 + gamma) + beta`, with gamma and beta as linear functions of that mean.
+patch: `x * (1 + gamma) + beta`, where gamma and beta are linear functions of the mean embedding.
 
 Shapes: B batch, T tokens, P patches (class and register tokens included), D width of the tower, L width of the
 language model.
@@ -30,9 +30,9 @@ LARGEST_ALPHA = 16
 def mean_text_embedding(embeddings: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
     """Average the embeddings of each row's text.
 
-    The text is every token of a row but images, state, actions and padding: BOS, the prompt and, after the action
-    slots, EOS. The original also averages the padding of a training batch, which makes a row depend on the longest
-    prompt beside it. Here a row has the mean that it has alone.
+    The text is every token of a row except images, state, actions and padding: BOS, the prompt, and EOS after the
+    action slots. The original also averages the padding of a training batch, so that a row's mean depends on the
+    longest prompt in the batch. Here it does not depend on the other rows.
 
     Args:
         embeddings: (B, T, L).
@@ -49,7 +49,7 @@ def check_language_embedding(config: OpenVLAConfig, language_embedding: torch.Te
     """Check the mean embedding of the text (B, L) against the config.
 
     Raises:
-        ValueError: It is missing, it is not expected, or its shape is wrong.
+        ValueError: The embedding is missing, is not expected, or has the wrong shape.
     """
     if not config.use_film:
         if language_embedding is not None:
@@ -65,7 +65,7 @@ def check_language_embedding(config: OpenVLAConfig, language_embedding: torch.Te
 
 
 class FilmLayer(nn.Module):
-    """Layer of a tower with FiLM; a mixin for the layers of transformers."""
+    """Mixin that adds FiLM to a tower's layer in transformers."""
 
     film_scale: nn.Linear
     film_shift: nn.Linear
@@ -76,7 +76,7 @@ class FilmLayer(nn.Module):
         self.film_shift = nn.Linear(text_width, width)
 
     def start_as_identity(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Set the projections to zeros, so that the layer starts as one without FiLM."""
+        """Set the projections to zeros, so that the layer starts out like one without FiLM."""
         for projection in (self.film_scale, self.film_shift):
             projection.to(device, dtype)
             nn.init.zeros_(projection.weight)
@@ -138,7 +138,7 @@ FILM_LAYERS: dict[type[nn.Module], type[FilmLayer]] = {
 
 
 def add_film(tower: PreTrainedModel, text_width: int) -> None:
-    """Replace the layers of a tower by layers with FiLM, which keep their weights.
+    """Replace the layers of a tower with FiLM layers that keep their weights.
 
     Raises:
         ValueError: The tower is neither DINOv2 nor SigLIP.
@@ -159,12 +159,11 @@ def add_film(tower: PreTrainedModel, text_width: int) -> None:
 def film_backbone_weights(
     backbone: PreTrainedModel, published: Mapping[str, torch.Tensor], source: str
 ) -> dict[str, torch.Tensor]:
-    """Convert the vision backbone that the original saves beside a checkpoint with FiLM.
+    """Convert the vision backbone that the original saves next to a checkpoint with FiLM.
 
     Args:
         backbone: Backbone with FiLM that the weights are for.
-        published: Content of `vision_backbone--N_checkpoint.pt`: all weights of the backbone, with a LoRA that is not
-            merged.
+        published: Content of `vision_backbone--N_checkpoint.pt`: all weights of the backbone, with an unmerged LoRA.
         source: Name of the file, for error messages.
 
     Returns:
@@ -207,10 +206,10 @@ def film_backbone_weights(
 
 
 def merge_lora(published: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Merge the LoRA of a published FiLM backbone into its weights, with the names of a plain published backbone.
+    """Merge the LoRA of a published FiLM backbone into its weights, under the names of a plain published backbone.
 
-    The original scales B A by alpha / rank, with alpha = min(rank, 16), and saves neither. The rank is the number of
-    rows of A.
+    The original scales B A by alpha / rank, with alpha = min(rank, 16), and does not save these two numbers. The rank
+    is the number of rows of A.
 
     Args:
         published: Weights by their names in `vision_backbone--N_checkpoint.pt`.
@@ -220,7 +219,7 @@ def merge_lora(published: Mapping[str, torch.Tensor], source: str) -> dict[str, 
         Weights by names such as `vision_backbone.featurizer.blocks.0.attn.qkv.weight`. Weights with LoRA are float32.
 
     Raises:
-        ValueError: A LoRA has no layer, or its parts do not fit together.
+        ValueError: A LoRA has no base weight, or its parts do not fit together.
     """
     merged = {}
     for name, tensor in published.items():
@@ -236,7 +235,7 @@ def merge_lora(published: Mapping[str, torch.Tensor], source: str) -> dict[str, 
 
 
 def _lora_delta(published: Mapping[str, torch.Tensor], layer: str, weight: torch.Tensor, source: str) -> torch.Tensor:
-    """Return what LoRA adds to the weight of a linear layer or of a convolution."""
+    """Return the change that LoRA makes to the weight of a linear layer or a convolution."""
     try:
         a, b = (published[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
     except KeyError as error:

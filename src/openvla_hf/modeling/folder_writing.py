@@ -1,4 +1,4 @@
-"""Write a folder as a whole: an interrupted save leaves the old checkpoint, or one that does not load."""
+"""Write a folder as a whole: an interrupted save leaves either the old checkpoint or one that does not load."""
 
 import os
 import re
@@ -26,15 +26,15 @@ INDEX = re.compile(r"(?P<stem>.+?)\.safetensors\.index(?P<variant>\.[^.]+)?\.jso
 def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield a folder to write files into, and move them into `folder` at the end.
 
-    If the writing fails, `folder` stays as it was. If the process ends while files are moved, the config is missing
-    and `folder` does not load. Earlier weights and statistics that the new files replace are removed. A whole
-    checkpoint replaces an earlier adapter and the components of OpenVLA-OFT as well.
+    If writing fails, `folder` stays as it was. If the process ends while files are moved, the config is missing and
+    `folder` does not load. Earlier weights and statistics that the new files replace are removed. A whole checkpoint
+    also replaces an earlier adapter and the components of OpenVLA-OFT.
 
     Args:
         folder: New or existing folder. Other files in an existing folder are kept.
 
     Raises:
-        OSError: A file can't be written, as on a full disk, or an adapter would be saved beside a whole checkpoint.
+        OSError: A file can't be written, as on a full disk, or an adapter would be saved next to a whole checkpoint.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -58,7 +58,7 @@ def written_whole(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def _make_readable(aside: Path, names: list[str]) -> None:
-    """Give weights the permissions of other new files: their writer makes them readable by the owner only."""
+    """Give weights the permissions of other new files, since safetensors makes them readable by the owner only."""
     like = aside / uuid4().hex
     like.touch()
     mode = like.stat().st_mode
@@ -76,7 +76,7 @@ def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
             "adapter in another folder."
         )
     stems = {_stem(name) for name in names} - {None}
-    if CONFIG_NAME in configs and stems:  # an earlier adapter would be applied to it
+    if CONFIG_NAME in configs and stems:  # an earlier adapter would be applied to this checkpoint
         stems.add(_stem(ADAPTER_WEIGHTS))
         (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
         for component in (path for pattern in OFT_FILES for path in folder.glob(pattern)):
@@ -87,7 +87,7 @@ def _take_places(aside: Path, folder: Path, names: list[str]) -> None:
         is_replaced = _stem(path.name) in stems or (stems and path.name == STATISTICS_FILE)
         if is_replaced and path.name not in names:
             path.unlink()
-    for name in sorted(names, key=lambda name: (name in configs, _stem(name) is not None)):  # others, weights, configs
+    for name in sorted(names, key=lambda name: (name in configs, _stem(name) is not None)):  # configs last
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (aside / name).replace(folder / name)
 

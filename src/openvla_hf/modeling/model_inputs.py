@@ -40,7 +40,7 @@ def prepare_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check prompts, and lay them out for decoding: images after the first token, prompt suffix, padding on the left.
 
-    The placeholders in the result also cover the state and the diffusion time, where the model sees these.
+    The placeholders in the result also cover the state and the diffusion time, if the model sees these.
 
     The ids are read once, as Python numbers on the CPU: a few hundred of them cost less there than a tensor operation
     for each check.
@@ -51,11 +51,11 @@ def prepare_prompts(
         attention_mask: (B, T), 1 for tokens and 0 for padding; `None` for rows without padding.
 
     Returns:
-        Ids and mask, int64 on the CPU. Each row ends in `prompt_suffix_token_id`, where the config has one.
+        Ids and mask, int64 on the CPU. Each row ends in `prompt_suffix_token_id`, if the config has one.
 
     Raises:
         ValueError: The ids are not in this vocabulary, another model's processor made them, the mask does not mark one
-            run of tokens in each row or hides other ids than padding, or the placeholders are incomplete.
+            run of tokens in each row or hides ids other than padding, or the placeholders are incomplete.
     """
     ids = _read_ids(config, input_ids)
     is_token = _read_mask(attention_mask, ids)
@@ -244,14 +244,14 @@ def check_proprio(config: OpenVLAConfig, proprio: torch.Tensor | None, rows: int
     """Check the normalised state (B, S) against the config.
 
     Raises:
-        ValueError: It is missing, it is not expected, or its shape is wrong.
+        ValueError: The state is missing, is not expected, or has the wrong shape.
     """
     if config.proprio_dim is None:
         if proprio is not None:
             raise ValueError("This model does not take a state: leave `proprio` and `state` out.")
     elif proprio is None:
         raise ValueError(
-            f"This model also sees the robot's state: pass {config.proprio_dim} numbers for each observation, as "
+            f"The robot's state is missing: pass {config.proprio_dim} numbers for each observation, as "
             "`state` (robot units) to `predict_action` or `proprio` (normalised) to `forward`."
         )
     elif proprio.shape != (rows, config.proprio_dim):
@@ -303,9 +303,9 @@ def insert_image_tokens(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Insert the placeholders that (B, T) ids lack after BOS, and extend mask and labels with them.
+    """Insert the placeholders that ids (B, T) lack after BOS, and extend the mask and the labels with them.
 
-    The ids contain none, those of the images (from the processor), or those of the whole prefix.
+    The ids contain no placeholders, those of the images (from the processor), or those of the whole prefix.
     """
     length, prefix = input_ids.shape[1], config.num_prefix_tokens
     if (

@@ -94,7 +94,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config: OpenVLAConfig, *inputs: Any, **kwargs: Any):
-        # Arguments of `from_pretrained` change a config after it checked its fields.
+        # Arguments of `from_pretrained` may change a config after its fields were checked.
         config.check_action_fields()
         super().__init__(config, *inputs, **kwargs)
 
@@ -110,7 +110,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         """Accept only the current size, unlike `PreTrainedModel.resize_token_embeddings`.
 
         Raises:
-            ValueError: The size differs. It would move the action ids, which are counted from the vocabulary's end.
+            ValueError: The size differs, which would move the action ids: they are counted from the vocabulary's end.
         """
         rows = self.config.text_config.vocab_size
         wanted = rows if new_num_tokens is None else new_num_tokens
@@ -260,7 +260,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         proprio: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embed ids (B, T), and what replaces their placeholders, as (B, T, D), without `forward`'s checks."""
+        """Embed ids (B, T), with images and state at their placeholders, as (B, T, D); `forward` checks the inputs."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return inputs_embeds
@@ -372,7 +372,7 @@ class OpenVLAForActionPrediction(CheckpointMixin, ActionPredictionMixin, OpenVLA
 
         `input_ids` without image placeholders (from the original processor) get them after BOS. `logits_to_keep`
         selects the positions with logits: the number of last positions, an index, or positions (B, K) of each row.
-        `proprio` (B, S) is the normalised state of the robots, where the model sees it.
+        `proprio` (B, S) is the normalised state of the robots, if the model sees it.
 
         A model with parallel decoding takes prompts without actions. It predicts `actions` (B, K, A), and computes the
         loss if the targets `actions` are given: absolute errors (head "l1"), squared errors of the noise ("diffusion")

@@ -1,8 +1,9 @@
-"""Published OpenVLA-OFT checkpoints: weights in files of their own, and the fields that no file states.
+"""Published OpenVLA-OFT checkpoints: components in separate files, and config fields that no file states.
 
-An OFT checkpoint is an OpenVLA checkpoint with further components beside it, each saved by `torch.save`. Its
-`config.json` is that of plain OpenVLA: the original takes all else from its command line. Here the files and the
-shapes in them, the robot's platform and the arguments of `from_pretrained` give the fields of the config.
+An OFT checkpoint is an OpenVLA checkpoint with further components next to it, each saved by `torch.save`. Its
+`config.json` is that of plain OpenVLA, because the original takes everything else from its command line. Here the
+other fields of the config come from the files and the shapes in them, the robot's platform and the arguments of
+`from_pretrained`.
 """
 
 import copy
@@ -26,7 +27,7 @@ from .torch_files import read_torch_file
 
 logger = logging.get_logger(__name__)
 
-# Fields of the config that the original keeps in constants, chosen by a word in its command line.
+# Fields of the config that the original keeps in constants, which a word in its command line selects.
 PLATFORMS: dict[str, dict[str, Any]] = {
     "libero": {
         "num_images": 2,
@@ -50,9 +51,9 @@ PLATFORMS: dict[str, dict[str, Any]] = {
         "action_normalization": "q99",
     },
 }
-# Fields without a default in the config of a policy that decodes in parallel.
+# Fields that must be known for a policy that decodes in parallel.
 NEEDED_FIELDS = ("num_images", "action_horizon", "action_dim", "action_normalization")
-# Without a component there is no head and no state, and these checkpoints see one image.
+# Fields of a checkpoint without component files.
 WITHOUT_COMPONENTS: dict[str, Any] = {
     "action_decoding": "parallel",
     "action_head": "none",
@@ -70,9 +71,9 @@ COMPONENTS_OF_FIELDS = {
     "use_film": "vision_backbone",
 }
 
-# Prefix in files of a model that was trained with DistributedDataParallel.
+# Prefix of weight names after training with DistributedDataParallel.
 PARALLEL_PREFIX = "module."
-# Prefix of the head's modules in its file, by the kind of the head.
+# Kind of action head -> prefix of its modules in its file.
 HEAD_PREFIXES = {"l1": "model.", "diffusion": "noise_predictor.mlp_resnet."}
 PROJECTOR_MODULES = {"fc1": "fc1", "fc2": "fc2"}
 # Component -> published module -> ours.
@@ -149,8 +150,8 @@ def read_components(files: CheckpointFiles) -> Components:
     """Read the components of a published OFT checkpoint; without any, the result is empty.
 
     Raises:
-        ValueError: A component is refused (it holds more than tensors), has other weights than the original's, or the
-            components don't belong together.
+        ValueError: A component contains more than tensors or has other weights than the original's, or the components
+            don't belong together.
         OSError: A file can't be read.
     """
     found = component_files(files)
@@ -177,7 +178,7 @@ def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
     """Read a state dict, and remove the prefix of DistributedDataParallel."""
     state = read_torch_file(path)
     if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} is not a state dict: save the state dict of the component alone.")
+        raise ValueError(f"{path} is not a state dict: save only the state dict of the component.")
     return {key.removeprefix(PARALLEL_PREFIX): tensor for key, tensor in state.items()}
 
 
@@ -212,12 +213,12 @@ def _rename(component: str, state: dict[str, torch.Tensor], where: str) -> Compo
 
 
 def _check_head(source: Any, found: dict[str, str], head: str) -> None:
-    """Raise `ValueError` unless the noisy action projector is there for a diffusion head, and only for one."""
+    """Raise `ValueError` if a diffusion head has no noisy action projector, or if any other policy has one."""
     has_projector = "noisy_action_projector" in found
     if head == "diffusion" and not has_projector:
         raise ValueError(
             f"{source} has a diffusion head ({found['action_head']}) without a file "
-            f"noisy_action_projector--*{SUFFIX}: copy the file beside the config."
+            f"noisy_action_projector--*{SUFFIX}: copy the file next to the config."
         )
     if has_projector and head != "diffusion":
         of_head = f"{found['action_head']} is not a diffusion head" if "action_head" in found else "has no action head"
@@ -247,7 +248,7 @@ def resolve_fields(components: Components, platform: str | None, given: dict[str
     _refuse_contradictions(components, known, given, source)
     if components.files and "proprio_dim" not in known | given:
         raise ValueError(
-            f"{source} has no file proprio_projector--*{SUFFIX}: copy it beside the config, or pass "
+            f"{source} has no file proprio_projector--*{SUFFIX}: copy it next to the config, or pass "
             "`proprio_dim=None` if the policy was trained without the robot's state."
         )
     stated = known | given
@@ -256,8 +257,9 @@ def resolve_fields(components: Components, platform: str | None, given: dict[str
         platform = _recognized_platform(stated, source, unknown[0])
         taken = ", ".join(f"{name}={PLATFORMS[platform][name]!r}" for name in unknown)
         logger.warning(
-            f"{source} does not state {taken}: these are the fields of the platform {platform!r}, which has the same "
-            f"dimensions. Pass `platform={platform!r}` if they are right, or else the fields, such as `{unknown[0]}=`."
+            f"{source} does not state all fields of its config. Using {taken} of the platform {platform!r}, which has "
+            f"the same dimensions. Pass `platform={platform!r}` if this is right, or else the correct fields, such as "
+            f"`{unknown[0]}=`."
         )
     preset = PLATFORMS[platform] if platform is not None else {}
     for name in ("action_dim", "proprio_dim"):
@@ -280,7 +282,7 @@ def _refuse_contradictions(components: Components, known: dict[str, Any], given:
             )
         raise ValueError(
             f"`{name}={given[name]!r}` needs a file {component}--*{SUFFIX}, which {source} lacks: copy the file "
-            f"beside the config, or leave out `{name}`."
+            f"next to the config, or leave out `{name}`."
         )
     if given.get("action_decoding", "parallel") != "parallel":
         first = next(iter(components.files.values()))
@@ -291,7 +293,7 @@ def _refuse_contradictions(components: Components, known: dict[str, Any], given:
 
 
 def fitting_platforms(stated: dict[str, Any]) -> list[str]:
-    """Return the platforms that have the dimensions of the action and the state, as far as these are known."""
+    """Return the platforms that match the dimensions of the action and the state, as far as these are known."""
     dims = [name for name in ("action_dim", "proprio_dim") if stated.get(name) is not None]
     return [name for name, preset in PLATFORMS.items() if dims and all(preset[dim] == stated[dim] for dim in dims)]
 
@@ -302,8 +304,8 @@ def _recognized_platform(stated: dict[str, Any], source: Any, unknown: str) -> s
     if len(fitting) == 1:
         return fitting[0]
     dims = [f"{name}={stated[name]}" for name in ("action_dim", "proprio_dim") if stated.get(name) is not None]
-    problem = f"fits {'several platforms' if fitting else 'no known platform'}"
-    reason = f", and {' and '.join(dims)} {problem}" if dims else ""
+    who = "several platforms have" if fitting else "no known platform has"
+    reason = f", and {who} {' and '.join(dims)}" if dims else ""
     raise ValueError(
         f"{source} does not state `{unknown}`{reason}: pass `platform=`, one of {_options(fitting or PLATFORMS)}, or "
         f"`{unknown}=`."
@@ -317,9 +319,9 @@ def _options(names: Any) -> str:
 def complete_config(
     files: CheckpointFiles, components: Components, platform: str | None, kwargs: dict[str, Any]
 ) -> None:
-    """Give a published OFT checkpoint the config that its files do not state, as `kwargs["config"]`.
+    """Complete the config of a published OFT checkpoint, and put it into `kwargs["config"]`.
 
-    Fields of the config are moved there from `kwargs`. The arguments of any other checkpoint stay as they are.
+    Fields of the config in `kwargs` are moved into the config. For any other checkpoint, `kwargs` stays as it is.
 
     Args:
         files: Files of the checkpoint.
@@ -329,8 +331,8 @@ def complete_config(
         kwargs: Arguments of `from_pretrained`.
 
     Raises:
-        ValueError: See `resolve_fields`, the config states fields that components or the platform contradict, or a
-            plain checkpoint gets a platform.
+        ValueError: As in `resolve_fields`, or the config states fields that the components or the platform contradict,
+            or a platform is given for a plain checkpoint.
     """
     stored = files.read_json(CONFIG_NAME) or {}
     in_config = {name: stored[name] for name in OFT_FIELDS if name in stored}
@@ -342,7 +344,7 @@ def complete_config(
             component, name = next(iter(components.files.items()))
             raise ValueError(
                 f"{files.source} has the weights of the {component} twice, in its safetensors files and in {name}: "
-                "delete the second file."
+                f"delete {name}."
             )
         if not components.files:
             _refuse_other_platform(platform, in_config, files.source)
@@ -365,7 +367,7 @@ def complete_config(
 
 
 def _given_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that the caller of `from_pretrained` gave, also through the Auto classes."""
+    """Return the fields that the caller gave to `from_pretrained`, directly or through an Auto class."""
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         return {name: kwargs[name] for name in OFT_FIELDS if name in kwargs}
@@ -409,7 +411,7 @@ def _refuse_other_platform(platform: str | None, stated: dict[str, Any], source:
         return
     check_name(platform, PLATFORMS, "`platform`")
     for name, value in PLATFORMS[platform].items():
-        # A policy may see one image, and no state.
+        # A policy of the platform may also see only one image, or no state.
         if name in stated and stated[name] not in (value, WITHOUT_COMPONENTS.get(name, value)):
             raise ValueError(
                 f"{source} states {name}={stated[name]!r} in its {CONFIG_NAME}, but the platform {platform!r} has "
@@ -419,7 +421,7 @@ def _refuse_other_platform(platform: str | None, stated: dict[str, Any], source:
 
 @contextmanager
 def report_muted(components: Components) -> Iterator[None]:
-    """Mute transformers' report of missing weights, which the components provide."""
+    """Mute transformers' report of missing weights if the components provide them."""
     of_loading = logging.get_logger("transformers.modeling_utils")
 
     def keep(record: LogRecord) -> bool:

@@ -1,9 +1,9 @@
-"""Decode a chunk of actions in one bidirectional pass (OpenVLA-OFT), and train models that decode like this.
+"""Decode a chunk of actions in one bidirectional pass (OpenVLA-OFT), and train models that decode this way.
 
 The sequence of a row is: padding, BOS, patches of all images, state, diffusion time, prompt, one slot for each number
 of the chunk, and the end-of-sequence token. Padding on the left puts the slots of all rows in the same columns. Slots
 are zeros, or embeddings of noisy actions. Every token attends to all tokens of its row. The hidden state at each
-position predicts the next one, so the last token of the prompt predicts the first slot.
+position predicts the next position, so the last token of the prompt predicts the first slot.
 
 Shapes: B batch, T tokens of the prompts with their prefix, L tokens of the sequence, D width, V vocabulary,
 K actions of a chunk, A action dimensions, S state dimensions, N action bins.
@@ -30,11 +30,11 @@ IGNORED = -100
 
 @dataclass
 class ChunkLoss:
-    """Loss of a batch, with the predictions that it compares.
+    """Loss of a batch, and the predictions behind it.
 
-    loss: () float32, `None` without targets.
+    loss: () float32; `None` without targets.
     actions: (B, K, A) predicted normalised actions, float32.
-    logits: (B, K * A + 1, V) of the slots and the stop token, without an action head.
+    logits: (B, K * A + 1, V) of the slots and the stop token; `None` with an action head.
     """
 
     loss: torch.Tensor | None
@@ -58,7 +58,7 @@ def bidirectional_mask(
         A mask (B, 1, L, L) in the form that the attention implementation takes.
 
     Raises:
-        ValueError: The attention implementation takes no such mask.
+        ValueError: The attention implementation does not take such a mask.
     """
     rows, length = attention_mask.shape
     is_token = attention_mask.to(inputs_embeds.device, torch.bool)
@@ -78,8 +78,8 @@ def bidirectional_mask(
 
         return create_block_mask(sees, rows, None, length, length, device=is_token.device)
     raise ValueError(
-        f"Parallel decoding needs the attention implementation 'sdpa', 'eager' or 'flex_attention', because "
-        f"{implementation!r} does not take a bidirectional mask: load the model with `attn_implementation='sdpa'`."
+        f"The attention implementation {implementation!r} does not take the bidirectional mask of parallel decoding: "
+        "load the model with `attn_implementation=` 'sdpa', 'eager' or 'flex_attention'."
     )
 
 
@@ -94,7 +94,7 @@ def lay_out(
 
 
 def refuse_foreign_inputs(inputs: dict[str, Any]) -> None:
-    """Raise `ValueError` if one of the inputs, which training with parallel decoding does not take, is given."""
+    """Raise `ValueError` if one of these inputs is given: training with parallel decoding does not take them."""
     if given := [name for name, value in inputs.items() if value is not None and not _is_off(value)]:
         raise ValueError(
             f"A model with parallel decoding does not take `{given[0]}`: leave it out. Pass prompts without actions "
@@ -103,7 +103,7 @@ def refuse_foreign_inputs(inputs: dict[str, Any]) -> None:
 
 
 def _is_off(value: Any) -> bool:
-    """Whether a value is False or 0, as libraries pass for options that are not in use."""
+    """Whether a value is False or 0, which libraries pass for unused options."""
     return isinstance(value, int) and not value
 
 
@@ -121,7 +121,7 @@ class ParallelPass:
         input_ids: (B, T) prompts as `lay_out` returns them.
         pixel_values: (B, 3 * towers * images, H, W).
         attention_mask: (B, T).
-        proprio: (B, S) normalised state, where the model sees it.
+        proprio: (B, S) normalised state, if the model sees it.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class ParallelPass:
         length = self.prompt + num_new_tokens(self.config)
         if length > model.attention_reach:
             raise ValueError(
-                f"Parallel decoding needs a language model in which all layers attend to all {length} tokens, but "
-                f"this one attends to {model.attention_reach}."
+                f"Some layers of this language model attend to only {model.attention_reach} tokens, but parallel "
+                f"decoding needs {length} in every layer: use a language model without a sliding window."
             )
         self.input_ids = input_ids
         self.token_embeds = model.get_input_embeddings()(input_ids)
@@ -151,8 +151,8 @@ class ParallelPass:
         """Compute the hidden states (B, K * A, D) that predict the slots, and one more if a stop token follows.
 
         Args:
-            noisy: (B, K, A) noisy actions of a diffusion head.
-            timesteps: (B,) their noise levels.
+            noisy: (B, K, A) noisy actions, for a diffusion head.
+            timesteps: (B,) noise levels of these actions.
         """
         prefix, slots = self.prefix, self.token_embeds.new_zeros(self.rows, self.slots, self.token_embeds.shape[-1])
         if noisy is not None and timesteps is not None:
@@ -210,12 +210,12 @@ def decode_chunk(
         pixel_values: (B, 3 * towers * images, H, W).
         attention_mask: (B, T).
         dims: Number of action dimensions in the statistics of each row.
-        proprio: (B, S) normalised state, where the model sees it.
+        proprio: (B, S) normalised state, if the model sees it.
         constrained: Choose among the action ids only (policies without an action head).
         initial_noise: (B, K, A) or (K, A) noise that a diffusion head starts from; random by default.
-        num_inference_steps: Number of denoising steps of a diffusion head, which divides the steps of training (the
-            default).
-        unknown: Refused.
+        num_inference_steps: Number of denoising steps of a diffusion head. It must divide the number of training
+            steps, which is the default.
+        unknown: Other arguments, which raise an error.
 
     Raises:
         ValueError: An argument does not fit this model.
@@ -231,7 +231,7 @@ def decode_chunk(
     is_diffusion = model.config.action_head == "diffusion"
     if not is_diffusion and (initial_noise is not None or num_inference_steps is not None):
         raise ValueError(
-            "`initial_noise` and `num_inference_steps` belong to a diffusion head, which this model lacks."
+            "`initial_noise` and `num_inference_steps` need a diffusion head, which this model lacks: leave them out."
         )
     parallel = ParallelPass(model, input_ids, pixel_values, attention_mask, proprio)
     if is_diffusion:
@@ -282,13 +282,13 @@ def chunk_loss(
 
     Args:
         model: The policy.
-        parallel: The batch.
+        parallel: Passes over the observations of the batch.
         actions: (B, K, A) normalised targets; `None` to predict only.
         action_mask: (B, K), false for actions that do not count; all count by default.
-        num_items_in_batch: Divide the summed loss by this count (of action numbers, plus stop tokens without a head)
-            instead of the batch's own.
-        noise: (B, K, A) noise of a diffusion head's training step; random by default.
-        timesteps: (B,) noise levels of a diffusion head's training step; random by default.
+        num_items_in_batch: Count to divide the summed loss by, instead of the batch's own count of action numbers
+            (and of stop tokens, without a head).
+        noise: (B, K, A) noise for the training step of a diffusion head; random by default.
+        timesteps: (B,) noise levels for the training step of a diffusion head; random by default.
     """
     config = model.config
     if actions is not None:
@@ -325,7 +325,7 @@ def _read_targets(
     """Check targets (B, K, A) and their mask (B, K), which is all true by default."""
     shape = (rows, config.action_horizon, config.action_dim)
     if actions.shape != shape:
-        raise ValueError(f"`actions` has shape {tuple(actions.shape)}, but this model learns from {shape}.")
+        raise ValueError(f"`actions` has shape {tuple(actions.shape)}, but this model needs {shape}.")
     if action_mask is None:
         action_mask = torch.ones(shape[:2], dtype=torch.bool, device=actions.device)
     if action_mask.shape != shape[:2] or action_mask.dtype != torch.bool:
@@ -343,7 +343,7 @@ def _token_loss(
     action_mask: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> ChunkLoss:
-    """Compare the logits of the slots and of the stop token with the ids of the targets, by cross entropy."""
+    """Compute the cross entropy between the logits of the slots and the stop token and the ids of the targets."""
     config = model.config
     logits = model.lm_head(parallel.run())
     ids = logits[:, : parallel.slots].detach().argmax(-1).unflatten(1, (-1, config.action_dim))

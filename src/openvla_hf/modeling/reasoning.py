@@ -1,7 +1,7 @@
 """Models that write their reasoning before the action (Embodied Chain-of-Thought).
 
 The text has the parts TASK (in the prompt), PLAN, VISIBLE OBJECTS, SUBTASK REASONING, SUBTASK, MOVE REASONING, MOVE,
-GRIPPER POSITION and ACTION. The action's ids follow, and the end-of-sequence token.
+GRIPPER POSITION and ACTION. The action's ids and the end-of-sequence token follow.
 
 Shapes: B batch (robots that act in step), T tokens (image placeholders included), A action dimensions, N action bins,
 V vocabulary.
@@ -22,11 +22,11 @@ from .model_inputs import as_tensor, check_prompt_length
 
 
 MAX_NEW_TOKENS = 1024
-"""Length of a text with its action, as in the original."""
+"""Largest number of tokens in a text with its action, as in the original."""
 CHANGING_PARTS = (" MOVE REASONING:", " GRIPPER POSITION:")
-"""Parts that follow from the current image. The text before the first of them holds for a few steps."""
+"""Parts that depend on the current image. The text before the first of them stays valid for a few steps."""
 SHOWN_CHARACTERS = 80
-"""Length of the end of a text in an error."""
+"""Number of characters at the end of a text that an error shows."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ReasonedActions(DecodedActions):
     """Decoded actions and the reasoning of each row.
 
     reasoning_ids: The ids before the action, without the prompt.
-    text: The same as text, if there is a tokenizer.
+    text: These ids as text; `None` without a tokenizer.
     """
 
     reasoning_ids: list[list[int]]
@@ -45,7 +45,7 @@ class ActionLogits(LogitsProcessor):
     """Record the logits of the action ids at each step of `generate`.
 
     Attributes:
-        of_actions: (B, N) of each step, NaN in rows where any logit is not finite.
+        of_actions: (B, N) for each step, NaN in rows where any logit is not finite.
     """
 
     def __init__(self, first_id: int, end_id: int):
@@ -53,7 +53,7 @@ class ActionLogits(LogitsProcessor):
         self.of_actions: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Record scores (B, V), and return them without NaN: on a GPU, sampling from NaN would end the process."""
+        """Record scores (B, V), and return them without NaN: on a GPU, sampling from NaN would abort the process."""
         is_finite = scores.amax(-1, keepdim=True).isfinite()
         self.of_actions.append(scores[:, self.first_id : self.end_id].masked_fill(~is_finite, torch.nan))
         return scores.nan_to_num()
@@ -78,15 +78,16 @@ def decode_reasoning(
     Args:
         model: The policy.
         input_ids: (B, T).
-        pixel_values: Images of the placeholders.
+        pixel_values: Images that replace the placeholders.
         attention_mask: (B, T).
         dims: Number of action dimensions of each row.
-        proprio: Normalised state, where the model sees it.
+        proprio: Normalised state, if the model sees it.
         tokenizer: The processor's tokenizer, which decodes the text.
         reasoning_ids: Beginning of each row's reasoning, which the model continues.
-        max_new_tokens: Longest text with its action; by default 1024, or what the model's positions allow.
-        constrained: Without effect, since text needs the whole vocabulary.
-        generate_kwargs: Arguments of `generate`, other than for beam search.
+        max_new_tokens: Largest number of tokens in a text with its action; by default 1024, or as many as the model's
+            positions allow.
+        constrained: Has no effect, since text needs the whole vocabulary.
+        generate_kwargs: Arguments of `generate`, except those for beam search.
 
     Raises:
         ValueError: A row has no action, or an argument does not fit.
@@ -138,10 +139,13 @@ def append_ids(
     """Append ids to each left-padded row (B, T), and pad on the left again.
 
     Raises:
-        ValueError: The number of rows differs, or an id is not in the vocabulary of text.
+        ValueError: The number of rows differs, or an id does not stand for text.
     """
     if len(new_ids) != len(input_ids):
-        raise ValueError(f"Got `reasoning_ids` for {len(new_ids)} rows and {len(input_ids)} observations.")
+        raise ValueError(
+            f"Got `reasoning_ids` for {len(new_ids)} rows, but {len(input_ids)} observations: give a list of ids for "
+            "each observation."
+        )
     if any(
         not 0 <= one < config.text_config.vocab_size or one == config.image_token_id for ids in new_ids for one in ids
     ):
@@ -175,8 +179,8 @@ def find_action(
 ) -> int:
     """Return where the action begins in a text: at the last `dim` ids of the action range.
 
-    The text may end in other ids after the action. Within an action there are none: the ids of an action that was cut
-    off must not be completed by stray ids of the text.
+    Other ids may follow the action, but none may be within it: stray action ids in the text must not complete an
+    action that was cut off.
 
     Args:
         ids: (T,) generated ids before the end-of-sequence token.
@@ -200,7 +204,7 @@ def find_action(
     )
     raise ValueError(
         f"The model wrote {len(ids)} tokens without a whole action of {dim} dimensions for observation {row}. {shown} "
-        "Raise `max_new_tokens` if the text was cut off, or check that checkpoint and prompt are made for reasoning."
+        "Raise `max_new_tokens` if the text was cut off, or check that checkpoint and prompt are for reasoning."
     )
 
 
@@ -244,7 +248,7 @@ def _gather(
 
 
 def lasting_part(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of the reasoning up to its first part that follows from the current image; none without one."""
+    """Return the ids of the reasoning before the first part that depends on the current image; none without one."""
     ids = list(ids)
     text = tokenizer.decode(ids)
     found = [position for part in CHANGING_PARTS if (position := text.find(part)) >= 0]
@@ -257,9 +261,9 @@ def lasting_part(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
 class ReasoningStream:
     """Control loop of a robot whose model writes its reasoning before each action.
 
-    The text up to MOVE REASONING (task, plan, objects, subtask) holds for a few steps. With `reuse_reasoning=5`, the
-    model writes a whole text at every fifth step. In between, it continues the last text from there, in far fewer
-    passes. A batch is a group of robots that act in step.
+    The text up to MOVE REASONING (task, plan, objects, subtask) stays valid for a few steps. With `reuse_reasoning=5`,
+    the model writes a whole text at every fifth step. In between, it keeps this part of the last text and writes only
+    the rest, in far fewer passes. A batch is a group of robots that act in step.
 
     Example:
         ```python
@@ -276,12 +280,12 @@ class ReasoningStream:
         tokenizer: The processor's tokenizer, which finds the parts of the text.
 
     Attributes:
-        reasoning_ids: Beginning of each robot's text that the next step continues; empty for a new text.
+        reasoning_ids: Beginning of each robot's text, which the next step continues; empty for a new text.
         text: The last reasoning of each robot, or `None` without a tokenizer.
         forward_passes: Number of passes of the language model for the last action.
 
     Raises:
-        ValueError: `reuse_reasoning` is not a positive integer, or a text is to be reused without a tokenizer.
+        ValueError: `reuse_reasoning` is not a positive integer, or is above 1 without a tokenizer.
     """
 
     def __init__(
@@ -294,7 +298,10 @@ class ReasoningStream:
         if not isinstance(reuse_reasoning, int) or isinstance(reuse_reasoning, bool) or reuse_reasoning < 1:
             raise ValueError(f"`reuse_reasoning` must be an integer of at least 1, got {reuse_reasoning!r}.")
         if reuse_reasoning > 1 and tokenizer is None:
-            raise ValueError("`reuse_reasoning` needs the text: pass `tokenizer=processor.tokenizer`.")
+            raise ValueError(
+                f"`reuse_reasoning={reuse_reasoning}` needs the parts of the text: pass "
+                "`tokenizer=processor.tokenizer`."
+            )
         self.model, self.unnorm_key = model, unnorm_key
         self.reuse_reasoning, self.tokenizer = reuse_reasoning, tokenizer
         self.reset()
@@ -319,7 +326,7 @@ class ReasoningStream:
     ) -> Any:
         """Predict like `OpenVLAForActionPrediction.predict_action`; `unnorm_key` defaults to the stream's own.
 
-        Another instruction, or another number of robots, starts a new text.
+        A different instruction or number of robots starts a new text.
         """
         prompts = as_tensor("input_ids", input_ids).tolist()
         if self._steps_left == 0 or prompts != self._prompts:

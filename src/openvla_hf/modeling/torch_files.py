@@ -1,4 +1,4 @@
-"""Read files of `torch.save` without running code from them."""
+"""Read files written by `torch.save` without running code from them."""
 
 import os
 import pickle
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 
-# Errors of `torch.load` for files whose bytes have changed.
+# Errors that `torch.load` raises for damaged files.
 DAMAGED = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, MemoryError)
 
 
 def read_torch_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the dictionary in a file of `torch.save`.
+    """Read the dictionary in a file written by `torch.save`.
 
-    Tensors stay in the file until they are used, so a file larger than the memory can be read.
+    Tensors stay in the file until they are used, so the file may be larger than the memory.
 
     Args:
         path: An existing `.pt` file.
@@ -33,8 +33,8 @@ def read_torch_file(path: str | os.PathLike) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not read, since it contains more than tensors and plain values, and such a file could run "
-            "code. Save only the tensors, with `torch.save`."
+            f"{path} contains more than tensors and plain values, so reading it could run code. Save only the tensors "
+            "with `torch.save`."
         ) from error
     except DAMAGED as error:
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -119,7 +119,7 @@ CONVERSIONS = {
 
 
 def convert_tower(tower_class: str, published: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert the published weights of a tower, which is not loaded with `from_pretrained`, to our names and shapes.
+    """Convert published weights of a tower that `from_pretrained` does not load to our names and shapes.
 
     Args:
         tower_class: Class name of the tower.

@@ -78,7 +78,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         image_resize_strategy: How an image is brought to `size`: "resize-naive" stretches it, "letterbox" pads it to a
             square first, "resize-crop" scales the short side and crops the long one.
         size: Height and width of the result in pixels (int, (height, width) or dict).
-        image_mean: One list of three for each tower, in the order of the channels; a flat list is one tower.
+        image_mean: One list of three for each tower, in the order of the channels. A flat list is for one tower.
         image_std: The standard deviations in the same form.
         resample: PIL's resampling filter, or "lanczos3" for TensorFlow's, which the original uses in training and in
             evaluation in simulators.
@@ -123,7 +123,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 "one list of three for each tower."
             )
         if isinstance(resample, str) and resample != LANCZOS3:
-            raise ValueError(f"resample={resample!r} is not a filter: pass one of PIL's or {LANCZOS3!r}.")
+            raise ValueError(f"resample={resample!r} is not a filter: pass one of PIL's filters or {LANCZOS3!r}.")
         self.resample = resample if isinstance(resample, str) else int(resample)
         self.letterbox_fill = list(letterbox_fill)
         self.center_crop_area = center_crop_area
@@ -415,8 +415,8 @@ def find_file(source: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | 
             return None
         raise OSError(
             f"Cannot read {name} of {source}: the Hub refuses the file or does not answer "
-            f"({cause.__cause__ or cause}). Check your access and the network, or set HF_HUB_OFFLINE=1 to use what is "
-            "in the cache."
+            f"({cause.__cause__ or cause}). Check your access and the network, or set HF_HUB_OFFLINE=1 to use the "
+            "cached files."
         ) from error
 
 

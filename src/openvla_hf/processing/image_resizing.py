@@ -90,7 +90,7 @@ def _sin(x: np.ndarray) -> np.ndarray:
 
 
 def _crop_rows(values: np.ndarray, area: float) -> np.ndarray:
-    """Resample the rows of (H, W, C) float32 that the centre crop keeps to H rows."""
+    """Resample the rows of (H, W, C) float32 inside the centre crop to H rows."""
     count = len(values)
     side = np.sqrt(np.float32(area))
     top = (1 - side) / np.float32(2)

@@ -10,14 +10,14 @@ from transformers import BatchFeature
 
 
 class ObservationInputs(BatchFeature):
-    """Inputs of the model, of which `to` leaves the state as it is.
+    """Inputs of the model. Its method `to` leaves the state as it is.
 
     `inputs.to("cuda", torch.bfloat16)` converts the pixels. A state in bfloat16 would lose most of its precision
     before the model normalises it, and some devices have no float64, so the state stays on the CPU in float64.
     """
 
     def to(self, *args: Any, **kwargs: Any) -> "ObservationInputs":
-        """Move all inputs except the state to a device, and convert those of floats."""
+        """Move all inputs except the state to a device, and convert those that are floats."""
         state = self.data.pop("state", None)
         super().to(*args, **kwargs)
         if state is not None:
@@ -30,11 +30,11 @@ def flatten_observations(images: Any, cameras: Sequence[str]) -> list[Any]:
 
     Args:
         images: One observation or a list of them. An observation is a list with an image for each camera, or a dict
-            from camera names to images; with a single camera, the image itself will do.
-        cameras: The names in order.
+            from camera names to images. With a single camera, it may also be the image itself.
+        cameras: Names of the cameras, in order.
 
     Raises:
-        ValueError: A camera is missing or unknown, or an observation has another number of images.
+        ValueError: A camera is missing or unknown, or an observation has the wrong number of images.
     """
     batch = _split_batch(images, len(cameras))
     flat: list[Any] = []
@@ -73,7 +73,7 @@ def read_frame_images(frame: Mapping[str, Any], cameras: Sequence[str] | None, n
 
 
 def refuse_camera_names(images: Any) -> None:
-    """Raise `ValueError` for images by camera name, where the processor does not know the cameras."""
+    """Raise `ValueError` for images by camera name, which a processor without camera names does not take."""
     first = images[0] if isinstance(images, (list, tuple)) and images else images
     if isinstance(first, Mapping):
         raise ValueError(
@@ -117,8 +117,8 @@ def read_state(state: Any, state_dim: int | None, batch_size: int) -> np.ndarray
     if not np.isfinite(values).all():
         row, dimension = np.argwhere(~np.isfinite(values))[0]
         raise ValueError(
-            f"Dimension {dimension} of state {row} ({state_dim} dimensions) is {values[row, dimension]}: give finite "
-            "numbers."
+            f"Dimension {dimension} of state {row} is {values[row, dimension]}: give {state_dim} finite numbers for "
+            "each observation."
         )
     return values
 
@@ -137,8 +137,8 @@ def _split_batch(images: Any, num_cameras: int) -> list[Any]:
 def _pick_cameras(observation: Mapping[str, Any], cameras: Sequence[str], name: str) -> list[Any]:
     """Return the images of a dict in the order of the cameras."""
     known = (
-        f"This processor's cameras are {_listed(cameras)}: use these names, or load the processor with `cameras=`, "
-        "your names in the order of the model's images."
+        f"This processor's cameras are {_listed(cameras)}: use these names, or load the processor with your own names "
+        "as `cameras=`, in the order of the model's images."
     )
     for camera in observation:
         if camera not in cameras:

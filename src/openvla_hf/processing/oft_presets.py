@@ -44,7 +44,7 @@ PLATFORMS = {
 
 
 def find_platform(name: str | None) -> Platform | None:
-    """Return the platform of a name; raise `ValueError` for an unknown one."""
+    """Look up a platform by its name; raise `ValueError` if the name is unknown."""
     if name is None:
         return None
     if name not in PLATFORMS:
@@ -55,7 +55,7 @@ def find_platform(name: str | None) -> Platform | None:
 
 
 def is_parallel(given: str | None, config: Mapping[str, Any]) -> bool:
-    """Return whether a policy decodes in parallel, by `action_decoding=` or else the checkpoint's config.
+    """Return whether a policy decodes in parallel, according to `action_decoding=` or else the checkpoint's config.
 
     Raises:
         ValueError: The given kind of decoding is unknown.
@@ -78,7 +78,7 @@ def read_oft_fields(
         platform: Name of a platform. By default, the one whose dimensions the checkpoint's statistics have.
         parallel: Whether the policy is known to decode in parallel. If so, and without component files, it predicts
             tokens from the platform's first camera, without the state.
-        given: Names of fields that the caller gives, which need not be found.
+        given: Names of the fields that the caller gives, which are not looked up.
         hub_kwargs: `revision`, `token` and so on.
 
     Returns:
@@ -109,13 +109,13 @@ def read_oft_fields(
 def check_saved_fields(
     source: str | os.PathLike, platform: str | None, parallel: bool, saved: Mapping[str, Any]
 ) -> None:
-    """Raise `ValueError` if a platform is given that is not the one of a saved processor.
+    """Raise `ValueError` if the given platform contradicts a saved processor.
 
     Args:
         source: Folder or Hub id.
         platform: Name of a platform.
         parallel: Whether the policy is known to decode in parallel.
-        saved: Content of the processor's file, which a platform does not change.
+        saved: Content of the processor's file, which the platform does not change.
     """
     preset = find_platform(platform)
     if preset is None:
@@ -126,7 +126,7 @@ def check_saved_fields(
             f"The processor of {source} was saved for one image without a state, {_platform_of_plain(platform)}"
         )
     num_cameras = len(cameras or [None])
-    # A policy may have one camera, and no state.
+    # A policy of the platform may also have only one camera, or no state.
     if num_cameras not in (1, len(preset.cameras)) or state_dim not in (None, preset.state_dim):
         raise ValueError(
             f"The processor of {source} was saved with {num_cameras} cameras and {state_dim or 'no'} state "
@@ -143,9 +143,9 @@ def _platform_of_plain(platform: str | None) -> str:
 
 
 def list_files(source: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
-    """List the names of the files beside a checkpoint's `config.json`.
+    """List the names of the files next to a checkpoint's `config.json`.
 
-    The cache keeps the Hub's list of a commit. In offline mode without this list, the files in the cache count.
+    The cache keeps the Hub's list of a commit. In offline mode without this list, only the cached files are listed.
 
     Raises:
         OSError: The Hub refuses the list or does not answer.
@@ -160,7 +160,7 @@ def list_files(source: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     options = {name: hub_kwargs.get(name) for name in ("revision", "cache_dir")}
     if not (hub_kwargs.get("local_files_only") or is_offline_mode()):
         try:
-            # The only public function that keeps the list. The file that it fetches is in the cache.
+            # The only public function that caches the list of files. The file that it fetches is already cached.
             hf_api().snapshot_download(
                 source,
                 **options,
@@ -189,9 +189,9 @@ class _NoBar(tqdm):
 def _unknown_files(source: str, error: Exception) -> OSError:
     reason = " ".join(str(error.__cause__ or error).split())
     return OSError(
-        f"Cannot read the list of files of {source}, which tells whether it is an OpenVLA-OFT checkpoint: the Hub "
+        f"Cannot read the list of files of {source}, which shows whether it is an OpenVLA-OFT checkpoint: the Hub "
         f"refuses the list or does not answer ({reason}). Check your access and the network, or set "
-        "HF_HUB_OFFLINE=1 to use what is in the cache."
+        "HF_HUB_OFFLINE=1 to use the cached files."
     )
 
 
@@ -202,8 +202,8 @@ def _recognize(source: str | os.PathLike, **hub_kwargs: Any) -> Platform:
         if (preset.action_dim, preset.state_dim) == (action_dim, state_dim):
             return preset
     raise ValueError(
-        f"The cameras of {source} are unknown: no platform has {action_dim} action and {state_dim} state dimensions, "
-        f"as its {STATISTICS_FILE} has. Pass `cameras=` with their names in order, or `platform=` "
+        f"The cameras of {source} are unknown: its {STATISTICS_FILE} has {action_dim} action and {state_dim} state "
+        "dimensions, which no platform has. Pass `cameras=` with their names in order, or `platform=` "
         f"({', '.join(map(repr, PLATFORMS))})."
     )
 

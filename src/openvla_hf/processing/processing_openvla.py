@@ -25,7 +25,7 @@ VICUNA_PROMPT = (
     f"USER: {QUESTION} {{instruction}}? ASSISTANT:"
 )
 
-# Embodied Chain-of-Thought: the model goes on with the task, its reasoning and the action.
+# Embodied Chain-of-Thought: the model continues with the task, its reasoning and the action.
 REASONING_PROMPT = f"{VICUNA_PROMPT} TASK:"
 
 # The row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
@@ -66,9 +66,9 @@ class OpenVLAProcessor(ProcessorMixin):
 
     `from_pretrained` finds the cameras, the state and the evaluation's image options (`resample="lanczos3"`,
     `center_crop_area=0.9`) of a published OpenVLA-OFT checkpoint by its component files and the dimensions of its
-    statistics. `platform="libero"`, `"aloha"` or `"bridge"` decides where the statistics do not. A policy without
-    component files, which predicts action tokens in parallel, needs `action_decoding="parallel"` as well, as the model
-    does. Images must be as the original's clients give them: LIBERO's turned by 180 degrees, ALOHA's stretched to
+    statistics. `platform="libero"`, `"aloha"` or `"bridge"` decides if the statistics do not. A policy without
+    component files, which predicts action tokens in parallel, also needs `action_decoding="parallel"`, like the model.
+    Prepare images as the original's clients do: turn those of LIBERO by 180 degrees, and stretch those of ALOHA to
     256 x 256 pixels with PIL's bicubic filter.
 
     `from_pretrained(..., reasoning=True)` uses the prompt of Embodied-CoT, whose checkpoints are otherwise saved like
@@ -79,7 +79,7 @@ class OpenVLAProcessor(ProcessorMixin):
         tokenizer: A tokenizer with a pad token. It is set to pad on the left: every row ends in its prompt.
         prompt_template: Text with `{instruction}` in it.
         lowercase_instruction: Whether `instruction=` is converted to lower case, as in OpenVLA's training data.
-        strip_full_stop: Whether a final full stop of `instruction=` is left out. It changes the actions of a
+        strip_full_stop: Whether a final full stop of `instruction=` is left out. A full stop changes the actions of a
             checkpoint that was trained without one. OpenVLA's own training kept the full stops of its data; `finetune`
             leaves them out.
         image_token: Name of the placeholder; it is removed from instructions.
@@ -174,7 +174,7 @@ class OpenVLAProcessor(ProcessorMixin):
             ValueError: An image, a camera, a state or a text is missing or empty, their numbers differ, a state has
                 another length or is not finite, a whole prompt is given as `instruction`, or a text contains an image
                 placeholder besides the inserted ones.
-            TypeError: Too many or wrong arguments.
+            TypeError: There are too many arguments, or one has the wrong type.
         """
         text_kwargs, images_kwargs = self._read_options(**kwargs)
         images, text = self._sort_arguments(args, images, text, instruction)
@@ -209,7 +209,7 @@ class OpenVLAProcessor(ProcessorMixin):
         return ObservationInputs(inputs, tensor_type=text_kwargs.get("return_tensors"))
 
     def _encode(self, prompts: list[str], num_placeholders: int, text_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Encode prompts as lists of ids and masks, with placeholders, truncated and padded as the options say."""
+        """Encode prompts as lists of ids and masks, with placeholders, truncated and padded as the options require."""
         placeholders = [self.image_token_id] * num_placeholders
         rows = self.tokenizer(prompts, verbose=False)["input_ids"]
         if placeholders and any(self.image_token_id in row for row in rows):
@@ -222,7 +222,7 @@ class OpenVLAProcessor(ProcessorMixin):
             room = (max_length or self.tokenizer.model_max_length) - len(placeholders)
             if room < 1:
                 raise ValueError(
-                    f"`max_length={max_length}` leaves no room for text beside {len(placeholders)} image tokens."
+                    f"`max_length={max_length}` leaves no room for text after {len(placeholders)} image tokens."
                 )
             rows = [row[:room] for row in rows]
         rows = [self._insert(placeholders, row) for row in rows]
@@ -275,8 +275,8 @@ class OpenVLAProcessor(ProcessorMixin):
     ) -> MultiModalData:
         """Count the placeholders of images (height, width), for engines that plan their memory before a call.
 
-        All images are resized to the same size, so they have the same number of placeholders. An observation has those
-        of one image for each camera.
+        All images are resized to the same size, so they have the same number of placeholders. An observation has the
+        placeholders of one image for each camera.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -367,7 +367,7 @@ class OpenVLAProcessor(ProcessorMixin):
         return row[:start] + placeholders + row[start:]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields; without cameras or a state, the dictionary has no such field."""
+        """Return the fields, but `cameras` and `state_dim` only if they are set."""
         unset = {name for name in ("cameras", "state_dim") if getattr(self, name) is None}
         return {name: value for name, value in super().to_dict().items() if name not in unset}
 

@@ -62,7 +62,7 @@ __all__ = [
 
 ENV_ID = "openvla_hf/Tabletop-v0"
 TASKS = ("put", "push", "stack", "lift")
-# Steps before an episode is truncated: about three times what the expert needs to put an object somewhere.
+# Steps before an episode is truncated: about three times as many as the expert needs to put an object somewhere.
 MAX_STEPS = 80
 # Standard deviation of the hand's position error in each step along each axis, metres.
 HAND_NOISE = 0.004
@@ -300,7 +300,7 @@ _GOAL_NAMES = [(colour, kind) for colour in COLOURS for kind in GOAL_KINDS]
 _STACKABLE = [(colour, shape) for colour, shape in _NAMES if shape != "ball"]
 # Half extents in x and y of the region where objects stand at the start, metres.
 _REACH = (0.20, 0.150)
-# The free way ahead of an object to push, metres.
+# Length of the free path ahead of an object to push, metres.
 _LANE = 0.12
 
 
@@ -367,7 +367,7 @@ def _crowded(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _has_lane(objects: np.ndarray, index: int, direction: str) -> bool:
-    """Return whether an object can be pushed: it needs room for the hand behind it and a free way ahead."""
+    """Return whether an object can be pushed: it needs room for the hand behind it and a free path ahead."""
     along, across = push_axes(direction)
     place = objects[index]
     behind, ahead = place - along * 0.07, place + along * (_LANE + 0.02)

@@ -33,7 +33,7 @@ __all__ = [
     "rollout_expert",
 ]
 
-# Demonstrated moves are rounded to multiples of this, metres: a policy can tell few different actions apart, not 256.
+# Demonstrated moves are rounded to multiples of this, metres: a policy can distinguish a few actions, but not 256.
 ACTION_GRID = 0.01
 
 # Share of the remaining distance that one step covers.

@@ -15,10 +15,10 @@ __all__ = ["CLOSED_RADIUS", "GRASP_HEIGHT", "MAX_STEP", "TOP_HEIGHT", "Physics",
 
 # The largest translation along one axis in one step.
 MAX_STEP = 0.04
-# The fingertips' height above the bottom of what they grasp, and the lowest that they go.
+# The fingertips' height above the bottom of a grasped object, and their lowest position.
 GRASP_HEIGHT = 0.015
 GRASP_RADIUS = 0.02
-# The highest that the fingertips go.
+# The fingertips' highest position.
 TOP_HEIGHT = 0.20
 # A step is longer than an object's radius. Without substeps the hand would jump over objects.
 SUBSTEPS = 4
@@ -158,8 +158,8 @@ class _Obstacle:
 def _displace(thing: TableObject, obstacle: _Obstacle, motion: np.ndarray) -> bool:
     """Move `thing` until it no longer overlaps the obstacle.
 
-    It moves along `motion` (2,) where that leads away from the obstacle, so that a straight push stays straight, and
-    otherwise straight away from the obstacle.
+    The object moves along `motion` (2,) if that leads away from the obstacle, so that a straight push stays straight.
+    Otherwise it moves straight away from the obstacle.
 
     Returns:
         Whether the object moved.

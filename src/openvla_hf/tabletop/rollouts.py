@@ -82,7 +82,7 @@ class _Running:
 
 
 class ModelPolicy:
-    """A model and its processor as a `Policy` that counts what its actions cost.
+    """A model and its processor as a `Policy` that counts the cost of its actions.
 
     Attributes:
         cameras: Cameras whose images the model takes, or `None` for the fixed camera alone.

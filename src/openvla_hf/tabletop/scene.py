@@ -3,7 +3,7 @@
 The world frame is in metres: x points to the right in the image, y away from the camera, z up. The origin is the
 middle of the table's top. A fixed camera looks down from the front. A single frame of it shows the whole state: the
 gripper's shadow shows its height, and its fingers and its lamp show whether it is closed. A second camera on the wrist
-moves with the hand and shows the grasp from near.
+moves with the hand and shows the grasp from close up.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _highest_below(scene: Scene) -> TableObject | None:
 
 _SUPERSAMPLE = 2
 _CANVAS = IMAGE_SIZE * _SUPERSAMPLE
-# The nearest that the camera on the wrist sees an object, metres.
+# Smallest distance at which the camera on the wrist sees an object, metres.
 _NEAREST = 0.04
 
 
@@ -311,7 +311,7 @@ def _mix(colour: Rgb, other: Rgb, share: float) -> Rgb:
 
 _WHITE: Rgb = (255, 255, 255)
 _INK: Rgb = (24, 22, 30)
-# What the camera on the wrist sees beside the table.
+# What the camera on the wrist sees next to the table.
 _FLOOR: Rgb = (214, 220, 226)
 
 
@@ -366,7 +366,7 @@ def _draw_goal(view: _View, goal: Goal) -> None:
 
 
 def _draw_object_shadow(view: _View, thing: TableObject) -> None:
-    """Draw a soft shadow right below an object; it is smaller the lower the object is."""
+    """Draw a soft shadow right below an object; the lower the object, the smaller the shadow."""
     x, y, z = (float(value) for value in thing.position)
     spread = 1.12 + min(z, 0.1) * 2.0
     for grow, alpha in ((1.28, 26), (1.12, 38), (0.95, 52)):
@@ -446,7 +446,7 @@ def _draw_gripper(view: _View, gripper: TableGripper, with_shaft: bool) -> None:
     _box(view, x, y, palm, wrist, max(spread + 0.008, 0.02), 0.010, _STEEL)
     _box(view, x, y, palm - 0.002, wrist, 0.016, 0.012, _LAMP_OPEN if gripper.is_open else _LAMP_CLOSED)
 
-    if not with_shaft:  # the camera on the wrist hangs beside it
+    if not with_shaft:  # the camera on the wrist hangs next to it
         return
     # The shaft has a fixed width in the image, so that it hides little near the camera.
     _draw_rod(view, view.camera.project(x, y, wrist), view.camera.project(x, y, 0.62), _STEEL)

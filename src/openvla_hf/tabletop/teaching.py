@@ -1,4 +1,4 @@
-"""The losses that teach the tabletop policy to see and where to look; none of this is part of the policy.
+"""The losses that teach the tabletop policy what it sees and where to look; none of this is part of the policy.
 
 Shapes: B batch, P image patches, D width of the language model, things as in `SEEN`.
 """
@@ -113,7 +113,7 @@ class Marks:
 
 
 class Acting(nn.Module):
-    """The policy, with the losses that show it where to look; it continues to learn to see."""
+    """The policy, with the losses that show it where to look. The losses for seeing continue."""
 
     def __init__(self, seeing: Seeing):
         super().__init__()

@@ -265,7 +265,7 @@ class GuidedTrainer(Trainer):
         return outputs["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the means of the parts since the last call beside the figures of `Trainer.log`."""
+        """Log the means of the parts since the last call, along with the figures of `Trainer.log`."""
         means = {name: round(torch.stack(values).mean().item(), 4) for name, values in self.parts.items()}
         self.parts.clear()
         super().log(logs | means, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Complete checkpoints: each is written to a temporary folder and gets its name when all of its files are there.
+"""Complete checkpoints: each is written to a temporary folder, which is renamed when all of its files are there.
 
 transformers has no public way to choose where `Trainer` writes a checkpoint, so this module overrides four of its
 private methods (`OVERRIDDEN`). No other module does. `tests/training/test_trainer_internals.py` fails when a version

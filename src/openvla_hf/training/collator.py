@@ -42,7 +42,7 @@ class ActionCollator:
         augment: Draws a random view of an image with PyTorch's random number generator. The draw depends only on
             `seed`, the epoch and the frame, so it is the same in any worker or process, and after a resume.
         seed: Seed of `augment`.
-        normalization: Bounds that actions and states are scaled by, as `action_normalization` of the model's config.
+        normalization: Bounds that scale actions and states, named as in `action_normalization` of the model's config.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class ActionCollator:
         self.epoch.fill_(epoch)
 
     def __call__(self, frames: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Turn frames (`image` or `images`, `instruction`, `action`, perhaps `state`) into a batch of B rows.
+        """Turn frames (`image` or `images`, `instruction`, `action` and maybe `state`) into a batch of B rows.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (B, T), and `pixel_values` (B, channels, height, width). If the
-            processor takes a state, also `proprio` (B, S), normalised. Empty frames, which stand for those that a
+            processor takes a state, also `proprio` (B, S), normalised. Empty frames, which stand for frames that a
             resumed run has already used, give an empty batch.
 
         Raises:
@@ -126,7 +126,7 @@ class ActionCollator:
         They are augmented if `augment` is set.
 
         Raises:
-            ValueError: A camera of the processor is missing or the frame has another one.
+            ValueError: A camera of the processor is missing, or the frame has an unknown camera.
         """
         images = read_frame_images(frame, self.processor.cameras, f"A frame{_place(frame)}")
         if self.augment is None:
@@ -141,7 +141,7 @@ class ActionCollator:
         """Return a frame's normalised action (A,), or with `name="actions"` its chunk (K, A).
 
         Raises:
-            ValueError: It is not finite or does not have as many dimensions as its statistics.
+            ValueError: The action is not finite or does not have as many dimensions as its statistics.
         """
         stats = self.stats
         if self.norm_stats is not None:
@@ -187,19 +187,19 @@ class ActionCollator:
 
 
 class ChunkCollator(ActionCollator):
-    """Build batches for parallel decoding: prompts alone, and the chunk of actions that follows them.
+    """Build batches for parallel decoding: prompts without actions, and the chunks of actions that follow them.
 
-    Frames have `actions` (K, A) and perhaps `chunk_mask` (K,), see `openvla_hf.data.load`. Batches have, instead of
-    `labels` over the tokens,
+    Frames have `actions` (K, A) and maybe `chunk_mask` (K,), see `openvla_hf.data.load`. Instead of `labels` over the
+    tokens, batches have
 
     - `actions` (B, K, A), normalised, float32,
     - `action_mask` (B, K), false for actions beyond the end of an episode, which the loss leaves out,
     - `labels` (B, 1 + K * A), the token ids of the actions after one ignored label, for the metrics and the number of
-      targets. A policy that decodes tokens, and has a stop token, is also trained on that one.
+      targets. If the policy decodes tokens and has a stop token, the labels also contain the stop token.
 
     Args:
         config: Config of the trained model.
-        more: Arguments of `ActionCollator` by name.
+        more: Keyword arguments of `ActionCollator`.
     """
 
     def __init__(self, config: OpenVLAConfig, **more: Any):
@@ -208,7 +208,7 @@ class ChunkCollator(ActionCollator):
         self.predicts_stop = config.action_head == "none" and config.action_stop_token
 
     def supervise(self, frames: Sequence[dict[str, Any]], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Pad the prompts, and put the chunks beside them."""
+        """Pad the prompts, and add the chunks with their masks and labels."""
         chunks, masks, labels = [], [], []
         stop = [self.processor.tokenizer.eos_token_id] if self.predicts_stop else []
         for frame in frames:

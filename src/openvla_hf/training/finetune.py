@@ -1,4 +1,4 @@
-"""Fine-tune a policy on demonstrations: everything that `openvla-hf finetune` does, as one call.
+"""Fine-tune a policy on demonstrations: everything that `openvla-hf finetune` does, in one call.
 
     from openvla_hf.training.finetune import FinetuneArguments, finetune
 
@@ -45,7 +45,7 @@ from .trainer import ActionTrainer
 
 
 NOT_RECORDED = ("streaming", "shuffle_buffer", "seed")
-"""Options of `load` that don't change what a frame is, so an evaluation of the result chooses its own."""
+"""Options of `load` that don't change the content of frames. A later evaluation chooses its own."""
 
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
     if arguments.evaluates:
         settings.setdefault("eval_steps", settings["save_steps"])
     if "output_dir" in settings:
-        raise ValueError("The output folder is given as `output`, not as the setting output_dir.")
+        raise ValueError("output_dir is not a setting of a run: give the folder as `output`.")
     of_recipe = {field.name for field in fields(Recipe)} & settings.keys()
     changes = {name: settings.pop(name) for name in of_recipe}
     chosen = arguments.recipe
@@ -118,26 +118,26 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
     frames = read_frames(arguments, recipe.seed, recipe.load_options())
     norm_stats = _read_statistics(arguments) or frames.statistics
     if norm_stats is None:
-        # Once on each machine: the other processes read what the first has cached.
+        # Computed once on each machine: the other processes read the cached result.
         with PartialState().local_main_process_first():
             norm_stats = compute_statistics(frames.train)
-    observed = _look_at(frames.train, recipe, norm_stats)
+    setup = _infer_setup(frames.train, recipe, norm_stats)
     model = OpenVLAForActionPrediction.from_pretrained(
         arguments.model, **recipe.model_kwargs() | dict(arguments.model_kwargs)
     )
     if model.config.reasoning:
         raise ValueError(
             f"{arguments.model} is loaded with `reasoning=True`, but the data has no reasoning to learn from: leave "
-            "it out, and train a policy that answers with the action alone."
+            "out `reasoning=True` to train a policy that predicts only actions."
         )
-    add_action_networks(model, observed.fields, "the recipe")
+    add_action_networks(model, setup.fields, "the recipe")
     model.norm_stats = norm_stats
     processor = AutoProcessor.from_pretrained(arguments.model)
-    if observed.fields:
+    if setup.fields:
         processor.state_dim = model.config.proprio_dim
-        # The order of a base that knows these cameras is the one that its weights have learned.
-        if sorted(observed.cameras or []) != sorted(processor.cameras or []):
-            processor.cameras = observed.cameras
+        # If the base already has these cameras, keep their order, which its weights have learned.
+        if sorted(setup.cameras or []) != sorted(processor.cameras or []):
+            processor.cameras = setup.cameras
     collator, eval_collator = _build_collators(model, processor, recipe, args.seed)
     return ActionTrainer(
         model=recipe.prepare(model),
@@ -167,7 +167,8 @@ class RunFrames:
     Args:
         train: Frames to train on.
         evaluation: Frames to evaluate on, if there are any.
-        record: Their entries in `training.json`: `datasets`, `reading`, `held_out` and, for a mixture, `mixture`.
+        record: Entries of `training.json` about the frames: `datasets`, `reading`, `held_out`, and `mixture` for a
+            mixture.
         statistics: Statistics of a mixture's datasets, or `None`.
     """
 
@@ -321,7 +322,7 @@ def _record_reading(data: TrainingData, frames: Dataset | IterableDataset) -> di
 def _build_collators(
     model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, recipe: Recipe, seed: int
 ) -> tuple[ActionCollator, ActionCollator]:
-    """Build the collators of training and of evaluation; the second has the processor for prediction."""
+    """Build the collators for training and evaluation. The latter has the processor for prediction."""
     processor.strip_full_stop = True  # in training and prediction alike
     whole_image, for_prediction = copy.deepcopy(processor), copy.deepcopy(processor)
     whole_image.image_processor.center_crop_area = for_prediction.image_processor.center_crop_area = None
@@ -345,8 +346,8 @@ def _build_collators(
 
 
 @dataclass(frozen=True)
-class _Observed:
-    """What the frames of a run say about the policy.
+class _PolicySetup:
+    """Setup of a policy with new networks, inferred from the frames of a run.
 
     Args:
         fields: Fields of the config that the recipe sets.
@@ -357,14 +358,14 @@ class _Observed:
     cameras: list[str] | None
 
 
-def _look_at(frames: Dataset | IterableDataset, recipe: Recipe, norm_stats: Mapping[str, Any]) -> _Observed:
-    """Find the cameras and the sizes of actions and states that a recipe with new networks needs.
+def _infer_setup(frames: Dataset | IterableDataset, recipe: Recipe, norm_stats: Mapping[str, Any]) -> _PolicySetup:
+    """Infer the cameras and the sizes of actions and states from the frames, for a recipe with new networks.
 
     Raises:
         ValueError: The datasets have actions or states of different sizes, or no state although the recipe uses it.
     """
     if recipe.action_head is None:
-        return _Observed({}, None)
+        return _PolicySetup({}, None)
     first = next(iter(frames))
     cameras = list(first["images"]) if "images" in first else None
     sizes = {}
@@ -378,12 +379,12 @@ def _look_at(frames: Dataset | IterableDataset, recipe: Recipe, norm_stats: Mapp
             )
         if other := next((one for one in found if found[one] != size), None):
             raise ValueError(
-                f"{name!r} has {part}s of {size} numbers and {other!r} of {found[other]}, but an action head has one "
-                "size. Train one policy for each, or use adapters that give both the same dimensions."
+                f"The {part} of {name!r} has {size} dimensions, but that of {other!r} has {found[other]}. Train one "
+                "policy for each, or use adapters that give both the same dimensions."
             )
         sizes[part] = size
     fields = recipe.action_fields(sizes["action"], len(cameras or [None]), sizes.get("proprio"))
-    return _Observed(fields, cameras)
+    return _PolicySetup(fields, cameras)
 
 
 def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
@@ -400,9 +401,9 @@ def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any
     return {
         "trained": trained,
         **chunk,
-        "weights that stay": "4 bits" if recipe.quantize else recipe.dtype,
+        "frozen weights": "4 bits" if recipe.quantize else recipe.dtype,
         "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
-        "samples a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "samples per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}{decay}",
         "weight decay": args.weight_decay,
         "augmentation": "random crops and colours" if recipe.augment else "none",

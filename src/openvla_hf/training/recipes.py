@@ -40,8 +40,8 @@ LAST_LAYER = ("model.language_model.embed_tokens", "model.language_model.layers[
 
 TRAINING_DTYPES = ("bfloat16", "float16", "float32")
 ADAMW_STATE_BYTES = 8
-# Numbers that autograd keeps for each input and output feature of a linear layer. The part above 1 is an estimate of
-# what lies between the layers (norms, rotary positions, gates); a test compares it with what autograd really keeps.
+# Numbers that autograd keeps for each input and output feature of a linear layer. The part above 1 estimates the
+# operations between the layers (norms, rotary positions, gates); a test compares it with what autograd really keeps.
 KEPT_PER_FEATURE = 1.3
 GIB = 2**30
 
@@ -78,7 +78,7 @@ class Recipe:
         action_normalization: Which statistics map actions and states to [-1, 1], with a new `action_head`: "q99" for
             the quantiles 0.01 and 0.99, "bounds" for the smallest and the largest value. `None` keeps the choice of
             the base model, which is "q99" for a plain one.
-        decay_step: Step after which the learning rate is a tenth; 0 for never.
+        decay_step: Step after which the learning rate drops to a tenth; 0 for never.
 
     Raises:
         ValueError: A field has a value of the wrong type or out of its range.
@@ -131,9 +131,9 @@ class Recipe:
         """Return the fields of the config that the recipe sets, or an empty dict if it keeps those of the base.
 
         Args:
-            action_dim: Dimensions of the data's actions.
-            num_images: Number of its cameras.
-            proprio_dim: Dimensions of its state, or `None`.
+            action_dim: Number of dimensions of the data's actions.
+            num_images: Number of cameras in the data.
+            proprio_dim: Number of dimensions of the data's state, or `None`.
         """
         if self.action_head is None:
             return {}
@@ -246,7 +246,7 @@ class Recipe:
             lora_dropout=self.lora_dropout,
             target_modules=list(self.lora_targets),
             init_lora_weights="gaussian",
-            # They start from random weights, which adapters of a low rank can't replace.
+            # These networks start from random weights, for which an adapter of low rank is not enough.
             modules_to_save=list_networks(model) or None,
         )
         if self.gradient_checkpointing:

@@ -49,7 +49,7 @@ class ActionTrainer(WholeCheckpointTrainer):
             `data_collator` by default.
         record: Content of `training.json` in every checkpoint, ready for JSON. Entries may be added until the run
             ends.
-        decay_step: Step after which the learning rate is a tenth; 0 for never.
+        decay_step: Step after which the learning rate drops to a tenth; 0 for never.
     """
 
     data_collator: ActionCollator
@@ -177,7 +177,7 @@ class ActionTrainer(WholeCheckpointTrainer):
             predicted, index = outputs.actions.detach(), inputs.get("dataset_index")
             if outputs.logits is None:
                 metrics.update_chunks(predicted, inputs["actions"], targets, index)
-            else:  # of tokens
+            else:  # a chunk of tokens
                 metrics.update(outputs.logits.detach().argmax(-1), targets, index)
         else:
             metrics.update(outputs.logits.detach().argmax(-1), targets, inputs.get("dataset_index"))
@@ -210,7 +210,7 @@ class ActionTrainer(WholeCheckpointTrainer):
     def _draw_noise(self, actions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Draw the noise and its levels for the chunks (B, K, A) of a batch.
 
-        Each process and batch has its own, which PyTorch's generator would not give: all processes seed it alike.
+        The draws differ between processes and batches. PyTorch's own generator has the same seed in all processes.
         """
         place = [self.args.seed, self.state.global_step, self.args.process_index, self._batches_of_step]
         self._batches_of_step += 1
@@ -265,7 +265,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         self._require_finite(loss, "loss", when)
         if self.accelerator.scaler is not None:  # the scaler skips steps whose gradients overflow
             return
-        # Clipping to infinity changes nothing and returns the norm, also where processes shard the model.
+        # Clipping to infinity changes nothing and returns the norm, even if processes shard the model.
         norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), math.inf)
         if norm is not None:  # DeepSpeed does not always know it
             self._require_finite(float(norm), "gradient norm", when)

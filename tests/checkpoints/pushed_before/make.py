@@ -1,4 +1,4 @@
-"""Push a tiny policy and an adapter of it to a stand-in for the Hub, and keep what the repositories then hold.
+"""Push a tiny policy and its adapter to a stand-in for the Hub, and keep the contents of the two repositories.
 
     git worktree add before 67ad3d4
     PYTHONPATH=before/src:before/tests python make.py checkpoints.tar.xz expected.json
@@ -39,7 +39,7 @@ def make_image() -> np.ndarray:
 
 
 def fill(parameters: Iterable[torch.nn.Parameter], std: float) -> None:
-    """Fill weights with random numbers of 16 bits, which compress well."""
+    """Fill weights with random 16-bit numbers, which compress well."""
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=std)
         parameter.data = parameter.data.bfloat16().float()

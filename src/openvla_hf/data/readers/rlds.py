@@ -130,7 +130,7 @@ class RLDSSource:
         self.images.close()
 
     def check(self, spec: FrameSpec) -> None:
-        """Raise `ValueError` if the dataset lacks what is read."""
+        """Raise `ValueError` if the dataset lacks a feature that is read."""
         robot = spec.robot
         unread = {name: self.features[name].problem for name in self._named("unread")}
         wanted = [(names, self.cameras) for names in spec.camera_features]
@@ -159,7 +159,7 @@ class RLDSSource:
 
     @property
     def num_frames(self) -> int | None:
-        """Number of frames of the split from `dataset_statistics*.json` beside its files, or `None` without one."""
+        """Number of frames of the split from `dataset_statistics*.json` next to its files, or `None` without one."""
         for path in self.fs.glob(f"{self.root}/dataset_statistics*.json"):
             statistics = json.loads(self.fs.read_text(path))
             statistics = statistics.get(self.name, statistics)
