@@ -204,6 +204,25 @@ def test_an_error_is_one_sentence_in_a_text_frame_and_the_connection_closes(
         assert closing_code(client) == CLOSED_BY_FAULT
 
 
+def test_a_policy_that_fails_closes_the_connection_and_the_next_one_acts(
+    plain_server, plain_policy, make_observation, monkeypatch
+):
+    observation = make_observation(plain_policy)
+
+    def fail(batch):
+        raise RuntimeError("The kernel is broken")
+
+    with OpenpiClient(plain_server) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(plain_policy, "predict", fail)
+            with pytest.raises(RuntimeError, match="Error in inference server:\nRuntimeError: The kernel is broken"):
+                client.infer(to_libero(observation))
+        assert closing_code(client) == CLOSED_BY_FAULT
+    with OpenpiClient(plain_server) as client:
+        reply = client.infer(to_libero(observation))
+    np.testing.assert_array_equal(reply["actions"], single_calls(plain_policy, [observation])[0])
+
+
 def test_a_text_frame_is_an_error(plain_server):
     with OpenpiClient(plain_server) as client:
         client.socket.send('{"prompt": "go"}')
@@ -285,22 +304,61 @@ def test_the_health_check_answers_ok(plain_server):
         assert (answer.status, answer.read()) == (200, b"OK\n")
 
 
-def test_pings_are_answered_while_the_policy_predicts(serve, plain_policy, make_observation, monkeypatch):
-    entered, leave = threading.Event(), threading.Event()
-    predict = ServedPolicy.predict
+@pytest.fixture
+def gate(plain_policy, monkeypatch):
+    """Predictions wait until the gate is set. `gate.entered` counts them."""
+    predict, gate = plain_policy.predict, threading.Event()
+    gate.entered = threading.Semaphore(0)
 
-    def slow(self, prepared):
-        if entered.is_set():
-            assert leave.wait(20)
-        return predict(self, prepared)
+    def wait(batch):
+        gate.entered.release()
+        assert gate.wait(20)
+        return predict(batch)
 
-    monkeypatch.setattr(ServedPolicy, "predict", slow)
-    with serve(plain_policy) as url, OpenpiClient(url) as client:
-        entered.set()
+    with monkeypatch.context() as patched:
+        patched.setattr(plain_policy, "predict", wait)
+        yield gate
+
+
+def test_pings_are_answered_while_the_policy_predicts(plain_server, plain_policy, make_observation, gate):
+    with OpenpiClient(plain_server) as client:
         client.socket.send(pack(to_libero(make_observation(plain_policy))))
-        assert client.socket.ping().wait(10)
-        leave.set()
+        assert gate.entered.acquire(timeout=20)
+        assert client.socket.ping().wait(20)
+        gate.set()
         assert client.receive()["actions"].shape == (1, 7)
+
+
+def test_observations_that_are_sent_ahead_are_answered_in_order(plain_server, plain_policy, make_observation):
+    seen = [make_observation(plain_policy, seed) for seed in range(4)]
+    with OpenpiClient(plain_server) as client:
+        for one in seen:
+            client.socket.send(pack(to_libero(one)))
+        actions = [client.receive()["actions"] for _ in seen]
+    np.testing.assert_array_equal(actions, single_calls(plain_policy, seen))
+
+
+def test_a_client_that_leaves_while_it_waits_takes_no_prediction(plain_server, plain_policy, make_observation, gate):
+    message = pack(to_libero(make_observation(plain_policy)))
+    with OpenpiClient(plain_server) as client:
+        client.socket.send(message)
+        assert gate.entered.acquire(timeout=20)
+        with OpenpiClient(plain_server) as gone:
+            gone.socket.send(message)
+            wait_for(plain_server, "openvla_queue_length 1.0")
+        wait_for(plain_server, "openvla_queue_length 0.0")
+        gate.set()
+        client.receive()
+    assert not gate.entered.acquire(blocking=False)
+
+
+def wait_for(server, metric):
+    for _ in range(1000):
+        with urllib.request.urlopen(f"{server}/metrics") as answer:
+            if metric in answer.read().decode():
+                return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"never {metric}")
 
 
 def mutate(data, rng):

@@ -117,3 +117,17 @@ def test_a_description_names_the_cameras_the_state_and_the_keys(plain_policy, ch
     assert plain["action_bounds"]["half"]["high"] == plain_policy.model.norm_stats["half"]["action"]["q99"]
     assert plain["temporal_ensemble"] is None
     json.dumps([plain, chunks], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "resample", "expected"),
+    [
+        ("resize-naive", 3, "stretch, bicubic"),
+        ("letterbox", 1, "pad, lanczos"),
+        ("resize-crop", "lanczos3", "crop, lanczos3"),
+    ],
+)
+def test_a_description_says_how_images_are_resized(plain_policy, monkeypatch, strategy, resample, expected):
+    monkeypatch.setattr(plain_policy.processor.image_processor, "image_resize_strategy", strategy)
+    monkeypatch.setattr(plain_policy.processor.image_processor, "resample", resample)
+    assert plain_policy.describe()["cameras"][0]["resize"] == expected

@@ -22,6 +22,8 @@ from ..modeling.parallel_decoding import num_new_tokens
 
 ONLY_CAMERA = "image"
 """Name of the camera of a policy that sees one image without a name."""
+RESIZE_METHODS = {"resize-naive": "stretch", "letterbox": "pad", "resize-crop": "crop"}
+"""Strategy of the image processor -> how it makes an image square."""
 NO_DRAFT = -1
 """Id for an observation without a draft. The model replaces ids outside its vocabulary."""
 
@@ -210,7 +212,8 @@ class ServedPolicy:
         config, image_processor = self.model.config, self.processor.image_processor
         keys = {key: self.model.get_action_dim(key) for key in self.model.norm_stats or ()}
         known = self.model.get_action_stats(self.default_key).get("names") if self.default_key else None
-        side = config.vision_config.image_size
+        side, resample = config.vision_config.image_size, image_processor.resample
+        resample = resample if isinstance(resample, str) else Image.Resampling(resample).name.lower()
         return {
             "server": "openvla-hf",
             "server_version": __version__,
@@ -229,7 +232,7 @@ class ServedPolicy:
                     "name": name,
                     "height": side,
                     "width": side,
-                    "resize": f"stretch, {image_processor.resample}",
+                    "resize": f"{RESIZE_METHODS[image_processor.image_resize_strategy]}, {resample}",
                     "center_crop_area": image_processor.center_crop_area,
                 }
                 for name in self.cameras
