@@ -339,7 +339,7 @@ def test_nobody_at_the_address():
         ("200 OK", b"<html>", "is not that of an openvla-hf server"),
         ("200 OK", b'{"actions": [[NaN]]}', "is not that of an openvla-hf server"),
         ("200 OK", b'{"actions": 3}', "is not that of an openvla-hf server"),
-        ("502 Bad Gateway", b"<html>", r"/v1/act answered with an error\. \(502 http\)"),
+        ("404 Not Found", b"<html>", r"/v1/act answered with an error\. \(404 http\)"),
     ],
 )
 def test_the_answer_of_another_program_is_an_error(head, body, message):
@@ -349,6 +349,19 @@ def test_the_answer_of_another_program_is_an_error(head, body, message):
 
     with listening(answer) as url, Client(url) as client, pytest.raises(ServerError, match=message):
         client.predict_action(frame(), INSTRUCTION)
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_that_has_lost_its_server_is_asked_again(status):
+    answers = [f"HTTP/1.1 {status} Gone\r\ncontent-length: 0\r\n\r\n"]
+    answers += ['HTTP/1.1 200 OK\r\ncontent-length: 25\r\n\r\n{"actions": [[1.0, 2.5]]}']
+
+    def answer(connection):
+        while answers and read_message(connection):
+            connection.sendall(answers.pop(0).encode())
+
+    with listening(answer) as url, Client(url) as client:
+        np.testing.assert_array_equal(client.predict_action(frame(), INSTRUCTION), [1.0, 2.5])
 
 
 def test_a_token_is_needed_and_a_wrong_one_is_refused(serve, plain_policy):

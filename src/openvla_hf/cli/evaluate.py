@@ -23,6 +23,8 @@ from .serve import TOKEN_VARIABLE, read_token
 
 EXAMPLE = "evaluate --model outputs/kitchen --data lab/kitchen"
 TABLETOP_EPISODES = 200
+PATIENCE = 60.0
+"""Seconds that a simulated robot waits for a server, for example while the server restarts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,12 +106,14 @@ def _run_on_tabletop(args: argparse.Namespace) -> None:
 
 def _run_on_server(args: argparse.Namespace) -> None:
     from ..serving.client import Client
-    from ..serving.episodes import run_served_episodes
+    from ..serving.episodes import check_server, run_served_episodes
     from ..tabletop.rollouts import CONDITIONS, success_by_task, success_table
 
     refuse_options(args, "belongs to the policy: give it to `openvla-hf serve`", "model", "device", "execute")
     results, actions, seconds = {}, 0, 0.0
     with Client(args.server, read_token(args.token_file)) as client:
+        check_server(client.info, args.unnorm_key)
+        client.timeout = PATIENCE
         for name in args.condition or CONDITIONS:
             running = run_served_episodes(
                 client,

@@ -26,6 +26,8 @@ ONLY_CAMERA = "image"
 """Name of the camera of a policy that sees one image without a name."""
 FIRST_PAUSE = 0.05
 """Seconds before the first retry of a request that did not arrive. The pause doubles from one to the next."""
+GATEWAY_ERRORS = (502, 503, 504)
+"""Statuses with which a proxy says that it lost the server behind it."""
 CLOSING_SECONDS = 1.0
 """Longest time to tell the server that a session has ended."""
 REMEMBERED = 1000
@@ -73,8 +75,8 @@ class Client:
     """Connection to a server that `openvla-hf serve` has started.
 
     A call either returns an answer within `timeout` or raises `ServerError`. Until then, the client asks again if the
-    server can't be reached or asks to come back later, and also if the connection breaks: a prediction changes nothing
-    on the server except in a session with temporal ensembling. The client may be shared between threads.
+    server can't be reached or asks to come back later. It also asks again if the connection breaks, since a prediction
+    changes nothing on the server except in a session with temporal ensembling. Threads may share a client.
 
     Example:
         ```python
@@ -232,9 +234,10 @@ class Client:
                 if response.is_success:
                     return self._read_json(response)
                 failure = _read_error(response)
-                if failure.retry_after is None:
+                if failure.retry_after is not None:
+                    pause = failure.retry_after
+                elif failure.status not in GATEWAY_ERRORS or not can_repeat:
                     raise failure
-                pause = failure.retry_after
             if time.monotonic() + pause >= deadline:
                 raise failure
             time.sleep(pause)
