@@ -41,6 +41,9 @@ class OpenpiClient:
         self.socket = connecting.__enter__()
         self.metadata = self.receive()
 
+    def get_server_metadata(self):
+        return self.metadata
+
     def receive(self):
         reply = self.socket.recv()
         if isinstance(reply, str):
@@ -73,3 +76,6 @@ class ActionChunkBroker:
         if self.step == self.horizon:
             self.reply = None
         return step
+
+    def reset(self):
+        self.step, self.reply = 0, None

@@ -5,15 +5,18 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgpack
 import numpy as np
 import pytest
 from conforming_client import ActionChunkBroker, OpenpiClient, pack
+from pages import ROOT, read_blocks
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from openvla_hf.serving.policy import ServedPolicy
@@ -281,6 +284,35 @@ def test_clients_send_the_token_as_an_api_key(serve, plain_policy, make_observat
             assert client.infer(to_libero(make_observation(plain_policy)))["actions"].shape == (1, 7)
         with urllib.request.urlopen(f"{url}/healthz") as answer:
             assert answer.status == 200
+
+
+def test_the_loop_of_the_docs_acts(serve, chunk_policy, make_observation, monkeypatch, tmp_path):
+    (block,) = (one for one in read_blocks(ROOT / "docs/serving.md") if one.title == "openpi_robot.py")
+    stats = chunk_policy.model.norm_stats["tiny"]["action"]
+    for name, value in {"q01": 0.0, "q99": 1.0}.items():
+        monkeypatch.setitem(stats, name, [*stats[name][:-1], value])
+    policy = ServedPolicy(chunk_policy.model, chunk_policy.processor, gripper="libero")
+    seen = [make_observation(policy, seed) for seed in range(10)]
+    # The published client needs NumPy 1.
+    for name, value in {
+        "action_chunk_broker": SimpleNamespace(ActionChunkBroker=ActionChunkBroker),
+        "websocket_client_policy": SimpleNamespace(
+            WebsocketClientPolicy=lambda host, port, api_key: OpenpiClient(url, api_key)
+        ),
+    }.items():
+        monkeypatch.setitem(sys.modules, f"openpi_client.{name}", value)
+    monkeypatch.setitem(sys.modules, "openpi_client", SimpleNamespace())
+    monkeypatch.chdir(tmp_path)
+    Path("token.txt").write_text("secret\n")
+    views, moves = iter(seen), []
+    robot = SimpleNamespace(
+        observe=lambda: (*(one := next(views)).images.values(), one.state), act=lambda action: moves.append(action)
+    )
+    with serve(policy, token="secret") as url:
+        exec(block.code, names := {})
+        names["run_episode"](robot, seen[0].instruction, steps=10)
+        names["client"].socket.close()
+    np.testing.assert_array_equal(moves, np.concatenate(single_calls(policy, [seen[0], seen[8]]))[:10])
 
 
 def test_the_client_on_pypi_acts(openpi_client, serve, chunk_policy, make_observation, tmp_path):
