@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..serving.app import listen, run_server
     from ..serving.policy import ServedPolicy
-    from ..serving.security import check_exposure
+    from ..serving.security import check_certificate, check_exposure
     from ..serving.service import Service, ServiceOptions
 
     logging.disable_progress_bar()
@@ -197,6 +197,7 @@ def run(args: argparse.Namespace) -> None:
         camera_keys=dict(args.camera),
     )
     check_exposure(args.host, options.token, args.no_token)
+    check_certificate(args.ssl_certfile, args.ssl_keyfile)
     reserved = listen(args.host, args.port)
     with console(stderr=True, quiet=args.json).status("loading") as status:
         loading = {"platform": args.platform, "action_decoding": args.action_decoding}

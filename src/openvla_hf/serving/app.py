@@ -20,13 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from . import openpi, original, v1
 from .errors import ServingError, Unprocessable
-from .security import OPEN_PATHS, Guard, answer_error
+from .security import OPEN_PATHS, Guard, answer_error, find_addresses
 from .service import Service
 
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
+MAX_PORT = 2**16 - 1
 DRAIN_SECONDS = 30
 """Time in which a stopping server finishes the requests that it has taken."""
 LAST_ANSWERS_SECONDS = 2.0
@@ -97,18 +98,21 @@ def listen(host: str, port: int) -> socket.socket:
     """Reserve an address. Clients are refused until the server runs.
 
     Raises:
+        ValueError: The port does not exist.
         OSError: The host is unknown, or the port is in use.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    if not 0 <= port <= MAX_PORT:
+        raise ValueError(f"`port` must be at most {MAX_PORT}, got {port}.")
+    family, kind, protocol, _, address = find_addresses(host, port)[0]
     reserved = socket.socket(family, kind, protocol)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         reserved.bind(address)
     except OSError as error:
         reserved.close()
-        raise OSError(f"Cannot listen on {host}, port {port}: {error.strerror}. Give another port.") from error
+        raise OSError(
+            f"Cannot listen on {host}, port {port}: {error.strerror}. Give another `host` or `port`."
+        ) from error
     return reserved
 
 

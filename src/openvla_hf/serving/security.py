@@ -5,8 +5,10 @@ import hmac
 import ipaddress
 import math
 import socket
+import ssl
 import time
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
@@ -23,14 +25,21 @@ MAX_CLIENTS = 10_000
 """Number of clients whose rate is remembered before those that have been silent are forgotten."""
 
 
-def is_loopback(host: str, port: int = 0) -> bool:
-    """Return whether only this machine reaches an address.
+def find_addresses(host: str, port: int = 0) -> list[Any]:
+    """List the addresses of a host, as `socket.getaddrinfo` does; an empty host means all of this machine.
 
     Raises:
         OSError: The host is unknown.
     """
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+    try:
+        return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise OSError(f"The host {host!r} is unknown: give an IP address or a name of this machine.") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches a host; raise `OSError` if it is unknown."""
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in find_addresses(host))
 
 
 def check_exposure(host: str, token: str | None, allow_no_token: bool = False) -> None:
@@ -44,6 +53,25 @@ def check_exposure(host: str, token: str | None, allow_no_token: bool = False) -
             f"Everyone who reaches {host} could command the robot: give a token with `token_file=` or the variable "
             "OPENVLA_HF_SERVER_TOKEN, or allow this with `no_token=True`."
         )
+
+
+def check_certificate(certfile: str | None, keyfile: str | None) -> None:
+    """Check the files for HTTPS, if there are any.
+
+    Raises:
+        ValueError: The certificate or its key is missing, damaged or encrypted, or they do not belong together.
+    """
+    if certfile is None:
+        if keyfile is not None:
+            raise ValueError("A key needs its certificate: give `ssl_certfile=` too.")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot read a certificate from {certfile} with its key from {keyfile or 'the same file'}: give PEM "
+            "files that belong together, with a key that is not encrypted."
+        ) from error
 
 
 def answer_error(error: ServingError) -> JSONResponse:
@@ -209,4 +237,12 @@ def _host_and_port(url: str) -> str | None:
         return None
 
 
-__all__ = ["OPEN_PATHS", "Guard", "answer_error", "check_exposure", "is_loopback"]
+__all__ = [
+    "OPEN_PATHS",
+    "Guard",
+    "answer_error",
+    "check_certificate",
+    "check_exposure",
+    "find_addresses",
+    "is_loopback",
+]
