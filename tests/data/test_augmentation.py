@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from openvla_hf.data import Augmentation
-from openvla_hf.data.augmentation import _change_colour
+from openvla_hf.data.augmentation import change_colour
 from openvla_hf.testing import tiny_processor
 
 
@@ -38,7 +38,7 @@ def test_the_same_state_of_torch_draws_the_same_view_and_the_next_draw_another(i
 def test_colours_change_as_in_hsv(saturation, hue):
     levels = np.random.default_rng(1).random((3, 8, 8)).astype(np.float32)
     levels[:, 0, 0] = 0.5  # grey has no hue
-    changed = _change_colour(levels, saturation, hue)
+    changed = change_colour(levels, saturation, hue)
     for before, after in zip(levels.reshape(3, -1).T, changed.reshape(3, -1).T, strict=True):
         h, s, v = colorsys.rgb_to_hsv(*before.tolist())
         expected = colorsys.hsv_to_rgb((h + hue) % 1, min(s * saturation, 1), v)

@@ -27,6 +27,7 @@ def keep_open_x(source, target):
     keep_normalisation(source / "normalise", target / "normalise")
     keep_chunks(source / "chunking", target / "chunking")
     keep_mixtures(source / "mixtures", target / "mixtures")
+    keep_operations(source / "augment", target / "augment")
     cases = json.loads((source / "split_95_percent.json").read_text())
     (target / "split_95_percent.json").write_text(json.dumps(cases, separators=(",", ":")))
 
@@ -87,3 +88,16 @@ def keep_mixtures(source, target):
     for case in kept.values():
         del case["requested"]
     (target / "arithmetic.json").write_text(json.dumps({"mixtures": kept}, separators=(",", ":")))
+
+
+def keep_operations(source, target):
+    """Keep one image with two draws of each operation, and every tenth row of what they give."""
+    target.mkdir(exist_ok=True)
+    arrays = np.load(source / "ops.npz")
+    kept = {"input_uint8": arrays["input_uint8"][:1], "rows": np.arange(0, 40, 10)}
+    for name in arrays:
+        if name.endswith(".param"):
+            kept[name] = arrays[name][:2]
+            stem = name.removesuffix(".param")
+            kept[f"{stem}.output"] = arrays[f"{stem}.output"][:2, :1, kept["rows"]]
+    np.savez_compressed(target / "ops.npz", **kept)

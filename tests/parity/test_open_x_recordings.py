@@ -15,6 +15,7 @@ from PIL import Image
 from recordings import KEPT
 
 from openvla_hf.data import MIXTURES, load, load_mixture
+from openvla_hf.data.augmentation import change_brightness, change_colour, change_contrast, change_image
 from openvla_hf.data.frame_spec import FrameSpec
 from openvla_hf.data.mixtures import epoch_length, sampling_shares
 from openvla_hf.data.open_x import dataset_robot, known_table, standardize
@@ -22,10 +23,12 @@ from openvla_hf.data.readers.rlds import RLDSSource, split_for_training
 from openvla_hf.data.robots import GENERIC
 from openvla_hf.data.whole_statistics import whole_statistics
 from openvla_hf.modeling.action_tokenizer import normalize
-from openvla_hf.processing.image_resizing import resize_lanczos3
+from openvla_hf.processing.image_resizing import crop_and_resize, resize_lanczos3, to_floats, to_levels
 
 
 EULER, NORMALISED, STATISTICS, PIPELINE = 1e-6, 1e-6, 1e-6, 2e-6
+OPERATION = 1e-6
+CHANGED_BYTES = 1e-3  # share of the bytes of an augmented image that differ by a level
 LEVELS = 1  # of 255, of a decoded and resized frame
 PIPELINES = ("bridge_orig", "fractal20220817_data", "kuka", "taco_play", "berkeley_autolab_ur5", "droid")
 SHARES = 1e-12
@@ -146,6 +149,48 @@ def test_95_percent_of_the_episodes_are_those_that_were_recorded(folder, tmp_pat
             ]  # fmt: skip
             assert reads == expected["reads"]
     assert split_for_training(["train", "val"]) == ("train", "val")
+
+
+OPERATIONS = {
+    "resized_crop": lambda planes, box: crop_and_resize(planes.transpose(1, 2, 0), *box).transpose(2, 0, 1),
+    "brightness": change_brightness,
+    "contrast": change_contrast,
+    "saturation": lambda planes, factor: change_colour(planes, saturation=factor),
+    "hue": lambda planes, shift: change_colour(planes, hue=shift),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("range_of_parameters", ["", "_wide"])
+def test_each_operation_of_the_augmentation_is_the_recorded_one(folder, name, range_of_parameters):
+    arrays = np.load(folder / "augment" / "ops.npz")
+    stem = f"{'crop' if name == 'resized_crop' and range_of_parameters else name}{range_of_parameters}"
+    images = [np.ascontiguousarray(image.transpose(2, 0, 1)) for image in to_floats(arrays["input_uint8"])]
+    rows = arrays["rows"] if "rows" in arrays else slice(None)
+    for parameter, outputs in zip(arrays[f"{stem}.param"], arrays[f"{stem}.output"], strict=True):
+        for image, expected in zip(images, outputs, strict=False):
+            changed = OPERATIONS[name](image, parameter).transpose(1, 2, 0)
+            assert np.abs(changed[rows] - expected).max() <= OPERATION
+
+
+def test_levels_become_floats_and_levels_again_as_recorded(golden):
+    arrays = np.load(golden / "oxe" / "augment" / "ops.npz")
+    assert np.array_equal(to_floats(arrays["to_float32.input"]), arrays["to_float32.output"])
+    assert np.array_equal(to_levels(arrays["to_uint8.input"]), arrays["to_uint8.output"])
+
+
+def test_an_augmented_image_is_the_recorded_one(golden):
+    arrays = np.load(golden / "oxe" / "augment" / "chain.npz")
+    names = ("resized_crop", "brightness", "contrast", "saturation", "hue")
+    error = np.array([
+        [
+            np.abs(change_image(image, *(arrays[f"{name}.param"][seed] for name in names)).astype(np.int16) - expected)
+            for image, expected in zip(arrays["input"], outputs, strict=True)
+        ]
+        for seed, outputs in enumerate(arrays["output"])
+    ])  # fmt: skip
+    assert error.max() <= LEVELS
+    assert (error > 0).mean() <= CHANGED_BYTES
 
 
 def digest(data):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..processing.image_resizing import crop_and_resize, to_floats, to_levels
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -19,7 +21,7 @@ class Augmentation:
 
     Args:
         size: Pixels along a side of the result.
-        crop_area: Fraction of the area that the random crop keeps; 1 for no crop.
+        crop_area: Fraction of the area that the random crop keeps; 1 for no crop. The crop lies on the diagonal.
         brightness: Largest shift of the levels in [0, 1].
         contrast: Range of the factor that scales each channel about its mean.
         saturation: Range of the factor that scales the saturation.
@@ -44,19 +46,18 @@ class Augmentation:
         """Augment an RGB image, uint8 (H, W, 3), to uint8 (size, size, 3)."""
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
         picture = picture.convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
-        left, top, brightness, contrast, saturation, hue = torch.rand(6, dtype=torch.float64).tolist()
-        if self.crop_area < 1:
-            side = self.size * math.sqrt(self.crop_area)
-            x, y = left * (self.size - side), top * (self.size - side)
-            box = (x, y, x + side, y + side)
-            picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        # With one contiguous plane per channel, the arithmetic takes half the time.
-        levels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1), np.float32) / 255
-        np.clip(levels + (2 * brightness - 1) * self.brightness, 0, 1, out=levels)
-        mean = levels.mean((1, 2), keepdims=True)
-        np.clip((levels - mean) * _between(self.contrast, contrast) + mean, 0, 1, out=levels)
-        levels = _change_colour(levels, _between(self.saturation, saturation), (2 * hue - 1) * self.hue)
-        return np.rint(levels * 255).astype(np.uint8).transpose(1, 2, 0).copy()
+        offset, brightness, contrast, saturation, hue = torch.rand(5, dtype=torch.float64).tolist()
+        side = math.sqrt(self.crop_area)
+        # As in the original, one draw moves the box along the diagonal.
+        start = offset * (1 - side)
+        return change_image(
+            np.asarray(picture),
+            (start, start, start + side, start + side) if self.crop_area < 1 else None,
+            (2 * brightness - 1) * self.brightness,
+            _between(self.contrast, contrast),
+            _between(self.saturation, saturation),
+            (2 * hue - 1) * self.hue,
+        )
 
     def for_prediction(self, processor: Any) -> Any:
         """Copy the processor with a centre crop of the same area as the random crops.
@@ -73,8 +74,48 @@ def _between(bounds: tuple[float, float], draw: float) -> float:
     return bounds[0] + draw * (bounds[1] - bounds[0])
 
 
-def _change_colour(levels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-    """Scale the HSV saturation of RGB levels (3, H, W) in [0, 1], and shift their hue (in turns)."""
+def change_image(
+    levels: np.ndarray,
+    box: tuple[float, float, float, float] | None,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+) -> np.ndarray:
+    """Apply all steps with the given parameters.
+
+    Args:
+        levels: (H, W, 3) uint8.
+        box: Top, left, bottom and right edge of the crop as shares of the size, or `None` for no crop.
+        brightness: Shift of the values in [0, 1].
+        contrast: Factor on the distance from the mean of the channel.
+        saturation: Factor on the saturation.
+        hue: Shift of the hue, in turns.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    values = to_floats(levels) if box is None else crop_and_resize(to_floats(levels), *box)
+    # With one contiguous plane per channel, the arithmetic takes half the time.
+    values = np.ascontiguousarray(values.transpose(2, 0, 1))
+    values = change_brightness(values, brightness).clip(0, 1)
+    values = change_contrast(values, contrast).clip(0, 1)
+    return np.ascontiguousarray(to_levels(change_colour(values, saturation, hue)).transpose(1, 2, 0))
+
+
+def change_brightness(values: np.ndarray, shift: float) -> np.ndarray:
+    """Add a shift to values (3, H, W)."""
+    return values + np.float32(shift)
+
+
+def change_contrast(values: np.ndarray, factor: float) -> np.ndarray:
+    """Scale the distance of values (3, H, W) from the mean of their channel."""
+    mean = values.mean((1, 2), keepdims=True)
+    return (values - mean) * np.float32(factor) + mean
+
+
+def change_colour(levels: np.ndarray, saturation: float = 1.0, hue: float = 0.0) -> np.ndarray:
+    """Scale the HSV saturation of RGB values (3, H, W) in [0, 1], limited to 1, and shift their hue (in turns)."""
     red, green, blue = levels
     value = levels.max(0)
     chroma = value - levels.min(0)
@@ -96,4 +137,4 @@ def _change_colour(levels: np.ndarray, saturation: float, hue: float) -> np.ndar
     return changed
 
 
-__all__ = ["Augmentation"]
+__all__ = ["Augmentation", "change_brightness", "change_colour", "change_contrast", "change_image"]

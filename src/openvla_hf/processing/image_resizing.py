@@ -1,6 +1,6 @@
 """The image resizing of the original's training and evaluation, in numpy instead of TensorFlow.
 
-Both functions keep TensorFlow's arithmetic: float32, in the same order of operations. PIL's own Lanczos and bilinear
+The functions keep TensorFlow's arithmetic: float32, in the same order of operations. PIL's own Lanczos and bilinear
 filters round between their two passes, and differ by one level in a quarter of the values of a crop.
 """
 
@@ -40,11 +40,38 @@ def center_crop(levels: np.ndarray, area: float) -> np.ndarray:
     Returns:
         (H, W, C) uint8.
     """
-    values = levels * np.float32(1 / 255)
-    columns = _crop_rows(values.swapaxes(0, 1), area).swapaxes(0, 1)
-    cropped = _crop_rows(columns, area)
-    # TensorFlow turns [0, 1] into levels by truncating 255.5 times the value.
-    return (cropped.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
+    side = np.sqrt(np.float32(area))
+    start = (1 - side) / np.float32(2)
+    return to_levels(crop_and_resize(to_floats(levels), start, start, start + side, start + side))
+
+
+def crop_and_resize(values: np.ndarray, top: float, left: float, bottom: float, right: float) -> np.ndarray:
+    """Crop a box and scale it back by bilinear interpolation between the corners, as `tf.image.crop_and_resize` does.
+
+    Args:
+        values: (H, W, C) float32.
+        top: Upper edge of the box, as a share of the height.
+        left: Left edge.
+        bottom: Lower edge.
+        right: Right edge.
+
+    Returns:
+        (H, W, C) float32.
+    """
+    return _crop_axis(
+        _crop_axis(values, 1, np.float32(left), np.float32(right)), 0, np.float32(top), np.float32(bottom)
+    )
+
+
+def to_floats(levels: np.ndarray) -> np.ndarray:
+    """Convert levels (uint8) to values in [0, 1] (float32), as `tf.image.convert_image_dtype` does."""
+    return levels * np.float32(1 / 255)
+
+
+def to_levels(values: np.ndarray) -> np.ndarray:
+    """Clip values (float32) to [0, 1] and convert them to levels (uint8), as `tf.image.convert_image_dtype` does."""
+    # TensorFlow truncates 255.5 times the value.
+    return (values.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
 
 
 def _filter_rows(values: np.ndarray, count: int) -> np.ndarray:
@@ -89,18 +116,21 @@ def _sin(x: np.ndarray) -> np.ndarray:
     return np.sin(x.astype(np.float64)).astype(np.float32)
 
 
-def _crop_rows(values: np.ndarray, area: float) -> np.ndarray:
-    """Resample the rows of (H, W, C) float32 inside the centre crop to H rows."""
-    count = len(values)
-    side = np.sqrt(np.float32(area))
-    top = (1 - side) / np.float32(2)
+def _crop_axis(values: np.ndarray, axis: int, start: np.float32, end: np.float32) -> np.ndarray:
+    """Resample the rows (axis 0) or columns (axis 1) of (H, W, C) float32 between two shares to their old number."""
+    count = values.shape[axis]
     last = np.float32(max(count - 1, 1))
     # Compute the box's height as the difference of its edges, like TensorFlow, since the rounding matters.
-    position = top * last + np.arange(count, dtype=np.float32) * ((top + side - top) * last / last)
+    position = start * last + np.arange(count, dtype=np.float32) * ((end - start) * last / last)
     above = np.floor(position).astype(int)
     below = np.minimum(np.ceil(position).astype(int), count - 1)
-    share = (position - above.astype(np.float32))[:, None, None]
-    return values[above] + (values[below] - values[above]) * share
+    share = (position - above.astype(np.float32)).reshape(-1, *[1] * (2 - axis))
+    first = values.take(above, axis)
+    between = values.take(below, axis)
+    between -= first
+    between *= share
+    between += first
+    return between
 
 
-__all__ = ["center_crop", "resize_lanczos3"]
+__all__ = ["center_crop", "crop_and_resize", "resize_lanczos3", "to_floats", "to_levels"]
