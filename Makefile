@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 VENV := .venv
 OLDEST := .venv-oldest
-# Two times --quiet hides progress and warnings, but not errors.
+# Passing --quiet twice hides progress and warnings, but not errors.
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help

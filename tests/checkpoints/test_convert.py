@@ -281,7 +281,7 @@ def test_other_folders_and_base_models_are_refused(run, policy, converted, tmp_p
     with pytest.raises(ValueError, match="is not a training run of Prismatic: its config"):
         converted()
     policy[0].save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="It loads with `from_pretrained` as it is"):
+    with pytest.raises(ValueError, match="It already loads with `from_pretrained`"):
         converted(source=tmp_path / "ours")
     write_run(run, {}, policy[0].norm_stats)
     with pytest.raises(ValueError, match="Unknown config field 'hidden'"):

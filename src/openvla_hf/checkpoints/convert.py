@@ -201,7 +201,7 @@ def _base_model(run: CheckpointFiles) -> BaseModel:
         raise ValueError(
             f"{run.source} is not a training run of Prismatic: its {CONFIG_NAME} is missing or does not name a base "
             "model (`vla.base_vlm`)."
-            + (" It loads with `from_pretrained` as it is." if config.get("model_type") == "openvla" else "")
+            + (" It already loads with `from_pretrained`." if config.get("model_type") == "openvla" else "")
         )
     check_name(settings["base_vlm"], BASE_MODELS, f"base model in {CONFIG_NAME} of {run.source}:")
     return BASE_MODELS[settings["base_vlm"]]

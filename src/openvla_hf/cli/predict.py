@@ -106,7 +106,9 @@ def make_observation(images: list[tuple[str | None, str]], cameras: list[str] | 
     names = [name for name, _ in images if name is not None]
     if names:
         if len(names) < len(images) or len({*names}) < len(names):
-            raise ValueError("Some --image repeat a camera or name none: give one CAMERA=IMAGE for each camera.")
+            raise ValueError(
+                "Some --image options repeat a camera or name none: give one CAMERA=IMAGE for each camera."
+            )
         return dict(images)
     paths = [path for _, path in images]
     if cameras is None and len(paths) > 1:

@@ -84,8 +84,8 @@ def decode_reasoning(
         proprio: Normalised state, if the model sees it.
         tokenizer: The processor's tokenizer, which decodes the text.
         reasoning_ids: Beginning of each row's reasoning, which the model continues.
-        max_new_tokens: Largest number of tokens in a text with its action; by default 1024, or as many as the model's
-            positions allow.
+        max_new_tokens: Largest number of tokens in a text with its action; by default 1024, or fewer if the model's
+            positions do not allow as many.
         constrained: Has no effect, since text needs the whole vocabulary.
         generate_kwargs: Arguments of `generate`, except those for beam search.
 

@@ -123,7 +123,7 @@ class ActionCollator:
     def view(self, frame: dict[str, Any]) -> Any:
         """Return a frame's image, or the list of its images in the order of the processor's cameras.
 
-        They are augmented if `augment` is set.
+        The images are augmented if `augment` is set.
 
         Raises:
             ValueError: A camera of the processor is missing, or the frame has an unknown camera.

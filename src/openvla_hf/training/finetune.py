@@ -266,7 +266,7 @@ def _read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
 def _balance(
     arguments: FinetuneArguments, datasets: Sequence[TrainingData], parts: Sequence[Any]
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Return the statistics of a mixture's datasets, and of each its weight, its steps and its share of the draws."""
+    """Return the statistics of a mixture's datasets, and the weight, steps and share of the draws of each dataset."""
     statistics: dict[str, Any] = {}
     for one, part in zip(datasets, parts, strict=True):
         name = dataset_name(part)

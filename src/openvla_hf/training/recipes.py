@@ -316,7 +316,7 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 class Cost:
     """Estimate of the memory that a recipe needs on each device.
 
-    The allocator's overhead and evaluation come on top.
+    The allocator's overhead and evaluation are not included.
 
     Args:
         trainable: Number of trained parameters.

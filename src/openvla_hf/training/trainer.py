@@ -267,7 +267,7 @@ class ActionTrainer(WholeCheckpointTrainer):
             return
         # Clipping to infinity changes nothing and returns the norm, even if processes shard the model.
         norm = self.accelerator.clip_grad_norm_(self.model_wrapped.parameters(), math.inf)
-        if norm is not None:  # DeepSpeed does not always know it
+        if norm is not None:  # DeepSpeed does not always know the norm
             self._require_finite(float(norm), "gradient norm", when)
 
     def _require_finite(self, value: float, name: str, when: str) -> None:
