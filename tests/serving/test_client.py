@@ -344,11 +344,14 @@ def test_nobody_at_the_address():
 )
 def test_the_answer_of_another_program_is_an_error(head, body, message):
     def answer(connection):
-        connection.recv(2**20)
-        connection.sendall(f"HTTP/1.1 {head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        while read_message(connection):
+            connection.sendall(f"HTTP/1.1 {head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
 
-    with listening(answer) as url, Client(url) as client, pytest.raises(ServerError, match=message):
-        client.predict_action(frame(), INSTRUCTION)
+    with listening(answer) as url, Client(url) as client:
+        with pytest.raises(ServerError, match=message):
+            client.predict_action(frame(), INSTRUCTION)
+        with pytest.raises(ServerError, match=message.replace("/v1/act", "/info")):
+            client.session()
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])

@@ -171,7 +171,10 @@ class Client:
         return time.monotonic() + self.timeout
 
     def _read_info(self, deadline: float) -> dict[str, Any]:
-        return self._ask("GET", "/info", deadline)
+        info = self._ask("GET", "/info", deadline)
+        if not isinstance(info, dict) or info.get("server") != "openvla-hf":
+            raise self._bad_answer()
+        return info
 
     def _write_observation(
         self,
