@@ -138,6 +138,8 @@ def without(message, *keys):
         (LIBERO_CLIENT | {"prompt": 5}, ["'prompt' must be text", "int"]),
         (LIBERO_CLIENT | {"task": "close the drawer"}, ["different instructions in 'prompt' and 'task'"]),
         (LIBERO_CLIENT | {"unnorm_key": 1}, ["'unnorm_key' must be text"]),
+        (LIBERO_CLIENT | {"unnorm_key": ""}, ["of 1 to 200 characters"]),
+        (LIBERO_CLIENT | {"unnorm_key": "x" * 10**6}, ["of 1 to 200 characters"]),
         (without(LIBERO_CLIENT, "observation/state"), ["no state", "'state' or 'joint_position' and"]),
         (without(DROID_CLIENT, "observation/gripper_position"), ["no state", "'observation/joint_position'"]),
         (LIBERO_CLIENT | {"state": np.zeros(8)}, ["'observation/state' and 'state'"]),

@@ -32,6 +32,7 @@ STATES = (("state",), ("joint_position", "gripper_position"))
 """Keys of states, whose values are joined in this order."""
 INSTRUCTIONS = ("prompt", "instruction", "task")
 UNNORM_KEY = "unnorm_key"
+MAX_UNNORM_KEY = 200
 MAX_LISTED = 24
 """Largest number of keys that an error lists."""
 MAX_NAME = 100
@@ -193,8 +194,8 @@ def _read_numbers(key: str, value: Any) -> np.ndarray:
 
 def _read_unnorm_key(sent: _Sent) -> str | None:
     key = sent.values.get(UNNORM_KEY)
-    if key is not None and not isinstance(key, str):
-        raise Unprocessable(f"The key {UNNORM_KEY!r} must be text, got a {type(key).__name__}.")
+    if key is not None and not (isinstance(key, str) and 0 < len(key) <= MAX_UNNORM_KEY):
+        raise Unprocessable(f"The value of {UNNORM_KEY!r} must be text of 1 to {MAX_UNNORM_KEY} characters.")
     return key
 
 
