@@ -118,21 +118,21 @@ def test_a_pushed_policy_acts_where_the_package_is_not_installed(tiny, owner, ru
     assert len(owner.requests) == asked
 
 
-@pytest.mark.parametrize("bits", ["4", "8"])
-def test_a_quantised_policy_is_pushed_and_acts_where_the_package_is_not_installed(
-    tiny, owner, run_python, tmp_path, bits
-):
+def test_a_quantised_policy_is_pushed_and_acts_where_the_package_is_not_installed(tiny, owner, run_python, tmp_path):
     pytest.importorskip("bitsandbytes")
-    save(tmp_path / "whole", tiny(text_width=128))
-    folder = str(tmp_path / "small")
-    assert main(["quantize", str(tmp_path / "whole"), folder, "--bits", bits, "--json"]) == 0
-    push(folder, "someone/small")
+    whole = str(save(tmp_path / "whole", tiny(text_width=128)))
     Image.fromarray(fake_episode(steps=1)[0]["image"]).save(tmp_path / "image.png")
-    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    expected = model.predict_action(**processor(Image.open(tmp_path / "image.png"), instruction=INSTRUCTION)).tolist()
-    code = json.dumps([usage(owner, "someone/small")])
-    result = run_python(READER, tmp_path / "image.png", code, "[]", "absent", **owner.env)
-    assert json.loads(result.stdout.splitlines()[-1]) == [expected]
+    expected, codes = [], []
+    for bits in ("4", "8"):
+        folder = str(tmp_path / bits)
+        assert main(["quantize", whole, folder, "--bits", bits, "--json"]) == 0
+        push(folder, f"someone/small-{bits}")
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        inputs = processor(Image.open(tmp_path / "image.png"), instruction=INSTRUCTION)
+        expected.append(model.predict_action(**inputs).tolist())
+        codes.append(usage(owner, f"someone/small-{bits}"))
+    result = run_python(READER, tmp_path / "image.png", json.dumps(codes), "[]", "absent", **owner.env)
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
 def test_a_private_repository_needs_a_token(tiny, owner, monkeypatch):
@@ -368,35 +368,42 @@ import numpy as np
 import openvla_hf
 from transformers import AutoModel, AutoProcessor
 
-prompt, image, *repositories = sys.argv[1:]
-for repo in repositories:
-    for trust in ({}, {"trust_remote_code": True}):
-        model = AutoModel.from_pretrained(repo, dtype="auto", **trust)
-        processor = AutoProcessor.from_pretrained(repo, **trust)
-        inputs = processor(prompt, image)
-        keys = sorted(model.norm_stats)
-        actions = [model.predict_action(**inputs, unnorm_key=key, do_sample=False).tolist() for key in keys]
-        details = model.predict_action(**processor(image, instruction="wave"), unnorm_key=keys[0], return_details=True)
-        print(json.dumps([keys, str(model.dtype), type(model).__name__, type(processor).__name__,
-                          processor.prompt_template, inputs["input_ids"].tolist(), actions,
-                          details.token_ids.tolist(), details.probabilities.tolist()]))
+def use(repo, prompt, image, trust):
+    model = AutoModel.from_pretrained(repo, dtype="auto", **trust)
+    processor = AutoProcessor.from_pretrained(repo, **trust)
+    inputs = processor(prompt, image)
+    keys = sorted(model.norm_stats)
+    actions = [model.predict_action(**inputs, unnorm_key=key, do_sample=False).tolist() for key in keys]
+    details = model.predict_action(**processor(image, instruction="wave"), unnorm_key=keys[0], return_details=True)
+    return [keys, str(model.dtype), type(model).__name__, type(processor).__name__,
+            processor.prompt_template, inputs["input_ids"].tolist(), actions,
+            details.token_ids.tolist(), details.probabilities.tolist()]
+
+for prompt, image, *repositories in json.loads(sys.argv[1]):
+    trusts = ({}, {"trust_remote_code": True})
+    print(json.dumps([use(repo, prompt, image, trust) for repo in repositories for trust in trusts]))
 """
+CASES = ("fused-224", "siglip-224", "sharded")
 
 
-@pytest.mark.parametrize("case", ["fused-224", "siglip-224", "sharded"])
-def test_a_published_repository_and_ours_act_alike_for_a_user(recorded, owner, run_python, tmp_path, case):
-    record = recorded(case)
-    published = Path(shutil.copytree(record.checkpoint, owner.root / "openvla/published"))
-    # The towers of the small model, which a published config can't describe.
-    config = json.loads((published / "config.json").read_text()) | record.overrides
-    (published / "config.json").chmod(0o644)
-    (published / "config.json").write_text(json.dumps(config))
-    push(save(tmp_path / "ours", (record.load(dtype="auto"), record.processor)), "someone/ours")
-    record.images[0].save(tmp_path / "image.png")
-    arguments = (record.cases["prompts"][0], tmp_path / "image.png", "openvla/published", "someone/ours")
-    answers = run_python(USER, *arguments, **owner.env).stdout.splitlines()[-4:]
-    assert len(set(answers)) == 1
-    assert "OpenVLAForActionPrediction" in answers[0]
+def test_a_published_repository_and_ours_differ_in_nothing_for_a_user(recorded, owner, run_python, tmp_path):
+    jobs = []
+    for case in CASES:
+        record = recorded(case)
+        published = Path(shutil.copytree(record.checkpoint, owner.root / "openvla" / case))
+        # The miniature's towers, which a published config can't say.
+        config = json.loads((published / "config.json").read_text()) | record.overrides
+        (published / "config.json").chmod(0o644)
+        (published / "config.json").write_text(json.dumps(config))
+        push(save(tmp_path / case, (record.load(dtype="auto"), record.processor)), f"someone/{case}")
+        record.images[0].save(tmp_path / f"{case}.png")
+        image = str(tmp_path / f"{case}.png")
+        jobs.append([record.cases["prompts"][0], image, f"openvla/{case}", f"someone/{case}"])
+    told = run_python(USER, json.dumps(jobs), **owner.env).stdout.splitlines()[-len(jobs) :]
+    for case, answers in zip(CASES, map(json.loads, told), strict=True):
+        assert len(answers) == 4, case
+        assert all(answer == answers[0] for answer in answers), case
+        assert "OpenVLAForActionPrediction" in answers[0], case
 
 
 @pytest.mark.parametrize("name", ["lora", "last-layer"])

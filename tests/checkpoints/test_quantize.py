@@ -48,9 +48,9 @@ FULL_SIZE = {
 
 
 @pytest.fixture
-def policy(tiny, tmp_path):
-    """A saved policy: folder, model, processor, inputs of one observation."""
-    model, processor = tiny(text_width=128)
+def policy(tiny, tmp_path, request):
+    """A saved policy: folder, model, processor, inputs of one observation. A test may give fields of its config."""
+    model, processor = tiny(text_width=128, **getattr(request, "param", {}))
     folder = tmp_path / "policy"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -134,7 +134,11 @@ def test_batches_drafts_details_and_streams_give_the_action(policy, name):
     np.testing.assert_array_equal(generated, alone.actions[0])
 
 
+# With as few layers as there can be: a compiler takes a while for each.
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "policy", [{"vision_layers": 2, "text_layers": 1, "fused": False}], indirect=True, ids=["small"]
+)
 @pytest.mark.parametrize("name", BNB)
 def test_the_compiled_pass_is_one_graph_and_gives_the_same_tokens(policy, name):
     model = AutoModel.from_pretrained(policy.folder, quantization_config=quantization(name), dtype=torch.bfloat16)
@@ -172,13 +176,11 @@ save_file(logits, output)
 
 def test_a_new_process_without_the_package_computes_identical_logits(policy, run_python, tmp_path):
     expected = {}
-    for name in BNB:
-        for towers in (False, True):
-            config = quantization(name, towers=towers)
-            model = AutoModel.from_pretrained(policy.folder, quantization_config=config, dtype=torch.bfloat16)
-            folder = tmp_path / f"{name}-{towers}"
-            model.save_pretrained(folder)
-            expected[str(folder)] = logits(model, policy.inputs)
+    for name, towers in zip(BNB, (False, True), strict=True):
+        config = quantization(name, towers=towers)
+        model = AutoModel.from_pretrained(policy.folder, quantization_config=config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        expected[str(tmp_path / name)] = logits(model, policy.inputs)
     save_file({key: value.contiguous() for key, value in policy.inputs.items()}, tmp_path / "inputs.safetensors")
     output = tmp_path / "logits.safetensors"
     run_python(REMOTE, tmp_path / "inputs.safetensors", output, *expected)

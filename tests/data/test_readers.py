@@ -517,7 +517,7 @@ from openvla_hf.data import from_episodes
 def episodes():
     for episode in range(4):
         print("made", flush=True)
-        time.sleep(0.2)
+        time.sleep(0.05)
         yield [{"image": np.zeros((8, 8, 3), np.uint8), "instruction": "push", "action": np.zeros(7)}]
 
 print(len(from_episodes(episodes, cache_key="same")))

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-from hub_server import HubServer
-from huggingface_hub import constants
-from PIL import Image
+from huggingface_hub import HfApi, constants, snapshot_download
+from transformers import AutoModel, AutoProcessor
 
 from openvla_hf import load_adapter
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -14,77 +13,63 @@ from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 from openvla_hf.training.recipes import recipe
 
 
-LOAD = """
-import json, sys
-import openvla_hf
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("someone/good")
-processor = AutoProcessor.from_pretrained("someone/good")
-inputs = processor(sys.argv[1], instruction="pick up the red block")
-print(json.dumps(model.predict_action(**inputs).tolist()))
-AutoModel.from_pretrained("someone/good", local_files_only=True)
-
-for load in (AutoModel, openvla_hf.OpenVLAForActionPrediction):
-    try:
-        load.from_pretrained("someone/oft", num_images=1, action_dim=6)
-    except ValueError as error:
-        print(error)
-AutoModel.from_pretrained("someone/oft", subfolder="plain")
-
-from huggingface_hub import snapshot_download
-snapshot_download("someone/oft")
-"""
-
-LOAD_WITHOUT_THE_LIST = """
-import openvla_hf
-from huggingface_hub import HfApi
-from transformers import AutoModel
-
-def fail(*args, **kwargs):
-    raise ConnectionError("no list today")
-
-HfApi.model_info = fail
-for repo in ("someone/good", "someone/oft"):
-    try:
-        config = AutoModel.from_pretrained(repo).config
-        print(config.action_head, config.num_images)
-    except (OSError, ValueError) as error:
-        print(error)
-"""
+INSTRUCTION = "pick up the red block"
 
 
-@pytest.mark.slow
-def test_a_checkpoint_on_the_hub(tiny, run_python, tmp_path):
-    model, processor = tiny()
-    image = tmp_path / "image.png"
-    Image.fromarray(fake_episode(steps=1)[0]["image"]).save(image)
-    action = model.predict_action(**processor(image, instruction="pick up the red block")).tolist()
-    with HubServer(tmp_path / "hub") as hub:
-        good, oft = hub.root / "someone/good", hub.root / "someone/oft"
-        model.save_pretrained(good)
-        processor.save_pretrained(good)
-        write_tiny_oft(oft)
-        shutil.copytree(good, oft / "plain")
+@pytest.fixture
+def repositories(tiny, owner, tmp_path):
+    """A policy, and one that predicts chunks with a plain policy in a folder of its own."""
+    for one in tiny():
+        one.save_pretrained(owner.root / "someone/good")
+    write_tiny_oft(owner.root / "someone/oft")
+    shutil.copytree(owner.root / "someone/good", owner.root / "someone/oft/plain")
+    return owner
 
-        loaded, refused, again = run_python(LOAD, image, **hub.env).stdout.splitlines()
-        assert json.loads(loaded) == action
-        assert refused == again
-        assert "`action_dim=6` contradicts action_head--latest_checkpoint.pt of someone/oft" in refused
-        # Both Auto classes ask for the commit, and the model for the files (the tree is for chat templates).
-        asked = [request for request in hub.requests if "/api/models/someone/good" in request]
-        assert len([request for request in asked if "/tree/" not in request]) == 3
-        # The weights of a refused checkpoint are never downloaded.
-        weights = [request for request in hub.requests if "/oft/resolve/" in request and "safetensors" in request]
-        assert "/plain/" in weights[0]
 
-        # Without a list of files, only the files in the cache are examined and loaded.
-        cached = ["none 1", "l1 2"]
-        assert run_python(LOAD_WITHOUT_THE_LIST, **hub.env).stdout.splitlines() == cached
-        unknown = run_python(LOAD_WITHOUT_THE_LIST, **hub.env, HF_HOME=str(tmp_path / "empty")).stdout.splitlines()
-        for repo, sentence in zip(("someone/good", "someone/oft"), unknown, strict=True):
-            assert sentence.startswith(f"Cannot read the weights of {repo}: the Hub does not answer")
-    assert run_python(LOAD_WITHOUT_THE_LIST, HF_HUB_OFFLINE="1").stdout.splitlines() == cached
+def test_a_checkpoint_on_the_hub_acts_as_its_files_do(repositories):
+    image = fake_episode(steps=1)[0]["image"]
+
+    def act(source):
+        model, processor = AutoModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
+        return model.predict_action(**processor(image, instruction=INSTRUCTION)).tolist()
+
+    assert act("someone/good") == act(repositories.root / "someone/good")
+    # Both Auto classes ask which commit it is, and the model for the files (the tree is for chat templates).
+    asked = [request for request in repositories.requests if "/api/models/someone/good" in request]
+    assert len([request for request in asked if "/tree/" not in request]) == 3
+    AutoModel.from_pretrained("someone/good", local_files_only=True)
+
+
+def test_weights_on_the_hub_that_are_refused_are_not_downloaded(repositories):
+    for load in (AutoModel, OpenVLAForActionPrediction):
+        with pytest.raises(
+            ValueError, match=r"`action_dim=6` contradicts action_head--latest_checkpoint\.pt of someone/oft"
+        ):
+            load.from_pretrained("someone/oft", num_images=1, action_dim=6)
+    AutoModel.from_pretrained("someone/oft", subfolder="plain")
+    weights = [one for one in repositories.requests if "/oft/resolve/" in one and "safetensors" in one]
+    assert "/plain/" in weights[0]
+
+
+def test_without_a_list_of_files_the_cache_is_loaded_and_nothing_else(repositories, monkeypatch, tmp_path):
+    def kinds():
+        configs = [AutoModel.from_pretrained(repo).config for repo in ("someone/good", "someone/oft")]
+        return [(config.action_head, config.num_images) for config in configs]
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no list today")
+
+    AutoModel.from_pretrained("someone/good")
+    snapshot_download("someone/oft")
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    assert kinds() == [("none", 1), ("l1", 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+        for repo in ("someone/good", "someone/oft"):
+            with pytest.raises(OSError, match=f"Cannot read the weights of {repo}: the Hub does not answer"):
+                AutoModel.from_pretrained(repo)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert kinds() == [("none", 1), ("l1", 2)]
 
 
 @pytest.fixture
