@@ -57,7 +57,7 @@ def pytest_collection():
 def pytest_collection_modifyitems(config, items):
     """Deselect the tests that need `--golden`, `--samples`, `--openpi-client` or torchao where these are missing.
 
-    Files with slow tests come first, so that no process is left with a long file at the end.
+    Files with slow tests come first, then those of training, so that no process is left with a long file at the end.
     """
     missing = {name for name in ("golden", "samples", "openpi_client") if config.getoption(name) is None}
     if importlib.util.find_spec("torchao") is None:
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
     needing = [item for item in items if missing.intersection(item.fixturenames)]
     items[:] = [item for item in items if item not in needing]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "training"))
     config.hook.pytest_deselected(items=needing)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import zarr
 from pages import ROOT, small_hub, walk
 from PIL import Image
 
@@ -51,6 +50,8 @@ def write_robomimic(path):
 
 
 def write_diffusion_policy(path):
+    import zarr
+
     images = np.stack([make_image(step) for step in range(STEPS)]).astype(np.float32)
     store = zarr.open(path, mode="w")
     arrays = {

@@ -4,20 +4,10 @@ import os
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis.checks import not_a_server_error
-from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi import checks
 
 
 EXAMPLES = int(os.environ.get("OPENVLA_FUZZ_EXAMPLES", "5"))
-CHECKS = (
-    not_a_server_error,
-    checks.status_code_conformance,
-    checks.content_type_conformance,
-    checks.response_schema_conformance,
-)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +18,14 @@ def url(plain_policy, serve):
 
 @pytest.fixture(scope="module")
 def document(url):
+    import schemathesis
+
     return schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
 def test_every_answer_is_one_of_the_document(document):
+    from schemathesis.generation import GenerationMode
+
     for found in document.get_all_operations():
         operation = found.ok()
         check_operation(operation, GenerationMode.POSITIVE)
@@ -41,6 +35,8 @@ def test_every_answer_is_one_of_the_document(document):
 
 def check_operation(operation, mode):
     """Send requests that fit the document, or that don't."""
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
 
     @settings(
         max_examples=EXAMPLES,
@@ -51,7 +47,14 @@ def check_operation(operation, mode):
     )
     @given(operation.as_strategy(generation_mode=mode))
     def check(case):
-        case.call_and_validate(checks=CHECKS)
+        case.call_and_validate(
+            checks=(
+                not_a_server_error,
+                checks.status_code_conformance,
+                checks.content_type_conformance,
+                checks.response_schema_conformance,
+            )
+        )
 
     check()
 
