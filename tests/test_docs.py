@@ -13,7 +13,7 @@ from PIL import Image
 
 README = ROOT / "README.md"
 # These pages have their own tests, which check the results of the blocks.
-ELSEWHERE = {"walkthrough.md", "data.md", "relatives.md", "robot.md"}
+ELSEWHERE = {"walkthrough.md", "data.md", "relatives.md", "robot.md", "serving.md"}
 OTHERS = [page for page in PAGES if page != README and page.name not in ELSEWHERE and read_blocks(page)]
 # A tiny model on a CPU: two steps instead of thousands.
 SMALLER = {"finetune": "--steps 2 --workers 0 --set dtype=float32 batch_size=2 lora_rank=2 use_cpu=true --json"}
