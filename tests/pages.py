@@ -22,6 +22,7 @@ from PIL import Image
 
 from openvla_hf.cli import build_parser, main
 from openvla_hf.data import robots, write_lerobot
+from openvla_hf.data.open_x import known_table
 from openvla_hf.modeling.checkpoint_files import STATISTICS_FILE
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 
@@ -115,6 +116,9 @@ def small_hub(tiny, owner, tmp_path, monkeypatch) -> HubServer:
     """Create small versions of the repositories that the pages name, and `frame.png` where their code runs."""
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(robots, "_REGISTRY", dict(robots._REGISTRY))  # pages register robots
+    table = known_table()
+    for name in ("datasets", "mixtures"):  # to which pages add
+        monkeypatch.setitem(table.__dict__, name, dict(getattr(table, name)))
     monkeypatch.chdir(tmp_path / "work")
     Image.fromarray(fake_episode(steps=1)[0]["image"]).save("frame.png")
     keys = ("bridge_orig", "fractal20220817_data", "libero_spatial")
@@ -146,7 +150,8 @@ def walk(
     printed = []
     for block in read_blocks(page):
         if block.title:
-            compile(block.code, block.title, "exec")
+            if block.language == "python":
+                compile(block.code, block.title, "exec")
             Path(block.title).write_text(block.code)
         elif block.language == "python":
             code = block.code

@@ -27,6 +27,7 @@ RUNS = {
         "merge",
     ),
     "hub.md": ("push", "info"),
+    "open-x.md": ("doctor oxe", "finetune --model openvla/openvla-7b --mixture", "finetune --config"),
     "robots.md": ("predict", "info"),
     "oft.md": ("predict",),
 }

@@ -185,6 +185,33 @@ def test_cameras_that_change_places_do_so_in_half_of_the_episodes():
     assert Robot("arm").cameras_of_episode(cameras, 1) == cameras
 
 
+def test_an_episode_is_read_from_the_camera_that_its_draw_gives(make_episode, own_table, tmp_path):
+    own_table.write_text(OWN.replace('"inverted"', '["swap observation.image observation.other"]'))
+    add_table(own_table)
+    episodes = [make_episode(index) for index in range(6)]
+    for episode in episodes:
+        for frame in episode:
+            frame["images"] = {"image": frame.pop("image"), "other": np.zeros((64, 96, 3), np.uint8)}
+    write_rlds(episodes, tmp_path / "own_arm")
+    robot = find_robot("own_arm")
+    expected = [robot.cameras_of_episode({"image": "observation.image"}, index)["image"] for index in range(6)]
+    assert len({*expected}) == 2
+    for frames in (load(tmp_path / "own_arm"), load(tmp_path / "own_arm", streaming=True)):
+        for frame in frames:
+            is_other = frame["image"].max() < 20
+            assert is_other == (expected[frame["episode_index"]] == "observation.other")
+
+
+def test_a_partly_labelled_episode_keeps_its_unlabelled_frames(make_episode, own_table, tmp_path):
+    add_table(own_table)
+    episodes = [make_episode(0), make_episode(1, instruction="")]
+    episodes[0][2]["instruction"] = ""
+    write_rlds(episodes, tmp_path / "own_arm")
+    assert {*load(tmp_path / "own_arm")["episode_index"]} == {0}
+    assert load(tmp_path / "own_arm")["instruction"][2] == ""
+    assert len(load(tmp_path / "own_arm", "generic")) == len(episodes[0]) - 1
+
+
 def test_only_frames_without_any_motion_are_idle_in_droid():
     actions = np.zeros((3, 7))
     actions[1, 2], actions[2, 6] = 1e-3, 1

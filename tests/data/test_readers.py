@@ -279,6 +279,15 @@ def test_rlds_class_labels_are_numbers_and_by_their_names_instructions(episodes,
     assert frames["instruction"][:5] == ["push", "pull", "pull", "pull", "push"], "the last has no label"
 
 
+def test_rlds_code_points_are_an_instruction(episodes, tmp_path):
+    write_rlds(episodes, tmp_path / "arm")
+    codes = np.array([[*map(ord, text.ljust(6, "\0"))] for text in ("é", "go", "go", "on", "stop!!", "go")])
+    add_to_rlds(tmp_path / "arm", {"codes": tensor("int32", (6,), "none")}, {"codes": codes})
+    for streaming in (False, True):
+        frames = list(load(tmp_path / "arm", Robot("arm", instruction="codes"), streaming=streaming))
+        assert [frame["instruction"] for frame in frames[:STEPS]] == ["é", "go", "go", "on", "stop!!", "go"]
+
+
 def test_a_depth_image_is_refused_as_camera(episodes, tmp_path, caplog):
     write_rlds(episodes, tmp_path / "rlds")
     depth = {"image": {"shape": {"dimensions": ["8", "8", "1"]}, "dtype": "uint16", "encodingFormat": "png"}}

@@ -125,12 +125,13 @@ def read_mixture(mixture: str | os.PathLike | Mapping[str, float]) -> dict[str, 
     text = os.fspath(mixture)
     if text.lstrip().startswith("{"):
         return check_weights("given", _parse(text, "The mixture", json.loads))
-    if text in MIXTURES:
-        return dict(MIXTURES[text])
-    if text in known_table().datasets:
+    table = known_table()
+    if text in table.mixtures:
+        return dict(table.mixtures[text])
+    if text in table.datasets:
         return {text: 1.0}
     if not text.endswith((".json", ".toml")):
-        check_name(text, MIXTURES, "mixture")
+        check_name(text, table.mixtures, "mixture")
     loads = tomllib.loads if text.endswith(".toml") else json.loads
     return check_weights(text, _parse(Path(text).read_text(encoding="utf-8"), text, loads))
 
