@@ -172,7 +172,8 @@ def refusal(capsys, *arguments):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
 @pytest.mark.parametrize(
-    "command", ["predict --image https://example.com/a.png --instruction x", "bench --random tiny", "evaluate", "demo"]
+    "command",
+    ["predict --image https://example.com/a.png --instruction x", "bench --random tiny", "evaluate", "demo", "serve"],
 )
 def test_a_device_that_is_not_there_is_refused_in_one_line(command, device, capsys):
     error = refusal(capsys, *command.split(), "--device", device)
@@ -209,6 +210,7 @@ CHECKPOINT_COMMANDS = [
     "predict --image https://example.com/a.png --instruction x --model {}",
     "evaluate --model {}",
     "bench --model {}",
+    "serve {}",
     "doctor lab/kitchen --model {}",
     "finetune --data lab/kitchen --output out --model {}",
     "info {}",

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import ssl
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,3 +124,10 @@ def test_a_wrong_option_is_one_sentence(folder, capsys, options, message):
     assert message.format(folder) in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+def test_a_missing_extra_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2
+    message = "uvicorn is not installed: run `pip install 'openvla-hf[serve]'`."
+    assert capsys.readouterr().err == f"openvla-hf: {message}\n"

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from openvla_hf.serving.policy import ServedPolicy
+from openvla_hf.serving.policy import Observation, ServedPolicy
 
 
 def predict(policy, *observations):
@@ -131,3 +131,13 @@ def test_a_description_says_how_images_are_resized(plain_policy, monkeypatch, st
     monkeypatch.setattr(plain_policy.processor.image_processor, "image_resize_strategy", strategy)
     monkeypatch.setattr(plain_policy.processor.image_processor, "resample", resample)
     assert plain_policy.describe()["cameras"][0]["resize"] == expected
+
+
+@pytest.mark.slow
+def test_a_policy_that_reasons_returns_the_text_of_each_robot(taught):
+    policy = ServedPolicy(taught.model, taught.processor, unnorm_key="bridge_orig")
+    seen = [Observation({"image": image}, instruction) for instruction, image in taught.images.items()]
+    for observation, answer in zip(seen, predict(policy, *seen), strict=True):
+        text, action = taught.lessons[observation.instruction]
+        assert answer.text == taught.processor.tokenizer.decode(text)
+        assert answer.token_ids.tolist() == [action]

@@ -88,6 +88,23 @@ def test_metrics_can_be_parsed(plain, plain_policy, make_observation):
     assert count() == before + 1
 
 
+def test_metrics_count_each_error_once(plain, plain_policy, make_observation):
+    def count():
+        families = {one.name: one for one in text_string_to_metric_families(plain.get("/metrics").text)}
+        samples = [one for one in families["openvla_requests"].samples if one.name.endswith("_total")]
+        return {one.labels["outcome"]: one.value for one in samples}
+
+    before = count()
+    plain.post("/v1/act", json={})
+    plain.post("/v1/act", json=as_json(make_observation(plain_policy), unnorm_key="nobody"))
+    plain.post("/act", content=b"{")
+    after = count()
+    assert {kind: after[kind] - before.get(kind, 0) for kind in ("unprocessable", "bad_request")} == {
+        "unprocessable": 2,
+        "bad_request": 1,
+    }
+
+
 def test_a_session_lives_until_it_is_closed(plain, plain_policy, make_observation):
     opened = plain.post("/v1/sessions")
     assert opened.status_code == 201

@@ -1,6 +1,11 @@
 """Prometheus metrics of a server."""
 
+import contextlib
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .errors import ServingError
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -29,6 +34,15 @@ class Metrics:
         self.requests = Counter(
             "openvla_requests", "Requests for an action by their outcome", ["outcome"], registry=self.registry
         )
+
+    @contextlib.contextmanager
+    def count_errors(self) -> Iterator[None]:
+        """Count a `ServingError` of the block, and pass it on."""
+        try:
+            yield
+        except ServingError as error:
+            self.requests.labels(error.kind).inc()
+            raise
 
     def export(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""

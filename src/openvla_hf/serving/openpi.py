@@ -90,11 +90,8 @@ async def _answer_observations(service: Service, socket: WebSocket, session: str
 
 
 async def _answer(service: Service, session: str, message: Mapping[str, Any]) -> Answer:
-    try:
+    with service.metrics.count_errors():
         observation, is_first = await asyncio.to_thread(_read_request, service, message.get("bytes"))
-    except ServingError as error:
-        service.metrics.requests.labels(error.kind).inc()
-        raise
     if is_first:
         service.reset_session(session)
     return await service.act(observation, session)

@@ -76,8 +76,9 @@ def router(service: Service) -> APIRouter:
     async def act(request: Request) -> Response:
         """Predict the next actions from arrays in the form of json-numpy."""
         try:
-            message, is_encoded = await asyncio.to_thread(read_body, await request.body())
-            observation = await asyncio.to_thread(read_observation, message, service)
+            with service.metrics.count_errors():
+                message, is_encoded = await asyncio.to_thread(read_body, await request.body())
+                observation = await asyncio.to_thread(read_observation, message, service)
             answer = await until_gone(request, service.act(observation))
         except ServingError:
             if service.options.original_errors:

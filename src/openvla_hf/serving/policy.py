@@ -93,6 +93,7 @@ class Prediction:
         token_ids: (K, A); `None` with an action head, and so are the next two.
         probabilities: (K, A, N) over the bins, lowest value first.
         entropy: (K, A) in nats.
+        text: Reasoning before the action, from a model that writes one.
         forward_passes: Passes of the language model for the batch.
         preprocess_seconds: Time that the processor took for this observation.
         model_seconds: Time that the model took for the batch.
@@ -103,6 +104,7 @@ class Prediction:
     token_ids: np.ndarray | None
     probabilities: np.ndarray | None
     entropy: np.ndarray | None
+    text: str | None
     forward_passes: int
     preprocess_seconds: float
     model_seconds: float
@@ -295,12 +297,16 @@ class ServedPolicy:
             inputs["pixel_values"] = torch.cat([row["pixel_values"] for row in rows])
             if "state" in rows[0]:
                 inputs["state"] = torch.cat([torch.as_tensor(row["state"]) for row in rows])
-        drafts = self._stack_drafts(prepared)
+        more: dict[str, Any] = {}
+        if (drafts := self._stack_drafts(prepared)) is not None:
+            more["draft_token_ids"] = drafts
+        if self.model.config.reasoning:
+            more["tokenizer"] = self.processor.tokenizer
         details = self.model.predict_action(
             **inputs,
             unnorm_key=[one.unnorm_key for one in prepared],
             return_details=True,
-            **({} if drafts is None else {"draft_token_ids": drafts}),
+            **more,
         )
         seconds = time.perf_counter() - started
         return [self._row(details, row, one, seconds) for row, one in enumerate(prepared)]
@@ -331,6 +337,7 @@ class ServedPolicy:
             token_ids=cut(details.token_ids),
             probabilities=cut(details.probabilities),
             entropy=cut(details.entropy),
+            text=None if details.text is None else details.text[row],
             forward_passes=details.forward_passes,
             preprocess_seconds=prepared.seconds,
             model_seconds=seconds,

@@ -109,14 +109,13 @@ class Guard:
         headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
         client = scope["client"][0] if scope.get("client") else ""
         try:
-            self._check_host(headers)
-            if scope["path"] not in OPEN_PATHS:
-                self._check_token(headers)
-            self._check_length(headers)
-            if scope["type"] == "http":
-                self._check_rate(client)
+            with self.service.metrics.count_errors():
+                self._check_host(headers)
+                self._check_rate(client)  # before the token, so that nobody can try many
+                if scope["path"] not in OPEN_PATHS:
+                    self._check_token(headers)
+                self._check_length(headers)
         except ServingError as error:
-            self.service.metrics.requests.labels(error.kind).inc()
             await answer_error(error)(scope, receive, send)
             return
         limited = self._limit_body(receive) if scope["type"] == "http" else self._slow_down(receive, client)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .batching import Batcher
-from .errors import ServingError, SessionExpired, TooManyRequests, Unprocessable
+from .errors import PredictionFailed, SessionExpired, TooManyRequests, Unprocessable
 from .metrics import Metrics
 from .policy import Observation, Prediction, ServedPolicy, Session
 
@@ -116,7 +116,12 @@ class Service:
         self.metrics.queue.set_function(lambda: len(self._batcher))
         self.metrics.sessions.set_function(lambda: len(self._sessions))
         self._batcher.start()
-        await self._batcher.predict(await asyncio.to_thread(self.policy.prepare, self.blank_observation()))
+        blank = await asyncio.to_thread(self.policy.prepare, self.blank_observation())
+        try:
+            await self._batcher.predict(blank)
+        except PredictionFailed:
+            if not self.policy.model.config.reasoning:  # nor need a text about a black image end in an action
+                raise
         self.is_ready = True
 
     async def stop(self) -> None:
@@ -138,11 +143,8 @@ class Service:
             ServingError: The observation does not fit the policy, the session has expired, or the server can't answer.
         """
         started = time.perf_counter()
-        try:
+        with self.metrics.count_errors():
             answer = await self._act(observation, session_id, started)
-        except ServingError as error:
-            self.metrics.requests.labels(error.kind).inc()
-            raise
         self.metrics.requests.labels("ok").inc()
         self.metrics.forward_passes.inc(answer.prediction.forward_passes)
         self.metrics.batch_size.observe(answer.batch_size)

@@ -80,6 +80,7 @@ class Details(BaseModel):
         description='(K, A, N) over the bins, lowest value first; null unless "all" are asked for.'
     )
     entropy: list[list[float]] | None = Field(description="(K, A) in nats.")
+    text: str | None = Field(description="Reasoning before the action, from a policy that writes one.")
 
 
 class ActResponse(BaseModel):
@@ -222,8 +223,9 @@ def router(service: Service) -> APIRouter:
         Send either JSON or a multipart form with a file for each camera, whose field has the camera's name. Pixels are
         taken as they are stored: images with an EXIF orientation, transparency or more than 8 bits are refused.
         """
-        asked, files = await read_request(request)
-        images = await asyncio.to_thread(decode_images, files, service.options.max_pixels)
+        with service.metrics.count_errors():
+            asked, files = await read_request(request)
+            images = await asyncio.to_thread(decode_images, files, service.options.max_pixels)
         state = None if asked.state is None else np.array(asked.state)
         observation = Observation(images, asked.instruction, state, asked.unnorm_key)
         answer = await until_gone(request, service.act(observation, asked.session))
@@ -403,6 +405,7 @@ def describe_prediction(prediction: Prediction, with_bins: bool) -> Details:
         probabilities=_as_list(None if bins is None else bins.max(-1)),
         bin_probabilities=_as_list(bins) if with_bins else None,
         entropy=_as_list(prediction.entropy),
+        text=prediction.text,
     )
 
 
