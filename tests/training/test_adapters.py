@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 
@@ -130,39 +131,59 @@ def test_a_head_of_another_shape_is_an_error(recorded, published, tmp_path, shap
     assert torch.equal(model.lm_head.weight, before)
 
 
-def saved_base(folder, **fields):
-    tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer, **fields)
-    torch.manual_seed(0)
-    model = OpenVLAForActionPrediction(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    processor = tiny_processor(tokenizer, config)
-    processor.save_pretrained(folder)
-    return OpenVLAForActionPrediction.from_pretrained(folder), processor
+def changed(folder, weights=None, **fields):
+    """Put other weights into an adapter, and other values into its config."""
+    file = folder / "adapter_model.safetensors"
+    save_file({**load_file(file), **(weights or {})}, file)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    return folder
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """A base, an adapter of ours whose B is not zero, and inputs with the resulting logits."""
+@pytest.fixture(scope="module")
+def make_adapter(tmp_path_factory):
+    """Saves a base and an adapter of ours whose B is not zero, once for each recipe: folder, inputs and logits."""
 
-    def build(name="lora", **fields):
-        base, processor = saved_base(tmp_path / "base", **fields)
+    @functools.cache
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        tokenizer = tiny_tokenizer()
+        config = tiny_config(tokenizer)
+        torch.manual_seed(0)
+        model = OpenVLAForActionPrediction(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        model.save_pretrained(folder / "base")
+        processor = tiny_processor(tokenizer, config)
+        processor.save_pretrained(folder / "base")
+        base = OpenVLAForActionPrediction.from_pretrained(folder / "base")
         model = recipe(name, dtype="float32", lora_rank=4).prepare(base).eval()
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-        processor.save_pretrained(tmp_path / "adapter")
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        processor.save_pretrained(folder / "adapter")
         stats = {"mine": base.norm_stats["tiny"]}
-        (tmp_path / "adapter" / "dataset_statistics.json").write_text(json.dumps(stats))
+        (folder / "adapter" / "dataset_statistics.json").write_text(json.dumps(stats))
         frame = fake_episode(steps=1)[0]
         inputs = processor(frame["image"], instruction=frame["instruction"])
         with torch.no_grad():
-            return tmp_path / "adapter", inputs, model(**inputs).logits
+            return folder, inputs, model(**inputs).logits
 
-    return build
+    return make
+
+
+@pytest.fixture
+def trained(make_adapter, tmp_path):
+    """A test's own copy of a base, in `base`, and of its adapter; inputs with the resulting logits."""
+
+    def copy(name="lora"):
+        folder, inputs, logits = make_adapter(name)
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        changed(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+        return tmp_path / "adapter", inputs, logits
+
+    return copy
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-paper"])
@@ -299,15 +320,6 @@ def test_a_file_of_an_adapter_that_was_cut_short_is_named(trained, name):
         (folder / name).write_bytes(content[:length])
         with pytest.raises((OSError, ValueError), match=rf"{name}.* (is corrupt|is damaged) or was cut short"):
             OpenVLAForActionPrediction.from_pretrained(folder)
-
-
-def changed(folder, weights=None, **fields):
-    """Put other weights into an adapter, and other values into its config."""
-    file = folder / "adapter_model.safetensors"
-    save_file({**load_file(file), **(weights or {})}, file)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
-    return folder
 
 
 def test_a_whole_weight_of_a_layer_that_is_not_adapted_is_refused(trained, tmp_path):
