@@ -131,11 +131,10 @@ def test_statistics_of_a_stream_are_cached_until_its_files_change(episodes, tmp_
     assert statistics() == first
     alone = compute_statistics(load(tmp_path / "arm", ARM, streaming=True, shuffle_buffer=4))
     assert alone["arm"]["action"]["q99"] == first["arm"]["action"]["q99"]
-    assert len(read) == 11, "the statistics of the stream alone are computed separately"
+    assert len(read) == 6, "a dataset has the same statistics alone and in a mixture"
     (tmp_path / "other" / "1.0.0").rename(tmp_path / "other" / "0.9.0")
     write_rlds(episodes, tmp_path / "new")
     (tmp_path / "new" / "1.0.0").rename(tmp_path / "other" / "1.0.0")
-    assert len(read) == 11
     assert statistics()["new"]["num_trajectories"] == 5
 
 

@@ -91,13 +91,13 @@ def keep_mixtures(source, target):
 
 
 def keep_operations(source, target):
-    """Keep one image with two draws of each operation, and every tenth row of what they give."""
+    """Keep one image with one draw of each operation, and two rows of what they give."""
     target.mkdir(exist_ok=True)
     arrays = np.load(source / "ops.npz")
-    kept = {"input_uint8": arrays["input_uint8"][:1], "rows": np.arange(0, 40, 10)}
+    kept = {"input_uint8": arrays["input_uint8"][:1], "rows": np.arange(0, 40, 20)}
     for name in arrays:
         if name.endswith(".param"):
-            kept[name] = arrays[name][:2]
+            kept[name] = arrays[name][:1]
             stem = name.removesuffix(".param")
-            kept[f"{stem}.output"] = arrays[f"{stem}.output"][:2, :1, kept["rows"]]
+            kept[f"{stem}.output"] = arrays[f"{stem}.output"][:1, :1, kept["rows"]]
     np.savez_compressed(target / "ops.npz", **kept)

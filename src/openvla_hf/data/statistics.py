@@ -75,6 +75,9 @@ def compute_statistics(frames: Frames) -> dict[str, Any]:
 
 
 def _compute_or_reuse(frames: Frames) -> dict[str, Any]:
+    parts = _separate_parts(frames)
+    if parts:  # each has its own file in the cache, whatever it is mixed with
+        return {name: of_one for part in parts for name, of_one in _compute_or_reuse(part).items()}
     key = _content_key(frames)
     if key is None:
         return _compute(_read(frames))
@@ -82,6 +85,15 @@ def _compute_or_reuse(frames: Frames) -> dict[str, Any]:
     if not path.exists():
         write_json(path, _compute(_read(frames)))
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _separate_parts(frames: Frames) -> list[FrameStream]:
+    """Return the streams of a mixture, or none if some of them may share a dataset and thus its statistics."""
+    if not isinstance(frames, FrameStream):
+        return []
+    parts = list({id(part): part for part, _ in frames.parts}.values())
+    named = [part for part in parts if isinstance(part, FrameStream)]
+    return named if len({part.name for part in named}) == len(parts) else []
 
 
 def _content_key(frames: Frames) -> Any:
