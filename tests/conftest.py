@@ -55,13 +55,15 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that need `--golden`, `--samples`, `--openpi-client` or torchao where these are missing.
+    """Deselect the tests that need `--golden`, `--samples`, `--openpi-client`, torchao or Chromium without these.
 
     Files with slow tests come first, then those of training, so that no process is left with a long file at the end.
     """
     missing = {name for name in ("golden", "samples", "openpi_client") if config.getoption(name) is None}
     if importlib.util.find_spec("torchao") is None:
         missing.add("torchao")
+    if find_chromium() is None:
+        missing.add("chromium")
     needing = [item for item in items if missing.intersection(item.fixturenames)]
     items[:] = [item for item in items if item not in needing]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -85,6 +87,17 @@ def samples(pytestconfig) -> Path:
 def openpi_client(pytestconfig) -> str:
     """A Python that has openpi-client. A test with this fixture runs only with `--openpi-client`."""
     return pytestconfig.getoption("openpi_client")
+
+
+def find_chromium():
+    """The path of a Chromium, or `None`."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The path of a Chromium. A test with this fixture runs only where one is installed."""
+    return find_chromium()
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_the_metadata_comes_first_and_says_what_clients_must_send(chunk_server, 
     with OpenpiClient(chunk_server) as client:
         metadata = client.metadata
     assert (metadata["protocol"], metadata["protocol_version"]) == ("openpi", 1)
-    assert metadata["model_id"] == chunk_policy.model_id
+    assert metadata["model_id"] == Path(chunk_policy.model_id).name
     assert metadata["unnorm_keys"] == list(chunk_policy.model.norm_stats)
     assert metadata["default_unnorm_key"] == chunk_policy.default_key
     assert (metadata["action_dim"], metadata["action_horizon"], metadata["state_dim"]) == (7, 8, 8)

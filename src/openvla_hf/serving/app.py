@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
-from . import openpi, original, v1
+from . import openpi, original, page, v1
 from .errors import ServingError, Unprocessable
 from .security import OPEN_PATHS, Guard, answer_error, find_addresses
 from .service import Service
@@ -45,7 +45,7 @@ def create_app(service: Service) -> FastAPI:
 
     # The usual pages of the documentation load scripts from other servers.
     app = FastAPI(title="openvla-hf", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for door in (openpi, original, v1):
+    for door in (openpi, original, page, v1):
         app.include_router(door.router(service))
     app.add_middleware(Guard, service=service)
     for kind, answer in (

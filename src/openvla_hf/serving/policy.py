@@ -3,6 +3,7 @@
 Shapes: K actions of a chunk (1 for plain OpenVLA), A action dimensions, S state dimensions, N action bins, T tokens.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -214,12 +215,14 @@ class ServedPolicy:
         config, image_processor = self.model.config, self.processor.image_processor
         keys = {key: self.model.get_action_dim(key) for key in self.model.norm_stats or ()}
         known = self.model.get_action_stats(self.default_key).get("names") if self.default_key else None
+        is_folder = os.path.isdir(self.model_id)
         side, resample = config.vision_config.image_size, image_processor.resample
         resample = resample if isinstance(resample, str) else Image.Resampling(resample).name.lower()
         return {
             "server": "openvla-hf",
             "server_version": __version__,
-            "model_id": self.model_id,
+            # Of a folder only the name: clients need not know the server's disk.
+            "model_id": os.path.basename(os.path.abspath(self.model_id)) if is_folder else self.model_id,
             "revision": getattr(config, "_commit_hash", None),
             "unnorm_keys": list(keys),
             "default_unnorm_key": self.default_key,

@@ -18,8 +18,8 @@ from .errors import Forbidden, RequestTimeout, ServingError, TooLarge, TooManyRe
 from .service import Service, ServiceOptions
 
 
-OPEN_PATHS = ("/health", "/healthz")
-"""Paths that need no token."""
+OPEN_PATHS = ("/health", "/healthz", "/", "/page/page.css", "/page/page.js")
+"""Paths that need no token over HTTP: the health checks, and the page, which asks for the token itself."""
 TOKEN_SCHEMES = ("bearer", "api-key")
 MAX_CLIENTS = 10_000
 """Number of clients whose rate is remembered before those that have been silent are forgotten."""
@@ -112,7 +112,7 @@ class Guard:
             with self.service.metrics.count_errors():
                 self._check_host(headers)
                 self._check_rate(client)  # before the token, so that nobody can try many
-                if scope["path"] not in OPEN_PATHS:
+                if scope["type"] == "websocket" or scope["path"] not in OPEN_PATHS:
                     self._check_token(headers)
                 self._check_length(headers)
         except ServingError as error:

@@ -39,11 +39,16 @@ function show(error) {
 
 async function connect() {
   show(null);
+  if (document.body.dataset.needsToken === "true" && !sessionStorage.getItem("token")) {
+    get("summary").textContent = "Not connected.";
+    askForToken();
+    return;
+  }
   try {
     info = await (await request("info")).json();
   } catch (error) {
     get("summary").textContent = "Not connected.";
-    if (get("login").hidden || sessionStorage.getItem("token")) show(error);
+    show(error);
     return;
   }
   get("login").hidden = true;
@@ -56,7 +61,7 @@ async function connect() {
   get("state").placeholder = info.state_dim === null ? "" : `${info.state_dim} numbers`;
   get("options").hidden = get("keys").hidden && get("states").hidden;
   get("ask").hidden = false;
-  get("episodes").hidden = !info.has_tabletop;
+  get("episodes").hidden = !(await (await request("page/tabletop")).json()).is_robot;
 }
 
 function describePolicy() {
@@ -181,7 +186,7 @@ function showAnswer(answer, roundTrip) {
     `batch of ${answer.batch_size}`,
     `statistics ${answer.unnorm_key}`,
   ];
-  if (answer.details) parts.push(`${answer.details.forward_passes} forward passes`);
+  if (answer.details) parts.push(`forward passes: ${answer.details.forward_passes}`);
   get("timing").textContent = parts.join(" · ");
   get("answer").hidden = false;
 }
@@ -275,7 +280,7 @@ function signed(value) {
 // Episodes
 
 async function watch() {
-  const response = await request(`v1/tabletop?seed=${get("seed").valueAsNumber || 0}`);
+  const response = await request(`page/episode?seed=${get("seed").valueAsNumber || 0}`);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   get("episode").hidden = false;
   for (let text = ""; ; ) {
