@@ -202,12 +202,17 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._service.stop()
-        loop = asyncio.get_running_loop()
-        end = loop.time() + LAST_ANSWERS_SECONDS
-        while self._pending.count and loop.time() < end:
-            await asyncio.sleep(0.01)
+        stopping = asyncio.ensure_future(self._service.stop())
+        await self._wait_until(stopping.done, DRAIN_SECONDS)
+        await self._wait_until(lambda: not self._pending.count, LAST_ANSWERS_SECONDS)
         await super().shutdown(sockets)
+
+    async def _wait_until(self, is_over: Callable[[], bool], seconds: float) -> None:
+        """Wait until a condition holds, the time is over, or a second signal comes."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not (is_over() or self.force_exit or loop.time() > end):
+            await asyncio.sleep(0.01)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit, self.should_exit = self.should_exit, True

@@ -297,12 +297,16 @@ async def read_request(request: Request) -> tuple[ActFields, dict[str, bytes]]:
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == JSON:
-        body = await request.body()
-        asked = await asyncio.to_thread(validate, ActRequest.model_validate_json, body)
-        return asked, {camera: decode_base64(text, camera) for camera, text in asked.images.items()}
+        return await asyncio.to_thread(read_json, await request.body())
     if media_type == FORM:
         return await read_form(request)
     raise UnsupportedMediaType(f"The content type must be {JSON} or {FORM}, got {media_type[:100]!r}.")
+
+
+def read_json(body: bytes) -> tuple[ActFields, dict[str, bytes]]:
+    """Read a request in JSON, with images in base64."""
+    asked = validate(ActRequest.model_validate_json, body)
+    return asked, {camera: decode_base64(text, camera) for camera, text in asked.images.items()}
 
 
 async def read_form(request: Request) -> tuple[ActFields, dict[str, bytes]]:
