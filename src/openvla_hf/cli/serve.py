@@ -27,6 +27,7 @@ EXAMPLE = "serve openvla/openvla-7b --unnorm-key bridge_orig --dtype bfloat16 --
 TOKEN_VARIABLE = "OPENVLA_HF_SERVER_TOKEN"
 GRIPPERS = ("policy", "binary", "libero")
 DOORS = {
+    "page to try the policy": "{http}/",
     "HTTP API": "POST {http}/v1/act (described in {http}/openapi.json)",
     "openpi clients": "{ws}",
     "original clients": "POST {http}/act",
