@@ -122,7 +122,7 @@ def dataset_robot(name: str) -> TableRobot:
     if row.action_encoding not in SPACES:
         raise ValueError(
             f"The dataset {name!r} can't be trained on: its actions are the joint positions of one arm, and the "
-            "original's loader refuses them too. Leave it out of the mixture."
+            "original's loader refuses them too. Leave it out, or read it with a robot of your own."
         )
     if not row.cameras:
         raise ValueError(f"The dataset {name!r} can't be trained on: {row.place} names no cameras.")
