@@ -33,14 +33,13 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from openvla_hf.data import compute_statistics, load, write_lerobot
 from openvla_hf.data.frames import Frames
-from openvla_hf.modeling.action_tokenizer import normalize, normalize_state
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.processing.processing_openvla import OpenVLAProcessor
 from openvla_hf.tabletop.env import CAMERAS, STATE_NAMES
 from openvla_hf.tabletop.expert import record_demonstrations
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
-from openvla_hf.training.collator import IGNORED
+from openvla_hf.training.collator import ActionCollator, ChunkCollator
 
 
 HORIZON = 8
@@ -95,30 +94,12 @@ def build(method: str, statistics: dict[str, Any]) -> tuple[OpenVLAForActionPred
     return model, processor
 
 
-def collate(
-    model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, frames: Sequence[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
-    """Turn frames into the arguments with which `model` returns a loss."""
-    stats = model.norm_stats[NAME]
-    inputs = processor(
-        [list(frame["images"].values()) for frame in frames],
-        instruction=[frame["instruction"] for frame in frames],
-        state=np.stack([frame["state"] for frame in frames]),
-    )
-    proprio = np.stack([normalize_state(state, stats["proprio"]) for state in inputs.pop("state")])
-    batch = {**inputs, "proprio": torch.tensor(proprio, dtype=torch.float32)}
-    if model.config.action_decoding == "parallel":
-        chunks = np.stack([normalize(np.asarray(frame["actions"]), stats["action"]) for frame in frames])
-        batch["actions"] = torch.tensor(chunks, dtype=torch.float32)
-        batch["action_mask"] = torch.tensor(np.stack([frame["chunk_mask"] for frame in frames]))
-        return batch
-    actions = np.stack([normalize(frame["action"], stats["action"]) for frame in frames])
-    ids = torch.from_numpy(model.action_tokenizer.encode(actions))
-    supervised = torch.nn.functional.pad(ids, (0, 1), value=processor.tokenizer.eos_token_id)
-    batch["labels"] = torch.cat([torch.full_like(batch["input_ids"], IGNORED), supervised], dim=1)
-    batch["input_ids"] = torch.cat([batch["input_ids"], supervised], dim=1)
-    batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(supervised)], dim=1)
-    return batch
+def make_collator(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor) -> ActionCollator:
+    """Make the collator that a method's recipe uses."""
+    parts = {"processor": processor, "action_tokenizer": model.action_tokenizer, "norm_stats": model.norm_stats}
+    if model.config.is_parallel:
+        return ChunkCollator(model.config, **parts)
+    return ActionCollator(**parts, prompt_suffix_token_id=model.config.prompt_suffix_token_id)
 
 
 def batches(count: int, size: int, first: int, steps: int) -> Iterator[list[int]]:
@@ -146,6 +127,7 @@ def train(method: str, frames: Frames, folder: Path, options: argparse.Namespace
     set_seed(0)
     model, processor = build(method, compute_statistics(frames))
     model.train()
+    collate = make_collator(model, processor)
     new = [value for name, value in model.named_parameters() if "proprio_projector" in name or "action_head" in name]
     is_new = {id(parameter) for parameter in new}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in is_new]
@@ -164,7 +146,8 @@ def train(method: str, frames: Frames, folder: Path, options: argparse.Namespace
     for step, chosen in enumerate(batches(len(frames), options.batch_size, done, options.steps), start=done + 1):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step - 1, options.steps)
-        loss = model(**collate(model, processor, [frames[index] for index in chosen])).loss
+        batch = collate([frames[index] for index in chosen])
+        loss = model(**{name: value for name, value in batch.items() if name != "dataset_index"}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
