@@ -128,6 +128,7 @@ def train(method: str, frames: Frames, folder: Path, options: argparse.Namespace
     model, processor = build(method, compute_statistics(frames))
     model.train()
     collate = make_collator(model, processor)
+    for_metrics = {"dataset_index", "labels"} if model.config.is_parallel else {"dataset_index"}
     new = [value for name, value in model.named_parameters() if "proprio_projector" in name or "action_head" in name]
     is_new = {id(parameter) for parameter in new}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in is_new]
@@ -147,7 +148,7 @@ def train(method: str, frames: Frames, folder: Path, options: argparse.Namespace
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step - 1, options.steps)
         batch = collate([frames[index] for index in chosen])
-        loss = model(**{name: value for name, value in batch.items() if name != "dataset_index"}).loss
+        loss = model(**{name: value for name, value in batch.items() if name not in for_metrics}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
