@@ -50,7 +50,7 @@ def test_evaluate_reports_the_success_of_a_server(tabletop_server, monkeypatch, 
     command = ["evaluate", "--server", tabletop_server, "--condition", "swapped", "--episodes", "1"]
     assert main([*command, "--token-file", str(tmp_path / "token"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["model"] == str(TABLETOP_POLICY)
+    assert report["model"] == TABLETOP_POLICY.name
     assert report["results"]["swapped"]["all"]["episodes"] == 1
     assert 0 < report["round_trip"]["median"] <= report["round_trip"]["longest"]
     monkeypatch.delenv("OPENVLA_HF_SERVER_TOKEN", raising=False)
