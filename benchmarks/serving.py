@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED
 SIDE = 256
 JPEG_QUALITY = 95
 FRAMES = 8  # of each robot
+BLOCK, WARM_UP = 20, 3  # calls of one kind before those of the next
 TOLERANCE = 1e-6  # in robot units
 PERCENTILES = (50, 95, 99)
 
@@ -85,29 +86,30 @@ def predict(model: Any, processor: Any, frame: Frame) -> np.ndarray:
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Time calls in this process and over HTTP in turn."""
+    """Time calls in this process and over HTTP, in blocks by turns."""
     model, processor = load_model(options.model)
     frames = make_frames(0)
+    blocks = max(options.rounds // BLOCK, 1)
+    inputs = [processor(Image.open(io.BytesIO(one.jpeg)), instruction=one.instruction) for one in frames]
     seconds: dict[str, list[float]] = {"predict_action": [], "JPEG to action": [], "over HTTP": []}
     with running_server(options.model) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
-        for number in track(range(options.rounds + 5), "calls", console=Console(stderr=True)):
-            frame = frames[number % FRAMES]
-            inputs = processor(Image.open(io.BytesIO(frame.jpeg)), instruction=frame.instruction)
-            calls = {
-                "predict_action": lambda inputs=inputs: model.predict_action(**inputs),
-                "JPEG to action": lambda frame=frame: predict(model, processor, frame),
-                "over HTTP": lambda frame=frame: ask(client, frame),
-            }
+        calls: dict[str, Callable[[int], Any]] = {
+            "predict_action": lambda number: model.predict_action(**inputs[number]),
+            "JPEG to action": lambda number: predict(model, processor, frames[number]),
+            "over HTTP": lambda number: ask(client, frames[number]),
+        }
+        for _ in track(range(blocks), "calls", console=Console(stderr=True)):
             for name, call in calls.items():
-                started = time.perf_counter()
-                call()
-                if number >= 5:
-                    seconds[name].append(time.perf_counter() - started)
-    medians = {name: 1000 * float(np.median(values)) for name, values in seconds.items()}
-    added = 1000 * np.subtract(seconds["over HTTP"], seconds["JPEG to action"])
+                for number in range(-WARM_UP, BLOCK):
+                    started = time.perf_counter()
+                    call(number % FRAMES)
+                    if number >= 0:
+                        seconds[name].append(time.perf_counter() - started)
+    medians = {name: np.median(np.reshape(values, (blocks, BLOCK)), axis=1) for name, values in seconds.items()}
+    added = 1000 * (medians["over HTTP"] - medians["JPEG to action"])
     return {
-        "rounds": options.rounds,
-        "median_ms": medians,
+        "calls": blocks * BLOCK,
+        "median_ms": {name: 1000 * float(np.median(values)) for name, values in seconds.items()},
         "added_ms": float(np.median(added)),
         "added_quartiles_ms": np.percentile(added, (25, 75)).tolist(),
     }
@@ -212,7 +214,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_overhead(result: dict[str, Any]) -> None:
-    table = Table(title=f"One robot, {result['rounds']} calls of each kind")
+    table = Table(title=f"One robot, {result['calls']} calls of each kind")
     table.add_column("from")
     table.add_column("median ms", justify="right")
     for name, value in result["median_ms"].items():
