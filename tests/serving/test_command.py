@@ -13,16 +13,17 @@ import httpx
 import numpy as np
 import pytest
 from http_bodies import as_json
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from openvla_hf.cli import main
 from openvla_hf.serving.arrays import pack, unpack
 
 
-# The command, with predictions that take long enough for a signal to come in between.
+# The command, without some packages, and with predictions that take long enough for a signal to come in between.
 SLOW_SERVE = """
 import sys, time
+sys.modules |= dict.fromkeys(sys.argv.pop(1).split())
 from openvla_hf.cli import main
 from openvla_hf.serving.policy import ServedPolicy
 
@@ -55,13 +56,14 @@ def wait_for_line(process):
     return process.output().splitlines()[0]
 
 
+@pytest.mark.parametrize("missing", ["", "httptools uvloop"], ids=["fast", "plain"])
 def test_a_signal_ends_the_server_after_its_last_answers(
-    folder, interpreters, plain_policy, make_observation, tmp_path
+    missing, folder, interpreters, plain_policy, make_observation, tmp_path
 ):
     (tmp_path / "token").write_text("s3cret\n")
     options = ["--port", "0", "--json", "--unnorm-key", "tiny", "--max-batch", "1", "--ssl-certfile", CERTIFICATE]
     process = interpreters.start(
-        "-c", SLOW_SERVE, str(folder), *options, "--token-file", str(tmp_path / "token"),
+        "-c", SLOW_SERVE, missing, str(folder), *options, "--token-file", str(tmp_path / "token"),
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     ready = json.loads(wait_for_line(process))
@@ -69,6 +71,8 @@ def test_a_signal_ends_the_server_after_its_last_answers(
     assert ready["url"].startswith("https://127.0.0.1:")
     trusting = ssl.create_default_context(cafile=CERTIFICATE)
     assert httpx.get(f"{ready['url']}/info", verify=trusting).status_code == 401
+    with pytest.raises(InvalidStatus, match="401"):
+        connect(ready["websocket"], ssl=trusting)
     seen = make_observation(plain_policy)
     with (
         connect(ready["websocket"], additional_headers=TOKEN, ssl=trusting) as openpi,

@@ -5,6 +5,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -151,7 +152,17 @@ def run_server(
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_about_more_than_a_refusal)
     _Server(config, service, app, on_ready).run([reserved])
+
+
+_was_refused: ContextVar[bool] = ContextVar("was_refused", default=False)
+"""Whether the WebSocket of this task was answered with an HTTP status."""
+
+
+def _is_about_more_than_a_refusal(record: logging.LogRecord) -> bool:
+    """Return whether to log a record: uvicorn takes a refused WebSocket for one without an answer."""
+    return not (_was_refused.get() and "without completing handshake" in record.getMessage())
 
 
 class _Pending:
@@ -179,6 +190,8 @@ class _Pending:
         async def answer(message: Message) -> None:
             await send(message)
             wait(False)
+            if message["type"] == "websocket.http.response.body":
+                _was_refused.set(True)
 
         try:
             await (self.app(scope, read, answer) if is_socket else self.app(scope, receive, send))
