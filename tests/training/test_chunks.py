@@ -187,13 +187,16 @@ def test_two_steps_and_resumed_to_four_equals_four_straight(base, tmp_path):
         assert torch.equal(tensor, expected[key]), key
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_trained_adapter_acts_alone_merged_and_as_a_whole_checkpoint(base, tmp_path, name):
-    trainer = build(base, tmp_path / "run", name, max_steps=3, save_strategy="no", fields={"learning_rate": 3e-2})
+@pytest.mark.parametrize(
+    ("name", "film"), [*((name, False) for name in RECIPES), ("oft", True)], ids=[*RECIPES, "oft-film"]
+)
+def test_a_trained_adapter_acts_alone_merged_and_as_a_whole_checkpoint(base, tmp_path, name, film):
+    fields = {"learning_rate": 3e-2, "use_film": film}
+    trainer = build(base, tmp_path / "run", name, max_steps=3, save_strategy="no", fields=fields)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     fields = json.loads((tmp_path / "adapter" / ADAPTER_POLICY).read_text())
-    assert fields["action_decoding"] == "parallel"
+    assert (fields["action_decoding"], fields["use_film"]) == ("parallel", film)
     frame = chunk_frames()[0]
     trained = trainer.model.base_model.model.eval()
     expected = predict(trained, trainer.eval_collator.processor, frame)
@@ -253,7 +256,9 @@ def test_fields_of_chunks_need_an_action_head():
         recipe("oft", action_normalization="minmax")
 
 
-def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, tmp_path):
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    """Two episodes of a robot with two cameras and a state, on disk."""
     episodes = [[frame for frame in chunk_frames() if frame["episode_index"] == index] for index in range(2)]
     numbers = ("images", "instruction", "action", "state")
     rows = [[{name: frame[name] for name in numbers} for frame in episode] for episode in episodes]
@@ -262,24 +267,25 @@ def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, tmp_
             frame["images"] = {
                 name: np.kron(image, np.ones((2, 2, 1), np.uint8)) for name, image in frame["images"].items()
             }
-    data = write_lerobot(rows, tmp_path / "arm", frequency=20.0)
+    return write_lerobot(rows, tmp_path_factory.mktemp("chunks") / "arm", frequency=20.0)
+
+
+def teach_arm(base, arm, output, name, **more):
+    """Fine-tune a policy on the arm's data for two steps."""
     settings = {"action_horizon": CHUNK, "batch_size": 4, "lora_rank": 4, "max_steps": 2, "use_cpu": True}
     settings |= {"save_strategy": "no", "logging_steps": 1, "dataloader_num_workers": 0, "disable_tqdm": True}
-    options = {"cameras": list(CAMERAS)}
-    arguments = FinetuneArguments(
-        model=base,
-        data=TrainingData(data, options),
-        output=tmp_path / "run",
-        recipe="oft",
-        settings=settings,
-    )
-    assert finetune(arguments).figures["action_l1"] > 0
+    data = TrainingData(arm, {"cameras": list(CAMERAS)})
+    return finetune(FinetuneArguments(model=base, data=data, output=output, recipe=name, settings=settings | more))
+
+
+def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, arm, tmp_path):
+    assert teach_arm(base, arm, tmp_path / "run", "oft").figures["action_l1"] > 0
     model, processor = (auto.from_pretrained(tmp_path / "run") for auto in (AutoModel, AutoProcessor))
     assert (model.config.num_images, model.config.proprio_dim, model.config.action_horizon) == (2, 3, CHUNK)
     assert (processor.cameras, processor.state_dim) == (list(CAMERAS), 3)
     assert processor.image_processor.center_crop_area == 0.9
     training = read_training(tmp_path / "run")
-    frames = load_recorded(str(data), training, split="train")
+    frames = load_recorded(str(arm), training, split="train")
     report = evaluate_open_loop(model, processor, frames)
     assert report.frames == len(frames) == 2 * (6 - CHUNK + 1)
     assert len(report.mean_absolute_error) == 7
@@ -287,6 +293,24 @@ def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, tmp_
     assert "predict_action" in card
     assert "3 actions, l1 head" in card
     assert "a tenth after 100000 steps" in card
+
+
+@pytest.mark.slow
+def test_an_action_head_that_learns_on_a_base_of_four_bits_acts_on_the_whole_base(base, arm, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    result = teach_arm(base, arm, tmp_path / "run", "qlora", action_head="l1", use_state=True, learning_rate=3e-2)
+    assert np.isfinite(result.figures["loss"])
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    head = {name: tensor for name, tensor in weights.items() if "action_head" in name}
+    assert head, "the head was not saved"
+    model, processor = (auto.from_pretrained(tmp_path / "run") for auto in (AutoModel, AutoProcessor))
+    for name, tensor in head.items():
+        saved = model.get_parameter(name.removeprefix("base_model.model."))
+        torch.testing.assert_close(saved, tensor.to(saved.dtype), rtol=0, atol=0)
+    frame = chunk_frames()[0]
+    images = list(frame["images"].values())
+    inputs = processor(images, instruction=frame["instruction"], state=frame["state"])
+    assert model.predict_action(**inputs).shape == (CHUNK, 7)
 
 
 def swapped(frames):
