@@ -58,7 +58,8 @@ def test_a_reader_that_was_closed_reads_again(tables):
 def test_the_least_recently_used_is_dropped():
     kept, made = RecentlyUsed(2), []
     for key in "abacab":
-        kept.get(key, lambda key=key: made.append(key) or key)
+        with kept.borrow(key, lambda key=key: made.append(key) or key):
+            pass
     assert made == ["a", "b", "c", "b"]
 
 
@@ -67,14 +68,18 @@ def test_a_forked_process_makes_its_own():
     context = get_context("fork")
     results = context.SimpleQueue()
 
-    def in_child():
-        results.put(kept.get("file", lambda: "child"))
-        kept.clear()
-        results.put(kept.get("file", lambda: "opened again"))
+    def use(name):
+        with kept.borrow("file", lambda: name) as used:
+            return used
 
-    assert kept.get("file", lambda: "parent") == "parent"
+    def in_child():
+        results.put(use("child"))
+        kept.clear()
+        results.put(use("opened again"))
+
+    assert use("parent") == "parent"
     child = context.Process(target=in_child)
     child.start()
     child.join(60)
     assert [results.get(), results.get()] == ["child", "opened again"]
-    assert kept.get("file", lambda: "parent again") == "parent"
+    assert use("parent again") == "parent"

@@ -1,11 +1,13 @@
 """Streams in training: which reader draws which frames and how often, and which images are decoded."""
 
 import itertools
+import pickle
+import threading
 from collections import Counter
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, interleave_datasets
 from torch.utils.data import DataLoader
 
 from openvla_hf.data import (
@@ -211,6 +213,90 @@ def test_statistics_of_a_mixture_of_streams_take_a_pass_over_each(write, decoded
     assert [each["num_transitions"] for each in found.values()] == [6, 9]
     assert compute_statistics(one.repeat(None)) == compute_statistics(one)
     assert decoded == []
+
+
+BITS = 9  # of the numbers that frames show
+SHOWN = (6, 40)  # episodes and their steps in `numbered`
+
+
+@pytest.fixture
+def numbered():
+    """Episodes whose frames show their number in the dataset as black and white bars."""
+
+    def show(number):
+        bits = [255 * (number >> bit & 1) for bit in range(BITS)]
+        return np.kron(np.array(bits, np.uint8)[None, :, None], np.ones((32, 32, 3), np.uint8))
+
+    episodes, steps = SHOWN
+    return [
+        [
+            {"image": show(number), "instruction": "count", "action": np.full(7, number, np.float32)}
+            for number in range(index * steps, (index + 1) * steps)
+        ]
+        for index in range(episodes)
+    ]
+
+
+def shown(image):
+    return sum(int(image[16, 32 * bit + 16].mean() > 127) << bit for bit in range(BITS))
+
+
+def run_threads(*functions):
+    """Run functions at the same time, each in a thread, and return what they return."""
+    results = {}
+
+    def run(index):
+        results[index] = functions[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[index] for index in range(len(functions))]
+
+
+def store_images_in_parquet(episodes, path):
+    rows = [frame for each in episodes for frame in each]
+    columns = {name: [row[name] for row in rows] for name in ("image", "instruction", "action")}
+    features = Features({"image": Image(), "instruction": Value("string"), "action": List(Value("float32"))})
+    path.mkdir()
+    Dataset.from_dict(columns, features=features).to_parquet(path / "train.parquet", batch_size=16)
+
+
+@pytest.mark.parametrize("write_format", [write_lerobot, write_rlds, store_images_in_parquet])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_threads_that_read_the_same_frames_do_not_disturb_one_another(numbered, tmp_path, write_format, streaming):
+    write_format(numbered, tmp_path / "numbered")
+    frames = load(tmp_path / "numbered", streaming=streaming)
+    numbers = list(range(np.prod(SHOWN)))
+
+    def read(start):
+        rest = frames.skip(start) if start else frames
+        return [(shown(frame["image"]), int(frame["action"][0])) for _ in range(2) for frame in rest]
+
+    starts = [0, 0, 100, 200]
+    for start, read_numbers in zip(
+        starts, run_threads(*(lambda start=start: read(start) for start in starts)), strict=True
+    ):
+        assert read_numbers == [(number, number) for _ in range(2) for number in numbers[start:]]
+
+
+def test_datasets_reads_several_streams_ahead_in_threads(numbered, tmp_path):
+    write_lerobot(numbered, tmp_path / "numbered")
+    stream = load(tmp_path / "numbered", streaming=True)
+    episodes, steps = SHOWN
+    parts = [stream.shard(episodes, index).repeat(3) for index in range(episodes)]
+    order = [shown(frame["image"]) for frame in interleave_datasets(parts, stopping_strategy="all_exhausted")]
+    assert order == [number + steps * index for _ in range(3) for number in range(steps) for index in range(episodes)]
+
+
+def test_a_stream_that_is_being_read_can_be_sent_to_another_process(numbered, tmp_path):
+    write_lerobot(numbered, tmp_path / "numbered")
+    stream = load(tmp_path / "numbered", streaming=True)
+    take(stream, 50)
+    copy = pickle.loads(pickle.dumps(stream))
+    assert [shown(frame["image"]) for frame in take(copy, 50)] == list(range(50))
 
 
 def test_a_stream_without_frames_is_refused_in_training():

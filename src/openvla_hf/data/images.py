@@ -34,7 +34,8 @@ JPEG = b"\xff\xd8"
 class ImageReader:
     """Read images by reference, and keep the last few videos and parquet files open.
 
-    Each process opens its own files. `close`, or the end of a `with` block, closes them; reading opens them again.
+    Threads may share a reader: no two of them use the same open file at the same time. Each process opens its own
+    files. `close`, or the end of a `with` block, closes them; reading opens them again.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,8 @@ class ImageReader:
         data, path = reference["bytes"], reference["path"]
         if data is None and "#t=" in path:
             file, _, time = path.rpartition("#t=")
-            return self.open_video(file).read(float(time))
+            with self._videos.borrow(file, lambda: Video(file)) as video:
+                return video.read(float(time))
         try:
             data = self._read_bytes(path) if data is None else data
         except (OSError, IndexError, pa.ArrowException) as error:
@@ -72,13 +74,14 @@ class ImageReader:
         except (OSError, ValueError) as error:
             raise BadEpisodeError(f"{path or 'an image'}: the image can't be decoded ({error}).") from error
 
-    def open_video(self, path: str) -> Video:
-        """Open a video, or return it if it is open.
+    def check_video(self, path: str, time: float) -> None:
+        """Require that a video shows a frame at `time` (seconds), without decoding it.
 
         Raises:
-            BadEpisodeError: The file is missing or is not a video.
+            BadEpisodeError: The file is missing or is not a video, or the video ends before `time`.
         """
-        return self._videos.get(path, lambda: Video(path))
+        with self._videos.borrow(path, lambda: Video(path)) as video:
+            video.check(time)
 
     def _read_bytes(self, path: str) -> bytes:
         file, _, fragment = path.rpartition("#")
@@ -93,9 +96,10 @@ class ImageReader:
         return _read_range(path, 0, None)
 
     def _read_row(self, path: str, row: int, column: str) -> ImageReference:
-        table = self._tables.get(path, lambda: ImageTable(path))
-        group, place = table.find(row)
-        return self._groups.get((path, group, column), lambda: table.read_group(group, column))[place].as_py()
+        with self._tables.borrow(path, lambda: ImageTable(path)) as table:
+            group, place = table.find(row)
+            with self._groups.borrow((path, group, column), lambda: table.read_group(group, column)) as images:
+                return images[place].as_py()
 
 
 def _read_range(path: str, start: int, end: int | None) -> bytes:

@@ -76,6 +76,29 @@ class FrameStream(IterableDataset):
         super().__init__(**constructor_arguments(frames))
         self.rows, self.name, self.num_frames, self.cache_key = rows, name, num_frames, cache_key
         self.seed = seed
+        self._latest: IterableDataset | None = None
+        self._position: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        yield from self._start()
+
+    def iter(self, batch_size: int, drop_last_batch: bool = False) -> Iterator[dict[str, list[Any]]]:
+        """Iterate in batches, as `datasets` does."""
+        yield from self._start().iter(batch_size, drop_last_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the iterator that started last."""
+        return super().state_dict() if self._latest is None else self._latest.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the iterators that start from now on continue at a position."""
+        self._position = state_dict
+
+    def _start(self) -> IterableDataset:
+        """Start an iterator at the position that was loaded."""
+        self._latest = _copy(self, self.epoch)
+        self._latest.load_state_dict(self._position)
+        return self._latest
 
     def repeat(self, num_times: int | None) -> IterableDataset:
         """Repeat the stream as `datasets` does, but with a different order for each pass over a shuffled stream."""
@@ -194,8 +217,15 @@ def _read_group(rows: IterableDataset, group: int, groups: int, epoch: int) -> I
                 yield row
 
 
+def _copy(stream: IterableDataset, epoch: int) -> IterableDataset:
+    """Copy a stream for one iterator: iterators of `datasets` share a position, which threads would corrupt."""
+    copy = stream.shard(1, 0)
+    copy.set_epoch(epoch)
+    return copy
+
+
 def _read(rows: IterableDataset, epoch: int) -> Iterator[Row]:
-    rows.set_epoch(epoch)
+    rows = _copy(rows, epoch)
     # `iter(rows)` would divide the rows among the workers of a data loader a second time.
     for batch in rows.iter(batch_size=DECODED_ROWS):
         for values in zip(*batch.values(), strict=True):

@@ -214,12 +214,12 @@ class LeRobotSource:
         names = spec.wanted_columns(self.numbers)
         stored = [camera for camera in dict.fromkeys(cameras.values()) if camera not in shard.videos]
         read = [*names, "task_index", "timestamp", *stored]
-        file = self._data_file.get((shard.path, *read), lambda: DataFile(self.fs, shard.path, read))
-        if not self.inline and shard.episode == self.episodes.start:
-            for camera in stored:
-                self._warn_of_large_groups(file, camera, shard.path)
-        rows = file.find(shard.episode)
-        table = file.read(rows)
+        with self._data_file.borrow((shard.path, *read), lambda: DataFile(self.fs, shard.path, read)) as file:
+            if not self.inline and shard.episode == self.episodes.start:
+                for camera in stored:
+                    self._warn_of_large_groups(file, camera, shard.path)
+            rows = file.find(shard.episode)
+            table = file.read(rows)
         if len(table) != shard.length:
             raise ValueError(f"there are {len(table)} rows, but the metadata says {shard.length}.")
         if not shard.length:
@@ -237,7 +237,7 @@ class LeRobotSource:
     def _video_frames(self, table: pa.Table, video: str, start: float) -> list[ImageReference]:
         """List the frames of a video in which the episode begins at `start` (seconds)."""
         times = [start + time for time in table["timestamp"].to_pylist()]
-        self.images.open_video(video).check(max(times))
+        self.images.check_video(video, max(times))
         return [{"bytes": None, "path": f"{video}#t={time:.6f}"} for time in times]
 
     def _stored_images(self, table: pa.Table, camera: str, path: str, rows: np.ndarray) -> list[ImageReference]:
