@@ -336,9 +336,9 @@ def test_nobody_at_the_address():
 @pytest.mark.parametrize(
     ("head", "body", "message"),
     [
-        ("200 OK", b"<html>", "is not that of an openvla-hf server"),
-        ("200 OK", b'{"actions": [[NaN]]}', "is not that of an openvla-hf server"),
-        ("200 OK", b'{"actions": 3}', "is not that of an openvla-hf server"),
+        ("200 OK", b"<html>", "does not answer like an openvla-hf server"),
+        ("200 OK", b'{"actions": [[NaN]]}', "does not answer like an openvla-hf server"),
+        ("200 OK", b'{"actions": 3}', "does not answer like an openvla-hf server"),
         ("404 Not Found", b"<html>", r"/v1/act answered with an error\. \(404 http\)"),
     ],
 )

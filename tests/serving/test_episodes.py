@@ -81,13 +81,19 @@ def test_a_token_without_a_server_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"default_unnorm_key": None}, "The server has no default key: give `unnorm_key=` with one of 'tabletop'"),
-        ({"unnorm_key": "bridge"}, "The server has no key 'bridge'"),
+        (
+            {"default_unnorm_key": None},
+            "The server has no default statistics: give `unnorm_key=` with one of 'tabletop'",
+        ),
+        ({"unnorm_key": "bridge"}, "The server has no statistics 'bridge'"),
         (
             {"gripper": {"convention": "libero", "open": -1.0, "closed": 1.0}},
             "opens the gripper with -1 and closes it with 1",
         ),
-        ({"cameras": [{"name": "cam_high"}]}, "sees 'cam_high', but the tabletop's cameras are 'image', 'wrist'"),
+        (
+            {"cameras": [{"name": "cam_high"}]},
+            "sees the cameras 'cam_high', but the tabletop's cameras are 'image', 'wrist'",
+        ),
         ({"state_dim": 8}, "a state of 8 dimensions, but that of the tabletop has 4"),
         ({"action_bounds": {"tabletop": {"low": [-1.0] * 7, "high": [1.0] * 7}}}, "not this policy's robot"),
     ],

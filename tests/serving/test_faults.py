@@ -125,7 +125,7 @@ SEE_THROUGH = np.full((20, 30, 4), 127, np.uint8)
         (as_file(np.zeros((400, 300, 3), np.uint8)), 413, "300 x 400 pixels"),
         (png_bomb(9_000, 9_000), 413, "9000 x 9000 pixels"),
         (png_bomb(65_000, 65_000), 413, "more than the 100000 pixels"),
-        (as_file(GREY, "JPEG") + b"\xff\xda" * 65, 422, "more than 64 passes"),
+        (as_file(GREY, "JPEG") + b"\xff\xda" * 65, 422, "more than 64 scans"),
     ],
 )
 def test_an_image_that_is_damaged_or_not_as_agreed_is_refused(plain, file, status, reason):
@@ -159,7 +159,7 @@ def test_grey_and_opaque_images_are_taken_as_they_look(plain):
         ({"instruction": "go " * 400}, 422, "1200 characters"),
         ({"instruction": 3}, 422, "`instruction`: Input should be a valid string"),
         ({"images": {}}, 422, "`images`: Dictionary should have at least 1 item"),
-        ({"images": {"image": "?"}}, 422, "not base64"),
+        ({"images": {"image": "?"}}, 422, "not valid base64"),
         ({"images": {"front": ""}}, 422, "not a readable JPEG or PNG"),
         ({"state": [0.1]}, 422, "takes none"),
         ({"state": ["a"]}, 422, "`state.0`: Input should be a valid number"),

@@ -271,7 +271,7 @@ def test_a_server_without_room_for_a_session_refuses_the_connection_with_a_reaso
     with serve(plain_policy, max_sessions=1) as url, OpenpiClient(url), pytest.raises(InvalidStatus) as raised:
         OpenpiClient(url)
     assert raised.value.response.status_code == 429
-    assert b"as many as it allows" in raised.value.response.body
+    assert b"open sessions: close one" in raised.value.response.body
 
 
 def test_clients_send_the_token_as_an_api_key(serve, plain_policy, make_observation):

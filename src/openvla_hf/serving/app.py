@@ -36,7 +36,7 @@ LAST_ANSWERS_SECONDS = 2.0
 
 
 def create_app(service: Service) -> FastAPI:
-    """Build the application. It starts and stops the service with itself."""
+    """Build the application. Its lifespan starts and stops the service."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
-    # The usual pages of the documentation load scripts from other servers.
+    # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(title="openvla-hf", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     for door in (openpi, original, page, v1):
         app.include_router(door.router(service))
@@ -82,7 +82,7 @@ async def _answer_nobody(request: Request, error: Any) -> Response:
 
 
 async def _answer_failure(request: Request, error: Any) -> Response:
-    return JSONResponse({"error": "internal", "reason": "The server failed, and its log says why."}, 500)
+    return JSONResponse({"error": "internal", "reason": "The server failed. Its log gives the reason."}, 500)
 
 
 def _describe_token(app: FastAPI) -> None:
@@ -166,7 +166,7 @@ def _is_about_more_than_a_refusal(record: logging.LogRecord) -> bool:
 
 
 class _Pending:
-    """ASGI middleware that counts the requests and the messages of WebSockets that wait for their answer."""
+    """ASGI middleware that counts the requests and the WebSocket messages that have no answer yet."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -200,7 +200,7 @@ class _Pending:
 
 
 class _Server(uvicorn.Server):
-    """A server that drains before it closes its connections, and that a signal ends with status 0."""
+    """A server that drains before it closes its connections, and exits with status 0 after a signal."""
 
     def __init__(self, config: uvicorn.Config, service: Service, pending: _Pending, on_ready: Callable[[], None]):
         super().__init__(config)

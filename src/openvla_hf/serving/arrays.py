@@ -21,11 +21,11 @@ MAX_NESTING = 16
 MAX_ENTRIES = 10_000
 """Largest number of containers and of their entries in a message, other than the elements of arrays."""
 MAX_CONTAINER = 1024
-"""Largest number of entries of a list or a map, for which msgpack allocates memory before it reads them."""
+"""Largest number of entries of a list or a map. msgpack allocates memory for all entries before it reads them."""
 
 
 class _Refused(ValueError):
-    """A fault that this module words, unlike those of the parsers."""
+    """An error whose message is written for clients, unlike the errors of the parsers."""
 
 
 def unpack(data: bytes) -> Any:
@@ -84,7 +84,7 @@ def load_json(text: str | bytes) -> Any:
         ValueError: The message is damaged or exceeds a limit, or an array in it is not valid.
     """
     marks: tuple[Any, ...] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
-    # Before parsing, since a list takes much more memory than its text. Base64 has none of these characters.
+    # Count before parsing, since a list takes much more memory than its text. Base64 has none of these characters.
     if sum(map(text.count, marks)) > MAX_ENTRIES:
         raise _too_many_entries()
     try:
@@ -160,7 +160,7 @@ def _name_dtype(value: np.ndarray | np.generic) -> str:
 
 
 def _make_array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
-    """Make an array of its parts, all of which may be anything."""
+    """Make an array from its parts, none of which is checked yet."""
     name = _check_dtype(dtype)
     if not isinstance(data, bytes):
         raise _Refused(f"The data of an array must be bytes, got {_describe(data)}.")
@@ -180,7 +180,7 @@ def _make_array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def _make_scalar(value: Any, dtype: Any) -> np.generic:
-    """Make a numpy scalar of its parts, all of which may be anything."""
+    """Make a numpy scalar from its parts, none of which is checked yet."""
     stored = np.dtype(_check_dtype(dtype)).newbyteorder("=")
     if stored.kind == "b":
         fits = isinstance(value, bool)
@@ -202,7 +202,7 @@ def _check_dtype(dtype: Any) -> str:
 
 
 def _check_values(value: Any, levels: int) -> None:
-    """Refuse containers in more than so many levels, and halves of surrogate pairs, which JSON can write."""
+    """Refuse containers nested in more than `levels` levels, and unpaired surrogates, which JSON can contain."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -232,7 +232,7 @@ def _too_nested() -> ValueError:
 
 
 def _describe(value: Any) -> str:
-    """Describe a value that was sent in a few characters; it may be deeply nested, which `repr` can't take."""
+    """Describe a value in a few characters. Containers may be nested too deeply for `repr`."""
     if isinstance(value, str | bytes | int | float | None):
         text = repr(value) if not isinstance(value, str | bytes) else repr(value[:40])
         return text if len(text) <= 60 else f"{text[:57]}..."

@@ -28,7 +28,7 @@ class Batched:
     queue_seconds: float
 
 
-@dataclass(eq=False)  # two robots may see the same, and arrays have no single truth value
+@dataclass(eq=False)  # compare by identity, since arrays have no single truth value
 class _Waiting:
     prepared: Prepared
     robot: Hashable | None
@@ -39,8 +39,8 @@ class _Waiting:
 class Batcher:
     """Queue of requests in front of a policy, which predicts in a thread of its own.
 
-    While the policy predicts, new requests wait for the next batch. A batch starts as soon as it is full, or as every
-    active robot is in it, or after `max_wait`. A robot that is alone therefore never waits for others.
+    While the policy predicts, new requests wait for the next batch. A batch starts as soon as it is full or
+    contains every active robot, and at the latest after `max_wait`. A single robot therefore never waits.
 
     Args:
         policy: The policy.
@@ -85,7 +85,7 @@ class Batcher:
             Busy: The queue is full, or the device ran out of memory.
             Superseded: A newer request of this robot came before the prediction started.
             PredictionFailed: The policy failed on this observation.
-            ShuttingDown: The server stops.
+            ShuttingDown: The server is shutting down.
         """
         if self._is_closing:
             raise ShuttingDown("The server is shutting down.", RETRY_AFTER)
@@ -104,12 +104,12 @@ class Batcher:
         self._changed.set()
         try:
             return await request.answer
-        finally:  # a client that has gone
+        finally:  # the client may have disconnected
             if request in self._queue:
                 self._queue.remove(request)
 
     def forget(self, robot: Hashable) -> None:
-        """Stop waiting for a robot that has gone."""
+        """Stop waiting for a robot that has left."""
         self._last_seen.pop(robot, None)
         self._changed.set()
 
@@ -123,12 +123,12 @@ class Batcher:
                 return
             await self._gather()
             batch, self._queue = self._queue[: self.max_batch], self._queue[self.max_batch :]
-            if not batch:  # the clients have gone
+            if not batch:  # the clients have disconnected
                 continue
             started = time.perf_counter()
             answers = await loop.run_in_executor(self._thread, self._predict, [one.prepared for one in batch])
             for one, answer in zip(batch, answers, strict=True):
-                if one.answer.done():  # the client has gone
+                if one.answer.done():  # the client has disconnected
                     continue
                 if isinstance(answer, ServingError):
                     one.answer.set_exception(answer)
@@ -149,7 +149,7 @@ class Batcher:
                 await asyncio.wait_for(self._changed.wait(), rest)
 
     def _predict(self, batch: Sequence[Prepared]) -> Sequence[Prediction | ServingError]:
-        """Predict a batch; an observation for which the model's output is not finite does not spoil the others."""
+        """Predict a batch. If the output for an observation is not finite, the other observations still succeed."""
         try:
             return self.policy.predict(batch)
         except ValueError as error:

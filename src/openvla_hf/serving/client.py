@@ -29,7 +29,7 @@ FIRST_PAUSE = 0.05
 GATEWAY_ERRORS = (502, 503, 504)
 """Statuses with which a proxy says that it lost the server behind it."""
 CLOSING_SECONDS = 1.0
-"""Longest time to tell the server that a session has ended."""
+"""Longest time in seconds that `close` waits for the server."""
 REMEMBERED = 1000
 """Number of predictions in the statistics of the round trip."""
 
@@ -37,12 +37,12 @@ ImageLike = Image.Image | np.ndarray
 
 
 class ServerError(OSError):
-    """A request that got no action, or none in time.
+    """A request was refused, failed, or got no answer in time.
 
     Attributes:
-        reason: What is wrong, in a sentence.
+        reason: A sentence that says what is wrong.
         status: HTTP status of the answer; `None` if there is none.
-        kind: Name of the error: that of the server, such as "busy", or "unreachable", "disconnected", "timeout",
+        kind: Name of the error, from the server (such as "busy") or one of "unreachable", "disconnected", "timeout",
             "bad_answer" or "policy_changed".
         retry_after: Seconds after which the server takes the request again.
     """
@@ -87,7 +87,7 @@ class Client:
     Args:
         url: Address of the server, such as "http://gpu-server:8000".
         token: Token of the server, if it needs one.
-        timeout: Seconds within which an answer must be there. A later answer is stale and is never returned.
+        timeout: Seconds within which an answer must arrive. A later answer is stale and is never returned.
         jpeg_quality: Quality from 1 to 100 of images that are sent as JPEG. By default, images are sent as PNG, which
             keeps every pixel. JPEG is smaller and faster, but changes pixels and may change actions.
 
@@ -123,7 +123,7 @@ class Client:
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """What the server tells about its policy: cameras, state, keys, gripper and more. Asked for once."""
+        """The server's description of its policy: cameras, state, statistics, gripper and more. Requested once."""
         return self._read_info(self._deadline())
 
     @property
@@ -164,7 +164,7 @@ class Client:
         return self._act(observation, started)
 
     def session(self) -> "ClientSession":
-        """Open a session for one robot. Its actions build on the last ones, which takes fewer passes of the model."""
+        """Open a session for one robot. The server uses each action as a draft of the next, which saves passes."""
         return ClientSession(self)
 
     def _deadline(self) -> float:
@@ -224,11 +224,11 @@ class Client:
                 raise self._stale() from error
             except httpx.ConnectError as error:
                 failure = ServerError(
-                    f"Cannot connect to {self.url}: {error}. Check the address, and that the server runs.",
+                    f"Cannot connect to {self.url}: {error}. Check the address, and check that the server is running.",
                     "unreachable",
                 )
             except httpx.TransportError as error:
-                failure = ServerError(f"The connection to {self.url} broke: {error}", "disconnected")
+                failure = ServerError(f"The connection to {self.url} broke ({error}).", "disconnected")
                 if not can_repeat:
                     raise failure from error
             else:
@@ -260,7 +260,7 @@ class Client:
         )
 
     def _bad_answer(self) -> ServerError:
-        return ServerError(f"The answer of {self.url} is not that of an openvla-hf server.", "bad_answer")
+        return ServerError(f"{self.url} does not answer like an openvla-hf server. Check the address.", "bad_answer")
 
 
 class ClientSession:
@@ -312,17 +312,17 @@ class ClientSession:
             self._id = self._open(deadline)
 
     def close(self) -> None:
-        """End the session. The server forgets it by itself if it can't be told."""
+        """End the session. If the server can't be reached, the session expires on the server."""
         with contextlib.suppress(ServerError):
             self._client._ask("DELETE", f"/v1/sessions/{self._id}", time.monotonic() + CLOSING_SECONDS, False)
 
     def _open(self, deadline: float) -> str:
-        """Open a session, which must be one of the policy that the robot's loop was written for."""
+        """Open a session, and require that the server still has the same `info`."""
         client = self._client
         if client._read_info(deadline) != client.info:
             raise ServerError(
-                f"{client.url} now serves another policy, or with other options. Make a new `Client` after you have "
-                "checked its `info`.",
+                f"{client.url} now serves another policy or uses other options. Make a new `Client`, and check its "
+                "`info`.",
                 "policy_changed",
             )
         return client._ask("POST", "/v1/sessions", deadline)["session"]

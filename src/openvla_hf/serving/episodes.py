@@ -20,7 +20,7 @@ def check_server(info: dict[str, Any], unnorm_key: str | None = None) -> None:
     key = info["default_unnorm_key"] if unnorm_key is None else unnorm_key
     if key not in info["action_bounds"]:
         known = ", ".join(map(repr, info["action_bounds"]))
-        problem = "has no default key" if key is None else f"has no key {key!r}"
+        problem = "has no default statistics" if key is None else f"has no statistics {key!r}"
         raise ValueError(f"The server {problem}: give `unnorm_key=` with one of {known}.")
     gripper = info["gripper"]
     if (gripper["open"], gripper["closed"]) != (TABLETOP_OPEN, TABLETOP_CLOSED):
@@ -33,7 +33,7 @@ def check_server(info: dict[str, Any], unnorm_key: str | None = None) -> None:
     names = [camera["name"] for camera in info["cameras"]]
     if not set(names) <= set(CAMERAS):
         raise ValueError(
-            f"The server's policy sees {', '.join(map(repr, names))}, but the tabletop's cameras are "
+            f"The server's policy sees the cameras {', '.join(map(repr, names))}, but the tabletop's cameras are "
             f"{', '.join(map(repr, CAMERAS))}."
         )
     if info["state_dim"] not in (None, len(STATE_NAMES)):
@@ -54,8 +54,8 @@ def run_served_episodes(
 ) -> Iterator[Rollout]:
     """Run one episode for each seed, and yield them in order.
 
-    Each episode is a robot with a session of its own. The server joins the requests of robots that act at the same
-    time.
+    Each episode is a robot with its own session. The server predicts for robots that act at the same time in
+    batches.
 
     Args:
         client: Connection to the server.

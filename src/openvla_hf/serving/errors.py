@@ -1,4 +1,4 @@
-"""Why a request gets no action, with the HTTP status of each reason."""
+"""The errors that a server answers with, and the HTTP status of each."""
 
 
 class ServingError(Exception):

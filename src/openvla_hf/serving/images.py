@@ -14,7 +14,7 @@ from .errors import TooLarge, Unprocessable
 FORMATS = ("JPEG", "PNG")
 MODES = ("L", "RGB")
 MAX_SCANS = 64
-"""Largest number of passes of a progressive JPEG. Encoders write about 10. Decoding each takes as long as an image."""
+"""Largest number of scans of a progressive JPEG. Encoders write about 10. Each takes as long to decode as an image."""
 START_OF_SCAN = b"\xff\xda"
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = 1
@@ -24,7 +24,7 @@ def decode_image(data: bytes, camera: str, max_pixels: int) -> Image.Image:
     """Decode a JPEG or PNG image as RGB.
 
     The number of pixels is checked before any is decoded. An image that a viewer would rotate by its EXIF orientation
-    is refused, since nobody knows whether the policy was trained on the rotated image.
+    is refused, since it is unknown whether the policy was trained on rotated images.
 
     Args:
         data: The file.
@@ -44,12 +44,14 @@ def decode_image(data: bytes, camera: str, max_pixels: int) -> Image.Image:
                     "takes: send a smaller one."
                 )
             if data.count(START_OF_SCAN) > MAX_SCANS:
-                raise Unprocessable(f"{name} has more than {MAX_SCANS} passes: save it as a plain JPEG.")
+                raise Unprocessable(f"{name} has more than {MAX_SCANS} scans: save it as a baseline JPEG.")
             image.load()
             orientation = image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
             opaque = drop_opaque_alpha(image)
     except Image.DecompressionBombError:
-        raise TooLarge(f"{name} has more than the {max_pixels} pixels that this server takes.") from None
+        raise TooLarge(
+            f"{name} has more than the {max_pixels} pixels that this server takes: send a smaller one."
+        ) from None
     except UNREADABLE as error:
         raise Unprocessable(f"{name} is not a readable JPEG or PNG file: send one of these formats.") from error
     if orientation != UPRIGHT:
@@ -62,7 +64,7 @@ def decode_image(data: bytes, camera: str, max_pixels: int) -> Image.Image:
 
 
 def drop_opaque_alpha(image: Image.Image) -> Image.Image:
-    """Return an image without its palette, and without its alpha channel if that is opaque everywhere."""
+    """Return an image without its palette, and without its alpha channel if every pixel is opaque."""
     if image.mode == "P":
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
@@ -75,7 +77,7 @@ def decode_base64(text: str, camera: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Unprocessable(f"The image of {camera[:100]!r} is not base64.") from error
+        raise Unprocessable(f"The image of {camera[:100]!r} is not valid base64: encode the file.") from error
 
 
 __all__ = ["decode_base64", "decode_image"]

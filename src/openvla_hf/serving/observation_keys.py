@@ -1,4 +1,4 @@
-"""Read observations whose keys are those of openpi's and OpenVLA-OFT's clients.
+"""Read observations with the keys that clients of openpi and OpenVLA-OFT send.
 
 - openpi on LIBERO: `observation/image`, `observation/wrist_image`, `observation/state` and `prompt`,
 - openpi on DROID: `observation/exterior_image_1_left`, `observation/wrist_image_left`, `observation/joint_position`,
@@ -48,7 +48,7 @@ def read_observation(message: Any, service: Service) -> Observation:
         service: The service, for the policy's cameras and the options `camera_keys` and `max_pixels`.
 
     Raises:
-        Unprocessable: A key is missing, could be one of two, or has a value of a wrong type.
+        Unprocessable: A key is missing or ambiguous, or its value has the wrong type.
         TooLarge: An image has too many pixels.
     """
     if not isinstance(message, Mapping):
@@ -68,7 +68,7 @@ def read_observation(message: Any, service: Service) -> Observation:
 
 
 class _Sent:
-    """The values of an observation by their whole keys, and their keys by short names, without the usual groups."""
+    """The values of an observation by their full keys, and the full keys by their names without `PREFIXES`."""
 
     def __init__(self, message: Mapping[Any, Any]):
         self.values: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class _Sent:
                 self.values[key] = value
 
     def find(self, names: Iterable[str]) -> list[str]:
-        """List the keys with one of the short names."""
+        """List the full keys with one of the names."""
         return [key for name in names for key in self._keys.get(name, ())]
 
     def __str__(self) -> str:
@@ -133,7 +133,7 @@ def _find_camera(sent: _Sent, camera: str, cameras: Sequence[str], camera_keys: 
 
 
 def _check_image(key: str, image: Any, max_pixels: int) -> np.ndarray:
-    # Not a text, which the processor would open as a path or a URL, and not a batch.
+    # Refuse text, which the processor would open as a path or a URL, and batches.
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
         shape = f"of shape {image.shape}" if isinstance(image, np.ndarray) else f"a {type(image).__name__}"
         raise Unprocessable(f"The image {key!r} must be an array of shape (H, W, 3) or (3, H, W), got {shape}.")
@@ -177,7 +177,7 @@ def _read_state(sent: _Sent) -> np.ndarray:
 
 
 def _read_numbers(key: str, value: Any) -> np.ndarray:
-    """Return a vector; a single number is one of length 1."""
+    """Return a vector. A single number gives a vector of length 1."""
     is_list = isinstance(value, list) and all(isinstance(one, int | float | np.generic) for one in value)
     if not is_list and not isinstance(value, int | float | np.ndarray | np.generic):
         raise Unprocessable(f"The state {key!r} must be an array of numbers, got a {type(value).__name__}.")

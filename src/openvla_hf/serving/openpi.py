@@ -1,8 +1,8 @@
 """openpi's protocol: observations and actions as msgpack over a WebSocket.
 
-The server first sends its metadata, and then one reply to each observation, all in binary frames. A connection is a
-session of its own. openpi has no message for a new episode: a client that keeps its connection open sends
-`reset: true` with the first observation of an episode, or another instruction.
+The server first sends its metadata, and then one reply to each observation, all in binary frames. Each connection is
+its own session. openpi has no message for a new episode: a client that keeps its connection open sends `reset: true`
+with the first observation of an episode, or a different instruction.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from .service import MILLISECONDS, Answer, Service
 logger = logging.getLogger(__name__)
 
 PROTOCOL = {"protocol": "openpi", "protocol_version": 1}
-"""Start of the metadata. openpi itself numbers no versions."""
+"""First entries of the metadata. The version is ours, since openpi does not number its protocol."""
 RESET = "reset"
 SERVER_FAULT = 1011
 """Code with which openpi's server closes a connection after an error."""
@@ -62,7 +62,7 @@ def router(service: Service) -> APIRouter:
 async def _answer_observations(service: Service, socket: WebSocket, session: str) -> None:
     """Answer each observation until the client leaves, or after the first error."""
     timing: dict[str, float] = {}
-    # Listens while the policy predicts, so that the observation of a client that leaves does not occupy the policy.
+    # Listen while the policy predicts, so that the policy drops the observation of a client that leaves.
     incoming = asyncio.create_task(socket.receive())
     answering: asyncio.Task[Answer] | None = None
     try:
@@ -119,8 +119,7 @@ def _read_request(service: Service, data: bytes | None) -> tuple[Observation, bo
 def _write_reply(answer: Answer, timing: dict[str, float]) -> bytes:
     """Encode the actions and the times.
 
-    openpi's client takes a row of every array in a reply as a step of the chunk, so that the actions must be the only
-    array. openpi's policies may also return the state.
+    The actions are the only array, since openpi's client takes row i of every array in a reply as step i of the chunk.
     """
     return pack(
         {

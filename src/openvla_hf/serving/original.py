@@ -54,8 +54,8 @@ BODY = {
     }
 }
 ANSWER = {
-    "description": "The action, or a list of actions from a policy that predicts chunks. It is a text if the "
-    'observation was sent as a text, and "error" if the server was told to answer errors as the original does.',
+    "description": "The action, or a list of actions from a policy that predicts chunks. It is a string if the "
+    'observation was sent as a string, and "error" if the server answers errors as the original does.',
     "content": {
         JSON: {"schema": {"anyOf": [ARRAY_SCHEMA, {"type": "array", "items": ARRAY_SCHEMA}, {"type": "string"}]}}
     },
@@ -90,7 +90,7 @@ def router(service: Service) -> APIRouter:
 
 
 def read_body(body: bytes) -> tuple[Any, bool]:
-    """Read the observation, and whether it was sent as a text.
+    """Read the observation, and whether it was sent as a string.
 
     Raises:
         BadRequest: The body is damaged.
@@ -100,7 +100,7 @@ def read_body(body: bytes) -> tuple[Any, bool]:
         if not isinstance(message, dict) or ENCODED not in message:
             return message, False
         if len(message) > 1 or not isinstance(message[ENCODED], str):
-            raise BadRequest(f"A body with {ENCODED!r} must have nothing else, and its value must be text.")
+            raise BadRequest(f"A body with {ENCODED!r} must have no other key, and the value must be a string.")
         return load_json(message[ENCODED]), True
     except ValueError as error:
         raise BadRequest(str(error)) from error

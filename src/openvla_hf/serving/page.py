@@ -1,4 +1,4 @@
-"""The page of a server, for people: ask for an action, or watch an episode of the tabletop."""
+"""The web page of a server, where a person asks for actions or watches an episode of the tabletop."""
 
 import asyncio
 import base64
@@ -51,7 +51,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/page/episode")
     async def episode(seed: Annotated[int, Query(ge=0, le=MAX_SEED)]) -> Response:
         if not is_tabletop(service):
-            raise Unprocessable("This server's policy does not act for the robot of the tabletop.")
+            raise Unprocessable("This server's policy is not for the tabletop's robot.")
         return StreamingResponse(run_episode(service, seed), media_type="application/x-ndjson", headers=HEADERS)
 
     @routes.get("/page/{name}")
@@ -75,7 +75,7 @@ def is_tabletop(service: Service) -> bool:
 
 
 async def run_episode(service: Service, seed: int) -> AsyncIterator[str]:
-    """Run one episode like a robot with a session, and yield a line of JSON for each step."""
+    """Run one episode in a session, as a robot does, and yield a line of JSON for each step."""
     from ..tabletop.env import TabletopEnv
 
     policy = service.policy

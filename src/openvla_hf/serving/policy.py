@@ -49,7 +49,7 @@ class GripperConvention:
 GRIPPERS = {
     "policy": GripperConvention(1.0, 0.0, False, lambda opening: opening),
     "binary": GripperConvention(1.0, 0.0, True, lambda opening: (opening > 0.5).astype(np.float64)),
-    # As in the original's evaluation: to [-1, 1], the sign, inverted.
+    # As in the original's evaluation: scale to [-1, 1], take the sign and invert it.
     "libero": GripperConvention(-1.0, 1.0, True, lambda opening: -np.sign(2 * opening - 1)),
 }
 
@@ -91,7 +91,7 @@ class Prediction:
     Attributes:
         actions: (K, A) float64 in robot units, with the gripper as predicted: 1 for open and 0 for closed.
         unnorm_key: Name of the statistics that were used.
-        token_ids: (K, A); `None` with an action head, and so are the next two.
+        token_ids: (K, A). Like the next two, `None` with an action head.
         probabilities: (K, A, N) over the bins, lowest value first.
         entropy: (K, A) in nats.
         text: Reasoning before the action, from a model that writes one.
@@ -221,7 +221,7 @@ class ServedPolicy:
         return {
             "server": "openvla-hf",
             "server_version": __version__,
-            # Of a folder only the name: clients need not know the server's disk.
+            # Give only the name of a folder: clients need not know the server's file system.
             "model_id": os.path.basename(os.path.abspath(self.model_id)) if is_folder else self.model_id,
             "revision": getattr(config, "_commit_hash", None),
             "unnorm_keys": list(keys),
@@ -275,7 +275,7 @@ class ServedPolicy:
                 )
             images = images[ONLY_CAMERA]
         for camera, image in observation.images.items():
-            # Not a path or a URL, which the processor would open, and not a batch.
+            # Refuse paths and URLs, which the processor would open, and batches.
             is_array = isinstance(image, np.ndarray) and image.ndim in (2, 3)
             if not is_array and not isinstance(image, Image.Image):
                 raise TypeError(f"The image of {camera!r} must be a PIL image or an array of shape (H, W, 3).")
@@ -354,7 +354,7 @@ class ServedPolicy:
 class Session:
     """One robot's episode: the draft of its next action, and the chunks of temporal ensembling.
 
-    Another instruction or another key starts a new episode. `reset` does so where the task stays the same.
+    A different instruction or key starts a new episode. `reset` starts one for the same task.
     """
 
     def __init__(self, policy: ServedPolicy):
@@ -368,7 +368,7 @@ class Session:
         self._chunks: list[np.ndarray] = []  # (later steps, A) each, the oldest first
 
     def observe(self, observation: Observation) -> Observation:
-        """Add the draft to an observation, or start a new episode if the task is another."""
+        """Add the draft to an observation, or start a new episode if the task has changed."""
         task = (observation.instruction, observation.unnorm_key)
         if task != self._task:
             self.reset()
@@ -387,7 +387,7 @@ class Session:
             self._chunks.append(prediction.actions)
             actions = average_chunks(self._chunks, self.policy.ensemble)[None]
             self._chunks = drop_first_step(self._chunks)
-        # Last, so that a binary gripper stays binary after the average.
+        # Convert last, so that a binary gripper stays binary after the average.
         opening = self.policy.gripper.convert(actions[:, -1:])
         return np.concatenate([actions[:, :-1], opening], axis=1)
 

@@ -19,7 +19,7 @@ class SafetyLimits:
 
     Attributes:
         max_translation: Longest movement of one action in metres.
-        max_rotation: Largest rotation of one action in radians, as the length of its vector of rotations.
+        max_rotation: Largest rotation of one action in radians, as the norm of its three rotations.
         low: (3,) lowest corner of the workspace in metres, in the frame of the robot's base.
         high: (3,) highest corner.
     """
@@ -40,7 +40,7 @@ class SafetyLimits:
             )
 
     def check(self, action: np.ndarray, position: np.ndarray) -> None:
-        """Raise `UnsafeAction` unless an action keeps all limits.
+        """Raise `UnsafeAction` if an action exceeds a limit.
 
         Args:
             action: (7,).
@@ -81,7 +81,7 @@ class SafetyLimits:
         return action
 
     def _read(self, action: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copy both to float64 and check what no limit can repair."""
+        """Copy both to float64, and check them for faults that clipping can't repair."""
         action, position = np.array(action, dtype=np.float64), np.array(position, dtype=np.float64)
         if action.shape != (7,) or position.shape != (3,):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Who may ask the server, how much and how fast: checks before any request or WebSocket reaches the application."""
+"""Checks of who may use the server, how much and how fast, before a request or WebSocket reaches the application."""
 
 import asyncio
 import hmac
@@ -22,7 +22,7 @@ OPEN_PATHS = ("/health", "/healthz", "/", "/page/page.css", "/page/page.js")
 """Paths that need no token over HTTP: the health checks, and the page, which asks for the token itself."""
 TOKEN_SCHEMES = ("bearer", "api-key")
 MAX_CLIENTS = 10_000
-"""Number of clients whose rate is remembered before those that have been silent are forgotten."""
+"""Number of clients whose rates are kept before those of idle clients are dropped."""
 
 
 def find_addresses(host: str, port: int = 0) -> list[Any]:
@@ -46,7 +46,7 @@ def check_exposure(host: str, token: str | None, allow_no_token: bool = False) -
     """Refuse to let other machines command a robot without a token.
 
     Raises:
-        ValueError: Other machines reach the host, there is no token, and this is not allowed.
+        ValueError: Other machines can reach the host, there is no token, and `allow_no_token` is false.
     """
     if token is None and not allow_no_token and not is_loopback(host):
         raise ValueError(
@@ -102,7 +102,7 @@ class Guard:
         self._rate = None if rate is None else _Rate(rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or pass it on with a `receive` that keeps the limits."""
+        """Refuse a request, or pass it on with a `receive` that enforces the limits."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -111,7 +111,7 @@ class Guard:
         try:
             with self.service.metrics.count_errors():
                 self._check_host(headers)
-                self._check_rate(client)  # before the token, so that nobody can try many
+                self._check_rate(client)  # before the token, so that nobody can try many tokens
                 if scope["type"] == "websocket" or scope["path"] not in OPEN_PATHS:
                     self._check_token(headers)
                 self._check_length(headers)
@@ -169,7 +169,7 @@ class Guard:
 
         async def read() -> Message:
             nonlocal size, is_complete
-            if is_complete:  # waits for the client to leave
+            if is_complete:  # the application waits for the client to disconnect
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -204,7 +204,7 @@ class _Rate:
     def __init__(self, rate: float):
         self.rate = rate
         self._burst = max(1.0, rate)
-        self._left: dict[str, tuple[float, float]] = {}  # requests that a client may send at once, at a time
+        self._left: dict[str, tuple[float, float]] = {}  # client -> (requests that it may send at once, time)
 
     def take(self, client: str) -> float:
         """Count a request. Return 0, or the seconds after which it would be allowed."""

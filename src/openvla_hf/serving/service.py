@@ -91,7 +91,7 @@ class Answer:
 class _Open:
     session: Session
     used: float
-    is_connected: bool  # it lives as long as its connection
+    is_connected: bool  # whether the session ends with a connection
 
 
 class Service:
@@ -110,7 +110,7 @@ class Service:
         self._sessions: dict[str, _Open] = {}
 
     async def start(self) -> None:
-        """Start the queue, and predict once, since a first prediction takes longer."""
+        """Start the queue, and predict once, since the first prediction takes longer."""
         options = self.options
         self._batcher = Batcher(self.policy, options.max_batch, options.max_wait_ms / MILLISECONDS, options.max_queue)
         self.metrics.queue.set_function(lambda: len(self._batcher))
@@ -120,7 +120,7 @@ class Service:
         try:
             await self._batcher.predict(blank)
         except PredictionFailed:
-            if not self.policy.model.config.reasoning:  # nor need a text about a black image end in an action
+            if not self.policy.model.config.reasoning:  # a text about a black image may lack an action
                 raise
         self.is_ready = True
 
@@ -178,14 +178,16 @@ class Service:
         """Open a session and return its id.
 
         Args:
-            is_connected: Whether the session belongs to a connection, with which it ends. Others expire.
+            is_connected: Whether the session ends with a connection. Otherwise it expires.
 
         Raises:
             TooManyRequests: There are too many open sessions.
         """
         self._drop_expired()
         if len(self._sessions) >= self.options.max_sessions:
-            raise TooManyRequests(f"The server has {len(self._sessions)} open sessions, as many as it allows.")
+            raise TooManyRequests(
+                f"The server allows {len(self._sessions)} open sessions: close one, or try again later."
+            )
         session_id = secrets.token_urlsafe(16)
         self._sessions[session_id] = _Open(self.policy.open_session(), time.monotonic(), is_connected)
         return session_id

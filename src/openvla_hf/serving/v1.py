@@ -1,4 +1,4 @@
-"""The HTTP API: actions for images, sessions, and what operators ask."""
+"""The HTTP API: actions for images, sessions, and endpoints for operators."""
 
 import asyncio
 from collections.abc import Awaitable, Mapping
@@ -46,7 +46,8 @@ class ActFields(BaseModel):
     unnorm_key: Name | None = Field(None, description="Statistics to use; the server's default if left out.")
     session: Name | None = Field(None, description="Session of the robot, from `POST /v1/sessions`.")
     details: Literal["none", "chosen", "all"] = Field(
-        "none", description='Add details of the prediction: with the probabilities of the "chosen" bins, or of "all".'
+        "none",
+        description='Details to add: "none", those with the probabilities of the "chosen" bins, or of "all" bins.',
     )
 
 
@@ -64,7 +65,7 @@ class Timings(BaseModel):
     queue_ms: float = Field(description="In the queue.")
     preprocess_ms: float = Field(description="From images and text to the model's inputs.")
     model_ms: float = Field(description="In the model, for the whole batch.")
-    total_ms: float = Field(description="In all, without reading the request.")
+    total_ms: float = Field(description="In total, without reading the request.")
 
 
 class Details(BaseModel):
@@ -77,7 +78,7 @@ class Details(BaseModel):
     token_ids: list[list[int]] | None = Field(description="(K, A)")
     probabilities: list[list[float]] | None = Field(description="(K, A) of the most probable bins.")
     bin_probabilities: list[list[list[float]]] | None = Field(
-        description='(K, A, N) over the bins, lowest value first; null unless "all" are asked for.'
+        description='(K, A, N) over the bins, lowest value first; null unless `details` is "all".'
     )
     entropy: list[list[float]] | None = Field(description="(K, A) in nats.")
     text: str | None = Field(description="Reasoning before the action, from a policy that writes one.")
@@ -157,9 +158,9 @@ class Info(BaseModel):
     action_dim: int
     action_names: list[str] | None
     action_horizon: int = Field(description="Number of actions in an answer.")
-    action_bounds: dict[str, Bounds] = Field(description="Bounds for each of the statistics.")
+    action_bounds: dict[str, Bounds] = Field(description="Bounds by name of the statistics.")
     action_decoding: str
-    temporal_ensemble: float | None = Field(description="Decay with which chunks of a session are averaged, if so.")
+    temporal_ensemble: float | None = Field(description="Decay of temporal ensembling, or null without it.")
     cameras: list[Camera]
     state_dim: int | None = Field(description="Dimensions of the state, or null if the policy does not see it.")
     gripper: Gripper
@@ -233,10 +234,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/sessions", status_code=201, responses=describe_errors(), summary="Open a session")
     async def open_session() -> SessionResponse:
-        """Open a session: an episode of one robot, in which the last answer helps with the next.
+        """Open a session for one robot, in which each action is a draft of the next one.
 
-        A newer request of a session replaces its waiting one. Chunks are averaged within a session, if the server
-        averages them.
+        A new request of a session replaces one that is still waiting. If the server averages overlapping chunks, it
+        does so within a session.
         """
         return SessionResponse(session=service.open_session(), expires_after_seconds=service.options.session_seconds)
 
@@ -255,13 +256,13 @@ def router(service: Service) -> APIRouter:
 
 
 def add_operations(routes: APIRouter, service: Service) -> None:
-    """Add the endpoints that operators and monitors ask."""
+    """Add the endpoints for operators and monitoring."""
 
     without_token = {status: answer for status, answer in describe_errors().items() if status != Unauthorized.status}
 
     @routes.get("/health", responses=without_token, summary="Is the process alive?")
     async def health() -> Status:
-        """Answer as long as the process lives. This endpoint needs no token."""
+        """Answer while the process runs. This endpoint needs no token."""
         return Status(status="ok")
 
     @routes.get("/ready", responses=describe_errors(errors.ShuttingDown), summary="Does the server take requests?")
@@ -317,13 +318,13 @@ async def read_form(request: Request) -> tuple[ActFields, dict[str, bytes]]:
         async with request.form(max_files=MAX_CAMERAS, max_fields=len(ActFields.model_fields)) as form:
             for name, value in form.multi_items():
                 if name in fields or name in files:
-                    raise BadRequest(f"The form has the field {name[:100]!r} twice.")
+                    raise BadRequest(f"The form has the field {name[:100]!r} twice: send it once.")
                 if isinstance(value, UploadFile):
                     files[name] = await value.read()
                 else:
                     fields[name] = value
     except UnicodeError as error:
-        raise BadRequest("The form is not text in its charset.") from error
+        raise BadRequest("The form's text does not match its charset.") from error
     if not files:
         raise Unprocessable("The form has no file: send the image of each camera in a field with the camera's name.")
     if "state" in fields:
@@ -366,7 +367,7 @@ async def until_gone(request: Request, answer: Awaitable[Result]) -> Result:
     """Wait for an answer as long as the client does.
 
     Raises:
-        ClientDisconnect: The client has gone, and the answer is no longer computed.
+        ClientDisconnect: The client has disconnected, and the answer is no longer computed.
     """
     answering = asyncio.ensure_future(answer)
     leaving = asyncio.ensure_future(_wait_until_gone(request))
