@@ -6,6 +6,7 @@ repositories that the pages name. A shell reads the blocks of commands, so varia
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -35,7 +36,9 @@ RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "ou
 # Functions that record a command instead of running it; `python -c` prints a value and runs.
 RECORD = """
 record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
-for program in openvla-hf accelerate pip make hf vllm; do eval "$program() { record $program \\"\\$@\\"; }"; done
+for program in openvla-hf accelerate docker pip make hf vllm; do
+    eval "$program() { record $program \\"\\$@\\"; }"
+done
 taskset() { shift 2; "$@"; }
 python() { if [ "$1" = -c ]; then "$INTERPRETER" "$@"; else record python "$@"; fi; }
 """
@@ -98,6 +101,8 @@ def check_command(program: str, *arguments: str) -> None:
         text = (ROOT / arguments[0]).read_text(encoding="utf-8")
         for option in arguments[1:]:
             assert not option.startswith("--") or f'"{option}"' in text, arguments
+    elif program == "docker":
+        check_docker(*arguments)
     elif program == "vllm":
         assert arguments[0] == "serve", arguments
         assert {*SERVER_OPTIONS} <= {*arguments}, arguments
@@ -105,6 +110,18 @@ def check_command(program: str, *arguments: str) -> None:
         assert arguments[0] == "install", arguments
     else:
         assert (program, *arguments) == ("hf", "auth", "login")
+
+
+def check_docker(command: str, *arguments: str) -> None:
+    """Check that the files of a command exist, and that the arguments of the image are options of the server."""
+    options = [*itertools.pairwise(arguments)]
+    for option, value in options:
+        assert option != "--file" or (ROOT / value).is_file(), arguments
+    if command == "run":
+        mounts = [value.split(":") for option, value in options if option == "--volume"]
+        outside = {target: source for source, target, *_ in mounts}
+        server = arguments[arguments.index("openvla-hf") + 1 :]
+        check_command("openvla-hf", "serve", *(outside.get(argument, argument) for argument in server))
 
 
 @dataclass

@@ -34,6 +34,7 @@ class Metrics:
         self.requests = Counter(
             "openvla_requests", "Requests for an action by their outcome", ["outcome"], registry=self.registry
         )
+        self.requests.labels("ok")  # is 0 before the first request instead of missing
 
     @contextlib.contextmanager
     def count_errors(self) -> Iterator[None]:
