@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def in_flags(self, message: str) -> str:
         """Replace the Python arguments in a message, such as `eval_share=0.1`, with their flags."""
-        # argparse has no public list of a parser's options. A test of the messages fails if this one goes.
+        # argparse has no public list of a parser's options. A test of the messages fails if `_actions` goes.
         for action in self._actions:
             name = action.dest
             value = r"""\[[^\]]*\]|'[^']*'|"[^"]*"|[\w-]*(?:\.\w+)*"""

@@ -148,7 +148,7 @@ def device(text: str) -> str:
         )
     if wanted.index is not None and wanted.index >= torch.accelerator.device_count():
         raise argparse.ArgumentTypeError(
-            f"Device {text} does not exist: PyTorch finds {torch.accelerator.device_count()}."
+            f"Device {text} does not exist: PyTorch finds {torch.accelerator.device_count()} of this type."
         )
     return text
 

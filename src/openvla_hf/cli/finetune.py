@@ -149,8 +149,8 @@ def run(args: argparse.Namespace) -> None:
         print_json({"output": args.output, "figures": result.figures})
     elif is_main:
         print(f"Fine-tuned: {args.output}")
-    # A thread of gloo that frees a tensor while Python exits aborts the process. The threads end with the group, and
-    # the group with the trainer. Not after an error: the other processes may be waiting for this one.
+    # A gloo thread that frees a tensor while Python exits aborts the process, so end the process group and its threads
+    # now, once the trainer is freed. After an error, the other processes may be waiting for this one, so skip this.
     gc.collect()
     PartialState().destroy_process_group()
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[CAMERA=]IMAGE",
-        help="file or URL of the camera image; once for each camera, in the policy's order or with the camera's name",
+        help="file or URL of an image; give one for each camera, in the policy's order or with the camera's name",
     )
     parser.add_argument("--instruction", required=True, help="what the robot should do")
     parser.add_argument(

@@ -80,20 +80,22 @@ def add_engine_options(group: Any) -> None:
         choices=list(OTHER_ENGINES_OPTIONS),
         help="what runs the model: transformers in this process, or vLLM in one of its own (default: %(default)s)",
     )
-    group.add_argument("--vllm-python", metavar="PYTHON", help="Python of the environment with vLLM, which is started")
-    group.add_argument("--vllm-url", metavar="URL", help="address of a vLLM server that runs already")
+    group.add_argument(
+        "--vllm-python", metavar="PYTHON", help="Python of an environment with vLLM, to start vLLM with"
+    )
+    group.add_argument("--vllm-url", metavar="URL", help="address of a vLLM server that is already running")
     group.add_argument(
         "--vllm-args",
         type=shlex.split,
         default=[],
         metavar="ARGS",
-        help="further arguments of the vLLM that is started, as in --vllm-args='--gpu-memory-utilization 0.5'",
+        help="further arguments for starting vLLM, as in --vllm-args='--gpu-memory-utilization 0.5'",
     )
 
 
 def add_action_options(group: Any) -> None:
-    """Add the options that say what robots get."""
-    group.add_argument("--unnorm-key", help="statistics for clients that name none")
+    """Add the options that say which actions robots receive."""
+    group.add_argument("--unnorm-key", help="statistics for requests that name none")
     group.add_argument(
         "--gripper",
         default="policy",
@@ -109,7 +111,7 @@ def add_action_options(group: Any) -> None:
         help="average overlapping chunks of a session with this decay, and answer with one action",
     )
     group.add_argument(
-        "--control-frequency", type=weight, metavar="HZ", help="rate at which robots should act, told to clients"
+        "--control-frequency", type=weight, metavar="HZ", help="rate at which robots should act, reported to clients"
     )
     group.add_argument(
         "--camera",
@@ -122,7 +124,7 @@ def add_action_options(group: Any) -> None:
 
 
 def add_network_options(group: Any) -> None:
-    """Add the options of the address and of who may use it."""
+    """Add the options for the address of the server and for access to it."""
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=natural, default=8000, help="port; 0 for any (default: %(default)s)")
     group.add_argument(
@@ -132,7 +134,7 @@ def add_network_options(group: Any) -> None:
         help=f"file with the token that clients must send (default: the variable {TOKEN_VARIABLE})",
     )
     group.add_argument(
-        "--no-token", action="store_true", help="let everyone who reaches the address command the robot"
+        "--no-token", action="store_true", help="let everyone who can reach the server command the robot"
     )
     group.add_argument(
         "--allow-host",
@@ -151,32 +153,47 @@ def add_network_options(group: Any) -> None:
 
 
 def add_limits(group: Any) -> None:
-    """Add the options of batching and the limits of requests."""
+    """Add the options for batches and for the limits of requests."""
     group.add_argument(
-        "--max-batch", type=positive, default=8, metavar="N", help="observations in a batch (default: %(default)s)"
+        "--max-batch",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="largest number of observations in a batch (default: %(default)s)",
     )
     group.add_argument(
         "--max-wait-ms",
         type=float,
         default=5.0,
         metavar="MS",
-        help="time that a batch waits for other active robots (default: %(default)s)",
+        help="longest time that a batch waits for other active robots (default: %(default)s)",
     )
     group.add_argument(
-        "--max-queue", type=positive, default=64, metavar="N", help="waiting requests (default: %(default)s)"
+        "--max-queue",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="largest number of waiting requests (default: %(default)s)",
     )
     group.add_argument(
-        "--max-sessions", type=positive, default=256, metavar="N", help="open sessions (default: %(default)s)"
+        "--max-sessions",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="largest number of open sessions (default: %(default)s)",
     )
     group.add_argument(
         "--max-pixels",
         type=positive,
         metavar="N",
         default=4096 * 4096,
-        help="pixels of an image (default: %(default)s)",
+        help="largest number of pixels of an image (default: %(default)s)",
     )
     group.add_argument(
-        "--max-rate", type=weight, metavar="HZ", help="requests per second of a client (default: no limit)"
+        "--max-rate",
+        type=weight,
+        metavar="HZ",
+        help="largest rate of requests of a client, per second (default: no limit)",
     )
 
 
@@ -297,7 +314,7 @@ def import_server() -> None:
 
 
 def show_ready(args: argparse.Namespace, description: dict[str, Any], reserved: socket.socket) -> None:
-    """Print where the server is and what it serves."""
+    """Print the address of the server and what it serves."""
     host, port = reserved.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     secure = "s" if args.ssl_certfile else ""

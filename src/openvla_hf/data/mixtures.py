@@ -215,8 +215,8 @@ def load_mixture(
 ) -> Frames:
     """Load the datasets of a mixture from the folders named after them, and mix them.
 
-    A weight multiplies the number of steps of a dataset. As in the original, all steps of an RLDS dataset count, also
-    those of other splits; see `whole_statistics`.
+    A weight multiplies the number of steps of a dataset. As in the original, all steps of an RLDS dataset count,
+    including those of other splits; see `whole_statistics`.
 
     Args:
         mixture: Name of one of `MIXTURES` or of a dataset of Open X-Embodiment, a JSON or TOML file with weights by

@@ -85,7 +85,7 @@ def adapt_table(data: Dataset, spec: FrameSpec, name: str, losses: Losses, decod
 
 
 def _require_order(episode_of: np.ndarray, starts: np.ndarray, frame_of: np.ndarray) -> None:
-    """Raise `ValueError` unless the rows of each episode are all there and in order, without which chunks are wrong.
+    """Raise `ValueError` unless the rows of each episode are complete and in order, since chunks need both.
 
     The frame numbers of a table that kept every n-th frame increase by n.
 

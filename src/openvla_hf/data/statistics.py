@@ -51,8 +51,8 @@ def compute_statistics(frames: Frames) -> dict[str, Any]:
     streams that result from operations of `datasets` such as `map`.
 
     As in OpenVLA-OFT, the last frames of an episode count even if `load` drops them because their chunks are
-    incomplete. They are unknown after an operation such as `map`. Unlike in OpenVLA-OFT, an episode that gives no
-    frames, since it is shorter than a chunk, does not count.
+    incomplete. These frames are unknown after an operation such as `map`. Unlike in OpenVLA-OFT, an episode that gives
+    no frames, since it is shorter than a chunk, does not count.
 
     Args:
         frames: Frames from `load`, `from_episodes` or `mix`. Each stream of a mixture is read once.

@@ -1,6 +1,6 @@
 """Statistics of whole RLDS datasets, as the original computes them.
 
-They count every step of every split: those without an instruction, those of pauses, and those that are held out.
+They count every step of every split, including steps without an instruction, pauses and held-out steps.
 """
 
 import json

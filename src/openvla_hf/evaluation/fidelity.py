@@ -50,8 +50,8 @@ class Fidelity:
         lost: Number of episodes solved in 16 bits but not in this format.
         won: Number of episodes solved in this format but not in 16 bits.
         weight_bytes: Bytes of the weights and scales.
-        peak_bytes: Bytes of the weights plus the most that a prediction needs besides; `None` if these cannot be
-            counted.
+        peak_bytes: Peak memory in bytes: the weights and what a prediction needs in addition; `None` if the latter
+            cannot be counted.
         latency: Median seconds of `predict_action` for one observation.
     """
 
@@ -114,7 +114,7 @@ def compare(
         checkpoint: Folder or Hub id of a 16- or 32-bit policy.
         formats: Names that `openvla_hf.checkpoints.quantize.quantization` knows.
         observations: Frames with `image` and `instruction`.
-        towers: Whether to quantise the vision towers and the projector too; both values give a row each.
+        towers: Whether to quantise the vision towers and the projector too. Each value gives a row.
         unnorm_key: Name of the action statistics, if the policy has several.
         device: Device, such as "cuda"; by default the first GPU, or the CPU if there is none.
         dtype: Type of the arithmetic and of the weights that are not quantised. With float32, formats are compared
@@ -174,7 +174,7 @@ class _Measurement:
         solved: Seed of each episode -> whether it is solved.
         latency: Median seconds of a prediction.
         weight_bytes: Bytes of the weights and scales.
-        activation_bytes: Bytes that a prediction needs besides; `None` if they cannot be counted.
+        activation_bytes: Bytes that a prediction needs in addition; `None` if they cannot be counted.
     """
 
     token_ids: np.ndarray

@@ -101,7 +101,7 @@ class BatchLatency:
             (the rest) with parallel decoding.
         floor: `{part or variant: least time}`, see `Floor`.
         timings: `{variant: {"median", "p95", "hz", "speedup"}}`; `hz` counts the actions of all rows and chunks,
-            `speedup` is that of `hz` over plain `generate`, if the model can generate.
+            and `speedup` is its ratio to the `hz` of plain `generate`, if the model can generate.
         forward_passes: `{variant: passes of the language model in a call}`.
         actions_per_call: `{variant: actions of each row in a call}`; more than one is a chunk.
         passes_per_action: `{variant: passes of the language model for each action}`.
@@ -369,7 +369,7 @@ def _measure_batch(
 def _drafted_and_compiled(
     calls: _Calls, compile_passes: bool, tell: Callable[[str], None]
 ) -> dict[str, Callable[..., Any]]:
-    """Make the other ways to predict an action token by token."""
+    """Make the calls that predict an action with a draft, and those with compiled passes."""
     draft = calls.predict(return_details=True).token_ids
     predictions: dict[str, Callable[..., Any]] = {"accepted draft": partial(calls.predict, draft_token_ids=draft)}
     if compile_passes:

@@ -11,7 +11,7 @@ import numpy as np
 
 # A gripper counts as open above and as closed below these values.
 OPEN, CLOSED = 0.95, 0.05
-# A command to a gripper counts from this size on.
+# A command to a gripper counts only above this size.
 COMMAND = 0.1
 # Twice the resolution of float32: unit quaternions are shrunk by it, and divisors moved away from 0.
 EPSILON = np.float32(2**-22)
@@ -20,7 +20,7 @@ GIMBAL_LOCK = 1e-6
 
 
 def clip(values: np.ndarray) -> np.ndarray:
-    """Limit values to [0, 1]."""
+    """Clip values to [0, 1]."""
     return np.clip(values, 0, 1)
 
 
@@ -48,7 +48,7 @@ def settle_gripper(openings: np.ndarray) -> np.ndarray:
         ValueError: There are no steps.
     """
     if not len(openings):
-        raise ValueError("a gripper's values can't be settled without any step.")
+        raise ValueError("the trajectory has no steps, so the gripper's values can't be settled.")
     backwards = openings[::-1]
     is_open = backwards > OPEN
     ends = np.where(is_open, 1, backwards[:1]).astype(openings.dtype)
@@ -77,7 +77,7 @@ def _hold(values: np.ndarray, is_new: np.ndarray) -> np.ndarray:
 def quaternion_to_euler(quaternions: np.ndarray) -> np.ndarray:
     """Convert unit quaternions x, y, z, w (..., 4) to roll, pitch, yaw (..., 3) in radians.
 
-    The arithmetic is that of the original, in float32. Near a pitch of 90 degrees it matters.
+    The arithmetic follows the original, in float32, which matters near a pitch of 90 degrees.
     """
     x, y, z, w = np.moveaxis(quaternions.astype(np.float32), -1, 0)
     shrink = 1 - EPSILON

@@ -16,9 +16,9 @@ from .table import ACTION_ENCODINGS, DatasetRow, find_row
 # Encoding of actions that the original trains on -> space of `Robot`.
 SPACES = {"EEF_POS": "end_effector_delta", "EEF_R6": None, "JOINT_POS_BIMANUAL": "joint_positions"}
 INSTRUCTION = "language_instruction"
-# A frame is idle if no movement, normalised by the row's quantiles, is farther than this from none.
+# A frame is idle if every movement, normalised by the row's quantiles, is within this distance of zero.
 IDLE = 1e-5
-# Field that follows the frames through the steps of a transform.
+# Field that tracks the indices of the frames through the steps of a transform.
 FRAME = "frame_index"
 
 
@@ -103,7 +103,7 @@ class TableRobot(Robot):
         return np.asarray((np.abs(2 * actions[:, : len(span)] / span) <= IDLE).all(1))
 
     def cameras_of_episode(self, cameras: dict[str, str], episode: int) -> dict[str, str]:
-        """Return the cameras to read in an episode, in half of which a transform may exchange two of them."""
+        """Return the cameras to read in an episode. A transform may swap two of them in half of the episodes."""
         for step in self.row.steps:
             pair = (column_name(step.first), column_name(step.second)) if isinstance(step, Swap) else ()
             if pair and np.random.default_rng(episode).random() <= Swap.SHARE:
@@ -116,7 +116,7 @@ def dataset_robot(name: str) -> TableRobot:
     """Return the adapter of a dataset of the table.
 
     Raises:
-        ValueError: The table has no such dataset, or one that can't be trained on.
+        ValueError: The table has no such dataset, or the dataset can't be trained on.
     """
     row = find_row(name)
     if row.action_encoding not in SPACES:
@@ -153,12 +153,12 @@ def _instruction(row: DatasetRow) -> Names:
 
 
 def column_name(field: str) -> str:
-    """Return the name under which readers give a field: they can't tell a slash in a name from a nested name."""
+    """Return the name that readers give a field, in which nested names and slashes look the same."""
     return field.replace("/", ".")
 
 
 def _as_numbers(values: np.ndarray) -> np.ndarray:
-    """Round to float32, as the original does, in float64."""
+    """Round numbers to float32, as the original does, and return them as float64."""
     return values.astype(np.float32).astype(np.float64)
 
 

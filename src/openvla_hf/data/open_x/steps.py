@@ -148,7 +148,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class Swap:
-    """Exchange two fields in every second trajectory, by a draw from [0, 1)."""
+    """Swap two fields in half of the trajectories, by a draw from [0, 1)."""
 
     SHARE: ClassVar[float] = 0.5
 
@@ -161,7 +161,7 @@ class Swap:
         return {self.first, self.second}
 
     def apply(self, trajectory: Trajectory, draw: Callable[[], float]) -> Trajectory:
-        """Return the trajectory with the fields exchanged, or as it is."""
+        """Return the trajectory with the fields swapped, or unchanged."""
         if draw() > self.SHARE:
             return trajectory
         first, second = (get_field(trajectory, field) for field in (self.first, self.second))
@@ -234,7 +234,7 @@ def _parse_call(text: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def run_steps(steps: Iterable[Step], trajectory: Trajectory, draw: Callable[[], float] = random.random) -> Trajectory:
-    """Run steps on a trajectory, which stays unchanged itself.
+    """Run steps on a trajectory, without changing the given one.
 
     Args:
         steps: Steps in order.

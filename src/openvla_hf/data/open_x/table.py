@@ -1,4 +1,4 @@
-"""The table of datasets and mixtures in `table.toml`, to which files of the same form add their own."""
+"""The table of datasets and mixtures in `table.toml`, which files of the same format can extend."""
 
 import difflib
 import functools
@@ -81,15 +81,15 @@ class Table:
 
 @functools.cache
 def known_table() -> Table:
-    """Return the table, to which `add_table` adds."""
+    """Return the table of the package, with the rows that `add_table` has added."""
     return read_table(TABLE_FILE)
 
 
 def add_table(path: str | os.PathLike) -> Table:
-    """Add the datasets and mixtures of a file. They replace those of the same name.
+    """Add the datasets and mixtures of a file. They replace entries of the same name.
 
     Args:
-        path: File in the form of `table.toml`. Its transforms can be those of the package, by name, or its own.
+        path: File in the format of `table.toml`. Its transforms can be those of the package, by name, or its own.
 
     Returns:
         The datasets and mixtures of the file.
@@ -104,7 +104,7 @@ def add_table(path: str | os.PathLike) -> Table:
 
 
 def read_table(path: Path) -> Table:
-    """Read a file in the form of `table.toml`.
+    """Read a file in the format of `table.toml`.
 
     Raises:
         OSError: The file can't be read.
@@ -153,7 +153,7 @@ def _read_row(name: str, entries: Any, transforms: Mapping[str, list[str]], path
 
 
 def _short_path(path: Path) -> str:
-    """Return the path of the package's own table as in the package."""
+    """Return a path, shortened to `openvla_hf/...` for the package's own table."""
     return str(path.relative_to(TABLE_FILE.parents[3]) if path == TABLE_FILE else path)
 
 
@@ -161,7 +161,7 @@ def check_weights(name: str, weights: Any) -> dict[str, float]:
     """Check that the content of a mixture is weights by dataset, and return it.
 
     Raises:
-        ValueError: It is not, or a weight is not above 0.
+        ValueError: The content is something else, or a weight is not above 0.
     """
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(f"The mixture {name!r} does not give weights by dataset, such as {{'bridge_orig': 1.0}}.")
