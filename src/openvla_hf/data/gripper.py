@@ -7,7 +7,7 @@ import numpy as np
 
 # A gripper counts as open above this opening.
 GRIPPER_OPEN = 0.5
-# How far a recorded value may lie outside its range, as sensor readings do; a share of the range.
+# Share of the range by which a recorded value may lie outside the range, as sensor readings do.
 RANGE_SLACK = 0.05
 # Openings this close to 0 or 1 count as closed or open; a gripper in between is still moving.
 SETTLED = 0.05

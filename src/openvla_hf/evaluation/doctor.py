@@ -28,11 +28,11 @@ N_BINS = 256
 SHORT_EPISODE = 5
 # Shares of the frames above which there is a warning.
 IDLE_SHARE, DUPLICATE_SHARE, CLIPPED_SHARE, MOTIONLESS_SHARE = 0.2, 0.2, 0.05, 0.1
-# An action is a target, not a movement, if it is nearer to the state than this share of the state's deviation.
+# An action is a target, not a movement, if its distance from the state is below this share of the state's deviation.
 FOLLOWS = 0.5
 # Two images are equal if their mean difference in levels is below this: compression changes a still image by less.
 SAME_IMAGE = 0.1
-# An action this many times its usual range outside that range is probably a recording error.
+# An action that lies outside its usual range by this many times the range is probably a recording error.
 FAR_OUT = 10.0
 # Largest relative difference between the rates of the data and of the robot.
 RATE_TOLERANCE = 0.05

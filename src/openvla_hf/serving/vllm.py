@@ -45,7 +45,7 @@ VISION_BACKBONE = "dinosiglip-vit-so-224px"
 GENERATE = "/inference/v1/generate"
 """Path at which vLLM takes and returns token ids."""
 SERVER_OPTIONS = ("--enable-scale-out", "--logprobs-mode", "processed_logprobs")
-"""Options without which vLLM lacks that path, and gives the probabilities among all ids."""
+"""Options that add this path to vLLM, and make the probabilities those among the allowed ids."""
 API_KEY_VARIABLE = "VLLM_API_KEY"
 REQUEST_SECONDS = 300.0  # the first request may compile
 STOP_SECONDS = 30.0
@@ -125,11 +125,11 @@ class VllmPolicy(ServedPolicy):
                 bin_index = tokenizer.vocab_end - 1 - one["token_id"]
                 if 0 <= bin_index < tokenizer.n_bins:
                     probabilities[step, bin_index] = np.exp(one["logprob"])
-        # NaN fails this too.
+        # NaN fails this check too.
         if not (np.abs(probabilities.sum(-1) - 1) < PROBABILITY_TOLERANCE).all():
             raise ValueError(
                 "The probabilities of the action tokens do not sum to 1. Start vLLM with `--logprobs-mode "
-                "processed_logprobs`, and check the weights for NaN and infinity if it was."
+                "processed_logprobs`. If vLLM has this option already, check the weights for NaN and infinity."
             )
         return token_ids, probabilities
 
@@ -247,13 +247,13 @@ def open_policy(
 ) -> Iterator[VllmPolicy]:
     """Open a policy whose model runs in vLLM, and stop vLLM at the end if it was started here.
 
-    The variable `VLLM_API_KEY` holds the key of a vLLM server that has one.
+    If the vLLM server needs an API key, the variable `VLLM_API_KEY` must contain it.
 
     Args:
         model_id: Folder or Hub id of a checkpoint. Unless it is in the published layout, vLLM reads an export of it
             in a temporary folder.
         vllm_python: Python of an environment with vLLM, which is started in a process of its own.
-        vllm_url: Address of a vLLM server that runs already, in place of `vllm_python`.
+        vllm_url: Address of a vLLM server that is already running, in place of `vllm_python`.
         vllm_args: Further arguments of the vLLM server that is started.
         dtype: Data type of the weights in the vLLM server that is started; "auto" for the checkpoint's.
         revision: Branch, tag or commit of a Hub id.
@@ -266,7 +266,7 @@ def open_policy(
     if (vllm_python is None) == (vllm_url is None):
         raise ValueError(
             "Give either `vllm_python`, the Python of an environment with vLLM, or `vllm_url`, the address of a vLLM "
-            "server that runs already."
+            "server that is already running."
         )
     if vllm_python is not None and shutil.which(vllm_python) is None:
         raise ValueError(
@@ -276,7 +276,7 @@ def open_policy(
         raise ValueError(f"`vllm_url` must start with http:// or https://, got {vllm_url!r}.")
     if vllm_url is not None and (vllm_args or dtype != "auto"):
         name = "vllm_args" if vllm_args else "dtype"
-        raise ValueError(f"`{name}` has no effect on a vLLM server that runs already: leave it out.")
+        raise ValueError(f"`{name}` has no effect on a vLLM server that is already running: leave it out.")
     model, processor, found = load_without_weights(model_id, revision)
     with TemporaryDirectory(prefix="openvla-hf-") as folder, contextlib.ExitStack() as stack:
         # Other users of the machine have no access to a socket in this folder.
@@ -292,7 +292,7 @@ def open_policy(
                 *(vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", *source, "--uds", str(address)),
                 *("--dtype", found.dtype if dtype == "auto" else dtype, *SERVER_OPTIONS),
                 *("--max-logprobs", str(model.config.n_action_bins)),
-                # No two frames of a camera are equal.
+                # Caches are useless, since no two frames of a camera are equal.
                 *("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"),
                 *vllm_args,
             ]
@@ -319,7 +319,7 @@ def _make_client(url: str | None, address: Path) -> httpx.Client:
 
 @contextlib.contextmanager
 def running_vllm(command: Sequence[str], client: httpx.Client, folder: Path) -> Iterator[None]:
-    """Run a vLLM server, from the moment it takes requests; its log and its temporary files are in `folder`.
+    """Run a vLLM server, and yield once it takes requests. Its log and its temporary files are in `folder`.
 
     Raises:
         OSError: vLLM ends before it takes requests.

@@ -271,7 +271,7 @@ class RLDSSource:
 
 
 def _boundary(text: str | None, total: int, default: int) -> int:
-    """Return the number of the episode at a boundary of a part. Halves are rounded to the even number, as in TFDS."""
+    """Return the number of the episode at a boundary of a part. Halves are rounded to even, as in TFDS."""
     if text is None:
         return default
     exact = Fraction(int(text[:-1]) * total, 100) if text.endswith("%") else Fraction(int(text))
