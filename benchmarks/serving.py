@@ -3,9 +3,9 @@
     python benchmarks/serving.py overhead                     # one robot
     python benchmarks/serving.py load --robots 32 --seconds 60
 
-The server is a process of its own, started by `openvla-hf serve` with the policy that ships with the package, or with
---model. Its clients send 256 x 256 JPEG images of the tabletop. `load` compares every answer with a single call of
-`predict_action`, and first measures a robot that is alone in the same run. Nothing else should run meanwhile.
+`openvla-hf serve` runs in a separate process, with the policy that ships with the package or with --model. Clients send
+256 x 256 JPEG images of the tabletop. `load` compares every answer with a single call of `predict_action`, and also
+measures a single robot in the same run. Run nothing else on the machine meanwhile.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Frame:
 
 @contextlib.contextmanager
 def running_server(model: str, *options: str) -> Iterator[tuple[str, int]]:
-    """Start a server on a free port, and give its URL and process id."""
+    """Start a server on a free port, and yield its URL and process id."""
     command = [sys.executable, "-m", "openvla_hf.cli", "serve", model, "--port", "0", "--json", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -81,12 +81,12 @@ def make_frames(robot: int) -> list[Frame]:
 
 
 def predict(model: Any, processor: Any, frame: Frame) -> np.ndarray:
-    """Predict in this process, from the JPEG on."""
+    """Predict in this process, including the decoding of the JPEG."""
     return model.predict_action(**processor(Image.open(io.BytesIO(frame.jpeg)), instruction=frame.instruction))
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Time calls in this process and over HTTP, in blocks by turns."""
+    """Time calls in this process and over HTTP, in alternating blocks."""
     model, processor = load_model(options.model)
     frames = make_frames(0)
     blocks = max(options.rounds // BLOCK, 1)
@@ -142,7 +142,7 @@ class Phase:
 
 
 async def act(url: str, robots: list[list[Frame]], seconds: float) -> Phase:
-    """Let robots act at the same time, each as fast as it gets answers, and check these."""
+    """Let robots act at the same time, each as fast as it gets answers, and check the answers."""
     times: list[float] = []
     batches: list[int] = []
     errors = wrong = 0
@@ -221,7 +221,7 @@ def print_overhead(result: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.2f}")
     Console().print(table)
     low, high = result["added_quartiles_ms"]
-    print(f"The server adds {result['added_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}) to JPEG to action.")
+    print(f"The server adds {result['added_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}) to the time from JPEG to action.")
 
 
 def print_load(result: dict[str, Any]) -> None:
@@ -249,7 +249,7 @@ def print_load(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("overhead", "load"))
-    parser.add_argument("--model", default=default_model(), help="policy (default: the one that ships)")
+    parser.add_argument("--model", default=default_model(), help="policy (default: the one that ships with the package)")
     parser.add_argument("--rounds", type=int, default=200, help="calls of each kind for overhead")
     parser.add_argument("--robots", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
