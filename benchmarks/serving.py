@@ -3,7 +3,7 @@
     python benchmarks/serving.py overhead                     # one robot
     python benchmarks/serving.py load --robots 32 --seconds 60
 
-`openvla-hf serve` runs in a separate process, with the policy that ships with the package or with --model. Clients send
+`openvla-hf serve` runs in its own process, with the policy that ships with the package or with --model. Clients send
 256 x 256 JPEG images of the tabletop. `load` compares every answer with a single call of `predict_action`, and also
 measures a single robot in the same run. Run nothing else on the machine meanwhile.
 """
@@ -221,7 +221,7 @@ def print_overhead(result: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.2f}")
     Console().print(table)
     low, high = result["added_quartiles_ms"]
-    print(f"The server adds {result['added_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}) to the time from JPEG to action.")
+    print(f"The server adds {result['added_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}) to a prediction.")
 
 
 def print_load(result: dict[str, Any]) -> None:
@@ -249,7 +249,9 @@ def print_load(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("overhead", "load"))
-    parser.add_argument("--model", default=default_model(), help="policy (default: the one that ships with the package)")
+    parser.add_argument(
+        "--model", default=default_model(), help="policy (default: the one that ships with the package)"
+    )
     parser.add_argument("--rounds", type=int, default=200, help="calls of each kind for overhead")
     parser.add_argument("--robots", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
