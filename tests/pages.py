@@ -36,7 +36,7 @@ RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "ou
 # Functions that record a command instead of running it; `python -c` prints a value and runs.
 RECORD = """
 record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
-for program in openvla-hf accelerate docker pip make hf vllm; do
+for program in openvla-hf accelerate docker pip make hf vllm vla-eval; do
     eval "$program() { record $program \\"\\$@\\"; }"
 done
 taskset() { shift 2; "$@"; }
@@ -106,6 +106,8 @@ def check_command(program: str, *arguments: str) -> None:
     elif program == "vllm":
         assert arguments[0] == "serve", arguments
         assert {*SERVER_OPTIONS} <= {*arguments}, arguments
+    elif program == "vla-eval":  # integrations/tests runs it
+        assert arguments[0] == "run", arguments
     elif program == "pip":
         assert arguments[0] == "install", arguments
     else:
