@@ -6,10 +6,9 @@ if the images are large.
 """
 
 import io
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -19,6 +18,7 @@ from .optional_packages import import_extra
 from .readers.parquet_images import ImageTable
 from .readers.video import Video
 from .recently_used import RecentlyUsed
+from .remote import find_folder, retry
 
 
 # Videos to keep open, each with a decoder and its reference frames.
@@ -29,6 +29,8 @@ OPEN_TABLES = 8
 HELD_GROUPS = 2
 # The first bytes of a JPEG file.
 JPEG = b"\xff\xd8"
+
+Read = TypeVar("Read")
 
 
 class ImageReader:
@@ -63,10 +65,9 @@ class ImageReader:
         data, path = reference["bytes"], reference["path"]
         if data is None and "#t=" in path:
             file, _, time = path.rpartition("#t=")
-            with self._videos.borrow(file, lambda: Video(file)) as video:
-                return video.read(float(time))
+            return _retry(file, lambda: self._read_video(file, float(time)))
         try:
-            data = self._read_bytes(path) if data is None else data
+            data = _retry(path, lambda: self._read_bytes(path)) if data is None else data
         except (OSError, IndexError, pa.ArrowException) as error:
             raise BadEpisodeError(f"{path}: the image can't be read ({error}).") from error
         try:
@@ -82,6 +83,10 @@ class ImageReader:
         """
         with self._videos.borrow(path, lambda: Video(path)) as video:
             video.check(time)
+
+    def _read_video(self, path: str, time: float) -> np.ndarray:
+        with self._videos.borrow(path, lambda: Video(path)) as video:
+            return video.read(time)
 
     def _read_bytes(self, path: str) -> bytes:
         file, _, fragment = path.rpartition("#")
@@ -103,9 +108,17 @@ class ImageReader:
 
 
 def _read_range(path: str, start: int, end: int | None) -> bytes:
-    with fsspec.open(path, "rb") as file:
+    if "://" in path:
+        fs, file_path = find_folder(path)
+        return fs.cat_file(file_path, start=start, end=end)
+    with open(path, "rb") as file:
         file.seek(start)
         return file.read(-1 if end is None else end - start)
+
+
+def _retry(path: str, read: Callable[[], Read]) -> Read:
+    """Read from a file, with further attempts if it is remote."""
+    return retry(*find_folder(path.partition("#")[0]), read) if "://" in path else read()
 
 
 def decode_image(data: bytes) -> np.ndarray:

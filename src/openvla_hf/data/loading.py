@@ -29,6 +29,7 @@ from .open_x import known_table
 from .plain_datasets import adapt_stream, adapt_table
 from .readers.lerobot import INFO_FILE, LeRobotSource
 from .readers.rlds import RLDSSource, find_version
+from .remote import find_folder, url_prefix
 from .robots import registered_robots
 from .streams import FrameStream
 from .table_cache import cached_table, file_version, make_key
@@ -236,12 +237,12 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or is_file:
             raise FileNotFoundError(f"There is no dataset at {path!r}. Give a folder, a URL or a Hub id (user/name).")
         path = f"hf://datasets/{path}" if streaming else snapshot_download(path, repo_type="dataset")
-    fs, root = fsspec.core.url_to_fs(path)
-    prefix = f"{path.split('://')[0]}://" if "://" in path else ""
+    fs, root = find_folder(path)
+    prefix = url_prefix(fs, root)
     if fs.exists(f"{root}/{INFO_FILE}"):
         return LeRobotSource(fs, root, split, prefix, inline=streaming)
     if version := find_version(fs, root):
-        return RLDSSource(fs, version, split, inline=streaming)
+        return RLDSSource(fs, version, split, prefix, inline=streaming)
     if fs.exists(f"{root}/state.json"):
         return datasets.load_from_disk(path)
     _refuse_foreign(fs, root)

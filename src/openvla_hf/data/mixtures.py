@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from datasets import Dataset, interleave_datasets
 
@@ -18,6 +17,7 @@ from .loading import load
 from .open_x import dataset_robot, known_table
 from .open_x.table import check_weights
 from .readers.rlds import RLDSSource, find_version, split_for_training
+from .remote import find_folder
 from .robots import registered_robots
 from .streams import FrameStream, mix_streams
 from .whole_statistics import whole_statistics
@@ -161,7 +161,7 @@ def select_datasets(
     refused = {name: problem for name in weights if (problem := _problem(name))}
     if refused and not allow_missing:
         raise ValueError("\n".join([*refused.values(), GO_ON]))
-    fs, root = fsspec.core.url_to_fs(os.fspath(folder))
+    fs, root = find_folder(folder)
     missing = [name for name in weights if name not in refused and not fs.exists(f"{root}/{name}")]
     listed = "\n".join(f"  {name}: {_source(name)}" for name in missing)
     if missing and not allow_missing:
@@ -183,7 +183,7 @@ def select_datasets(
 
 def training_split(path: str) -> str:
     """Return the split that the original trains on: of an RLDS dataset without a split "val", the first 95 %."""
-    fs, root = fsspec.core.url_to_fs(path)
+    fs, root = find_folder(path)
     version = find_version(fs, root)
     return split_for_training(RLDSSource(fs, version).splits)[0] if version else "train"
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,6 +17,7 @@ from .feature_names import find_name
 from .frame_spec import NUMBERS, FrameSpec
 from .frames import FrameDecoder, Frames
 from .images import ImageReader
+from .remote import find_folder
 from .table_cache import WRITE_ROWS, cache_folder, file_version, lock, make_key, write_json
 
 
@@ -218,7 +218,7 @@ def _require_unconverted(data: Frames, spec: FrameSpec) -> None:
 def _row_check(images: Dataset) -> Callable[[int], None]:
     """Return a function that checks a row's image. All images are decoded now, and again if their files change."""
     folder = cache_folder()
-    versions = [file_version(*fsspec.core.url_to_fs(file)) for file in _image_files(images)]
+    versions = [file_version(*find_folder(file)) for file in _image_files(images)]
     path = folder / f"damaged-{make_key(fingerprint(images), versions)}.json"
     with lock(path):
         if not path.exists():

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from .adapters import Robot
@@ -18,6 +17,7 @@ from .frame_spec import FrameSpec, resolve_spec
 from .loading import choose_robot
 from .motion import name_by_space
 from .readers.rlds import RLDSSource, find_version
+from .remote import find_folder
 from .statistics import summarize
 from .table_cache import cache_folder, file_version, lock, make_key, write_json
 
@@ -51,7 +51,7 @@ def whole_statistics(
         ValueError: The dataset lacks what is read.
         BadEpisodeError: An episode can't be used, or more are bad than may be skipped.
     """
-    fs, root = fsspec.core.url_to_fs(os.fspath(data))
+    fs, root = find_folder(data)
     version = find_version(fs, root)
     if version is None:
         return None

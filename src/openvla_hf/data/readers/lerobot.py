@@ -1,6 +1,7 @@
 """LeRobot datasets: parquet tables and videos, each with many episodes in version 3.0 and with one in 2.x."""
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..feature_names import as_tuple
 from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
 from ..recently_used import RecentlyUsed
+from ..remote import ForkSafe, retry
 
 
 INFO_FILE = "meta/info.json"
@@ -108,7 +110,7 @@ class DataFile:
         return table.take(places)
 
 
-class LeRobotSource:
+class LeRobotSource(ForkSafe):
     """A reader of one split of a LeRobot folder.
 
     It keeps the last data file and the last few videos open; `close` closes them.
@@ -131,7 +133,8 @@ class LeRobotSource:
     def __init__(
         self, fs: AbstractFileSystem, root: str, split: str = "train", prefix: str = "", inline: bool = False
     ):
-        self.fs, self.root, self.prefix, self.split, self.inline = fs, root, prefix, split, inline
+        super().__init__(fs)
+        self.root, self.prefix, self.split, self.inline = root, prefix, split, inline
         self.name = root.rstrip("/").rsplit("/", 1)[-1]
         info = json.loads(fs.read_text(f"{root}/{INFO_FILE}"))
         self.version: str = info["codebase_version"].lstrip("v")
@@ -199,13 +202,14 @@ class LeRobotSource:
         return [row for row in rows if row.episode in self.episodes]
 
     def files(self) -> list[str]:
-        """List all files that the frames depend on."""
-        return [path for path in self.fs.find(self.root) if path.endswith((".parquet", ".mp4", ".json", ".jsonl"))]
+        """List all files that the frames depend on; without the videos if a server lists no folders."""
+        listed = [path for path in self.fs.find(self.root) if path.endswith((".parquet", ".mp4", ".json", ".jsonl"))]
+        return listed or [f"{self.root}/{INFO_FILE}", *sorted({shard.path for shard in self.shards()})]
 
     def read(self, shard: EpisodeFiles, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
         """Yield the episode of a shard, or the error if it can't be used."""
         try:
-            yield self._read(shard, spec)
+            yield retry(self.fs, shard.path, lambda: self._read(shard, spec))
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             yield BadEpisodeError(f"{shard.path}, episode {shard.episode}: {error}")
 
@@ -263,7 +267,7 @@ class LeRobotSource:
         columns += [
             f"videos/{key}/{field}" for key in keys for field in ("chunk_index", "file_index", "from_timestamp")
         ]
-        paths = sorted(self.fs.glob(f"{self.root}/meta/episodes/*/*.parquet"))
+        paths = sorted(self.fs.glob(f"{self.root}/meta/episodes/*/*.parquet")) or list(self._numbered_metadata())
         rows = [row for path in paths for row in pq.read_table(path, columns=columns, filesystem=self.fs).to_pylist()]
 
         def file(template: str, prefix: str, row: dict[str, Any], **fields: Any) -> str:
@@ -285,6 +289,17 @@ class LeRobotSource:
             )
             for row in rows
         ]
+
+    def _numbered_metadata(self) -> Iterator[str]:
+        """Find the files of the metadata by their numbers, for a server that lists no folders."""
+        for chunk in itertools.count():
+            for number in itertools.count():
+                path = f"{self.root}/meta/episodes/chunk-{chunk:03d}/file-{number:03d}.parquet"
+                if not self.fs.exists(path):
+                    break
+                yield path
+            if not number:
+                return
 
     def _episodes_v2(self) -> list[EpisodeFiles]:
         keys = [name for name in self.cameras if self.features[name]["dtype"] == "video"]

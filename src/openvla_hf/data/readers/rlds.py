@@ -17,9 +17,12 @@ from ..feature_names import as_tuple, find_name
 from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
 from ..open_x.primitives import decode_text
-from .tfrecord import Span, open_records, parse_example, read_records
+from ..remote import ForkSafe, describe, may_retry, open_file, read_errors
+from .tfrecord import RecordPlace, Span, open_records, parse_example, read_records
 
 
+# Bytes of a remote file to request at once.
+PIECE = 8 * 2**20
 DEFAULT_FILES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 STEPS = "steps/"
 # A part of a split, such as train[:95%] or train[10:20].
@@ -69,13 +72,14 @@ class RecordFile:
     wanted: range
 
 
-class RLDSSource:
+class RLDSSource(ForkSafe):
     """A reader of one split of a TFDS folder.
 
     Args:
         fs: File system of the folder.
         root: Folder with `features.json`.
         split: Name of the split, or a part of its episodes in the notation of TFDS: "train[:95%]".
+        prefix: Prefix that turns paths of the file system into URLs, such as "gs://".
         inline: Whether images are read as bytes, for streams. By default they become references into the files, for
             tables.
 
@@ -89,8 +93,11 @@ class RLDSSource:
 
     frequency: float | None = None
 
-    def __init__(self, fs: AbstractFileSystem, root: str, split: str = "train", inline: bool = False):
-        self.fs, self.root, self.inline = fs, root, inline
+    def __init__(
+        self, fs: AbstractFileSystem, root: str, split: str = "train", prefix: str = "", inline: bool = False
+    ):
+        super().__init__(fs)
+        self.root, self.prefix, self.inline = root, prefix, inline
         self.images = ImageReader()
         self.dimension_names: dict[str, list[str]] = {}  # TFDS does not store them
         info = json.loads(fs.read_text(f"{root}/dataset_info.json"))
@@ -205,21 +212,32 @@ class RLDSSource:
         return [f"{self.root}/features.json", *(shard.path for shard in self.shards())]
 
     def read(self, shard: RecordFile, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
-        """Yield the episodes of a file in order, with an error in place of each that can't be used."""
-        read = 0
-        try:
-            for episode in self._read(shard, spec):
-                read += 1
-                yield episode
-        except OSError as error:
-            yield BadEpisodeError(f"{shard.path}: the file can't be read ({error}).", shard.length - read)
+        """Yield the episodes of a file in order, with an error in place of each that can't be used.
 
-    def _read(self, shard: RecordFile, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
-        index, is_damaged = -1, False
-        with self.fs.open(shard.path, "rb") as stored:
+        If the file can't be read, further attempts continue at the record that failed.
+        """
+        place, failures, failed_at = RecordPlace(), 0, -1
+        while True:
+            try:
+                yield from self._read(shard, spec, place)
+                return
+            except read_errors() as error:
+                failures = failures + 1 if place.number == failed_at else 0
+                failed_at = place.number
+                if not may_retry(self.fs, shard.path, error, failures):
+                    lost = shard.wanted.stop - max(place.number, shard.wanted.start)
+                    yield BadEpisodeError(f"{shard.path}: the file can't be read ({describe(error)}).", lost)
+                    return
+
+    def _read(
+        self, shard: RecordFile, spec: FrameSpec, place: RecordPlace
+    ) -> Iterator[RecordedEpisode | BadEpisodeError]:
+        is_damaged = False
+        with open_file(self.fs, shard.path, PIECE) as stored:
             file, is_compressed = open_records(stored)
             inline = self.inline or is_compressed  # a compressed file can't be read from a position
-            for index, record in enumerate(read_records(file, shard.path)):
+            for record in read_records(file, shard.path, place):
+                index = place.number - 1
                 if index < shard.wanted.start:
                     continue
                 if index == shard.wanted.stop < shard.length:
@@ -232,7 +250,7 @@ class RLDSSource:
                 offset, payload = record
 
                 def refer(span: Span, offset: int = offset, payload: bytes = payload) -> ImageReference:
-                    return _image(shard.path, offset, payload, span, inline)
+                    return _image(self.prefix + shard.path, offset, payload, span, inline)
 
                 try:
                     episode = self._parse(source, shard.first_episode + index, payload, spec, refer)
@@ -240,9 +258,9 @@ class RLDSSource:
                     yield BadEpisodeError(f"{source}: {error}")
                 else:
                     yield episode
-        if index + 1 < shard.length:
-            lost = shard.length - index - 1
-            reason = f"there are {index + 1} records instead of {shard.length}. Download the file again."
+        if place.number < shard.length:
+            lost = shard.length - place.number
+            reason = f"there are {place.number} records instead of {shard.length}. Download the file again."
             reason = f"{lost} more records can't be found." if is_damaged else reason
             yield BadEpisodeError(f"{shard.path}: {reason}", lost)
 

@@ -8,6 +8,7 @@ import gzip
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -30,6 +31,19 @@ BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3
 Span = tuple[int, int]
 
 
+@dataclass
+class RecordPlace:
+    """The place of a record in a file.
+
+    Attributes:
+        number: Number of the record.
+        offset: Byte at which it begins, after decompression.
+    """
+
+    number: int = 0
+    offset: int = 0
+
+
 def masked_crc(data: bytes | memoryview) -> int:
     """Compute the CRC-32C of `data`, rotated and shifted as TFRecord stores it."""
     crc = import_extra("google_crc32c", "data").value(bytes(data))
@@ -46,44 +60,51 @@ def open_records(file: BinaryIO) -> tuple[BinaryIO, bool]:
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)), True
 
 
-def read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
+def read_records(
+    file: BinaryIO, path: str, place: RecordPlace | None = None
+) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
     """Yield each record of an open file as (offset of its payload, payload), or the error if it is damaged.
+
+    `place` says where to begin. It moves along, and is always the place of the next record.
 
     Reading continues after a payload with a wrong checksum. It ends at a damaged length or where the file is cut
     short, since no later record can be found.
     """
-    records = _read_records(file, path)
+    place = place or RecordPlace()
+    records = _read_records(file, path, place)
     while True:
         try:
             record = next(records, None)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            place.number += 1
             record = BadEpisodeError(f"{path}: the GZIP file is damaged ({error}). Download it again.")
         if record is None:
             return
         yield record
 
 
-def _read_records(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
-    offset, index = 0, 0
+def _read_records(file: BinaryIO, path: str, place: RecordPlace) -> Iterator[tuple[int, bytes] | BadEpisodeError]:
+    file.seek(place.offset)
     while header := file.read(HEADER.size):
-        where = f"{path}, record {index} (byte {offset})"
-        if len(header) < HEADER.size:
-            yield BadEpisodeError(f"{where}: the file is cut short. Download it again.")
+        where = f"{path}, record {place.number} (byte {place.offset})"
+        payload, footer, problem = b"", b"", ""
+        if len(header) == HEADER.size:
+            length, length_crc = HEADER.unpack(header)
+            if masked_crc(header[:8]) != length_crc:
+                problem = "the length's checksum is wrong, so the rest of the file can't be read."
+            else:
+                payload, footer = file.read(length), file.read(FOOTER.size)
+        # The place moves only after everything is read, so that another attempt begins at a record that failed.
+        place.number += 1
+        if problem or len(footer) < FOOTER.size:
+            yield BadEpisodeError(f"{where}: {problem or 'the file is cut short. Download it again.'}")
             return
-        length, length_crc = HEADER.unpack(header)
-        if masked_crc(header[:8]) != length_crc:
-            yield BadEpisodeError(f"{where}: the length's checksum is wrong, so the rest of the file can't be read.")
-            return
-        payload, footer = file.read(length), file.read(FOOTER.size)
-        if len(footer) < FOOTER.size:
-            yield BadEpisodeError(f"{where}: the file is cut short. Download it again.")
-            return
+        start = place.offset + HEADER.size
+        place.offset = start + length + FOOTER.size
         if masked_crc(payload) != FOOTER.unpack(footer)[0]:
             yield BadEpisodeError(f"{where}: the checksum is wrong. Download the file again.")
         else:
-            yield offset + HEADER.size, payload
-        offset += HEADER.size + length + FOOTER.size
-        index += 1
+            yield start, payload
 
 
 def write_record(file: BinaryIO, payload: bytes) -> None:
@@ -199,4 +220,13 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-__all__ = ["Span", "build_example", "masked_crc", "open_records", "parse_example", "read_records", "write_record"]
+__all__ = [
+    "RecordPlace",
+    "Span",
+    "build_example",
+    "masked_crc",
+    "open_records",
+    "parse_example",
+    "read_records",
+    "write_record",
+]

@@ -4,15 +4,17 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from ..episodes import BadEpisodeError
 from ..optional_packages import import_extra
+from ..remote import find_folder, open_file
 
 
 # Up to this many frames ahead, decoding all frames in between is faster than seeking to a key frame.
 DECODE_AHEAD = 8
+# Bytes of a remote video to request at once. Smaller than for records, since several videos are open.
+VIDEO_PIECE = 2**20
 
 
 class Video:
@@ -30,7 +32,7 @@ class Video:
         self.av = import_extra("av", "data")
         try:
             # FFmpeg reads a local file faster than Python does.
-            source = fsspec.open(path, "rb").open() if "://" in path else path
+            source = open_file(*find_folder(path), VIDEO_PIECE) if "://" in path else path
             self.container = self.av.open(source)
             # A container and its streams refer to each other, so closing would otherwise wait for the cycle collector.
             weakref.finalize(self, self.container.close)
