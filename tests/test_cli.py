@@ -214,6 +214,7 @@ CHECKPOINT_COMMANDS = [
     "doctor lab/kitchen --model {}",
     "finetune --data lab/kitchen --output out --model {}",
     "info {}",
+    "check {}",
     "export {} out",
     "convert {} out",
     "quantize {} out",

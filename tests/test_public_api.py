@@ -186,6 +186,16 @@ API = {
         ActionTrainer(model, args, data_collator, train_dataset, eval_collator, record, decay_step, **kwargs)
         last_checkpoint(output_dir)
     """,
+    "openvla_hf.evaluation.check": """
+        CheckReport(model, data, findings)
+        CheckReport.as_dict()
+        CheckReport.failures
+        CheckReport.passed
+        Finding(check, status, found, fix)
+        check(source, data, image, instruction, unnorm_key, loading, **reading)
+        check_policy(model, processor, source, frames, image, instruction, unnorm_key)
+        check_table(report)
+    """,
     "openvla_hf.evaluation.doctor": """
         Report(name, robot, episodes, frames, instructions, shortest_episode, median_episode, longest_episode,
             bad_episodes, frames_without_instruction, idle, duplicates, lowest, highest, q01, q99, clipped,
@@ -317,6 +327,10 @@ COMMANDS = {
             --drop-idle --cameras --name --statistics --streaming --shuffle-buffer --skip-bad-episodes --model --output
             --recipe --set --steps --save-steps --logging-steps --keep --workers --resume --report-to --dry-run
             --eval-share --eval-frames --keep-best --patience --json
+    """,
+    "check": """
+        model --data --device --dtype --image --instruction --unnorm-key --strict --platform --action-decoding
+        --reasoning --robot --robots --split --camera --every --drop-idle --json
     """,
     "doctor": """
         data --robot --robots --split --camera --every --drop-idle --model --unnorm-key --frames --cameras --state

@@ -11,6 +11,7 @@ from interpreters import WITHOUT_THE_PACKAGE
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
 
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.processing import OpenVLAImageProcessor, OpenVLAProcessor
@@ -239,10 +240,11 @@ def test_a_whole_prompt_given_as_instruction_is_refused(processor, images, templ
             processor(images[:2], instruction=["open", prompt])
 
 
+STRIPPED = "The final full stop of an instruction is left out, since this checkpoint was trained without one."
 FULL_STOP = "ends in a full stop, which changes the actions .* set `strip_full_stop=True`"
 
 
-def test_a_final_full_stop_warns_once_or_is_stripped(processor, images):
+def test_a_final_full_stop_warns_once_or_is_stripped(processor, images, caplog):
     expected = processor(images[0], instruction="open the drawer")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -251,9 +253,11 @@ def test_a_final_full_stop_warns_once_or_is_stripped(processor, images):
     assert [re.search(FULL_STOP, str(one.message)) is not None for one in caught] == [True]
     assert not torch.equal(kept["input_ids"], expected["input_ids"])
     processor.strip_full_stop = True
+    logging.warning_once.cache_clear()  # another test may have caused this warning
     for instruction in ("open the drawer.", "Open the drawer . ", "open the drawer"):
         stripped = processor(images[0], instruction=instruction)
         assert torch.equal(stripped["input_ids"], expected["input_ids"])
+    assert caplog.messages == [STRIPPED]
     assert processor.build_prompt("a 0.5 m drawer!").count(".") == 1
     with pytest.raises(ValueError, match="instruction is empty"):
         processor.build_prompt(". .")

@@ -80,7 +80,7 @@ def read_texts(folder: Path, info: CheckpointInfo) -> dict[str, str]:
     names = [name for name in info.files if name in TEXT_FILES]
     for name in (*names, *(name for name in RUN_FILES if name in info.files)):
         _refuse_outside(folder, name)
-    code = _package_code(info.layout)
+    code = package_code(info.layout)
     texts = {name: _read_text(folder, name) for name in names}
     foreign = [name for name in info.files if name.endswith(".py") and name not in code]
     for name, text in texts.items():
@@ -186,7 +186,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(one)
 
 
-def _package_code(layout: str) -> dict[str, str]:
+def package_code(layout: str) -> dict[str, str]:
     """Read the modules that `save_pretrained` writes next to a checkpoint: name -> text."""
     with tempfile.TemporaryDirectory() as folder:
         for one in SHIPPED_CLASSES.get(layout, ()):
@@ -208,4 +208,4 @@ def _refuse_outside(folder: Path, name: str) -> None:
         )
 
 
-__all__ = ["WEIGHTS_FILE", "find_binaries", "read_text_in", "read_texts", "refuse_secrets"]
+__all__ = ["WEIGHTS_FILE", "find_binaries", "package_code", "read_text_in", "read_texts", "refuse_secrets"]

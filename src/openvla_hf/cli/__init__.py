@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from . import (
     bench,
+    check,
     convert,
     demo,
     doctor,
@@ -43,6 +44,7 @@ COMMANDS = (
     convert,
     finetune,
     doctor,
+    check,
     merge,
     quantize,
 )
@@ -131,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 2 after a user error, with a message on standard error, and 130 after Ctrl-C.
+        The exit status: 1 if `check` found a mistake, 2 after a user error, with a message on standard error, and 130
+        after Ctrl-C.
     """
     try:
         argv = insert_config(sys.argv[1:] if argv is None else argv)
@@ -145,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Characters that the terminal can't show are escaped, as on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args.run(args)
+        status = args.run(args)
     except KeyboardInterrupt as error:
         print(f"openvla-hf: {str(error) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
@@ -156,6 +159,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:  # the message names the missing package of an extra
         message = str(error)
     else:
-        return 0
+        return status or 0
     print(f"openvla-hf: {message}", file=sys.stderr)
     return USER_ERROR

@@ -96,7 +96,7 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
                 )
             whole[f"{layer}.{kind}"] = tensor
             continue
-        for path, part in _split(name, tensor):
+        for path, part in split_fused(name, tensor):
             match = ADAPTED.match(path)
             if match is None:
                 raise ValueError(
@@ -310,7 +310,7 @@ def published_layers(model: nn.Module) -> dict[str, list[str]]:
     ]
     empty = torch.empty(3, 0)
     return {
-        name: [path.removesuffix(".weight") for path, _ in _split(our_name(model, f"{name}.weight"), empty)]
+        name: [path.removesuffix(".weight") for path, _ in split_fused(our_name(model, f"{name}.weight"), empty)]
         for name in [*names, "language_model.lm_head"]
     }
 
@@ -333,7 +333,7 @@ def is_target(name: str, config: dict[str, Any]) -> bool:
     return matches(config.get("target_modules")) and not matches(config.get("exclude_modules"))
 
 
-def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+def split_fused(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Split a weight of a fused qkv layer into those of three layers; return any other weight unchanged."""
     if ".qkv." not in name:
         return [(name, tensor)]
@@ -359,4 +359,4 @@ def _layer(layers: dict[str, nn.Module], layer: str, key: str) -> nn.Module:
     return layers[layer]
 
 
-__all__ = ["refuse_merged", "translate"]
+__all__ = ["is_published", "our_name", "refuse_merged", "split_fused", "translate"]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
-from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, logging
 
 from .image_processing_openvla import OpenVLAImageProcessor, find_file, select_hub_kwargs
 from .observations import ObservationInputs, flatten_observations, read_state, refuse_camera_names
@@ -30,6 +30,8 @@ REASONING_PROMPT = f"{VICUNA_PROMPT} TASK:"
 
 # The row after <PAD> in the embedding, which is padded to a multiple of 64; no text has this id.
 IMAGE_TOKEN_ID = 32001
+
+logger = logging.get_logger(__name__)
 
 
 class OpenVLAProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -153,7 +155,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 names to images.
             text: Whole prompts, which are not changed. A text without the prompt template's words gives a warning.
             instruction: Task of the robot, put into the prompt template. One str serves a whole batch. A final full
-                stop gives a warning unless `strip_full_stop` is set.
+                stop gives a warning; with `strip_full_stop` it is left out, which is logged once.
             state: The robot's state (P,) or (B, P) in robot units, if `state_dim` is set: an array, a tensor or a
                 list, which is copied.
             add_image_tokens: Whether to insert the placeholders; if not, the model inserts them.
@@ -184,14 +186,17 @@ class OpenVLAProcessor(ProcessorMixin):
                 "template, call processor(images, instruction=...).",
                 stacklevel=2,
             )
-        if not (instruction is None or self.strip_full_stop) and any(
-            one.rstrip().endswith(".") for one in as_list(instruction)
-        ):
-            warnings.warn(
-                "The instruction ends in a full stop, which changes the actions of a checkpoint that was trained "
-                "without one. Leave it out, or set `strip_full_stop=True` for this processor.",
-                stacklevel=2,
-            )
+        if instruction is not None and any(one.rstrip().endswith(".") for one in as_list(instruction)):
+            if self.strip_full_stop:
+                logger.warning_once(
+                    "The final full stop of an instruction is left out, since this checkpoint was trained without one."
+                )
+            else:
+                warnings.warn(
+                    "The instruction ends in a full stop, which changes the actions of a checkpoint that was trained "
+                    "without one. Leave it out, or set `strip_full_stop=True` for this processor.",
+                    stacklevel=2,
+                )
         pixel_values = self._process_observations(images, **images_kwargs)
         batch_size = len(pixel_values)
         prompts = as_list(text) * batch_size if isinstance(text, str) else as_list(text)

@@ -1,0 +1,455 @@
+"""`check` finds each planted mistake, and has nothing against good checkpoints."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+from openvla_hf.checkpoints.merge import merge_adapter
+from openvla_hf.checkpoints.quantize import quantization
+from openvla_hf.cli import main
+from openvla_hf.data import Gripper, Robot, from_episodes
+from openvla_hf.evaluation.check import check, check_policy
+from openvla_hf.modeling import modeling_openvla
+from openvla_hf.modeling.action_decoding import action_pass
+from openvla_hf.processing.processing_openvla import VICUNA_PROMPT
+from openvla_hf.tabletop.expert import record_demonstrations
+from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
+from openvla_hf.testing import BRIDGE_LIKE_STATS, write_tiny_oft
+
+
+ARM = Robot("arm", gripper=Gripper())
+IMAGE_FIELDS = {"resample": "lanczos3", "center_crop_area": 0.9}
+
+
+@pytest.fixture(scope="module")
+def tabletop():
+    """The tabletop's policy, in memory. Tests must not change it."""
+    return AutoModel.from_pretrained(TABLETOP_POLICY), AutoProcessor.from_pretrained(TABLETOP_POLICY)
+
+
+@pytest.fixture
+def policy(tabletop):
+    """A copy of the tabletop's policy to damage."""
+    return SimpleNamespace(model=copy.deepcopy(tabletop[0]), processor=copy.deepcopy(tabletop[1]))
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    """Episodes of the tabletop's expert."""
+    return list(record_demonstrations(["put"], range(4)))
+
+
+@pytest.fixture(scope="module")
+def oft_folder(tmp_path_factory):
+    """A checkpoint of OpenVLA-OFT in the layout of the original."""
+    folder = write_tiny_oft(tmp_path_factory.mktemp("oft"))
+    AutoProcessor.from_pretrained(folder, **IMAGE_FIELDS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def oft(oft_folder):
+    """A policy of OpenVLA-OFT to damage."""
+    model = AutoModel.from_pretrained(oft_folder)
+    model.config.norm_stats["tiny"]["action"]["mask"] = [True] * 7
+    return SimpleNamespace(model=model, processor=AutoProcessor.from_pretrained(oft_folder))
+
+
+@pytest.fixture
+def published(recorded):
+    """A checkpoint in the published layout."""
+    record = recorded("fused-224")
+    return SimpleNamespace(model=record.model, processor=copy.deepcopy(record.processor), checkpoint=record.checkpoint)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tabletop's checkpoint to damage."""
+    return shutil.copytree(TABLETOP_POLICY, tmp_path / "policy")
+
+
+def found(report, name, status="failed"):
+    """Return what a check found, with the fix, and require its status."""
+    (one,) = (one for one in report.findings if one.check == name and one.status == status)
+    assert one.fix
+    return f"{one.found} {one.fix}"
+
+
+def statuses(report):
+    return {one.check: one.status for one in report.findings}
+
+
+# Good checkpoints
+
+
+def test_the_tabletop_checkpoint_passes_also_on_its_data(tabletop, demonstrations):
+    frames = from_episodes(demonstrations, ARM, name="tabletop")
+    report = check_policy(*tabletop, TABLETOP_POLICY, frames=frames)
+    assert set(statuses(report).values()) <= {"passed", "skipped"}, report.findings
+    assert statuses(report)["gripper on the data"] == statuses(report)["key"] == "passed"
+    json.dumps(report.as_dict())
+
+
+def test_a_published_checkpoint_passes(published):
+    report = check_policy(published.model, published.processor, published.checkpoint)
+    assert set(statuses(report).values()) <= {"passed", "skipped"}, report.findings
+
+
+@pytest.mark.parametrize("head", ["l1", "diffusion", "none"])
+def test_an_oft_checkpoint_passes(oft_folder, tmp_path, head):
+    source, loading = oft_folder, {}
+    if head != "l1":
+        source = write_tiny_oft(tmp_path, head=head)
+        loading = {"platform": "libero"} | ({"action_decoding": "parallel"} if head == "none" else {})
+        AutoProcessor.from_pretrained(source, **IMAGE_FIELDS, **loading).save_pretrained(source)
+    report = check(source, loading=loading)
+    assert report.passed, report.failures
+    assert statuses(report)["attention mask"] == statuses(report)["image"] == "passed"
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_checkpoint_passes(bits):
+    pytest.importorskip("bitsandbytes")
+    report = check(TABLETOP_POLICY, loading={"quantization_config": quantization(bits)})
+    assert report.passed, report.failures
+    assert statuses(report)["decoding loop"] == "passed"
+
+
+# Inputs, masks, weights and decoding
+
+
+def test_an_ignored_image_is_found(policy):
+    policy.model.model.projector.fc3.weight.data.zero_()
+    report = check_policy(policy.model, policy.processor)
+    assert "ignores it. Another image changes the logits by 0" in found(report, "image")
+    assert "have one value everywhere (for example 'model.projector.fc3.weight')" in found(report, "weights")
+
+
+def test_pixels_that_do_not_depend_on_the_image_are_found(policy):
+    black = policy.processor.image_processor.resize
+    policy.processor.image_processor.resize = lambda image: black(image.point(lambda level: 0))
+    report = check_policy(policy.model, policy.processor)
+    assert "`pixel_values` reach the model" in found(report, "image")
+    assert statuses(report)["instruction"] == "passed"
+
+
+def test_an_ignored_instruction_is_found(policy):
+    policy.processor.build_prompt = lambda instruction: "In: put the red cube on the blue plate\nOut:"
+    report = check_policy(policy.model, policy.processor)
+    assert "the prompt contains the instruction" in found(report, "instruction")
+    assert [one.check for one in report.failures] == ["instruction"]
+
+
+def test_an_ignored_camera_and_an_ignored_state_are_found(oft):
+    state = oft.model.model.proprio_projector
+    state.fc2.weight.data.zero_()
+    encode = oft.model.model.vision_backbone.forward
+    oft.model.model.vision_backbone.forward = lambda pixels, text=None: encode(
+        torch.cat([pixels[:, :6], torch.zeros_like(pixels[:, 6:])], dim=1), text
+    )
+    report = check_policy(oft.model, oft.processor)
+    assert "Another image of wrist_image" in found(report, "image")
+    assert "Another state changes the actions by 0" in found(report, "state")
+    assert statuses(report)["instruction"] == "passed"
+
+
+def test_a_causal_mask_in_an_oft_policy_is_found(oft, monkeypatch):
+    monkeypatch.setattr(modeling_openvla, "bidirectional_mask", lambda config, embeds, mask: mask)
+    report = check_policy(oft.model, oft.processor)
+    assert found(report, "attention mask").startswith("Causal, but this policy decodes in parallel. Later tokens")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_bidirectional_mask_in_a_plain_policy_is_found(tabletop, implementation):
+    model = AutoModel.from_pretrained(TABLETOP_POLICY, attn_implementation=implementation)
+    assert check_policy(model, tabletop[1]).passed
+    forward = model.model.language_model.forward
+
+    def see_everything(inputs_embeds, attention_mask=None, **kwargs):
+        rows, length = inputs_embeds.shape[:2]
+        mask = torch.zeros(rows, 1, length, length) if attention_mask is None or attention_mask.ndim == 2 else None
+        return forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask if mask is None else mask, **kwargs)
+
+    model.model.language_model.forward = see_everything
+    report = check_policy(model, tabletop[1])
+    assert found(report, "attention mask").startswith("Bidirectional, but this policy decodes token by token.")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_are_not_finite_are_found(policy, value):
+    policy.model.model.language_model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    report = check_policy(policy.model, policy.processor)
+    assert "(for example 'model.language_model.layers.1.mlp.up_proj.weight')" in found(report, "weights")
+    if np.isnan(value):
+        assert "The logits are not finite. See the finding on the weights." in found(report, "image")
+
+
+def test_a_broken_cached_loop_is_found(policy):
+    def lose_positions(model, input_ids, pixels, mask, position_ids, *args):
+        return action_pass(model, input_ids, pixels, mask, torch.zeros_like(position_ids), *args)
+
+    policy.model.action_pass = lose_positions
+    report = check_policy(policy.model, policy.processor)
+    assert "The logits of the cached loop are off by" in found(report, "decoding loop")
+    assert [one.check for one in report.failures] == ["decoding loop"]
+
+
+# Statistics
+
+
+def write_statistics(folder, statistics):
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+
+
+def test_missing_statistics_are_found(folder):
+    (folder / "dataset_statistics.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"norm_stats": None}))
+    assert "actions can't be turned into robot units" in found(check(folder), "statistics")
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "message"),
+    [
+        ("q99", float("nan"), "'q99' must be a list of finite numbers"),
+        ("q01", 0.5, "'q01' is above 'q99' in dimension 2"),
+    ],
+)
+def test_statistics_that_are_not_finite_or_out_of_order_are_found(folder, bound, value, message):
+    statistics = json.loads((folder / "dataset_statistics.json").read_text())
+    statistics["tabletop"]["action"][bound][2] = value
+    write_statistics(folder, statistics)
+    report = check(folder)
+    assert message in found(report, "statistics")
+    assert message in found(report, "loading")
+
+
+def test_statistics_of_another_dimension_are_found(oft):
+    oft.model.config.norm_stats["tiny"]["action"] = {"q01": [-0.1] * 14, "q99": [0.1] * 14}
+    report = check_policy(oft.model, oft.processor)
+    assert "'tiny' has 14 action dimensions, but the policy 7" in found(report, "statistics")
+
+
+def test_the_wrong_key_for_the_data_is_found(policy, demonstrations):
+    policy.model.norm_stats = {"bridge_orig": {"action": BRIDGE_LIKE_STATS}} | policy.model.norm_stats
+    frames = from_episodes(demonstrations, ARM, name="table")
+    report = check_policy(policy.model, policy.processor, frames=frames, unnorm_key="bridge_orig")
+    assert "Pass unnorm_key='tabletop'." in found(report, "key")
+    report = check_policy(policy.model, policy.processor, frames=frames)
+    assert statuses(report)["key"] == "skipped"
+    with pytest.raises(ValueError, match="bridge_org"):
+        check_policy(policy.model, policy.processor, unnorm_key="bridge_org")
+
+
+def test_data_of_another_dimension_and_other_units_are_found(tabletop, demonstrations):
+    wide = [[frame | {"action": np.append(frame["action"], 0.0)} for frame in each] for each in demonstrations]
+    report = check_policy(*tabletop, frames=from_episodes(wide, ARM, name="wide"))
+    assert "'tabletop' have 7 dimensions, but the data 8." in found(report, "key")
+    millimetres = np.array([1000.0] * 6 + [1.0])
+    scaled = [[frame | {"action": frame["action"] * millimetres} for frame in each] for each in demonstrations]
+    report = check_policy(*tabletop, frames=from_episodes(scaled, ARM, name="millimetres"))
+    assert "check its units" in found(report, "key")
+
+
+def test_a_flipped_gripper_is_found(tabletop, demonstrations):
+    flipped = [
+        [frame | {"action": np.append(frame["action"][:6], 1 - frame["action"][6])} for frame in each]
+        for each in demonstrations
+    ]
+    report = check_policy(*tabletop, frames=from_episodes(flipped, ARM, name="flipped"))
+    assert "Inverted. The gripper is as recorded on" in found(report, "gripper on the data")
+
+
+def test_a_gripper_from_minus_one_to_one_is_found(policy, demonstrations):
+    signed = [
+        [frame | {"action": np.append(frame["action"][:6], 2 * frame["action"][6] - 1)} for frame in each]
+        for each in demonstrations
+    ]
+    raw = Robot("raw", gripper=Gripper(open=1.0, closed=0.0))
+    with pytest.raises(ValueError, match="its adapter says"):  # the adapter's range is checked while reading
+        from_episodes(signed, raw, name="signed")
+    policy.model.norm_stats["tabletop"]["action"]["min"][6] = -1.0
+    report = check_policy(policy.model, policy.processor)
+    assert "goes from -1 to 1" in found(report, "gripper", "warned")
+
+
+# Prompts and images
+
+
+def test_a_missing_suffix_is_found(published, monkeypatch):
+    monkeypatch.setattr(published.model.config, "prompt_suffix_token_id", None)
+    report = check_policy(published.model, published.processor, published.checkpoint)
+    assert "Prompts end in id None instead of 29871. Set `prompt_suffix_token_id`" in found(report, "prompt suffix")
+
+
+def test_another_prompt_template_is_found(published):
+    published.processor.prompt_template = VICUNA_PROMPT
+    report = check_policy(published.model, published.processor, published.checkpoint)
+    assert "which it was trained with" in found(report, "prompt template")
+    published.processor.prompt_template = "Robot, {instruction}!"
+    assert "none of OpenVLA's" in found(
+        check_policy(published.model, published.processor), "prompt template", "warned"
+    )
+
+
+def test_capitals_and_full_stops_are_found(policy, demonstrations):
+    policy.processor.lowercase_instruction = policy.processor.strip_full_stop = False
+    told = [[frame | {"instruction": "Put it there."} for frame in each] for each in demonstrations]
+    with pytest.warns(UserWarning, match="ends in a full stop"):
+        report = check_policy(policy.model, policy.processor, frames=from_episodes(told, ARM, name="tabletop"))
+    assert "Capitals are kept" in found(report, "prompt form", "warned")
+    assert "1 of 1 end in a full stop" in found(report, "instructions of the data", "warned")
+
+
+def test_a_missing_crop_of_an_oft_policy_is_found(oft, oft_folder):
+    oft.processor.image_processor.center_crop_area = None
+    report = check_policy(oft.model, oft.processor, oft_folder)
+    assert "no crop, but the training had random crops. Pass `center_crop_area=0.9`" in found(report, "crop")
+
+
+def test_a_missing_crop_of_a_fine_tuned_policy_is_found(folder):
+    (folder / "training.json").write_text(json.dumps({"arguments": {"augment": True}}))
+    assert "the training had random crops" in found(check(folder), "crop")
+    (folder / "training.json").write_text(json.dumps({"arguments": {"augment": False}}))
+    assert statuses(check(folder))["crop"] == "passed"
+
+
+def test_another_resize_is_found(published):
+    published.processor.image_processor.image_resize_strategy = "letterbox"
+    report = check_policy(published.model, published.processor, published.checkpoint)
+    assert "image_resize_strategy='letterbox' instead of 'resize-naive'" in found(report, "resize")
+
+
+def test_normalisation_for_the_other_tower_is_found(published):
+    images = published.processor.image_processor
+    images.image_mean, images.image_std = images.image_mean[::-1], images.image_std[::-1]
+    report = check_policy(published.model, published.processor)
+    assert "Tower 0 (dinov2_with_registers) gets images normalised for siglip" in found(report, "normalisation")
+
+
+def test_a_processor_of_another_model_is_found(policy, published):
+    report = check_policy(policy.model, published.processor)
+    assert "image tokens: 256 instead of 64" in found(report, "processor and model")
+    assert statuses(report)["image"] == "skipped"
+
+
+# Adapters and code
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """The tabletop's policy as `base`, an `adapter` for it, and both merged."""
+    folder = tmp_path_factory.mktemp("adapted")
+    shutil.copytree(TABLETOP_POLICY, folder / "base")
+    model = AutoModel.from_pretrained(folder / "base")
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj", "fc1"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder / "adapter")
+    AutoProcessor.from_pretrained(folder / "base").save_pretrained(folder / "adapter")
+    base_of(folder / "adapter", folder / "base")
+    merge_adapter(folder / "adapter", folder / "merged", dtype="float32")
+    return folder
+
+
+def base_of(adapter, base, **fields):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(base), **fields}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_an_adapter_and_its_merged_weights_pass(adapted, tmp_path):
+    report = check(adapted / "adapter")
+    assert report.passed, report.failures
+    assert statuses(report)["adapter"] == "passed"
+    shutil.copytree(adapted / "merged", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(adapted / "adapter", tmp_path / "lora_adapter")
+    assert statuses(check(tmp_path))["adapter"] == "passed"
+
+
+def test_an_adapter_on_weights_that_contain_it_is_found(adapted, tmp_path):
+    shutil.copytree(adapted / "adapter", tmp_path, dirs_exist_ok=True)
+    base_of(tmp_path, adapted / "merged")
+    assert "Applied twice: the weights of the base already contain it" in found(check(tmp_path), "adapter")
+
+
+def test_an_adapter_that_was_merged_twice_is_found(adapted, tmp_path):
+    shutil.copytree(adapted / "adapter", tmp_path / "again")
+    base_of(tmp_path / "again", adapted / "merged")
+    merge_adapter(tmp_path / "again", tmp_path / "twice", dtype="float32")
+    shutil.copytree(adapted / "adapter", tmp_path / "twice" / "lora_adapter")
+    assert "Merged more than once." in found(check(tmp_path / "twice"), "adapter")
+
+
+def test_an_adapter_that_is_not_applied_is_found(adapted, tmp_path):
+    shutil.copytree(adapted / "base", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(adapted / "adapter", tmp_path / "lora_adapter")
+    assert found(check(tmp_path), "adapter").startswith("Missing. The weights contain the adapter in")
+    model = AutoModel.from_pretrained(adapted / "adapter")
+    model.disable_adapters()
+    report = check_policy(model, AutoProcessor.from_pretrained(adapted / "adapter"))
+    assert "loaded, but disabled" in found(report, "adapter")
+
+
+def test_an_adapter_without_its_trained_modules_or_its_base_is_found(adapted, tmp_path):
+    shutil.copytree(adapted / "adapter", tmp_path, dirs_exist_ok=True)
+    base_of(tmp_path, adapted / "base", modules_to_save=["lm_head"])
+    assert "modules that were trained in full are missing" in found(check(tmp_path), "loading")
+    base_of(tmp_path, tmp_path / "nowhere", modules_to_save=None)
+    assert "Cannot load the base" in found(check(tmp_path), "loading")
+
+
+def test_an_adapter_that_changes_nothing_is_found(adapted, tmp_path):
+    shutil.copytree(adapted / "adapter", tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    new = {name: one * 0 if "lora_B" in name else one for name, one in weights.items()}
+    save_file(new, tmp_path / "adapter_model.safetensors")
+    assert "The adapter changes nothing" in found(check(tmp_path), "adapter")
+
+
+def test_old_and_incomplete_code_is_found(tabletop, tmp_path):
+    tabletop[0].save_pretrained(tmp_path)
+    tabletop[1].save_pretrained(tmp_path)
+    assert statuses(check(tmp_path))["remote code"] == "passed"
+    module = tmp_path / "action_tokenizer.py"
+    module.write_text(module.read_text() + "\n# older\n")
+    assert "1 of 27 modules differ" in found(check(tmp_path), "remote code")
+    module.unlink()
+    assert "1 of 27 modules are missing (for example action_tokenizer.py)" in found(check(tmp_path), "remote code")
+
+
+# The command
+
+
+def test_the_command_prints_a_table_or_json_and_its_status_says_whether_a_check_failed(folder, capsys):
+    assert main(["check", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "remote code" in printed
+    assert "1 warned" in printed
+    assert main(["check", str(folder), "--strict", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["counts"]["failed"], report["counts"]["warned"]) == (True, 0, 1)
+    write_statistics(folder, {"tabletop": {"action": {"q01": [0.0]}}})
+    assert main(["check", str(folder), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [one["check"] for one in report["findings"] if one["status"] == "failed"] == ["loading", "statistics"]
+
+
+def test_errors_of_the_caller_are_not_findings(folder, tmp_path, capsys):
+    assert main(["check", str(folder), "--camera", "front"]) == 2
+    assert "--camera is for recorded data: give --data." in capsys.readouterr().err
+    assert main(["check", str(folder), "--data", str(tmp_path / "nothing")]) == 2
+    assert "There is no dataset" in capsys.readouterr().err
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["check", str(folder)]) == 2
+    assert "is not an OpenVLA checkpoint" in capsys.readouterr().err
