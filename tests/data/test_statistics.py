@@ -113,7 +113,9 @@ def count_reads(monkeypatch):
     """List the files that are read as TFRecords."""
     read = []
     read_records = rlds.read_records
-    monkeypatch.setattr(rlds, "read_records", lambda file, path, *place: read.append(path) or read_records(file, path, *place))
+    monkeypatch.setattr(
+        rlds, "read_records", lambda file, path, *place: read.append(path) or read_records(file, path, *place)
+    )
     return read
 
 
