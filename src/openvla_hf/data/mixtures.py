@@ -88,7 +88,10 @@ def epoch_length(weights: Sequence[float], sizes: Sequence[int], shares: Sequenc
     """
     lengths = [size / share for weight, size, share in zip(weights, sizes, shares, strict=True) if weight == 1]
     if not lengths:
-        raise ValueError("No dataset of the mixture has weight 1, so the length of an epoch is not defined.")
+        raise ValueError(
+            "No dataset of the mixture has weight 1, so the length of an epoch is not defined. Give at least "
+            "one dataset the weight 1."
+        )
     return int(max(lengths))
 
 
@@ -177,7 +180,10 @@ def select_datasets(
         )
     selected = {name: weight for name, weight in weights.items() if name not in refused and name not in missing}
     if not selected:
-        raise ValueError(f"{folder} contains none of the {len(weights)} datasets of the mixture.")
+        raise ValueError(
+            f"{folder} contains none of the {len(weights)} datasets of the mixture. Give the folder that contains the "
+            "folders of the datasets."
+        )
     return selected
 
 

@@ -115,7 +115,9 @@ def held_out_frames(data: Dataset, split: dict[str, dict[str, Any]]) -> Dataset:
     """
     name = str(data[0]["dataset"])
     if name not in split:
-        raise ValueError(f"Training held out no episodes of {name!r}.")
+        raise ValueError(
+            f"Training held out no episodes of {name!r}. Give `split` to evaluate on the episodes of a split."
+        )
     expected = split[name]["frames"]
     if len(data) != expected:
         raise ValueError(

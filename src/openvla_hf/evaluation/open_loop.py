@@ -56,8 +56,8 @@ def load_recorded(data: str, training: dict[str, Any], **options: Any) -> Datase
             other. Without `split`, the frames are those that the training held out.
 
     Raises:
-        ValueError: The training read several datasets, but not this one, or its robot adapter is not registered
-            here or differs.
+        ValueError: Training read several datasets but not this one, or the robot adapter that training used is not
+            registered here or differs.
     """
     reading = _find_reading(data, training.get("reading", {}))
     adapter = reading.pop("adapter", None)
