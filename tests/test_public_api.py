@@ -226,6 +226,46 @@ API = {
         load_options(model, processor)
         open_loop_table(title, report, names)
     """,
+    "openvla_hf.evaluation.suites": """
+        SUITES
+        Evaluation(suite, policy, folder, pictures)
+        Evaluation.play(player)
+        Evaluation.result()
+        Evaluation.rollouts
+        compare_runs(first, second)
+        find_suite(name)
+    """,
+    "openvla_hf.suites.play": """
+        play(policy, episodes, simulators, keep_frames)
+    """,
+    "openvla_hf.suites.policies": """
+        ModelPolicy(model, processor, unnorm_key, execute)
+        model_policy(suite, model, processor, unnorm_key)
+    """,
+    "openvla_hf.suites.results": """
+        Comparison(episodes, both, only_first, only_second, neither, p_value)
+        compare_results(first, second)
+        mcnemar(only_first, only_second)
+        success_by_task(rollouts)
+        success_table(title, results, moved_target)
+        wilson(successes, episodes)
+    """,
+    "openvla_hf.suites.simulator": """
+        Simulator(suite)
+        SimulatorProcess(suite)
+        open_simulators(suite, count, processes)
+    """,
+    "openvla_hf.suites.suite": """
+        Episode(environment, seed)
+        Protocol(episodes, first_seed, initial_states, max_steps, success, cameras, image_size, rotate, jpeg, resize,
+            crop_area, settle_steps, settle_action, gripper, execute)
+        Rollout(seed, task, instruction, success, moved_target, steps, frames, predictions)
+        Suite(name, environments, protocol, state_dim, packages)
+        Suite.episodes()
+        Suite.make(environment)
+        Suite.select(tasks)
+        Suite.with_protocol(**changes)
+    """,
     "openvla_hf.evaluation.random_models": """
         chunk_model(model, horizon, head)
         random_model(size, dtype, device, text_config, **fields)
@@ -254,7 +294,7 @@ API = {
         check_robot(low, high)
         run_episodes(policy, seeds, tasks, condition, batch_size, keep_frames, cameras, state)
         success_by_task(rollouts)
-        success_table(title, results)
+        success_table(title, results, moved_target)
     """,
     "openvla_hf.serving": """
         Client(url, token, timeout, jpeg_quality)
@@ -277,7 +317,8 @@ API = {
         RoundTrip(count, last, median, p95, longest)
     """,
     "openvla_hf.serving.episodes": """
-        check_server(info, unnorm_key)
+        check_server(info, unnorm_key, suite)
+        play_served(client, suite, episodes, simulators, keep_frames, unnorm_key)
         run_served_episodes(client, seeds, tasks, condition, robots, unnorm_key)
     """,
     "openvla_hf.cli": """
@@ -290,8 +331,9 @@ COMMANDS = {
         --model --unnorm-key --device --episodes --batch-size --task --output --json
     """,
     "evaluate": """
-        --model --unnorm-key --device --episodes --batch-size --task --condition --execute --server --token-file
-            --data --frames --robot --robots --split --camera --cameras --every --drop-idle --json
+        policy --model --unnorm-key --device --episodes --batch-size --task --condition --execute --server
+            --token-file --data --frames --robot --robots --split --camera --cameras --every --drop-idle --suite
+            --output --envs --compare --json
     """,
     "record": """
         destination --task --episodes --first-seed --cameras --state --format --json

@@ -1,7 +1,7 @@
 """Run tabletop episodes, for `demo` and `evaluate`."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .common import add_policy_arguments, console, load_model, positive
@@ -63,9 +63,22 @@ def unseen_seeds(args: argparse.Namespace) -> range:
 
 def watch(args: argparse.Namespace, running: Iterable["Rollout"], condition: str) -> "list[Rollout]":
     """Wait for the episodes of one condition and print each outcome."""
+    return show_progress(args, running, condition, args.episodes)
+
+
+def show_progress(
+    args: argparse.Namespace, running: Iterable["Rollout"], label: str, total: int, earlier: "Sequence[Rollout]" = ()
+) -> "list[Rollout]":
+    """Wait for episodes, print each outcome, and show the success rate so far with its interval.
+
+    Returns:
+        The episodes, after those that ended `earlier`.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    episodes: list[Rollout] = []
+    from ..suites.results import wilson
+
+    episodes = list(earlier)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -74,11 +87,13 @@ def watch(args: argparse.Namespace, running: Iterable["Rollout"], condition: str
         TextColumn("success {task.fields[success]}"),
     )
     with Progress(*columns, console=console(stderr=True), disable=args.json) as progress:
-        bar = progress.add_task(condition, total=args.episodes, success="-")
+        bar = progress.add_task(label, total=total, completed=len(episodes), success="-")
         for episode in running:
             episodes.append(episode)
             verdict = "[green]done[/]    " if episode.success else "[red]not done[/]"
             progress.console.print(f"{verdict} {episode.steps:3d} steps  {episode.instruction}", markup=True)
             done = sum(one.success for one in episodes)
-            progress.update(bar, advance=1, success=f"{done}/{len(episodes)} = {done / len(episodes):.0%}")
+            low, high = wilson(done, len(episodes))
+            rate = f"{done}/{len(episodes)} = {done / len(episodes):.0%} ({low:.0%} to {high:.0%})"
+            progress.update(bar, advance=1, success=rate)
     return episodes

@@ -1,4 +1,4 @@
-"""Measure a policy's success on the tabletop, or compare its actions with recorded ones (--data)."""
+"""Measure a policy's success on the tabletop or a suite, or compare its actions with recorded ones (--data)."""
 
 import argparse
 import time
@@ -6,6 +6,7 @@ import time
 from .common import (
     READING,
     add_data_arguments,
+    checkpoint,
     counting_bars,
     default_model,
     dimension_names,
@@ -19,15 +20,15 @@ from .common import (
 )
 from .episodes import TASKS, add_episode_arguments, play, tabletop_policy, unseen_seeds, watch
 from .serve import TOKEN_VARIABLE, read_token
+from .suite import PATIENCE, add_suite_arguments, run_comparison, run_suite
 
 
 EXAMPLE = "evaluate --model outputs/kitchen --data lab/kitchen"
 TABLETOP_EPISODES = 200
-PATIENCE = 60.0
-"""Seconds that a simulated robot waits for a server, for example while the server restarts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", nargs="?", type=checkpoint, metavar="MODEL", help="the same as --model")
     add_episode_arguments(
         parser, None, f"number of episodes (default: {TABLETOP_EPISODES} on the tabletop, all of --data)"
     )
@@ -67,13 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="cameras of a policy that sees several, instead of --camera (default: as in training, or the policy's)",
     )
+    add_suite_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.policy is not None:
+        refuse_options(args, "names the policy a second time: leave out one of the two", "model")
+        args.model = args.policy
+    if args.compare is not None:
+        run_comparison(args)
+        return
     if args.data is not None:
         _run_on_data(args)
         return
     refuse_options(args, "is for recorded data: give --data", "frames", "robots", "cameras", *READING)
+    if args.suite is not None:
+        run_suite(args)
+        return
+    refuse_options(args, "is for a suite: give --suite", "output", "envs")
     args.episodes = args.episodes or TABLETOP_EPISODES
     if args.server is not None:
         _run_on_server(args)
@@ -150,7 +162,7 @@ def _run_on_data(args: argparse.Namespace) -> None:
     from ..evaluation.open_loop import evaluate_open_loop, load_options, load_recorded, open_loop_table
 
     refuse_options(
-        args, "is for the tabletop: leave out --data", "task", "condition", "execute", "server", "token_file"
+        args, "is for the tabletop: leave out --data", "task", "condition", "execute", "server", "token_file", "suite"
     )
     register_robots(args)
     model_id = args.model or default_model()

@@ -119,7 +119,8 @@ class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
     fixed camera, y away from it, and z up.
 
     The `info` of `reset` and `step` contains `instruction`, `task` (the family), `is_success`, and `moved_object`: the
-    name of the object that was held last, or pushed last to at least 3 cm from its start, or None.
+    name of the object that was held last, or pushed last to at least 3 cm from its start, or None. `moved_the_target`
+    says whether this is the object to move.
 
     Options of `reset`: `task` fixes the family. `swap_target` (bool) keeps the seed's scene and exchanges the target
     for the distractor, in the instruction and in the success criterion.
@@ -264,6 +265,7 @@ class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
             "task": self.task.family,
             "is_success": self.is_success(),
             "moved_object": self._moved,
+            "moved_the_target": self._moved == self.task.target.name,
         }
 
 

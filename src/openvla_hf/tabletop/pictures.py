@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .rollouts import Rollout
+from ..suites.suite import Rollout
 
 
 INK, PAPER, GOOD, BAD = (30, 34, 40), (255, 255, 255), (30, 132, 73), (192, 57, 43)

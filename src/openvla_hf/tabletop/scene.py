@@ -16,6 +16,8 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..suites.suite import Observation, first_image
+
 
 __all__ = [
     "CAMERAS",
@@ -35,8 +37,6 @@ __all__ = [
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
-# The frame of the fixed camera, or a dict with the frame of each camera and the state.
-Observation = np.ndarray | dict[str, np.ndarray]
 
 # Pixels along a side.
 IMAGE_SIZE = 224
@@ -150,11 +150,6 @@ class Scene:
     objects: list[TableObject]
     goals: list[Goal]
     gripper: TableGripper
-
-
-def first_image(observation: Observation) -> np.ndarray:
-    """Return the frame of the first camera in an observation."""
-    return next(iter(observation.values())) if isinstance(observation, dict) else observation
 
 
 def read_state(scene: Scene) -> np.ndarray:

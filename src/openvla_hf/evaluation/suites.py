@@ -1,0 +1,123 @@
+"""Evaluate a policy on a suite: episodes that go on after an interruption, pictures, and `evaluation.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..modeling.folder_writing import written_whole
+from ..modeling.known_names import check_name
+from ..suites.journal import Journal, read_journal
+from ..suites.libero import LIBERO_SUITES, libero_suite
+from ..suites.metaworld import metaworld_suite
+from ..suites.results import Comparison, compare_results, success_by_task
+from ..suites.suite import Episode, Rollout, Suite
+from ..tabletop.pictures import save_gif
+from ..tabletop.suite import tabletop_suite
+
+
+__all__ = ["SUITES", "Evaluation", "compare_runs", "find_suite"]
+
+# Name -> function that makes the suite with its preset.
+SUITES: dict[str, Callable[[], Suite]] = {
+    "tabletop": tabletop_suite,
+    "metaworld": metaworld_suite,
+    **{name: partial(libero_suite, name) for name in LIBERO_SUITES},
+}
+RESULT_FILE = "evaluation.json"
+PICTURES = "episodes"
+# Pictures per second: many episodes have hundreds of steps.
+SPEED = 20
+
+# Plays episodes: given these and whether to keep the frames of each, yields each with its result as it ends.
+Player = Callable[[list[Episode], Callable[[Episode], bool]], Iterator[tuple[Episode, Rollout]]]
+
+
+def find_suite(name: str) -> Suite:
+    """Return the suite of a name, with its preset.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    check_name(name, SUITES, "suite")
+    return SUITES[name]()
+
+
+class Evaluation:
+    """The episodes of one policy on one suite, kept in a folder.
+
+    The folder has `episodes.jsonl`, to which each episode is appended when it ends, `evaluation.json` once all have
+    ended, and pictures of the first failures and successes. A second run with the same folder plays what is missing.
+
+    Args:
+        suite: The suite.
+        policy: What describes the policy, in JSON types: its name and how it is run.
+        folder: Folder of the evaluation.
+        pictures: Number of failures and of successes to show.
+
+    Raises:
+        ValueError: The folder has the episodes of another run.
+    """
+
+    def __init__(self, suite: Suite, policy: dict[str, Any], folder: str | os.PathLike, pictures: int = 3) -> None:
+        self.suite, self.folder, self.pictures = suite, Path(folder), pictures
+        self.run = {**policy, **suite.describe()}
+        self.journal = Journal(folder, self.run)
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """The episodes that have ended, in the order of the protocol."""
+        known = self.journal.rollouts
+        return [known[episode] for episode in self.suite.episodes() if episode in known]
+
+    def play(self, player: Player) -> Iterator[Rollout]:
+        """Play the missing episodes and yield each as it ends."""
+        missing = [episode for episode in self.suite.episodes() if episode not in self.journal.rollouts]
+        for episode, rollout in player(missing, lambda episode: bool(self._wanted())):
+            self._show(episode, rollout)
+            self.journal.add(episode, rollout)
+            yield rollout
+
+    def result(self) -> dict[str, Any]:
+        """Write `evaluation.json` and return its content."""
+        results = {self.run.get("condition", "as told"): success_by_task(self.rollouts)}
+        result = {**self.run, "environment": self.suite.name, "versions": self.suite.versions(), "results": results}
+        with written_whole(self.folder) as aside:
+            (aside / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        return result
+
+    def _wanted(self) -> set[str]:
+        """Return the outcomes of which too few pictures exist."""
+        folder = self.folder / PICTURES
+        return {kind for kind in ("failure", "success") if len(list(folder.glob(f"{kind}-*"))) < self.pictures}
+
+    def _show(self, episode: Episode, rollout: Rollout) -> None:
+        kind = "success" if rollout.success else "failure"
+        if rollout.frames and kind in self._wanted():
+            folder = self.folder / PICTURES
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{kind}-{episode.environment}-{episode.seed}.gif"
+            save_gif([rollout], path, columns=1, frames_per_second=SPEED)
+
+
+def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> tuple[tuple[str, str], dict[str, Comparison]]:
+    """Compare the policies of two evaluations, given by their folders, on the same episodes.
+
+    Returns:
+        The names of the policies, and for each task and "all" the comparison.
+
+    Raises:
+        FileNotFoundError: A folder has no evaluation.
+        ValueError: The evaluations have different suites or protocols, or different episodes.
+    """
+    (run, rollouts), (other, others) = read_journal(first), read_journal(second)
+    different = [key for key in ("suite", "condition", "tasks", "protocol") if run.get(key) != other.get(key)]
+    if different:
+        raise ValueError(
+            f"The evaluations differ in {', '.join(different)}. Compare policies that were evaluated in the same way."
+        )
+    return (run["model"], other["model"]), compare_results(rollouts, others)

@@ -1,0 +1,75 @@
+"""LIBERO as five suites, with the protocol under which OpenVLA and OpenVLA-OFT published their results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .suite import Protocol, Suite
+
+
+if TYPE_CHECKING:
+    from .libero_env import LiberoEnv
+
+
+__all__ = ["LIBERO_SUITES", "LiberoSuite", "libero_suite"]
+
+# Suite -> number of tasks, and steps after which an episode has failed: a little more than the longest demonstration.
+LIBERO_SUITES = {
+    "libero_spatial": (10, 220),
+    "libero_object": (10, 280),
+    "libero_goal": (10, 300),
+    "libero_10": (10, 520),
+    "libero_90": (90, 400),
+}
+ACTION_DIM, STATE_DIM = 7, 8
+# While the objects of a scene come to rest, the arm stands still with an open gripper.
+WAIT = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+
+
+@dataclass(frozen=True)
+class LiberoSuite(Suite):
+    """One of LIBERO's suites, whose environments are the numbers of its tasks. See `LiberoEnv`."""
+
+    title: ClassVar[str] = "LIBERO"
+
+    def known_tasks(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the numbers of the tasks."""
+        return {str(index): (str(index),) for index in range(LIBERO_SUITES[self.name][0])}
+
+    def make(self, environment: str) -> LiberoEnv:
+        """Build the environment of a task."""
+        from .libero_env import LiberoEnv
+
+        return LiberoEnv(self.name, int(environment), image_size=self.protocol.image_size)
+
+    def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
+        """Raise `ValueError` if the actions of a policy do not have LIBERO's 7 dimensions."""
+        if len(low) != ACTION_DIM:
+            raise ValueError(
+                f"LIBERO is not this policy's robot: it takes actions of {ACTION_DIM} dimensions, but the policy "
+                f"predicts {len(low)}."
+            )
+
+
+def libero_suite(name: str) -> LiberoSuite:
+    """Make one of `LIBERO_SUITES`."""
+    tasks, max_steps = LIBERO_SUITES[name]
+    protocol = Protocol(
+        episodes=50,
+        first_seed=0,
+        initial_states="LIBERO's .pruned_init files: episode i of a task starts from state i; environment seed 0",
+        max_steps=max_steps,
+        cameras=("full_image", "wrist_image"),
+        image_size=256,
+        rotate=True,
+        jpeg=True,
+        resize=224,
+        crop_area=0.9,
+        settle_steps=10,
+        settle_action=WAIT,
+        gripper=(-1.0, 1.0),
+    )
+    packages = ("openvla-hf", "gymnasium", "hf-libero", "robosuite", "mujoco", "numpy")
+    return LiberoSuite(name, tuple(map(str, range(tasks))), protocol, STATE_DIM, packages)

@@ -1,0 +1,84 @@
+"""A model and its processor as a policy that plays episodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .suite import STATE, Observation, Suite, first_image
+
+
+__all__ = ["ModelPolicy", "model_policy"]
+
+
+class ModelPolicy:
+    """A model and its processor as a `Policy` that counts the cost of its actions.
+
+    Attributes:
+        cameras: Cameras whose images the model takes, or `None` for the first camera alone.
+        state: Whether the model takes the robot's state.
+        forward_passes: Passes of the language model so far, summed over the observations.
+        seconds: Time spent in the processor and the model so far.
+    """
+
+    def __init__(self, model: Any, processor: Any, unnorm_key: str | None = None, execute: int | None = None):
+        self.model, self.processor = model, processor
+        self.unnorm_key, self.execute = unnorm_key, execute
+        self.cameras: list[str] | None = processor.cameras
+        self.state = processor.state_dim is not None
+        self.forward_passes = 0
+        self.seconds = 0.0
+
+    def __call__(self, observations: Sequence[Observation], instructions: Sequence[str]) -> np.ndarray:
+        """Predict the actions (B, A) or chunks (B, K, A) for observations and instructions."""
+        start = time.perf_counter()
+        inputs = self.processor(
+            [self._images(one) for one in observations],
+            instruction=list(instructions),
+            state=np.stack([one[STATE] for one in observations]) if self.state else None,
+        )
+        details = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, return_details=True)
+        self.seconds += time.perf_counter() - start
+        self.forward_passes += details.forward_passes * len(observations)
+        return details.actions if details.actions.ndim == 2 else details.actions[:, : self.execute]
+
+    def _images(self, observation: Observation) -> Any:
+        """Return the images in the order in which the processor takes them."""
+        if self.cameras is None or not isinstance(observation, dict):
+            return first_image(observation)
+        return [observation[camera] for camera in self.cameras]
+
+
+def model_policy(suite: Suite, model: Any, processor: Any, unnorm_key: str | None = None) -> ModelPolicy:
+    """Make a model and its processor the policy of a suite. The suite's centre crop is set in the processor.
+
+    Args:
+        suite: The suite to play.
+        model: An `OpenVLAForActionPrediction`.
+        processor: Its processor.
+        unnorm_key: Name of the action statistics, if the model has several.
+
+    Raises:
+        ValueError: The policy is for another robot, or takes cameras that the suite does not have, or the protocol
+            executes more actions than the model predicts.
+    """
+    protocol, horizon = suite.protocol, model.config.action_horizon
+    execute = protocol.execute
+    if execute is not None and not 1 <= execute <= horizon:
+        raise ValueError(
+            f"execute={execute} is not between 1 and {horizon}, the number of actions that the model predicts."
+        )
+    stats = model.get_action_stats(unnorm_key)
+    suite.check_policy(stats["q01"], stats["q99"])
+    suite.check_cameras(processor.cameras or ())
+    if processor.state_dim not in (None, suite.state_dim):
+        raise ValueError(
+            f"The policy sees a state of {processor.state_dim} dimensions, but that of {suite.title} has "
+            f"{suite.state_dim}."
+        )
+    if protocol.crop_area is not None:
+        processor.image_processor.center_crop_area = protocol.crop_area
+    return ModelPolicy(model, processor, unnorm_key, execute)

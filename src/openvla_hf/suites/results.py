@@ -1,0 +1,166 @@
+"""Success rates with their intervals, and the comparison of two policies on the same episodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from .suite import Episode, Rollout
+
+
+__all__ = [
+    "Comparison",
+    "compare_results",
+    "comparison_table",
+    "mcnemar",
+    "success_by_task",
+    "success_table",
+    "wilson",
+]
+
+# Quantile of the normal distribution for an interval of 95 %.
+Z = 1.959964
+ALL = "all"
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a success rate, (0, 1) without episodes."""
+    if not episodes:
+        return 0.0, 1.0
+    rate, weight = successes / episodes, Z**2 / episodes
+    centre = rate + weight / 2
+    half = Z * math.sqrt(rate * (1 - rate) / episodes + weight / (4 * episodes))
+    low, high = (centre - half) / (1 + weight), (centre + half) / (1 + weight)
+    return max(0.0, low), min(1.0, high)
+
+
+def success_by_task(rollouts: Iterable[Rollout]) -> dict[str, dict[str, float]]:
+    """Return a row for each task, and one for all of them at the end.
+
+    Returns:
+        `{task: {"episodes", "success", "low", "high", "moved_target", "steps"}}`. Rates are in [0, 1], `low` and
+        `high` are Wilson's 95 % interval, and `steps` is a mean.
+    """
+    groups: dict[str, list[Rollout]] = {}
+    everything = list(rollouts)
+    for rollout in everything:
+        groups.setdefault(rollout.task, []).append(rollout)
+    return {task: _summarize(group) for task, group in [*sorted(groups.items()), (ALL, everything)] if group}
+
+
+def _summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    successes = sum(one.success for one in rollouts)
+    low, high = wilson(successes, len(rollouts))
+    return {
+        "episodes": len(rollouts),
+        "success": successes / len(rollouts),
+        "low": low,
+        "high": high,
+        "moved_target": float(np.mean([one.moved_target for one in rollouts])),
+        "steps": float(np.mean([one.steps for one in rollouts])),
+    }
+
+
+def success_table(
+    title: str, results: Mapping[str, Mapping[str, Mapping[str, float]]], moved_target: bool = True
+) -> Table:
+    """Make a table of `{condition: success_by_task(...)}`.
+
+    Args:
+        title: Title of the table.
+        results: Rows of each condition.
+        moved_target: Whether to show how often the policy moved the object that the instruction names, which only the
+            tabletop measures.
+    """
+    table = Table(title=title)
+    for column in ("condition", "task"):
+        table.add_column(column)
+    for column in ("episodes", "success", "95 % interval", *["moved the named object"] * moved_target, "mean steps"):
+        table.add_column(column, justify="right")
+    for condition, by_task in results.items():
+        for task, row in by_task.items():
+            table.add_row(
+                condition,
+                task,
+                f"{row['episodes']:.0f}",
+                f"{row['success']:.1%}",
+                f"{row['low']:.1%} to {row['high']:.1%}",
+                *[f"{row['moved_target']:.1%}"] * moved_target,
+                f"{row['steps']:.1f}",
+                style="bold" if task == ALL else None,
+                end_section=task == ALL,
+            )
+    return table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two policies on the same episodes.
+
+    Attributes:
+        episodes: Number of episodes.
+        both: Episodes that both policies solved.
+        only_first: Episodes that only the first policy solved.
+        only_second: Episodes that only the second policy solved.
+        neither: Episodes that neither policy solved.
+        p_value: Probability of a difference at least as large if both policies were equally good: McNemar's exact
+            test, two-sided.
+    """
+
+    episodes: int
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p_value: float
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test for two counts of episodes that one policy alone solved."""
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(count, solved) for solved in range(fewer + 1)) / 2**count
+    return min(1.0, 2 * tail)
+
+
+def compare_results(first: Mapping[Episode, Rollout], second: Mapping[Episode, Rollout]) -> dict[str, Comparison]:
+    """Compare two policies on each task, and on all tasks under "all".
+
+    Raises:
+        ValueError: The results are not of the same episodes.
+    """
+    if unpaired := first.keys() ^ second.keys():
+        raise ValueError(
+            f"{len(unpaired)} episodes are in only one of the results. Finish both evaluations with the same episodes."
+        )
+    groups: dict[str, list[tuple[bool, bool]]] = {}
+    for episode in sorted(first):
+        groups.setdefault(first[episode].task, []).append((first[episode].success, second[episode].success))
+    groups[ALL] = [pair for pairs in groups.values() for pair in pairs]
+    return {task: _compare(pairs) for task, pairs in groups.items()}
+
+
+def _compare(pairs: Sequence[tuple[bool, bool]]) -> Comparison:
+    both, only_first, only_second, neither = (
+        pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
+    )
+    return Comparison(len(pairs), both, only_first, only_second, neither, mcnemar(only_first, only_second))
+
+
+def comparison_table(title: str, names: tuple[str, str], results: Mapping[str, Comparison]) -> Table:
+    """Make a table of `compare_results`, where `names` are those of the two policies."""
+    table = Table(title=title)
+    table.add_column("task")
+    headings = ("episodes", *names, "both", *[f"only {name}" for name in names], "neither", "p (McNemar)")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for task, one in results.items():
+        rates = [(one.both + alone) / one.episodes for alone in (one.only_first, one.only_second)]
+        counts = [str(asdict(one)[name]) for name in ("both", "only_first", "only_second", "neither")]
+        cells: list[Any] = [task, str(one.episodes), *[f"{rate:.1%}" for rate in rates], *counts, f"{one.p_value:.3g}"]
+        table.add_row(*cells, style="bold" if task == ALL else None)
+    return table

@@ -1,0 +1,243 @@
+"""Suites: the same seed gives the same episode however it is played, and a killed evaluation goes on."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from openvla_hf.cli import main
+from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
+from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
+from openvla_hf.suites.play import play
+from openvla_hf.suites.results import compare_results, mcnemar, wilson
+from openvla_hf.suites.simulator import open_simulators
+from openvla_hf.suites.suite import Episode, Protocol, Rollout
+from openvla_hf.tabletop.suite import tabletop_suite
+
+
+EPISODES = 4
+
+
+def wander(observations, instructions):
+    """Act depending only on the first image and the instruction."""
+    level = np.array([one["image"].mean() for one in observations]) / 255
+    level = level + np.array([len(text) for text in instructions])
+    rest = [*np.zeros((3, len(level))), (level * 10).astype(int) % 2]
+    return np.stack([0.03 * np.sin(level), 0.03 * np.cos(7 * level), np.full_like(level, -0.01), *rest], axis=1)
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return tabletop_suite().with_protocol(episodes=EPISODES, max_steps=12)
+
+
+def run(suite, count, processes=False, keep=False, stop_after=None, **options):
+    """Play an evaluation in a folder and return its result, or stop after some episodes."""
+    evaluation = Evaluation(suite, {"model": "wander"}, **options)
+    with open_simulators(suite, count, processes) as simulators:
+        running = evaluation.play(lambda episodes, keep: play(wander, episodes, simulators, keep))
+        for number, _ in enumerate(running, start=1):
+            if number == stop_after:
+                return None
+    return evaluation.result()
+
+
+@pytest.fixture(scope="module")
+def alone(suite, tmp_path_factory):
+    """An evaluation with one environment in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run(suite, 1, folder=folder)
+
+
+def test_processes_and_one_environment_give_the_same_episodes(suite, alone, tmp_path):
+    run(suite, 2, processes=True, folder=tmp_path)
+    assert read_journal(tmp_path)[1] == read_journal(alone[0])[1]
+
+
+def test_four_environments_and_one_give_the_same_table(suite, alone, tmp_path):
+    assert run(suite, 4, folder=tmp_path)["results"] == alone[1]["results"]
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_table(suite, alone, tmp_path):
+    run(suite, 1, folder=tmp_path, stop_after=2)
+    assert not (tmp_path / "evaluation.json").exists()
+    journal = tmp_path / JOURNAL_FILE
+    journal.write_bytes(journal.read_bytes()[:-7])  # killed while it wrote the second episode
+    played = []
+    evaluation = Evaluation(suite, {"model": "wander"}, tmp_path)
+    with open_simulators(suite, 1, processes=False) as simulators:
+        played = list(evaluation.play(lambda episodes, keep: play(wander, episodes, simulators, keep)))
+    assert len(played) == EPISODES - 1
+    assert evaluation.result() == alone[1]
+
+
+def test_a_journal_that_ends_at_any_byte_keeps_the_episodes_before_it(alone, tmp_path):
+    content = (alone[0] / JOURNAL_FILE).read_bytes()
+    run_description, rollouts = read_journal(alone[0])
+    ends = [index for index, byte in enumerate(content) if byte == ord("\n")]
+    for size in {0, 5, *(end + shift for end in ends for shift in (-9, 0, 1))}:
+        (tmp_path / JOURNAL_FILE).write_bytes(content[:size])
+        kept = Journal(tmp_path, run_description).rollouts
+        assert len(kept) == max(content[:size].count(b"\n") - 1, 0)
+        assert kept.items() <= rollouts.items()
+
+
+def test_a_folder_with_another_run_is_refused(suite, alone):
+    with pytest.raises(ValueError, match="another run, which differs in protocol"):
+        Evaluation(suite.with_protocol(max_steps=13), {"model": "wander"}, alone[0])
+    with pytest.raises(ValueError, match="another run, which differs in model"):
+        Evaluation(suite, {"model": "other"}, alone[0])
+
+
+def test_the_result_names_the_protocol_and_the_versions(alone):
+    result = json.loads((alone[0] / "evaluation.json").read_text())
+    assert result == alone[1]
+    assert result["protocol"]["max_steps"] == 12
+    assert result["versions"]["gymnasium"]
+    row = result["results"]["as told"]["all"]
+    assert row["episodes"] == EPISODES
+    assert row["low"] <= row["success"] <= row["high"]
+
+
+def test_the_first_failures_are_shown(alone):
+    shown = sorted(path.name for path in (alone[0] / "episodes").iterdir())
+    assert len([name for name in shown if name.startswith("failure-tabletop-")]) == 3
+
+
+def test_settling_actions_come_first_and_the_gripper_is_converted():
+    suite = tabletop_suite().with_protocol(
+        episodes=1, max_steps=3, settle_steps=2, settle_action=(0.0,) * 6 + (1.0,), gripper=(0.0, 1.0), execute=2
+    )
+    actions = np.zeros((1, 5, 7))
+    with open_simulators(suite, 1, processes=False) as simulators:
+        ((_, rollout),) = play(lambda seen, told: actions, suite.episodes(), simulators)
+    assert (rollout.steps, rollout.predictions) == (3, 2)
+    np.testing.assert_array_equal(suite.protocol.execute_action(np.array([0.1, 1.0])), [0.1, 0.0])
+    np.testing.assert_array_equal(suite.protocol.execute_action(np.array([0.1, 0.2])), [0.1, 1.0])
+
+
+def test_the_protocol_of_libero_is_the_published_one():
+    steps = {name: find_suite(name).protocol.max_steps for name in SUITES if name.startswith("libero")}
+    assert steps == {
+        "libero_spatial": 220,
+        "libero_object": 280,
+        "libero_goal": 300,
+        "libero_10": 520,
+        "libero_90": 400,
+    }
+    suite = find_suite("libero_spatial")
+    assert len(suite.episodes()) == 500
+    protocol = suite.protocol
+    image = np.zeros((256, 256, 3), np.uint8)
+    image[:20, :, 0] = 255
+    shown = protocol.show({"full_image": image, "state": np.ones(8)})
+    assert shown["full_image"].shape == (224, 224, 3)
+    assert shown["full_image"][-10, 100, 0] > 240  # rotated
+    assert shown["full_image"][10, 100, 0] < 15
+    np.testing.assert_array_equal(shown["state"], np.ones(8))
+    # The model opens with 1, LIBERO with -1.
+    assert protocol.execute_action(np.append(np.zeros(6), 1.0))[-1] == -1.0
+    assert protocol.execute_action(np.append(np.zeros(6), 0.0))[-1] == 1.0
+
+
+def test_groups_and_tasks_of_metaworld_are_chosen_by_name():
+    suite = find_suite("metaworld")
+    assert len(suite.environments) == 50
+    assert {name: len(suite.select([name]).environments) for name in ("easy", "medium", "hard", "very_hard")} == {
+        "easy": 28,
+        "medium": 11,
+        "hard": 6,
+        "very_hard": 5,
+    }
+    assert suite.select(["reach-v3", "hard", "push-v3"]).environments[0] == "reach-v3"
+    with pytest.raises(ValueError, match=r"Unknown task 'push-v2'\. Did you mean 'push-v3'"):
+        suite.select(["push-v2"])
+    with pytest.raises(ValueError, match="MetaWorld is not this policy's robot"):
+        suite.check_policy([-1.0] * 7, [1.0] * 7)
+    with pytest.raises(ValueError, match="Unknown suite 'metaword'"):
+        find_suite("metaword")
+
+
+def test_frames_of_long_episodes_are_thinned():
+    suite = tabletop_suite().with_protocol(episodes=1, max_steps=70)
+    with open_simulators(suite, 1, processes=False) as simulators:
+        ((_, rollout),) = play(wander, suite.episodes(), simulators, lambda episode: True)
+    assert len(rollout.frames) == rollout.steps + 1
+    assert Protocol(1, 0, "", max_steps=500).image_size == rollout.frames[0].shape[0]
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "low", "high"),
+    [(0, 50, 0.0, 0.0713), (50, 50, 0.9287, 1.0), (485, 500, 0.9511, 0.9817), (7, 10, 0.3968, 0.8922)],
+)
+def test_wilsons_interval_has_its_published_bounds(successes, episodes, low, high):
+    np.testing.assert_allclose(wilson(successes, episodes), (low, high), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p_value"), [(0, 0, 1.0), (5, 5, 1.0), (0, 5, 0.0625), (2, 10, 0.038574), (10, 2, 0.038574)]
+)
+def test_mcnemars_test_is_exact(first, second, p_value):
+    assert mcnemar(first, second) == pytest.approx(p_value, abs=1e-6)
+
+
+def test_policies_are_compared_on_the_same_episodes(suite, alone, tmp_path, capsys):
+    journal = Journal(tmp_path, read_journal(alone[0])[0] | {"model": "better"})
+    for episode, rollout in read_journal(alone[0])[1].items():
+        rollout.success = True
+        journal.add(episode, rollout)
+    names, results = compare_runs(alone[0], tmp_path)
+    assert names == ("wander", "better")
+    assert results["all"].only_second == EPISODES - results["all"].both
+    assert main(["evaluate", "--compare", str(alone[0]), str(tmp_path)]) == 0
+    assert "wander (A) and better (B)" in capsys.readouterr().out
+    assert main(["evaluate", "--compare", str(alone[0]), str(tmp_path / "nowhere")]) == 2
+    assert "has no episodes.jsonl" in capsys.readouterr().err
+    rollouts = read_journal(alone[0])[1]
+    with pytest.raises(ValueError, match="1 episodes are in only one"):
+        compare_results(rollouts, {**rollouts, Episode("tabletop", 1): Rollout(1, "put", "put it")})
+
+
+def test_evaluations_under_other_protocols_are_not_compared(suite, alone, tmp_path):
+    run(suite.with_protocol(max_steps=2), 4, folder=tmp_path)
+    with pytest.raises(ValueError, match="differ in protocol"):
+        compare_runs(alone[0], tmp_path)
+
+
+def test_a_damaged_journal_names_its_file(alone, tmp_path):
+    lines = (alone[0] / JOURNAL_FILE).read_text().splitlines()
+    (tmp_path / JOURNAL_FILE).write_text("\n".join([lines[0], "{broken}", *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / JOURNAL_FILE} is damaged")):
+        read_journal(tmp_path)
+
+
+@pytest.mark.slow
+def test_evaluate_plays_a_suite_and_a_second_run_has_nothing_left_to_play(capsys, tmp_path):
+    command = ["evaluate", "--suite", "tabletop", "--episodes", "2", "--output", str(tmp_path / "out"), "--json"]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["suite"] == result["environment"] == "tabletop"
+    assert result["results"]["as told"]["all"]["episodes"] == 2
+    before = os.stat(tmp_path / "out" / JOURNAL_FILE).st_mtime_ns
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert os.stat(tmp_path / "out" / JOURNAL_FILE).st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--suite metaworld --condition black", "--condition is for the tabletop."),
+        ("--suite tabletop --data there", "--suite is for the tabletop: leave out --data."),
+        ("--suite nowhere", "Unknown suite 'nowhere'"),
+        ("--output there", "--output is for a suite: give --suite."),
+        ("--envs 2", "--envs is for a suite: give --suite."),
+        ("--suite metaworld", "MetaWorld is not this policy's robot"),
+    ],
+)
+def test_options_that_do_not_go_with_a_suite_are_refused(options, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *options.split()]) == 2
+    assert message in capsys.readouterr().err
