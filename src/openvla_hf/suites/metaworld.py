@@ -108,7 +108,7 @@ class MetaWorldSuite(Suite):
         """Build the environment of a task."""
         from .metaworld_env import MetaWorldEnv
 
-        return MetaWorldEnv(environment, image_size=self.protocol.image_size)
+        return MetaWorldEnv(environment, INSTRUCTIONS[environment], image_size=self.protocol.image_size)
 
     def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Raise `ValueError` if the usual lowest and highest actions (A,) are not those of MetaWorld's arm."""

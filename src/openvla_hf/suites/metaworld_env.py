@@ -27,9 +27,6 @@ except (AttributeError, OSError) as error:
         "a GPU."
     ) from error
 
-from .metaworld import INSTRUCTIONS
-
-
 # Each benchmark of one task has this many initial states.
 INITIAL_STATES = 50
 # The camera "corner2", closer to the table than MetaWorld puts it, as in LeRobot's environment.
@@ -50,13 +47,14 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     Args:
         task: Name of the task, such as "drawer-open-v3".
+        instruction: The task in words, returned in `info`.
         image_size: Pixels along a side.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - Gymnasium's own declaration
 
-    def __init__(self, task: str, *, image_size: int = 224) -> None:
-        self.task, self.instruction = task, INSTRUCTIONS[task]
+    def __init__(self, task: str, instruction: str, *, image_size: int = 224) -> None:
+        self.task, self.instruction = task, instruction
         self.render_mode = "rgb_array"
         self.action_space = spaces.Box(-1.0, 1.0, (4,), dtype=np.float32)
         self.observation_space: spaces.Space[Any] = spaces.Dict(
