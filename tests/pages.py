@@ -1,7 +1,8 @@
 """The code blocks of the README and of the docs, and how tests run them.
 
 Blocks run in the order of the page, in this process. Beside them is a stand-in for the Hub with small versions of the
-repositories that the pages name. A shell reads the blocks of commands, so variables and line continuations are bash's.
+repositories that the pages name. A shell reads the blocks of commands, so variables and line continuations are bash's;
+`python -c` runs in this process, too.
 """
 
 import contextlib
@@ -10,8 +11,8 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Arguments that replace `...` in a command.
 RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "outputs/kitchen"]
-# Functions that record a command instead of running it; `python -c` prints a value and runs.
+# Functions that record a command instead of running it.
 RECORD = """
 record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
-for program in openvla-hf accelerate docker pip make hf vllm vla-eval; do
+for program in openvla-hf accelerate docker pip make hf vllm vla-eval python; do
     eval "$program() { record $program \\"\\$@\\"; }"
 done
 taskset() { shift 2; "$@"; }
-python() { if [ "$1" = -c ]; then "$INTERPRETER" "$@"; else record python "$@"; fi; }
 """
 
 
@@ -61,10 +61,18 @@ def read_blocks(page: Path) -> list[Block]:
     return [Block(*one) for one in found]
 
 
+def run_code(code: str) -> str:
+    """Return what Python code prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    return printed.getvalue().strip()
+
+
 def read_commands(code: str, variables: dict[str, str] | None = None) -> list[list[str]]:
     """Let bash read a block, and return the arguments of each command without running any."""
     recorded = Path("recorded")
-    environment = {**os.environ, **(variables or {}), "RECORDED": str(recorded), "INTERPRETER": sys.executable}
+    environment = {**os.environ, **(variables or {}), "RECORDED": str(recorded)}
+    code = re.sub(r'python -c "([^"]+)"', lambda found: f"echo {shlex.quote(run_code(found[1]))}", code)
     subprocess.run(["bash", "-euc", f"set +u\n{RECORD}{code}"], env=environment, check=True)
     words = iter(recorded.read_text().split("\0")[:-1] if recorded.exists() else [])
     recorded.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from openvla_hf.evaluation.fidelity import compare
 from openvla_hf.modeling.action_decoding import action_pass
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
-from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
+from openvla_hf.tabletop.rollouts import TABLETOP_POLICY, run_episodes
 from openvla_hf.testing import fake_episode
 from openvla_hf.training.finetune import FinetuneArguments, build_trainer, train
 
@@ -379,21 +379,25 @@ def test_the_report_compares_the_predictions_of_the_models(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_report_counts_episodes_lost_and_won():
+def test_the_report_counts_episodes_lost_and_won(monkeypatch):
     pytest.importorskip("gymnasium")
     episodes, dtype = 2, torch.float32
-    told = []
+    told, vision, solved = [], [], []
+
+    def watch(policy, seeds):
+        vision.append(kinds(policy.model)["vision"])
+        solved.append(set())
+        for rollout in run_episodes(policy, seeds):
+            solved[-1].update([rollout.seed] if rollout.success else [])
+            yield rollout
+
+    monkeypatch.setattr("openvla_hf.tabletop.rollouts.run_episodes", watch)
     results = compare(
         TABLETOP_POLICY, ["4bit"], fake_episode(steps=1), towers=[True], device="cpu", dtype=dtype, episodes=episodes,
         on_progress=told.append,
     )  # fmt: skip
     assert told == ["32-bit"] * (1 + episodes) + ["4bit + towers"] * (1 + episodes)
-    processor = AutoProcessor.from_pretrained(TABLETOP_POLICY)
-    solved = []
-    for config in (None, quantization("4bit", towers=True, dtype=dtype)):
-        model = AutoModel.from_pretrained(TABLETOP_POLICY, dtype=dtype, quantization_config=config)
-        seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + episodes)
-        solved.append({one.seed for one in run_episodes(load_policy(model, processor), seeds) if one.success})
+    assert vision == [{"Linear"}, {"Linear4bit"}]
     plain, four = solved
     assert [one.success for one in results] == [len(plain) / episodes, len(four) / episodes]
     assert [(one.lost, one.won) for one in results] == [(0, 0), (len(plain - four), len(four - plain))]

@@ -5,12 +5,13 @@ import io
 import itertools
 import json
 import logging
-import os
 import pickle
 import shutil
+import time
 import zlib
 from collections import Counter
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import fsspec
@@ -517,27 +518,28 @@ def test_episodes_under_a_key_are_encoded_once(episodes, monkeypatch):
     assert len(encoded) == 12 * STEPS
 
 
-MAKE = """
-import sys, time, datasets
-import numpy as np
-datasets.config.HF_DATASETS_CACHE = sys.argv[1]
-from openvla_hf.data import from_episodes
+def make_slowly(output):
+    """Make a table, and write a line for each episode and the length of the table."""
 
-def episodes():
-    for episode in range(4):
-        print("made", flush=True)
-        time.sleep(0.05)
-        yield [{"image": np.zeros((8, 8, 3), np.uint8), "instruction": "push", "action": np.zeros(7)}]
+    def episodes():
+        for _ in range(4):
+            file.write("made\n")
+            time.sleep(0.05)
+            yield [{"image": np.zeros((8, 8, 3), np.uint8), "instruction": "push", "action": np.zeros(7)}]
 
-print(len(from_episodes(episodes, cache_key="same")))
-"""
+    with output.open("w") as file:
+        print(len(from_episodes(episodes, cache_key="same")), file=file)
 
 
-def test_processes_that_start_together_make_a_table_once(interpreters, tmp_path):
-    command = ["-c", MAKE, str(tmp_path / "shared")]
-    processes = [interpreters.start(*command, env=dict(os.environ)) for _ in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
-    told = [process.output().split() for process in processes]
+def test_processes_that_start_together_make_a_table_once(cache, tmp_path):
+    outputs = [tmp_path / "one", tmp_path / "other"]
+    processes = [get_context("fork").Process(target=make_slowly, args=(output,)) for output in outputs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    told = [output.read_text().split() for output in outputs]
     assert sorted(told, key=len) == [["4"], ["made"] * 4 + ["4"]]
 
 

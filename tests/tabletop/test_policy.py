@@ -47,6 +47,19 @@ def test_its_card_says_what_it_is():
     assert list(statistics) == ["tabletop"]
 
 
+def remembering(act):
+    """Return a policy that predicts once for each instruction, because black images are all the same."""
+    actions = {}
+
+    def recall(images, instructions):
+        assert not np.any(images)
+        if not actions:
+            actions.update(zip(instructions, act(images, instructions), strict=True))
+        return np.stack([actions[instruction] for instruction in instructions])
+
+    return recall
+
+
 def rates(act, episodes, condition):
     seeds = range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + episodes)
     played = list(run_episodes(act, seeds, condition=condition, batch_size=episodes))
@@ -58,4 +71,4 @@ def test_it_does_what_it_is_told_and_looks(act):
     """A part of the measurement of `openvla-hf evaluate`, with bounds far below the figures in the card."""
     assert rates(act, 12, "as told")[0] >= 0.8
     assert rates(act, 12, "swapped")[1] >= 0.8
-    assert rates(act, 4, "black")[0] == 0
+    assert rates(remembering(act), 4, "black")[0] == 0

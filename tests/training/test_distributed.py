@@ -16,6 +16,12 @@ from openvla_hf.testing import fake_episode
 
 CONFIGS = Path(__file__).resolve().parents[2] / "src" / "openvla_hf" / "configs"
 STREAM_STEPS = 30  # of four frames: four passes over the 30 frames, two of each process
+# `accelerate launch` after the imports that the forked processes share.
+LAUNCH = """
+import openvla_hf.data, openvla_hf.testing, openvla_hf.training.trainer
+from accelerate.commands.launch import main
+main()
+"""
 INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red block")
 
 
@@ -45,12 +51,12 @@ def launch(outputs, data, interpreters):
             "HF_DATASETS_CACHE": str(outputs / "cache"),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
-            # As options of torchrun: fork the processes of the launch, instead of importing PyTorch in each.
+            # As options of torchrun: fork the processes of the launch, instead of starting Python.
             "PET_RUN_PATH": "1",
             "PET_START_METHOD": "fork",
         }
         result = interpreters.run(
-            *("-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--num_processes", "2"),
+            *("-c", LAUNCH, "--config_file", str(CONFIGS / config), "--num_processes", "2"),
             *("--mixed_precision", "no", "--main_process_port", "0", distributed_runs.__file__, json.dumps(jobs)),
             env=os.environ | environment,
         )
