@@ -372,7 +372,7 @@ COMMANDS = {
     """,
     "check": """
         model --data --device --dtype --image --instruction --unnorm-key --strict --platform --action-decoding
-        --reasoning --robot --robots --split --camera --every --drop-idle --json
+        --reasoning --robot --robots --split --camera --every --drop-idle --cameras --json
     """,
     "doctor": """
         data --robot --robots --split --camera --every --drop-idle --model --unnorm-key --frames --cameras --state

@@ -15,11 +15,12 @@ from transformers import AutoModel, AutoProcessor
 from openvla_hf.checkpoints.merge import merge_adapter
 from openvla_hf.checkpoints.quantize import quantization
 from openvla_hf.cli import main
-from openvla_hf.data import Gripper, Robot, from_episodes
+from openvla_hf.data import Gripper, Robot, from_episodes, write_lerobot
 from openvla_hf.evaluation.check import check, check_policy
+from openvla_hf.evaluation.open_loop import load_options
 from openvla_hf.modeling import modeling_openvla
 from openvla_hf.modeling.action_decoding import action_pass
-from openvla_hf.processing.processing_openvla import VICUNA_PROMPT
+from openvla_hf.processing.processing_openvla import REASONING_PROMPT, VICUNA_PROMPT
 from openvla_hf.tabletop.expert import record_demonstrations
 from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
 from openvla_hf.testing import BRIDGE_LIKE_STATS, write_tiny_oft
@@ -36,9 +37,10 @@ def tabletop():
 
 
 @pytest.fixture
-def policy(tabletop):
-    """A copy of the tabletop's policy to damage."""
-    return SimpleNamespace(model=copy.deepcopy(tabletop[0]), processor=copy.deepcopy(tabletop[1]))
+def policy(tiny):
+    """A plain policy with random weights to damage."""
+    model, processor = tiny()
+    return SimpleNamespace(model=model, processor=processor)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,19 @@ def test_a_quantised_checkpoint_passes(bits):
     assert statuses(report)["decoding loop"] == "passed"
 
 
+def test_a_policy_that_reasons_passes(tiny):
+    model, processor = tiny(reasoning=True)
+    assert "and `reasoning=True`" in found(check_policy(model, processor), "prompt template")
+    processor.prompt_template = REASONING_PROMPT
+    report = check_policy(model, processor)
+    assert report.passed, report.failures
+
+
+def test_rounding_to_16_bits_is_not_a_mistake():
+    report = check(TABLETOP_POLICY, loading={"dtype": "bfloat16"})
+    assert report.passed, report.failures
+
+
 # Inputs, masks, weights and decoding
 
 
@@ -168,9 +183,8 @@ def test_a_causal_mask_in_an_oft_policy_is_found(oft, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_bidirectional_mask_in_a_plain_policy_is_found(tabletop, implementation):
-    model = AutoModel.from_pretrained(TABLETOP_POLICY, attn_implementation=implementation)
-    assert check_policy(model, tabletop[1]).passed
+def test_a_bidirectional_mask_in_a_plain_policy_is_found(folder, implementation):
+    model = AutoModel.from_pretrained(folder, attn_implementation=implementation)
     forward = model.model.language_model.forward
 
     def see_everything(inputs_embeds, attention_mask=None, **kwargs):
@@ -179,17 +193,20 @@ def test_a_bidirectional_mask_in_a_plain_policy_is_found(tabletop, implementatio
         return forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask if mask is None else mask, **kwargs)
 
     model.model.language_model.forward = see_everything
-    report = check_policy(model, tabletop[1])
+    report = check_policy(model, AutoProcessor.from_pretrained(folder))
     assert found(report, "attention mask").startswith("Bidirectional, but this policy decodes token by token.")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_weights_that_are_not_finite_are_found(policy, value):
-    policy.model.model.language_model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+def test_weights_that_are_not_finite_are_found(policy):
+    layers = policy.model.model.language_model.layers
+    layers[0].mlp.up_proj.weight.data[3, 5] = 1e30
+    layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    layers[1].mlp.gate_proj.weight.data[3, 5] = float("inf")
     report = check_policy(policy.model, policy.processor)
-    assert "(for example 'model.language_model.layers.1.mlp.up_proj.weight')" in found(report, "weights")
-    if np.isnan(value):
-        assert "The logits are not finite. See the finding on the weights." in found(report, "image")
+    weights = found(report, "weights")
+    assert "2 are not finite (for example 'model.language_model.layers.1.mlp.gate_proj.weight')" in weights
+    assert "1 are huge (for example 'model.language_model.layers.0.mlp.up_proj.weight')" in weights
+    assert "The logits are not finite. See the finding on the weights." in found(report, "image")
 
 
 def test_a_broken_cached_loop_is_found(policy):
@@ -239,7 +256,8 @@ def test_statistics_of_another_dimension_are_found(oft):
 
 
 def test_the_wrong_key_for_the_data_is_found(policy, demonstrations):
-    policy.model.norm_stats = {"bridge_orig": {"action": BRIDGE_LIKE_STATS}} | policy.model.norm_stats
+    tabletop = json.loads((TABLETOP_POLICY / "dataset_statistics.json").read_text())
+    policy.model.norm_stats = {"bridge_orig": {"action": BRIDGE_LIKE_STATS}} | tabletop
     frames = from_episodes(demonstrations, ARM, name="table")
     report = check_policy(policy.model, policy.processor, frames=frames, unnorm_key="bridge_orig")
     assert "Pass unnorm_key='tabletop'." in found(report, "key")
@@ -259,6 +277,23 @@ def test_data_of_another_dimension_and_other_units_are_found(tabletop, demonstra
     assert "check its units" in found(report, "key")
 
 
+def test_an_oft_policy_is_compared_with_the_cameras_and_the_state_of_its_data(oft, make_episode):
+    frames = make_episode(0, steps=9)
+    for frame in frames:
+        image = frame.pop("image")
+        frame |= {"images": {"full_image": image, "wrist_image": image[::-1]}, "state": np.append(frame["state"], 0)}
+    reading = load_options(oft.model, oft.processor)
+    data = from_episodes([frames], ARM, name="arm", **reading)
+    report = check_policy(oft.model, oft.processor, frames=data)
+    assert statuses(report)["image"] == "passed"
+    assert statuses(report)["gripper on the data"] in ("passed", "warned", "failed")
+    narrow = [frame | {"state": frame["state"][:7]} for frame in frames]
+    data = from_episodes([narrow], ARM, name="arm", **reading)
+    report = check_policy(oft.model, oft.processor, frames=data)
+    assert "'tiny' have 8 dimensions, but the data 7" in found(report, "key of the state")
+    assert statuses(report)["gripper on the data"] == "skipped"
+
+
 def test_a_flipped_gripper_is_found(tabletop, demonstrations):
     flipped = [
         [frame | {"action": np.append(frame["action"][:6], 1 - frame["action"][6])} for frame in each]
@@ -276,7 +311,7 @@ def test_a_gripper_from_minus_one_to_one_is_found(policy, demonstrations):
     raw = Robot("raw", gripper=Gripper(open=1.0, closed=0.0))
     with pytest.raises(ValueError, match="its adapter says"):  # the adapter's range is checked while reading
         from_episodes(signed, raw, name="signed")
-    policy.model.norm_stats["tabletop"]["action"]["min"][6] = -1.0
+    policy.model.norm_stats = {"tiny": {"action": BRIDGE_LIKE_STATS | {"min": [-1.0] * 7}}}
     report = check_policy(policy.model, policy.processor)
     assert "goes from -1 to 1" in found(report, "gripper", "warned")
 
@@ -318,8 +353,6 @@ def test_a_missing_crop_of_an_oft_policy_is_found(oft, oft_folder):
 def test_a_missing_crop_of_a_fine_tuned_policy_is_found(folder):
     (folder / "training.json").write_text(json.dumps({"arguments": {"augment": True}}))
     assert "the training had random crops" in found(check(folder), "crop")
-    (folder / "training.json").write_text(json.dumps({"arguments": {"augment": False}}))
-    assert statuses(check(folder))["crop"] == "passed"
 
 
 def test_another_resize_is_found(published):
@@ -337,7 +370,7 @@ def test_normalisation_for_the_other_tower_is_found(published):
 
 def test_a_processor_of_another_model_is_found(policy, published):
     report = check_policy(policy.model, published.processor)
-    assert "image tokens: 256 instead of 64" in found(report, "processor and model")
+    assert "image tokens: 256 instead of 16" in found(report, "processor and model")
     assert statuses(report)["image"] == "skipped"
 
 
@@ -443,6 +476,14 @@ def test_the_command_prints_a_table_or_json_and_its_status_says_whether_a_check_
     assert main(["check", str(folder), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert [one["check"] for one in report["findings"] if one["status"] == "failed"] == ["loading", "statistics"]
+
+
+def test_the_command_reads_data_with_a_robot(folder, demonstrations, tmp_path, cache, capsys):
+    write_lerobot(demonstrations, tmp_path / "table", frequency=5.0)
+    assert main(["check", str(folder), "--data", str(tmp_path / "table"), "--robot", "tabletop", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["data"] == "table"
+    assert {one["check"]: one["status"] for one in report["findings"]}["gripper on the data"] == "passed"
 
 
 def test_errors_of_the_caller_are_not_findings(folder, tmp_path, capsys):

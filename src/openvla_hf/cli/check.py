@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_oft_options(parser)
     parser.add_argument("--reasoning", action="store_true", default=None, help="the policy writes its reasoning first")
     add_data_arguments(parser, split=None, split_help="split of --data (default: train)")
+    parser.add_argument(
+        "--cameras",
+        nargs="+",
+        help="cameras of a policy that sees several, instead of --camera",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.check import check, check_table
 
     logging.disable_progress_bar()
-    reading = {name: getattr(args, name) for name in READING if getattr(args, name) is not None}
+    reading = {name: getattr(args, name) for name in ("cameras", *READING) if getattr(args, name) is not None}
     if args.data is None:
-        refuse_options(args, "is for recorded data: give --data", "robots", *READING)
+        refuse_options(args, "is for recorded data: give --data", "robots", "cameras", *READING)
     register_robots(args)
     loading = {name: getattr(args, name) for name in ("dtype", "platform", "action_decoding", "reasoning")}
     report = check(

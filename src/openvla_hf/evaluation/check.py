@@ -24,6 +24,7 @@ from ..modeling.checkpoint_loading import refuse_training_run
 from ..modeling.configuration_openvla import OpenVLAConfig
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.image_processing_openvla import iterate_images
+from ..processing.observations import read_frame_images
 from ..processing.processing_openvla import OpenVLAProcessor
 from ..tabletop.scene import Goal, Scene, TableGripper, TableObject, draw_scene
 from .checks.behaviour import ACTION_DIM, Probe, check_inputs, check_loop, check_mask
@@ -118,7 +119,10 @@ def check(
         return CheckReport(os.fspath(source), None, [*_explain(error, files, config), code])
     frames, name = None, None
     if data is not None:
-        frames = load(data, **load_options(model, processor) | reading)
+        options = load_options(model, processor)
+        if "camera" in reading:
+            options.pop("cameras", None)
+        frames = load(data, **options | reading)
         name = str(frames[0]["dataset"])
     report = check_policy(
         model, processor, source, frames=frames, image=image, instruction=instruction, unnorm_key=unnorm_key
@@ -157,7 +161,8 @@ def check_policy(
     files = CheckpointFiles.locate(source)
     config, training = (files.read_json(name) or {} for name in (CONFIG_NAME, TRAINING_FILE))
     subject = Subject(model, processor, files, unnorm_key, config, training)
-    probe = Probe.of(subject, _choose_image(image, frames), _choose_instructions(instruction, frames))
+    images, instructions = _choose_images(image, frames, processor), _choose_instructions(instruction, frames)
+    probe = Probe(subject, images, *instructions)
     findings = list(_check_policy(subject, probe))
     if frames is not None:
         sound = all(one.status != "failed" for one in findings if one.check in ("statistics", "processor and model"))
@@ -215,13 +220,17 @@ def _explain(error: Exception, files: CheckpointFiles, config: dict[str, Any]) -
     yield skipped("other checks", "The checkpoint does not load.")
 
 
-def _choose_image(image: Any, frames: Dataset | None) -> np.ndarray:
-    """Return the image (H, W, 3) that the policy sees."""
-    if image is not None:
-        return np.asarray(next(iterate_images(image)))
-    if frames is not None:
-        first = frames[0]
-        return first["image"] if "image" in first else next(iter(first["images"].values()))
+def _choose_images(image: Any, frames: Dataset | None, processor: Any) -> list[np.ndarray]:
+    """Return the images (H, W, 3) that the policy sees, one for each camera."""
+    if image is None and frames is not None:
+        images = read_frame_images(frames[0], processor.cameras, "The first frame")
+        return images if isinstance(images, list) else [images]
+    one = _draw_table() if image is None else np.asarray(next(iterate_images(image)))
+    return [one] * len(processor.cameras or [None])
+
+
+def _draw_table() -> np.ndarray:
+    """Draw a frame of the tabletop, (224, 224, 3)."""
     objects = [TableObject("red", "cube", np.array([-0.05, 0.05, 0.0])), TableObject("green", "ball", np.zeros(3))]
     hand = TableGripper(np.array([0.1, 0.1, 0.12]))
     return draw_scene(Scene(objects, [Goal("yellow", "plate", 0.05, -0.1)], hand))

@@ -154,6 +154,8 @@ def check_gripper_on(subject: Subject, frames: Dataset) -> Finding:
     actions = np.stack(frames.select_columns(["action"]).with_format("numpy")[:]["action"])
     if key is None or action_dim(subject.model.get_action_stats(key)) != actions.shape[1]:
         return skipped(name, "The key of the statistics is not known, or has other dimensions.")
+    if subject.config.proprio_dim is not None and len(frames[0]["state"]) != subject.config.proprio_dim:
+        return skipped(name, "The policy sees a state of other dimensions than the data's.")
     values = actions[:, grippers]
     if not _is_gripper(values.min(), values.max()):
         found = f"The data's gripper goes from {values.min():g} to {values.max():g}."
