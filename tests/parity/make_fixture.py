@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from keep_open_x import keep_open_x
 from oft_recordings import RecordedOFT, our_name
@@ -36,6 +37,7 @@ PROCESSOR_IMAGES = {
 }
 # Images for TensorFlow's resizing: one shrinks in height and grows in width, one grows in both.
 EVALUATION_IMAGES = (3, 4)
+ROW_STRIDE = 4  # of their results
 PREDICTION = ("image", "prompt", "unnorm_key", "appended_29871", "n_steps", "action_token_ids")
 
 
@@ -163,11 +165,12 @@ def keep_images(source: Path, target: Path) -> None:
 
 
 def keep_evaluation_images(source: Path, target: Path) -> None:
-    """Keep images before and after the resize and the centre crop of the original's evaluation."""
+    """Keep images before the resize and the centre crop of the original's evaluation, and rows of the results."""
     target.mkdir(parents=True, exist_ok=True)
     for index in EVALUATION_IMAGES:
-        for name in ("jpeg", "resized", "resized_cropped"):
-            shutil.copyfile(source / f"{index}.{name}.png", target / f"{index}.{name}.png")
+        shutil.copyfile(source / f"{index}.jpeg.png", target / f"{index}.jpeg.png")
+        for name in (f"{index}.resized.png", f"{index}.resized_cropped.png"):
+            Image.fromarray(np.asarray(Image.open(source / name))[::ROW_STRIDE]).save(target / name, optimize=True)
 
 
 def keep_actions(golden: Path, target: Path) -> None:
