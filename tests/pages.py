@@ -37,7 +37,7 @@ RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "ou
 # Functions that record a command instead of running it.
 RECORD = """
 record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
-for program in openvla-hf accelerate docker pip make hf vllm vla-eval python; do
+for program in openvla-hf accelerate docker pip make hf ray serve vllm vla-eval python; do
     eval "$program() { record $program \\"\\$@\\"; }"
 done
 taskset() { shift 2; "$@"; }
@@ -114,6 +114,8 @@ def check_command(program: str, *arguments: str) -> None:
     elif program == "vllm":
         assert arguments[0] == "serve", arguments
         assert {*SERVER_OPTIONS} <= {*arguments}, arguments
+    elif program in ("ray", "serve"):  # tests/serving/test_ray.py checks the settings
+        assert arguments[0] in ("start", "run", "deploy"), arguments
     elif program == "vla-eval":  # integrations/tests runs it
         assert arguments[0] == "run", arguments
     elif program == "pip":

@@ -354,7 +354,7 @@ def test_the_answer_of_another_program_is_an_error(head, body, message):
             client.session()
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
 def test_a_proxy_that_has_lost_its_server_is_asked_again(status):
     answers = [f"HTTP/1.1 {status} Gone\r\ncontent-length: 0\r\n\r\n"]
     answers += ['HTTP/1.1 200 OK\r\ncontent-length: 25\r\n\r\n{"actions": [[1.0, 2.5]]}']

@@ -14,7 +14,7 @@ from pages import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
 from openvla_hf.cli import build_parser, main
-from openvla_hf.cli.serve import TOKEN_VARIABLE
+from openvla_hf.serving.token import TOKEN_VARIABLE
 
 
 DOCKER = ROOT / "docker"

@@ -3,6 +3,7 @@
 import argparse
 import time
 
+from ..serving.token import TOKEN_VARIABLE, read_token
 from .common import (
     READING,
     add_data_arguments,
@@ -19,7 +20,6 @@ from .common import (
     register_robots,
 )
 from .episodes import TASKS, add_episode_arguments, play, tabletop_policy, unseen_seeds, watch
-from .serve import TOKEN_VARIABLE, read_token
 from .suite import PATIENCE, add_suite_arguments, run_comparison, run_suite
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import shlex
 import signal
 import socket
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..serving.token import TOKEN_VARIABLE, read_token
 from .common import (
     DTYPES,
     add_oft_options,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..serving.policy import ServedPolicy
 
 EXAMPLE = "serve openvla/openvla-7b --unnorm-key bridge_orig --dtype bfloat16 --device cuda"
-TOKEN_VARIABLE = "OPENVLA_HF_SERVER_TOKEN"
 GRIPPERS = ("policy", "binary", "libero")
 # Engine -> options that only the other engine has.
 OTHER_ENGINES_OPTIONS = {
@@ -203,22 +202,6 @@ def camera_key(text: str) -> tuple[str, str]:
     if not (camera and key):
         raise argparse.ArgumentTypeError(f"must be CAMERA=KEY, got {text!r}")
     return camera, key
-
-
-def read_token(path: str | None) -> str | None:
-    """Read the token from a file or from the environment.
-
-    Raises:
-        ValueError: The file or the variable is empty.
-    """
-    if path is None:
-        token = os.environ.get(TOKEN_VARIABLE)
-    else:
-        with open(path, encoding="utf-8") as text:
-            token = text.read().strip()
-    if token == "":
-        raise ValueError(f"The token in {path or TOKEN_VARIABLE} is empty: write one, or leave it out.")
-    return token
 
 
 def run(args: argparse.Namespace) -> None:

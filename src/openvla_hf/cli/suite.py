@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..serving.token import read_token
 from .common import default_model, load_model, positive, print_json, print_table, refuse_options
 from .episodes import show_progress
-from .serve import read_token
 
 
 if TYPE_CHECKING:

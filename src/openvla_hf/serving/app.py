@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from . import openpi, original, page, v1
-from .errors import ServingError, Unprocessable
-from .security import OPEN_PATHS, Guard, answer_error, find_addresses
+from .errors import ServingError, Unprocessable, answer_error
+from .security import OPEN_PATHS, Guard, find_addresses
 from .service import Service
 
 

@@ -26,8 +26,12 @@ ONLY_CAMERA = "image"
 """Name of the camera of a policy that sees one image without a name."""
 FIRST_PAUSE = 0.05
 """Seconds before the first retry of a request that did not arrive. The pause doubles from one to the next."""
-GATEWAY_ERRORS = (502, 503, 504)
+GATEWAY_ERRORS = (500, 502, 503, 504)
 """Statuses with which a proxy says that it lost the server behind it."""
+PROXY_ERROR = "http"
+"""Kind of an error that another program than the server answered, such as a proxy."""
+SESSION_HEADER = "X-Session-Id"
+"""Header with the session of a request, by which a load balancer finds the replica of the session."""
 CLOSING_SECONDS = 1.0
 """Longest time in seconds that `close` waits for the server."""
 REMEMBERED = 1000
@@ -192,8 +196,10 @@ class Client:
             "unnorm_key": unnorm_key,
         }
 
-    def _act(self, observation: Mapping[str, Any], started: float, can_repeat: bool = True) -> np.ndarray:
-        answer = self._ask("POST", "/v1/act", started + self.timeout, can_repeat, json=observation)
+    def _act(
+        self, observation: Mapping[str, Any], started: float, can_repeat: bool = True, **content: Any
+    ) -> np.ndarray:
+        answer = self._ask("POST", "/v1/act", started + self.timeout, can_repeat, json=observation, **content)
         try:
             actions = np.array(answer["actions"], dtype=np.float64)
         except (KeyError, TypeError, ValueError) as error:
@@ -211,7 +217,7 @@ class Client:
             path: Path on the server.
             deadline: Time on the monotonic clock.
             can_repeat: Whether the request may be sent again if its answer got lost.
-            content: Body of the request, as httpx takes it.
+            content: Body and headers of the request, as httpx takes them.
         """
         pause = FIRST_PAUSE
         while True:
@@ -238,8 +244,8 @@ class Client:
                     return self._read_json(response)
                 failure = _read_error(response)
                 if failure.retry_after is not None:
-                    pause = failure.retry_after
-                elif failure.status not in GATEWAY_ERRORS or not can_repeat:
+                    pause = failure.retry_after or pause
+                elif not (can_repeat and failure.kind == PROXY_ERROR and failure.status in GATEWAY_ERRORS):
                     raise failure
             if time.monotonic() + pause >= deadline:
                 raise failure
@@ -294,18 +300,25 @@ class ClientSession:
         client = self._client
         observation = client._write_observation(images, instruction, state, unnorm_key)
         try:
-            return client._act({**observation, "session": self._id}, started, can_repeat=not self._has_memory)
+            return self._act(observation, started, can_repeat=not self._has_memory)
         except ServerError as error:
             if error.kind != "session_expired" or self._has_memory:
                 raise
         self._id = self._open(started + client.timeout)
-        return client._act({**observation, "session": self._id}, started)
+        return self._act(observation, started)
+
+    def _act(self, observation: Mapping[str, Any], started: float, can_repeat: bool = True) -> np.ndarray:
+        body = {**observation, "session": self._id}
+        return self._client._act(body, started, can_repeat, headers=self._headers())
+
+    def _headers(self) -> dict[str, str]:
+        return {SESSION_HEADER: self._id}
 
     def reset(self) -> None:
         """Start a new episode: the server forgets the last actions."""
         deadline = self._client._deadline()
         try:
-            self._client._ask("POST", f"/v1/sessions/{self._id}/reset", deadline)
+            self._client._ask("POST", f"/v1/sessions/{self._id}/reset", deadline, headers=self._headers())
         except ServerError as error:
             if error.kind != "session_expired":
                 raise
@@ -314,7 +327,8 @@ class ClientSession:
     def close(self) -> None:
         """End the session. If the server can't be reached, the session expires on the server."""
         with contextlib.suppress(ServerError):
-            self._client._ask("DELETE", f"/v1/sessions/{self._id}", time.monotonic() + CLOSING_SECONDS, False)
+            deadline = time.monotonic() + CLOSING_SECONDS
+            self._client._ask("DELETE", f"/v1/sessions/{self._id}", deadline, False, headers=self._headers())
 
     def _open(self, deadline: float) -> str:
         """Open a session, and require that the server still has the same `info`."""
@@ -376,7 +390,7 @@ def _read_error(response: httpx.Response) -> ServerError:
         body = response.json()
         kind, reason = str(body["error"]), str(body["reason"])
     except (ValueError, KeyError, TypeError):  # the answer of another program, such as a proxy
-        kind, reason = "http", f"{response.request.url} answered with an error."
+        kind, reason = PROXY_ERROR, f"{response.request.url} answered with an error."
     retry_after = response.headers.get("Retry-After", "")
     seconds = float(retry_after) if retry_after.isdecimal() else None
     return ServerError(reason, kind, response.status_code, seconds)

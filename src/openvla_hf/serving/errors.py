@@ -1,5 +1,9 @@
 """The errors that a server answers with, and the HTTP status of each."""
 
+import math
+
+from starlette.responses import JSONResponse
+
 
 class ServingError(Exception):
     """A request that gets no action.
@@ -100,11 +104,30 @@ class ShuttingDown(ServingError):
     status = 503
 
 
+class ReplicaLost(ServingError):
+    """The replica of the server that worked on the request has died."""
+
+    status = 503
+
+
+def answer_error(error: ServingError) -> JSONResponse:
+    """Return the answer for an error, over HTTP or in place of a WebSocket."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, (RequestTimeout, TooLarge)):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    return JSONResponse({"error": error.kind, "reason": error.reason}, error.status, headers)
+
+
 __all__ = [
     "BadRequest",
     "Busy",
     "Forbidden",
     "PredictionFailed",
+    "ReplicaLost",
     "RequestTimeout",
     "ServingError",
     "SessionExpired",
@@ -115,4 +138,5 @@ __all__ = [
     "Unauthorized",
     "Unprocessable",
     "UnsupportedMediaType",
+    "answer_error",
 ]

@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import ipaddress
-import math
 import socket
 import ssl
 import time
@@ -11,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import Forbidden, RequestTimeout, ServingError, TooLarge, TooManyRequests, Unauthorized
+from .errors import Forbidden, RequestTimeout, ServingError, TooLarge, TooManyRequests, Unauthorized, answer_error
 from .service import Service, ServiceOptions
+from .token import TOKEN_VARIABLE
 
 
 OPEN_PATHS = ("/health", "/healthz", "/", "/page/page.css", "/page/page.js")
@@ -51,7 +50,7 @@ def check_exposure(host: str, token: str | None, allow_no_token: bool = False) -
     if token is None and not allow_no_token and not is_loopback(host):
         raise ValueError(
             f"Everyone who reaches {host} could command the robot: give a token with `token_file=` or the variable "
-            "OPENVLA_HF_SERVER_TOKEN, or allow this with `no_token=True`."
+            f"{TOKEN_VARIABLE}, or allow this with `no_token=True`."
         )
 
 
@@ -72,18 +71,6 @@ def check_certificate(certfile: str | None, keyfile: str | None) -> None:
             f"Cannot read a certificate from {certfile} with its key from {keyfile or 'the same file'}: give PEM "
             "files that belong together, with a key that is not encrypted."
         ) from error
-
-
-def answer_error(error: ServingError) -> JSONResponse:
-    """Return the answer for an error, over HTTP or in place of a WebSocket."""
-    headers = {}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, (RequestTimeout, TooLarge)):
-        headers["Connection"] = "close"  # the rest of the body is not read
-    return JSONResponse({"error": error.kind, "reason": error.reason}, error.status, headers)
 
 
 class Guard:
@@ -239,7 +226,6 @@ def _host_and_port(url: str) -> str | None:
 __all__ = [
     "OPEN_PATHS",
     "Guard",
-    "answer_error",
     "check_certificate",
     "check_exposure",
     "find_addresses",

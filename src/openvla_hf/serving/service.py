@@ -5,7 +5,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +52,7 @@ class ServiceOptions:
     max_instruction: int = 1000
     requests_per_second: float | None = None
     token: str | None = field(default=None, repr=False)
-    allowed_hosts: Collection[str] = ()
+    allowed_hosts: Sequence[str] = ()
     original_errors: bool = False
     camera_keys: Mapping[str, str] = field(default_factory=dict)
 
@@ -95,10 +95,16 @@ class _Open:
 
 
 class Service:
-    """A policy that acts for many robots at once. Every protocol calls `act`."""
+    """A policy that acts for many robots at once. Every protocol calls `act`.
 
-    def __init__(self, policy: ServedPolicy, options: ServiceOptions | None = None):
-        self.policy = policy
+    Args:
+        policy: The policy.
+        options: The limits.
+        session_prefix: Start of the ids of sessions, by which a load balancer finds the server of a session.
+    """
+
+    def __init__(self, policy: ServedPolicy, options: ServiceOptions | None = None, session_prefix: str = ""):
+        self.policy, self._session_prefix = policy, session_prefix
         self.options = options = options or ServiceOptions()
         for camera in options.camera_keys:
             if camera not in policy.cameras:
@@ -188,7 +194,7 @@ class Service:
             raise TooManyRequests(
                 f"The server allows {len(self._sessions)} open sessions: close one, or try again later."
             )
-        session_id = secrets.token_urlsafe(16)
+        session_id = self._session_prefix + secrets.token_urlsafe(16)
         self._sessions[session_id] = _Open(self.policy.open_session(), time.monotonic(), is_connected)
         return session_id
 
