@@ -61,7 +61,8 @@ def oft_folder(tmp_path_factory):
 def oft(oft_folder):
     """A policy of OpenVLA-OFT to damage."""
     model = AutoModel.from_pretrained(oft_folder)
-    model.config.norm_stats["tiny"]["action"]["mask"] = [True] * 7
+    for bound, value in (("q01", 0.0), ("min", 0.0), ("q99", 1.0), ("max", 1.0)):  # of the gripper
+        model.config.norm_stats["tiny"]["action"][bound][6] = value
     return SimpleNamespace(model=model, processor=AutoProcessor.from_pretrained(oft_folder))
 
 
@@ -308,9 +309,12 @@ def test_a_gripper_from_minus_one_to_one_is_found(policy, demonstrations):
         [frame | {"action": np.append(frame["action"][:6], 2 * frame["action"][6] - 1)} for frame in each]
         for each in demonstrations
     ]
-    raw = Robot("raw", gripper=Gripper(open=1.0, closed=0.0))
-    with pytest.raises(ValueError, match="its adapter says"):  # the adapter's range is checked while reading
-        from_episodes(signed, raw, name="signed")
+    for data, status, message in (
+        (signed, "failed", "The data's gripper goes from -1 to 1. OpenVLA's gripper is 0 for closed"),
+        (demonstrations, "warned", "The data does not say that dimension 6 is the gripper."),
+    ):
+        report = check_policy(policy.model, policy.processor, frames=from_episodes(data, Robot("raw"), name="raw"))
+        assert message in found(report, "gripper on the data", status)
     policy.model.norm_stats = {"tiny": {"action": BRIDGE_LIKE_STATS | {"min": [-1.0] * 7}}}
     report = check_policy(policy.model, policy.processor)
     assert "goes from -1 to 1" in found(report, "gripper", "warned")

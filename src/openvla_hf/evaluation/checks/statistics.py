@@ -72,7 +72,7 @@ def check_gripper_range(subject: Subject) -> Finding:
     for one in stats_of if key is None else [key]:
         stats = stats_of[one]["action"]
         low, high = ("min", "max") if "min" in stats and "max" in stats else ("q01", "q99")
-        if grippers := np.flatnonzero(~np.array(stats.get("mask", [True]), bool)).tolist():
+        if grippers := _unscaled(stats):
             ranges[one] = min(stats[low][index] for index in grippers), max(stats[high][index] for index in grippers)
     wrong = [one for one, ends in ranges.items() if not _is_gripper(*ends)]
     if wrong:
@@ -82,6 +82,11 @@ def check_gripper_range(subject: Subject) -> Finding:
     if not ranges:
         return passed(name, "All dimensions are scaled, as for joint positions.")
     return passed(name, f"From {min(ranges.values())[0]:g} (closed) to {max(ranges.values())[1]:g} (open).")
+
+
+def _unscaled(stats: dict[str, Any]) -> list[int]:
+    """Return the dimensions that are not scaled: the grippers, in OpenVLA's statistics."""
+    return np.flatnonzero(~np.array(stats.get("mask", [True]), bool)).tolist()
 
 
 def _is_gripper(low: float, high: float) -> bool:
@@ -147,19 +152,22 @@ def overlap(first: dict[str, Any], second: dict[str, Any]) -> float:
 def check_gripper_on(subject: Subject, frames: Dataset) -> Finding:
     """Compare the gripper of the data with its range, and with the policy's predictions."""
     name = "gripper on the data"
-    grippers = np.flatnonzero(~np.asarray(frames[0]["action_mask"], dtype=bool))
     key = _key_for(subject, str(frames[0]["dataset"]))
-    if not len(grippers):
-        return skipped(name, "The data does not say which dimension is the gripper: give a robot that declares it.")
     actions = np.stack(frames.select_columns(["action"]).with_format("numpy")[:]["action"])
     if key is None or action_dim(subject.model.get_action_stats(key)) != actions.shape[1]:
         return skipped(name, "The key of the statistics is not known, or has other dimensions.")
+    grippers = _unscaled(subject.model.get_action_stats(key))
+    if not grippers:
+        return skipped(name, f"{key!r} scales all dimensions.")
     if subject.config.proprio_dim is not None and len(frames[0]["state"]) != subject.config.proprio_dim:
         return skipped(name, "The policy sees a state of other dimensions than the data's.")
     values = actions[:, grippers]
     if not _is_gripper(values.min(), values.max()):
         found = f"The data's gripper goes from {values.min():g} to {values.max():g}."
         return failed(name, found, DECLARE)
+    if np.asarray(frames[0]["action_mask"])[grippers].any():
+        found = f"The data does not say that dimension {grippers[0]} is the gripper."
+        return warned(name, found, "Give a robot adapter that declares the gripper's values.")
     is_open = values[:, 0] > GRIPPER_OPEN
     count = min(GRIPPER_FRAMES, int(is_open.sum()), int((~is_open).sum()))
     if not count:
