@@ -332,9 +332,9 @@ def test_a_missing_suffix_is_found(published, monkeypatch):
 def test_another_prompt_template_is_found(published):
     published.processor.prompt_template = VICUNA_PROMPT
     report = check_policy(published.model, published.processor, published.checkpoint)
-    assert "which it was trained with" in found(report, "prompt template")
+    assert "with which the policy was trained" in found(report, "prompt template")
     published.processor.prompt_template = "Robot, {instruction}!"
-    assert "none of OpenVLA's" in found(
+    assert "not one of OpenVLA's" in found(
         check_policy(published.model, published.processor), "prompt template", "warned"
     )
 

@@ -31,7 +31,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         metavar="NAME",
         help="play the episodes of this suite: tabletop, metaworld, libero_spatial, libero_object, libero_goal, "
-        "libero_10 or libero_90; --task chooses tasks or groups such as easy, and --episodes counts for each task",
+        "libero_10 or libero_90; --task chooses tasks or groups such as easy, --episodes is the number per task",
     )
     group.add_argument(
         "--output",

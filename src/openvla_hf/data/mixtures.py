@@ -188,7 +188,7 @@ def select_datasets(
 
 
 def training_split(path: str) -> str:
-    """Return the split that the original trains on: of an RLDS dataset without a split "val", the first 95 %."""
+    """Return the split that the original trains on: of an RLDS dataset without a split "val", the first 95%."""
     fs, root = find_folder(path)
     version = find_version(fs, root)
     return split_for_training(RLDSSource(fs, version).splits)[0] if version else "train"

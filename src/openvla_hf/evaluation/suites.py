@@ -1,4 +1,4 @@
-"""Evaluate a policy on a suite: episodes that go on after an interruption, pictures, and `evaluation.json`."""
+"""Evaluate a policy on a suite: episodes that continue after an interruption, pictures, and `evaluation.json`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PICTURES = "episodes"
 # Pictures per second: many episodes have hundreds of steps.
 SPEED = 20
 
-# Plays episodes: given these and whether to keep the frames of each, yields each with its result as it ends.
+# Function from episodes, and whether to keep the frames of each, to the episodes and their results as they end.
 Player = Callable[[list[Episode], Callable[[Episode], bool]], Iterator[tuple[Episode, Rollout]]]
 
 
@@ -55,7 +55,7 @@ class Evaluation:
 
     Args:
         suite: The suite.
-        policy: What describes the policy, in JSON types: its name and how it is run.
+        policy: Description of the policy in JSON types: its name and how it is run.
         folder: Folder of the evaluation.
         pictures: Number of failures and of successes to show.
 

@@ -1,4 +1,4 @@
-"""A model server for vla-eval, the evaluation harness, with the policy that is behind every other protocol:
+"""A model server for vla-eval, the evaluation harness, with the same policy as the other protocols:
 
     python -m openvla_hf.serving.vla_eval_server --args.model openvla/openvla-7b --args.unnorm_key bridge_orig
 
@@ -40,8 +40,8 @@ ARM_DIM = 7
 class OpenVLAModelServer(PredictModelServer):
     """OpenVLA or OpenVLA-OFT behind vla-eval's protocol.
 
-    Each environment has a session of its own, and observations of several environments are predicted in one batch. A
-    policy that predicts chunks is asked again when the benchmark has executed the chunk.
+    Each environment has its own session, and observations of several environments are predicted in one batch. A policy
+    that predicts chunks predicts again when the benchmark has executed the last chunk.
 
     Args:
         model: Folder or Hub id of a checkpoint or an adapter. By default, the tabletop policy of this package.
@@ -49,7 +49,7 @@ class OpenVLAModelServer(PredictModelServer):
         gripper: Convention of the gripper: "policy" (1 open, 0 closed), "binary" (the same, rounded) or "libero" (-1
             open, 1 closed).
         execute: Number of actions of a chunk to execute; all by default.
-        ensemble: Decay of temporal ensembling, which asks the policy at each step.
+        ensemble: Decay of temporal ensembling, with which the policy predicts at each step.
         cameras: Camera of the policy -> name of the benchmark's camera. Not needed for the usual names, nor if both
             have a single camera.
         rotation: Rotations of the policy's actions, which vla-eval compares with the benchmark's: "axis_angle" or
@@ -176,7 +176,7 @@ class OpenVLAModelServer(PredictModelServer):
             found = [observation[name] for name in STATES if observation.get(name) is not None]
             if not found:
                 raise ValueError(
-                    f"The observation has no state, but the policy sees {self.policy.state_dim} dimensions of it: "
+                    f"The observation has no state, but the policy needs one of {self.policy.state_dim} dimensions: "
                     "configure the benchmark to send the state."
                 )
             state = np.asarray(found[0], dtype=np.float64)

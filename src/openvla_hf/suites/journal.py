@@ -1,4 +1,4 @@
-"""The journal of an evaluation: a file to which each episode is appended when it ends, so that a killed run goes on.
+"""The journal of an evaluation: each episode is appended to a file when it ends, so that a killed run can continue.
 
 The first line describes the run (suite, protocol, policy), and each further line is an episode. A line that was not
 written completely is dropped when the journal is opened again.

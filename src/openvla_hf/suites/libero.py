@@ -30,7 +30,7 @@ WAIT = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 @dataclass(frozen=True)
 class LiberoSuite(Suite):
-    """One of LIBERO's suites, whose environments are the numbers of its tasks. See `LiberoEnv`."""
+    """One of LIBERO's suites, whose environments are named by the numbers of the tasks. See `LiberoEnv`."""
 
     title: ClassVar[str] = "LIBERO"
 

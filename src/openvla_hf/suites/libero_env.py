@@ -105,7 +105,9 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         super().reset(seed=seed)
         number = 0 if seed is None else seed
         if number >= len(self._states):
-            raise ValueError(f"The task {self.task!r} has {len(self._states)} initial states, so none is {number}.")
+            raise ValueError(
+                f"The task {self.task!r} has {len(self._states)} initial states, so there is no state {number}."
+            )
         self._env.seed(ENVIRONMENT_SEED)
         self._env.reset()
         return _observe(self._env.set_init_state(self._states[number])), self._info(False)
@@ -138,7 +140,7 @@ def _observe(observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """Convert a quaternion x, y, z, w to an axis times an angle in [0, 2 pi], as robosuite does.
 
-    The policies were trained with this form. The shorter rotation of a quaternion with w < 0 would be another vector.
+    The policies were trained with this convention. If w < 0, the shorter rotation would give another vector.
     """
     w = float(np.clip(quaternion[3], -1.0, 1.0))
     length = math.sqrt(1.0 - w * w)

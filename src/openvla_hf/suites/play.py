@@ -26,7 +26,7 @@ def play(
         policy: Function from observations and instructions to actions.
         episodes: The episodes.
         simulators: Simulators of the suite, as `open_simulators` returns them.
-        keep_frames: Whether to keep the frames of an episode, asked when it starts.
+        keep_frames: Whether to keep the frames of an episode, called when the episode starts.
     """
     waiting = deque(episodes)
     idle = list(simulators)

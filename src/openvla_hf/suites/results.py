@@ -23,13 +23,13 @@ __all__ = [
     "wilson",
 ]
 
-# Quantile of the normal distribution for an interval of 95 %.
+# Quantile of the normal distribution for an interval of 95%.
 Z = 1.959964
 ALL = "all"
 
 
 def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a success rate, (0, 1) without episodes."""
+    """Return Wilson's 95% interval of a success rate, (0, 1) without episodes."""
     if not episodes:
         return 0.0, 1.0
     rate, weight = successes / episodes, Z**2 / episodes
@@ -44,7 +44,7 @@ def success_by_task(rollouts: Iterable[Rollout]) -> dict[str, dict[str, float]]:
 
     Returns:
         `{task: {"episodes", "success", "low", "high", "moved_target", "steps"}}`. Rates are in [0, 1], `low` and
-        `high` are Wilson's 95 % interval, and `steps` is a mean.
+        `high` are Wilson's 95% interval, and `steps` is a mean.
     """
     groups: dict[str, list[Rollout]] = {}
     everything = list(rollouts)
@@ -80,7 +80,7 @@ def success_table(
     table = Table(title=title)
     for column in ("condition", "task"):
         table.add_column(column)
-    for column in ("episodes", "success", "95 % interval", *["moved the named object"] * moved_target, "mean steps"):
+    for column in ("episodes", "success", "95% interval", *["moved the named object"] * moved_target, "mean steps"):
         table.add_column(column, justify="right")
     for condition, by_task in results.items():
         for task, row in by_task.items():

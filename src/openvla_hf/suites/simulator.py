@@ -54,7 +54,7 @@ class Simulator:
         self._pending = (self._act, actions)
 
     def view(self) -> View:
-        """Do what was asked for, and return what the policy sees next."""
+        """Carry out the last request, and return what the policy sees next."""
         run, *arguments = self._pending
         run(*arguments)
         return View(self._seen, self._rollout.instruction, self._rollout if self._done else None)
@@ -117,7 +117,7 @@ class SimulatorProcess:
         self._connection.send(("act", actions))
 
     def view(self) -> View:
-        """Wait until the simulator has done what was asked for, and return what the policy sees next.
+        """Wait until the last request is carried out, and return what the policy sees next.
 
         Raises:
             OSError: The process ended.
@@ -146,7 +146,7 @@ class SimulatorProcess:
 
 
 def _serve(suite: Suite, connection: Connection) -> None:
-    """Do what a `SimulatorProcess` asks for until it closes the connection."""
+    """Carry out the requests of a `SimulatorProcess` until it closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what happens after Ctrl-C
     simulator = Simulator(suite)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):

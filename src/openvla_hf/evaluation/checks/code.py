@@ -21,10 +21,12 @@ def check_code(files: CheckpointFiles, layout: str) -> Finding:
     if files.source is None:
         return skipped(name, "The policy is in memory.")
     if not code:
-        return skipped(name, "The checkpoint belongs to the original code, which this package replaces.")
+        return skipped(name, "The checkpoint is for the original code, which this package replaces.")
     found = {one: files.find(one) for one in code if one in files.names}
     if not found:
-        return warned(name, "There is none, so the checkpoint loads only with this package installed.", AGAIN)
+        return warned(
+            name, "The checkpoint contains no code, so it loads only where this package is installed.", AGAIN
+        )
     if missing := sorted(set(code) - set(found)):
         return failed(name, f"{len(missing)} of {len(code)} modules are missing (for example {missing[0]}).", AGAIN)
     changed = [one for one, path in found.items() if path and Path(path).read_text(encoding="utf-8") != code[one]]

@@ -69,10 +69,12 @@ def check_prompt(subject: Subject) -> Iterator[Finding]:
     template = processor.prompt_template
     if expected is not None and template != expected:
         fix = f"{AGAIN}" + (" and `reasoning=True`." if config.reasoning else ".")
-        yield failed("prompt template", f"{template!r} instead of {expected!r}, which it was trained with.", fix)
+        yield failed(
+            "prompt template", f"{template!r} instead of {expected!r}, with which the policy was trained.", fix
+        )
     elif template not in TEMPLATES and _is_llama(config):
         fix = "If the policy was not trained with this template, set `prompt_template` to one of OpenVLA's."
-        yield warned("prompt template", f"{template!r} is none of OpenVLA's templates.", fix)
+        yield warned("prompt template", f"{template!r} is not one of OpenVLA's templates.", fix)
     else:
         yield passed("prompt template", repr(template))
     if not processor.lowercase_instruction:
@@ -157,7 +159,7 @@ def _check_crop(subject: Subject, images: Any) -> Finding:
     is_cropped = subject.config.is_parallel or any(key.startswith(LIBERO) for key in subject.model.norm_stats or ())
     if is_cropped and given is None:
         found = f"Images have {shown}, but policies of this kind are trained with random crops."
-        fix = f"Pass `center_crop_area={area}` to `AutoProcessor.from_pretrained`, unless this one was not."
+        fix = f"Pass `center_crop_area={area}` to `AutoProcessor.from_pretrained`, unless this policy was not."
         return warned("crop", found, fix)
     return passed("crop", f"Images have {shown} (the training is not recorded).")
 

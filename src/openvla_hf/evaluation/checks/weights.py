@@ -16,7 +16,7 @@ from ...modeling.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_j
 from .findings import Finding, Subject, failed, passed, skipped
 
 
-# Larger values are those of memory that was never written.
+# Larger values come from uninitialised memory.
 LARGEST = 1e5
 # Number of layers in which to look for an adapter.
 LAYERS = 24
@@ -94,7 +94,7 @@ def check_adapter(subject: Subject) -> Finding:
     """Check that the adapter in use, or the one that lies beside merged weights, is applied exactly once."""
     adapted = [layer for layer in subject.model.modules() if isinstance(layer, LoraLayer)]
     if adapted and all(layer.disable_adapters for layer in adapted):
-        return failed("adapter", "It is loaded, but disabled.", "Call `model.enable_adapters()`.")
+        return failed("adapter", "The adapter is loaded, but disabled.", "Call `model.enable_adapters()`.")
     active = [change for layer in adapted if not layer.merged for change in _changes(layer)]
     if active:
         return _judge_active(count_adapter(_spread(active)), len(active))
@@ -102,7 +102,7 @@ def check_adapter(subject: Subject) -> Finding:
         return passed("adapter", f"Active in {len(adapted)} layers, whose weights are quantised or merged.")
     folder = _folder_beside(subject)
     if folder is None:
-        return skipped("adapter", "There is none.")
+        return skipped("adapter", "The policy has no adapter.")
     changes = list(_read(subject.model, folder))
     if not changes:
         return skipped("adapter", f"The layers of the adapter in {folder} are quantised.")
