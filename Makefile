@@ -7,6 +7,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 VENV := .venv
 OLDEST := .venv-oldest
 VLA_EVAL := .venv-vla-eval
+METAWORLD := .venv-metaworld
 VLLM := .venv-vllm
 RAY := .venv-ray
 # Passing --quiet twice hides progress and warnings, but not errors.
@@ -14,7 +15,8 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-vllm test-ray docs lint format clean
+.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-metaworld test-vllm \
+    test-ray docs lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,9 @@ test-ray: $(RAY)/.stamp  ## run the tests of replicas on Ray Serve, of which one
 test-integrations: $(VLA_EVAL)/.stamp  ## run an episode in each evaluation harness of another project
 	OMP_NUM_THREADS=1 $(VLA_EVAL)/bin/python -m pytest integrations/tests/test_vla_eval.py
 
+test-metaworld: $(METAWORLD)/.stamp  ## run the tests that need MetaWorld, which renders with OSMesa
+	OMP_NUM_THREADS=1 $(METAWORLD)/bin/python -m pytest tests/suites/test_metaworld.py
+
 docs: $(VENV)/.stamp  ## build the manual into site/, where a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
@@ -57,7 +62,8 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff format
 
 clean:  ## remove the virtual environments and the caches
-	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(VLLM) $(RAY) .cache .mypy_cache .pytest_cache .ruff_cache build dist site
+	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(METAWORLD) $(VLLM) $(RAY) .cache .mypy_cache .pytest_cache .ruff_cache \
+	    build dist site
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -110,4 +116,11 @@ $(VLA_EVAL)/.stamp: pyproject.toml constraints.txt
 	@echo "Building $(VLA_EVAL), which takes a few minutes the first time"
 	@$(PYTHON) -m venv $(VLA_EVAL)
 	@$(VLA_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[sim,vla-eval]' vla-eval==0.8.0 pytest
+	@touch $@
+
+$(METAWORLD)/.stamp: pyproject.toml constraints.txt
+	@echo "Building $(METAWORLD), which takes a few minutes the first time"
+	@$(PYTHON) -m venv $(METAWORLD)
+	@$(METAWORLD)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[data,metaworld]' metaworld==3.1.1 \
+	    mujoco==3.3.0 pytest pytest-xdist
 	@touch $@

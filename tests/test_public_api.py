@@ -235,6 +235,9 @@ API = {
         compare_runs(first, second)
         find_suite(name)
     """,
+    "openvla_hf.suites.demonstrations": """
+        record_experts(suite, seeds, noise, state)
+    """,
     "openvla_hf.suites.play": """
         play(policy, episodes, simulators, keep_frames)
     """,
@@ -336,7 +339,7 @@ COMMANDS = {
             --output --envs --compare --json
     """,
     "record": """
-        destination --task --episodes --first-seed --cameras --state --format --json
+        destination --suite --task --episodes --first-seed --cameras --state --format --json
     """,
     "predict": """
         --model --unnorm-key --device --image --instruction --state --platform --action-decoding --dtype --json

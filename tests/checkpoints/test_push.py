@@ -20,6 +20,7 @@ from openvla_hf.checkpoints.push import push
 from openvla_hf.checkpoints.shared_files import TEXT_FILES, read_text_in, refuse_secrets
 from openvla_hf.cli import main
 from openvla_hf.data import from_episodes
+from openvla_hf.evaluation.suites import find_suite
 from openvla_hf.processing.processing_openvla import VICUNA_PROMPT
 from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
 from openvla_hf.testing import fake_episode
@@ -289,6 +290,28 @@ def test_the_card_describes_the_run(tiny, owner, tmp_path):
     for absent in ("More Information Needed", "runtime"):
         assert absent not in card.text
     assert not set(owner.files("someone/policy")) & {"training.json", "evaluation.json", "quantization.json"}
+
+
+def test_the_card_shows_the_protocol_and_the_intervals_of_a_suite(tiny, owner, tmp_path):
+    folder = save(tmp_path / "run", tiny())
+    suite = find_suite("libero_goal")
+    row = {"episodes": 500, "success": 0.97, "low": 0.9511, "high": 0.9817, "steps": 120.0}
+    result = {**suite.describe(), "environment": suite.name, "versions": {"mujoco": "3.3.0", "numpy": "2.4.6"}}
+    (folder / "evaluation.json").write_text(json.dumps({**result, "results": {"as told": {"all": row}}}))
+    push(folder, "someone/policy")
+    card = card_of(owner, "someone/policy")
+    assert [(one.dataset_type, one.metric_value) for one in card.data.eval_results] == [("libero_goal", 0.97)]
+    for line in (
+        "| condition | task | episodes | success | 95% interval |",
+        "|---|---|---|---|---|",
+        "| as told | all | 500 | 97.0% | 95.1% to 98.2% |",
+        "Measured by `openvla-hf evaluate --suite libero_goal` under this protocol:",
+        "| max steps | 300 |",
+        "| cameras | full_image, wrist_image |",
+        "| crop area | 0.9 |",
+        "| versions | mujoco 3.3.0, numpy 2.4.6 |",
+    ):
+        assert f"\n{line}\n" in card.text
 
 
 def fake_statistics(dim):

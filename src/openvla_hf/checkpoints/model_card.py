@@ -5,8 +5,9 @@ Three files are read if they are next to the weights:
 - `training.json`, written by `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings`
   and `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`), and
   which episodes were held out (`held_out`).
-- `evaluation.json`: the output of `openvla-hf evaluate --json`, `{"results": {condition: {task: {"success",
-  "episodes", ...}}}}`. `environment` names the environment, if it is not the tabletop.
+- `evaluation.json`: the output of `openvla-hf evaluate --json`, or the file that `openvla-hf evaluate --suite` writes,
+  `{"results": {condition: {task: {"success", "episodes", ...}}}}`. `environment` names the environment, if it is not
+  the tabletop.
 - `quantization.json`: a list of rows, `{column: value}`, one for each format that was measured.
 """
 
@@ -84,6 +85,7 @@ def write_card(
         spaces=_action_spaces(info.statistics, ("min", "max") if uses_bounds else ("q01", "q99")),
         recipe=_recipe(training),
         evaluation=evaluation,
+        has_intervals=all("low" in row for tasks in evaluation.get("results", {}).values() for row in tasks.values()),
         quantization=quantization,
     )
     return str(card)

@@ -80,6 +80,8 @@ DIFFICULTIES: dict[str, dict[str, str]] = {
     },
 }
 INSTRUCTIONS = {task: text for tasks in DIFFICULTIES.values() for task, text in tasks.items()}
+STATE_NAMES = ("x", "y", "z", "opening")
+ACTION_NAMES = ("dx", "dy", "dz", "effort")
 # Actions go from -1 to 1; statistics of demonstrations may exceed this by rounding.
 LIMIT = 1.0 + 1e-6
 
@@ -112,7 +114,7 @@ class MetaWorldSuite(Suite):
 
     def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Raise `ValueError` if the usual lowest and highest actions (A,) are not those of MetaWorld's arm."""
-        if len(low) != 4 or np.abs([low, high]).max() > LIMIT:
+        if len(low) != len(ACTION_NAMES) or np.abs([low, high]).max() > LIMIT:
             raise ValueError(
                 "MetaWorld is not this policy's robot: its actions have 4 dimensions from -1 to 1, but the statistics "
                 "of this policy's actions differ. Fine-tune the policy on demonstrations of MetaWorld "
@@ -123,4 +125,4 @@ class MetaWorldSuite(Suite):
 def metaworld_suite() -> MetaWorldSuite:
     """Make the suite of all 50 tasks."""
     packages = ("openvla-hf", "gymnasium", "metaworld", "mujoco", "numpy")
-    return MetaWorldSuite("metaworld", tuple(INSTRUCTIONS), PROTOCOL, state_dim=4, packages=packages)
+    return MetaWorldSuite("metaworld", tuple(INSTRUCTIONS), PROTOCOL, state_dim=len(STATE_NAMES), packages=packages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -31,8 +32,6 @@ except (AttributeError, OSError) as error:
 INITIAL_STATES = 50
 # The camera "corner2", closer to the table than MetaWorld puts it, as in LeRobot's environment.
 CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)
-STATE_NAMES = ("x", "y", "z", "opening")
-ACTION_NAMES = ("dx", "dy", "dz", "effort")
 
 
 class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
@@ -93,7 +92,9 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def expert_action(self) -> np.ndarray:
         """Return the action of MetaWorld's scripted expert, float32 (4,), in [-1, 1]."""
-        return np.clip(self._expert.get_action(self._numbers), -1.0, 1.0).astype(np.float32)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about the clipping
+            action = self._expert.get_action(self._numbers)
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def render(self) -> np.ndarray:
         """Render the scene, uint8 (size, size, 3). The camera hangs upside down, so its image is rotated."""
