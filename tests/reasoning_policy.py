@@ -54,7 +54,7 @@ def teach(steps: int = 400) -> SimpleNamespace:
         "labels": torch.cat([torch.full_like(prompts["input_ids"], -100), labels], dim=1),
         "pixel_values": prompts["pixel_values"],
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     for _ in range(steps):
         loss = model(**batch).loss
         if loss < 0.01:

@@ -97,14 +97,23 @@ def instructions() -> list[str]:
     return put + push + stack
 
 
-def play(seeds: list[range], arguments: TrainPolicyArguments) -> Iterator[Frame]:
+class UndrawnEnv(TabletopEnv):
+    """A tabletop without images, because drawing them takes most of the time of a step."""
+
+    def _observe(self) -> np.ndarray:
+        return np.empty(0)
+
+
+def play(
+    seeds: list[range], arguments: TrainPolicyArguments, env_class: type[TabletopEnv] = TabletopEnv
+) -> Iterator[Frame]:
     """Yield frames of the expert's episodes, with `live_episodes` mixed at a time; each seed is used once."""
     seed_iterator = itertools.chain.from_iterable(seeds)
     rng = np.random.default_rng(seeds[0].start)
 
     def start() -> Iterator[Frame]:
         # The executed actions have noise of their own.
-        return rollout_expert(TabletopEnv(hand_noise=0.0), next(seed_iterator), noise=arguments.noise)
+        return rollout_expert(env_class(hand_noise=0.0), next(seed_iterator), noise=arguments.noise)
 
     live = [start() for _ in range(arguments.live_episodes)]
     while True:
@@ -163,7 +172,7 @@ def example(image: np.ndarray, scene: Scene, task: Task) -> dict[str, Any]:
 
 def action_statistics(arguments: TrainPolicyArguments, frames: int = 2000) -> dict[str, Any]:
     """Compute statistics of the expert's actions over the first frames, in the form of `dataset_statistics.json`."""
-    stream = play([range(FIRST_UNSEEN_SEED)], arguments)
+    stream = play([range(FIRST_UNSEEN_SEED)], arguments, UndrawnEnv)
     actions = np.stack([frame.action for frame in itertools.islice(stream, frames)]).astype(np.float64)
     return {
         UNNORM_KEY: {
