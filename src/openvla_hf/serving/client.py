@@ -25,11 +25,11 @@ except ModuleNotFoundError as error:
 ONLY_CAMERA = "image"
 """Name of the camera of a policy that sees one image without a name."""
 FIRST_PAUSE = 0.05
-"""Seconds before the first retry of a request that did not arrive. The pause doubles from one to the next."""
+"""Seconds before the first retry of a request that did not arrive. The pause doubles with each retry."""
 GATEWAY_ERRORS = (500, 502, 503, 504)
-"""Statuses with which a proxy says that it lost the server behind it."""
+"""Statuses of a proxy that can't reach the server behind it."""
 PROXY_ERROR = "http"
-"""Kind of an error that another program than the server answered, such as a proxy."""
+"""Kind of an error that came from a program other than the server, such as a proxy."""
 SESSION_HEADER = "X-Session-Id"
 """Header with the session of a request, by which a load balancer finds the replica of the session."""
 CLOSING_SECONDS = 1.0
@@ -210,13 +210,13 @@ class Client:
         return actions[0] if len(actions) == 1 else actions
 
     def _ask(self, method: str, path: str, deadline: float, can_repeat: bool = True, **content: Any) -> Any:
-        """Send a request, again where that is safe, and return the JSON of its answer if it comes before a deadline.
+        """Send a request, with retries where they are safe, and return the JSON of an answer before the deadline.
 
         Args:
             method: HTTP method.
             path: Path on the server.
             deadline: Time on the monotonic clock.
-            can_repeat: Whether the request may be sent again if its answer got lost.
+            can_repeat: Whether the request may be sent again if its answer is lost.
             content: Body and headers of the request, as httpx takes them.
         """
         pause = FIRST_PAUSE

@@ -42,7 +42,7 @@ class ReplicaOptions(ServiceOptions):
 
 
 class Settings(BaseModel):
-    """What each replica serves, and how Ray Serve deploys it.
+    """The policy that each replica serves, and how Ray Serve deploys the replicas.
 
     Attributes:
         model: Folder or Hub id of the policy, readable on each machine.
@@ -51,14 +51,14 @@ class Settings(BaseModel):
         device: Device of a replica, such as "cuda"; the CPU by default.
         loading: Further arguments of `from_pretrained`, such as `platform`.
         compile: Whether to compile the model's passes, which takes minutes at the start.
-        unnorm_key: Statistics for clients that name none.
+        unnorm_key: Statistics for requests that name none.
         gripper: Values of the gripper: "policy", "binary" or "libero".
         execute: Actions of a chunk in an answer; all by default.
         ensemble: Decay with which overlapping chunks of a session are averaged.
-        control_frequency: Rate in Hz at which robots should act, told to clients.
+        control_frequency: Rate in Hz at which robots should act, reported to clients.
         token_file: File on each machine with the token that clients must send. By default, the token is that of the
             variable OPENVLA_HF_SERVER_TOKEN.
-        no_token: Whether everyone who reaches the address may command the robot.
+        no_token: Whether everyone who can reach the server may command the robot.
         options: Fields of `ServiceOptions`, except for the token. Limits hold for each replica.
         deployment: Arguments of `serve.deployment`, such as `num_replicas`, `autoscaling_config` and
             `ray_actor_options`. By default, a replica on a GPU gets a whole one.
@@ -101,11 +101,11 @@ def app(settings: Settings) -> serve.Application:
 def deployment_arguments(settings: Settings) -> dict[str, Any]:
     """Return the arguments of `serve.deployment`.
 
-    By default, Ray Serve runs 1 to 8 replicas, and aims at as many requests for each as fit into a batch.
+    By default, Ray Serve runs 1 to 8 replicas, and aims at one full batch of requests for each replica.
     """
     arguments = {
         "name": "Policy",
-        "max_ongoing_requests": MAX_CONNECTIONS,  # the queue of the replica has a limit of its own
+        "max_ongoing_requests": MAX_CONNECTIONS,  # the queue of the replica has its own limit
         "request_router_config": RequestRouterConfig(request_router_class=SessionRouter),
         "ray_actor_options": {"num_gpus": int((settings.device or "cpu").startswith("cuda"))},
         **settings.deployment,

@@ -1,4 +1,4 @@
-"""What the proxies of Ray Serve run for a policy: they choose the replica, and answer for replicas that have died.
+"""Code that Ray Serve's proxies run: it chooses the replica of a request, and answers for replicas that have died.
 
 Ray's proxies import this module. It does not import PyTorch.
 """
@@ -36,7 +36,9 @@ class SessionRouter(RequestRouter):
         """Return the replicas to try."""
         if pending_request is None:
             return [candidate_replicas]
-        pending_request.routing_context.should_backoff = True  # instead of asking a full replica again and again
+        pending_request.routing_context.should_backoff = (
+            True  # pause, instead of asking a full replica again and again
+        )
         replica_id = pending_request.metadata.session_id.partition(".")[0]
         owners = [one for one in candidate_replicas if one.replica_id.unique_id == replica_id]
         return [owners or random.sample(candidate_replicas, min(CHOICES, len(candidate_replicas)))]
@@ -52,7 +54,7 @@ class LostRequests:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and answer it if nothing else does."""
+        """Pass a request on, and answer it if the replica has died."""
         has_answer = False
 
         async def watch(message: Message) -> None:

@@ -22,7 +22,7 @@ def read_token(path: str | None) -> str | None:
         with open(path, encoding="utf-8") as text:
             token = text.read().strip()
     if token == "":
-        raise ValueError(f"The token in {path or TOKEN_VARIABLE} is empty: write one, or leave it out.")
+        raise ValueError(f"The token in {path or TOKEN_VARIABLE} is empty. Give a token, or leave it out.")
     return token
 
 
