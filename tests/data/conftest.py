@@ -18,3 +18,9 @@ def decoded(monkeypatch):
         ImageReader, "read", lambda reader, reference: references.append(reference) or read(reader, reference)
     )
     return references
+
+
+@pytest.fixture
+def without_images(monkeypatch):
+    """Skip decoding in tests that only count draws."""
+    monkeypatch.setattr(ImageReader, "read", lambda reader, reference: None)

@@ -26,6 +26,19 @@ Episodes = Iterable[Iterable[Mapping[str, Any]]]
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class RecordPlace:
+    """The place of a record in a file.
+
+    Attributes:
+        number: Number of the record.
+        offset: Byte at which it begins, after decompression.
+    """
+
+    number: int = 0
+    offset: int = 0
+
+
 class BadEpisodeError(ValueError):
     """An episode can't be read or used. The message names the file and the record.
 
@@ -42,6 +55,10 @@ class BadEpisodeError(ValueError):
         return self.args[0]
 
 
+class UnreadableFileError(BadEpisodeError):
+    """A file can't be read now, but perhaps later."""
+
+
 @dataclass
 class RecordedEpisode:
     """An episode as it is stored, before a robot adapter converts it.
@@ -52,6 +69,7 @@ class RecordedEpisode:
         images: By column of the rows, references (T,) to the images.
         instructions: Texts (T,), empty where a frame has no instruction.
         columns: By name, numbers (T, ...) of the frames. Dots join nested names.
+        place: Place of its record in the file.
     """
 
     source: str
@@ -59,6 +77,7 @@ class RecordedEpisode:
     images: Mapping[str, Sequence[ImageReference]]
     instructions: Sequence[str]
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    place: RecordPlace = field(default_factory=RecordPlace)
 
 
 @dataclass
@@ -269,7 +288,9 @@ __all__ = [
     "Episodes",
     "ImageReference",
     "Losses",
+    "RecordPlace",
     "RecordedEpisode",
+    "UnreadableFileError",
     "check_state_size",
     "convert_episode",
     "usable_columns",

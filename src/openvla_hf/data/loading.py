@@ -22,7 +22,7 @@ from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
 
 from .adapters import Robot
-from .episodes import Losses, usable_columns, usable_rows
+from .episodes import Losses, usable_columns
 from .frame_spec import Cameras, FrameSpec, resolve_spec
 from .frames import Frames, note_action, note_robot
 from .open_x import known_table
@@ -31,6 +31,7 @@ from .readers.lerobot import INFO_FILE, LeRobotSource
 from .readers.rlds import RLDSSource, find_version
 from .remote import find_folder, url_prefix
 from .robots import registered_robots
+from .shard_rows import ShardRows
 from .streams import FrameStream
 from .table_cache import cached_table, file_version, make_key
 
@@ -186,7 +187,8 @@ def _open_stream(
 ) -> FrameStream:
     source.check(spec)
     losses.total = source.num_episodes
-    arguments = {"shards": source.shards(), "source": source, "spec": spec, "name": name, "losses": losses}
+    rows = ShardRows(source, spec, name, losses)
+    arguments = {"shards": rows.shards, "rows": rows}
     return FrameStream(
         IterableDataset.from_generator(_generate, gen_kwargs=arguments),
         name,
@@ -197,14 +199,14 @@ def _open_stream(
         seed=seed,
         images=source.images,
         features=spec.features,
+        shards=rows,
     )
 
 
-def _generate(
-    shards: list[Any], source: Source, spec: FrameSpec, name: str, losses: Losses
-) -> Iterator[dict[str, Any]]:
-    episodes = itertools.chain.from_iterable(source.read(shard, spec) for shard in shards)
-    yield from usable_rows(episodes, spec, name, losses)
+def _generate(shards: list[Any], rows: ShardRows) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        for _, each in rows.read(shard):
+            yield from each
 
 
 def _count_frames(recorded: int | None, episodes: int | None, spec: FrameSpec) -> int | None:

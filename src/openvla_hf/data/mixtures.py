@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -222,7 +223,8 @@ def load_mixture(
     """Load the datasets of a mixture from the folders named after them, and mix them.
 
     A weight multiplies the number of steps of a dataset. As in the original, all steps of an RLDS dataset count,
-    including those of other splits; see `whole_statistics`.
+    including those of other splits; see `whole_statistics`. The streams divide one shuffle buffer by their shares of
+    the draws, so that its size does not depend on the number of datasets.
 
     Args:
         mixture: Name of one of `MIXTURES` or of a dataset of Open X-Embodiment, a JSON or TOML file with weights by
@@ -246,7 +248,17 @@ def load_mixture(
         if size is None and (statistics := whole_statistics(path, name=name, **counted)):
             size = statistics["num_transitions"]
         parts.append((frames, weight, size) if size else (frames, weight))
-    return mix(parts, seed)
+    return mix(_divide_buffer(parts, options.get("shuffle_buffer", 0)), seed)
+
+
+def _divide_buffer(parts: list[Any], shuffle_buffer: int) -> list[Any]:
+    """Give each stream the part of a shuffle buffer that corresponds to its share of the draws."""
+    if not shuffle_buffer or not all(isinstance(part[0], FrameStream) for part in parts):
+        return parts
+    shares = sampling_shares([part[1] for part in parts], [_count(number, *part) for number, part in enumerate(parts)])
+    # The division is rounded up, since a buffer of one row does not shuffle.
+    sizes = [max(2, math.ceil(share * shuffle_buffer)) for share in shares]
+    return [(part[0].with_shuffle_buffer(size), *part[1:]) for part, size in zip(parts, sizes, strict=True)]
 
 
 __all__ = [

@@ -6,9 +6,9 @@ import os
 import pickle
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -16,7 +16,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 
-# Pieces of a file to request before they are needed.
+# Bytes of the first piece of a file that is read from a position, and how many times larger each further piece is.
+FIRST, GROWTH = 2**16, 4
+# Pieces of full size to request before they are needed.
 AHEAD = 2
 # Pieces to keep in memory: the current one, those ahead, and one behind, since a video may go back a little.
 HELD = AHEAD + 2
@@ -85,26 +87,40 @@ class ForkSafe:
         return self._fs
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file, which a thread requests."""
+
+    start: int
+    end: int
+    data: "Future[bytes]"
+
+
 class ReadAhead(io.RawIOBase):
-    """A remote file that is read in large pieces. A thread requests the next pieces before they are needed.
+    """A remote file that is read in pieces, whose size grows as long as it is read in order.
+
+    Short reads from many positions therefore request little more than they need. Once the pieces have their full size,
+    a thread requests the next ones before they are needed.
 
     Args:
         fs: File system of the file.
         path: Path of the file.
-        piece: Bytes to request at once. At most `HELD` pieces are in memory.
+        largest: Bytes of a piece of full size. At most `HELD` pieces are in memory.
 
     Raises:
         OSError: The file can't be opened or read.
     """
 
-    def __init__(self, fs: AbstractFileSystem, path: str, piece: int):
-        self._file, self.path, self.piece = fs.open(path, "rb", cache_type="none"), path, piece
-        self.size: int | None = self._file.size
-        if self.size is None:
+    def __init__(self, fs: AbstractFileSystem, path: str, largest: int):
+        self._file, self.path, self.largest = fs.open(path, "rb", cache_type="none"), path, largest
+        size: int | None = self._file.size
+        if size is None:
             raise OSError("the server can't send a part of a file, or does not say how large the file is")
+        self.size = size
         self._at = 0
         self._thread = ThreadPoolExecutor(1)
-        self._pieces: OrderedDict[int, Future[bytes]] = OrderedDict()
+        # The piece that was used last is at the end.
+        self._pieces: list[Piece] = []
 
     def readable(self) -> bool:
         """Return `True`."""
@@ -116,7 +132,7 @@ class ReadAhead(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to a position. Nothing is read until it is needed."""
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size or 0}[whence]
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         return self._at
 
     def tell(self) -> int:
@@ -125,10 +141,11 @@ class ReadAhead(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read bytes of one piece."""
-        number, start = divmod(self._at, self.piece)
-        if self._at >= (self.size or 0):
+        if self._at >= self.size:
             return 0
-        data = self._request(number).result()[start : start + len(buffer)]
+        piece = self._find(self._at) or self._request(self._at, FIRST)
+        self._request_ahead(piece)
+        data = piece.data.result()[self._at - piece.start : self._at - piece.start + len(buffer)]
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -141,36 +158,48 @@ class ReadAhead(io.RawIOBase):
             self._pieces.clear()
         super().close()
 
-    def _request(self, number: int) -> "Future[bytes]":
-        last = ((self.size or 0) - 1) // self.piece
-        # The needed piece is requested first, but it is dropped last.
-        wanted = range(number, min(number + AHEAD, last) + 1)
-        for each in wanted:
-            if each not in self._pieces:
-                self._pieces[each] = self._thread.submit(self._fetch, each * self.piece)
-        for each in reversed(wanted):
-            self._pieces.move_to_end(each)
-        while len(self._pieces) > HELD:
-            self._pieces.popitem(last=False)[1].cancel()
-        return self._pieces[number]
+    def _find(self, position: int) -> Piece | None:
+        return next((piece for piece in self._pieces if piece.start <= position < piece.end), None)
 
-    def _fetch(self, start: int) -> bytes:
-        length = min(self.piece, (self.size or 0) - start)
+    def _request(self, start: int, length: int) -> Piece:
+        before = next((piece for piece in self._pieces if piece.end == start), None)
+        length = length if before is None else GROWTH * (before.end - before.start)
+        end = min(start + min(length, self.largest), self.size)
+        piece = Piece(start, end, self._thread.submit(self._fetch, start, end))
+        self._pieces.append(piece)
+        return piece
+
+    def _request_ahead(self, current: Piece) -> None:
+        last = current
+        for _ in range(AHEAD if current.end - current.start == self.largest else 0):
+            if last.end < self.size:
+                last = self._find(last.end) or self._request(last.end, self.largest)
+                self._use(last)
+        self._use(current)
+        for dropped in self._pieces[:-HELD]:
+            dropped.data.cancel()
+        del self._pieces[:-HELD]
+
+    def _use(self, piece: Piece) -> None:
+        self._pieces.remove(piece)
+        self._pieces.append(piece)
+
+    def _fetch(self, start: int, end: int) -> bytes:
         try:
             self._file.seek(start)
-            data = self._file.read(length)
+            data = self._file.read(end - start)
         except ValueError as error:  # by fsspec, if a server can't send a part of a file
             raise OSError(f"the server can't send a part of a file: {error}") from error
-        if len(data) != length:
-            raise OSError(f"the server sent {len(data)} instead of {length} bytes from byte {start}")
+        if len(data) != end - start:
+            raise OSError(f"the server sent {len(data)} instead of {end - start} bytes from byte {start}")
         return data
 
 
-def open_file(fs: AbstractFileSystem, path: str, piece: int) -> BinaryIO:
+def open_file(fs: AbstractFileSystem, path: str, largest: int) -> BinaryIO:
     """Open a file to read it from front to back. A remote file is read ahead, see `ReadAhead`."""
     if isinstance(fs, LocalFileSystem):
         return fs.open(path, "rb")
-    return cast(BinaryIO, io.BufferedReader(ReadAhead(fs, path, piece)))
+    return cast(BinaryIO, io.BufferedReader(ReadAhead(fs, path, largest)))
 
 
 def read_errors() -> tuple[type[Exception], ...]:

@@ -13,10 +13,9 @@ from .episodes import BadEpisodeError, Losses
 from .frame_spec import CAMERA_PREFIX, FEATURES
 from .frames import FrameDecoder, decoded_features, is_stored
 from .images import ImageReader
+from .shard_rows import RUN, Group, Section, ShardRows, shuffled
 
 
-# Number of consecutive rows for each of several readers of a shard, since videos are decoded fastest in order.
-RUN = 16
 # Number of rows to read from `datasets` at once.
 DECODED_ROWS = 16
 # Number of random choices among the parts to make at once.
@@ -42,6 +41,7 @@ class FrameStream(IterableDataset):
         seed: Seed of the shuffling and of a mixture's draws.
         images: Reads the images.
         features: Columns of the rows, see `FrameSpec.features`.
+        shards: Reads the rows from any position, if they come from files.
 
     Attributes:
         parts: For a mixture, whose rows are endless, its streams with their shares of the draws; empty otherwise.
@@ -60,7 +60,9 @@ class FrameStream(IterableDataset):
         seed: int = 0,
         images: ImageReader | None = None,
         features: Features = FEATURES,
+        shards: ShardRows | None = None,
     ):
+        self.shards = shards
         self.unshuffled, self.shuffle_buffer, self.row_features = rows, shuffle_buffer, features
         if shuffle_buffer:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
@@ -107,19 +109,28 @@ class FrameStream(IterableDataset):
         if not self.shuffle_buffer or num_times < 1:
             return super().repeat(num_times)
         seeds = np.random.SeedSequence(self.seed).generate_state(num_times - 1)
-        later = [
-            FrameStream(
-                self.unshuffled,
-                self.name,
-                losses=self.losses,
-                shuffle_buffer=self.shuffle_buffer,
-                seed=int(seed),
-                images=self.decoder.images,
-                features=self.row_features,
-            )
-            for seed in seeds
-        ]
+        later = [self._reshuffle(self.shuffle_buffer, int(seed)) for seed in seeds]
         return concatenate_datasets([self, *later])
+
+    def with_shuffle_buffer(self, shuffle_buffer: int) -> "FrameStream":
+        """Return the same frames with a shuffle buffer of another size."""
+        stream = self._reshuffle(shuffle_buffer, self.seed)
+        stream.info.description = self.info.description
+        return stream
+
+    def _reshuffle(self, shuffle_buffer: int, seed: int) -> "FrameStream":
+        return FrameStream(
+            self.unshuffled,
+            self.name,
+            self.num_frames,
+            self.losses,
+            self.cache_key,
+            shuffle_buffer,
+            seed,
+            self.decoder.images,
+            self.row_features,
+            self.shards,
+        )
 
 
 def _decode(row: Row, losses: Losses, decoder: FrameDecoder) -> Row:
@@ -160,7 +171,7 @@ def _read_mixture(readers: list[int], of: int, parts: Parts, seed: int) -> Itera
         yield row
 
 
-def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0) -> Iterator[Row]:
+def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0, start: int = 0) -> Iterator[Row]:
     """Draw rows endlessly from streams by their shares, as one of several readers.
 
     Rows of a `FrameStream` are not decoded yet. Rows of any other stream are passed on unchanged.
@@ -170,16 +181,24 @@ def draw(parts: Parts, reader: int = 0, readers: int = 1, seed: int = 0) -> Iter
         reader: Number of this reader, from 0.
         readers: Number of readers that read the same streams at the same pace, such as the workers of all ranks.
         seed: Seed of the choice among the parts.
+        start: Number of draws to pass over.
     """
-    sources = [read_endlessly(_rows(part), reader, readers) for part, _ in parts]
     shares = np.array([share for _, share in parts])
     rng = np.random.default_rng([seed, reader])
-    while True:
-        for choice in rng.choice(len(sources), size=CHOICES, p=shares / shares.sum()):
-            yield next(sources[choice])
+    blocks = (rng.choice(len(parts), size=CHOICES, p=shares / shares.sum()) for _ in itertools.repeat(None))
+    passed = np.zeros(len(parts), np.int64)
+    for _ in range(start // CHOICES):
+        passed += np.bincount(next(blocks), minlength=len(parts))
+    block = next(blocks)
+    passed += np.bincount(block[: start % CHOICES], minlength=len(parts))
+    sources = [
+        read_endlessly(part, reader, readers, each) for (part, _), each in zip(parts, passed.tolist(), strict=True)
+    ]
+    for choice in itertools.chain(block[start % CHOICES :], itertools.chain.from_iterable(blocks)):
+        yield next(sources[choice])
 
 
-def read_endlessly(rows: IterableDataset, reader: int, readers: int) -> Iterator[Row]:
+def read_endlessly(stream: IterableDataset, reader: int, readers: int, start: int = 0) -> Iterator[Row]:
     """Read a stream endlessly, as one of several readers that share it evenly.
 
     The shards are dealt into as many groups as there are readers. Every reader goes through all groups and starts with
@@ -187,21 +206,73 @@ def read_endlessly(rows: IterableDataset, reader: int, readers: int) -> Iterator
     readers, each reader has drawn every frame once, even if shards differ in size. A shuffled stream has a new order
     in each round.
 
+    Args:
+        stream: Stream.
+        reader: Number of this reader, from 0.
+        readers: Number of readers.
+        start: Number of rows to pass over. Streams of files pass over them without reading them.
+
     Yields:
         Rows, each with the number of its round as `epoch`.
 
     Raises:
         ValueError: The stream has no rows.
     """
+    if isinstance(stream, FrameStream) and stream.shards is not None:
+        yield from _read_files(stream, stream.shards, reader, readers, start)
+    else:
+        yield from itertools.islice(_read_rows(_rows(stream), reader, readers), start, None)
+
+
+def _read_files(stream: FrameStream, rows: ShardRows, reader: int, readers: int, start: int) -> Iterator[Row]:
+    groups = _divide(stream, rows, readers)
     found = True
     for turn in itertools.count():
-        if turn % readers == 0:
-            if not found:
-                raise ValueError("The stream has no frames to train on.")
-            found = False
+        found = _require_frames(found, turn, readers)
+        number = (reader + turn) % readers
+        rng = np.random.default_rng([stream.seed, turn, number])
+        sections = groups[number]
+        if turn or stream.shuffle_buffer:
+            sections = [sections[place] for place in rng.permutation(len(sections))]
+        group = Group(rows, sections)
+        if start and start >= len(group):
+            start -= len(group)
+            found = found or len(group) > 0
+            continue
+        read = shuffled(group, stream.shuffle_buffer, rng, start) if stream.shuffle_buffer else group.read(start)
+        start = 0
+        for row in read:
+            found = True
+            yield row | {"epoch": turn}
+
+
+def _divide(stream: FrameStream, rows: ShardRows, readers: int) -> list[list[Section]]:
+    """Divide the shards of a stream into a group for each reader."""
+    shards = rows.shards
+    if stream.shuffle_buffer:
+        shards = [shards[place] for place in np.random.default_rng(stream.seed).permutation(len(shards))]
+    # With fewer shards than groups, several groups share a shard and take turns with runs of its rows.
+    sharing = max(1, -(-readers // max(1, len(shards))))
+    sections = [Section(shard, part, sharing) for part in range(sharing) for shard in shards]
+    return [sections[group::readers] for group in range(readers)]
+
+
+def _read_rows(rows: IterableDataset, reader: int, readers: int) -> Iterator[Row]:
+    found = True
+    for turn in itertools.count():
+        found = _require_frames(found, turn, readers)
         for row in _read_group(rows, (reader + turn) % readers, readers, turn):
             found = True
             yield row | {"epoch": turn}
+
+
+def _require_frames(found: bool, turn: int, readers: int) -> bool:
+    """Raise `ValueError` if a whole round found no frames. Return what is found so far in this round."""
+    if turn % readers:
+        return found
+    if not found:
+        raise ValueError("The stream has no frames to train on.")
+    return False
 
 
 def _read_group(rows: IterableDataset, group: int, groups: int, epoch: int) -> Iterator[Row]:
@@ -246,7 +317,8 @@ class TrainingStream(torch.utils.data.IterableDataset):
 
     Attributes:
         first_batch: Number of this rank's batches that a resumed run has already used. For each of their frames, the
-            stream yields an empty dict without decoding an image.
+            stream yields an empty dict. Streams of files don't read them: an index of the records, which is made when
+            they are read first, says where to continue.
     """
 
     def __init__(self, stream: IterableDataset, rank: int = 0, ranks: int = 1, batch_size: int = 1):
@@ -257,9 +329,9 @@ class TrainingStream(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Row]:
         index, workers = _worker()
-        rows = draw(self.parts, self.rank * workers + index, self.ranks * workers, self.seed)
         used = len(range(index, self.first_batch, workers)) * self.batch_size
-        yield from ({} for _ in itertools.islice(rows, used))
+        rows = draw(self.parts, self.rank * workers + index, self.ranks * workers, self.seed, used)
+        yield from ({} for _ in range(used))
         waiting = 0
         for row in rows:
             waiting += 1

@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 
 from ...modeling.known_names import check_name
 from ..columns import matrix
-from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode
+from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode, RecordPlace, UnreadableFileError
 from ..feature_names import as_tuple
 from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
@@ -45,6 +45,11 @@ class EpisodeFiles:
     path: str
     length: int
     videos: dict[str, tuple[str, float]]
+
+    @property
+    def key(self) -> str:
+        """What identifies the shard."""
+        return f"{self.path}, episode {self.episode}"
 
 
 class DataFile:
@@ -206,12 +211,16 @@ class LeRobotSource(ForkSafe):
         listed = [path for path in self.fs.find(self.root) if path.endswith((".parquet", ".mp4", ".json", ".jsonl"))]
         return listed or [f"{self.root}/{INFO_FILE}", *sorted({shard.path for shard in self.shards()})]
 
-    def read(self, shard: EpisodeFiles, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
-        """Yield the episode of a shard, or the error if it can't be used."""
+    def read(
+        self, shard: EpisodeFiles, spec: FrameSpec, start: RecordPlace | None = None
+    ) -> Iterator[RecordedEpisode | BadEpisodeError]:
+        """Yield the episode of a shard, or the error if it can't be used. A shard is a single record."""
         try:
             yield retry(self.fs, shard.path, lambda: self._read(shard, spec))
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            yield BadEpisodeError(f"{shard.path}, episode {shard.episode}: {error}")
+        except OSError as error:
+            yield UnreadableFileError(f"{shard.key}: {error}")
+        except (ValueError, KeyError, pa.ArrowException) as error:
+            yield BadEpisodeError(f"{shard.key}: {error}")
 
     def _read(self, shard: EpisodeFiles, spec: FrameSpec) -> RecordedEpisode:
         cameras = spec.choose_cameras(self.cameras)
@@ -236,7 +245,7 @@ class LeRobotSource(ForkSafe):
         }
         instructions = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
         columns = {name: matrix(table[name], name) for name in names}
-        return RecordedEpisode(f"{shard.path}, episode {shard.episode}", shard.episode, images, instructions, columns)
+        return RecordedEpisode(shard.key, shard.episode, images, instructions, columns)
 
     def _video_frames(self, table: pa.Table, video: str, start: float) -> list[ImageReference]:
         """List the frames of a video in which the episode begins at `start` (seconds)."""

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode
+from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode, RecordPlace, UnreadableFileError
 from ..feature_names import as_tuple, find_name
 from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
 from ..open_x.primitives import decode_text
 from ..remote import ForkSafe, describe, may_retry, open_file, read_errors
-from .tfrecord import RecordPlace, Span, open_records, parse_example, read_records
+from .tfrecord import HEADER, Span, open_records, parse_example, read_records
 
 
 # Bytes of a remote file to request at once.
@@ -70,6 +70,11 @@ class RecordFile:
     first_episode: int
     length: int
     wanted: range
+
+    @property
+    def key(self) -> str:
+        """What identifies the shard."""
+        return self.path
 
 
 class RLDSSource(ForkSafe):
@@ -211,12 +216,19 @@ class RLDSSource(ForkSafe):
         """List all files that the frames depend on."""
         return [f"{self.root}/features.json", *(shard.path for shard in self.shards())]
 
-    def read(self, shard: RecordFile, spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
+    def read(
+        self, shard: RecordFile, spec: FrameSpec, start: RecordPlace | None = None
+    ) -> Iterator[RecordedEpisode | BadEpisodeError]:
         """Yield the episodes of a file in order, with an error in place of each that can't be used.
 
         If the file can't be read, further attempts continue at the record that failed.
+
+        Args:
+            shard: File.
+            spec: Says what is read.
+            start: Place of the first record to read.
         """
-        place, failures, failed_at = RecordPlace(), 0, -1
+        place, failures, failed_at = replace(start or RecordPlace()), 0, -1
         while True:
             try:
                 yield from self._read(shard, spec, place)
@@ -226,7 +238,7 @@ class RLDSSource(ForkSafe):
                 failed_at = place.number
                 if not may_retry(self.fs, shard.path, error, failures):
                     lost = shard.wanted.stop - max(place.number, shard.wanted.start)
-                    yield BadEpisodeError(f"{shard.path}: the file can't be read ({describe(error)}).", lost)
+                    yield UnreadableFileError(f"{shard.path}: the file can't be read ({describe(error)}).", lost)
                     return
 
     def _read(
@@ -254,6 +266,7 @@ class RLDSSource(ForkSafe):
 
                 try:
                     episode = self._parse(source, shard.first_episode + index, payload, spec, refer)
+                    episode.place = RecordPlace(index, offset - HEADER.size)
                 except ValueError as error:
                     yield BadEpisodeError(f"{source}: {error}")
                 else:

@@ -8,12 +8,11 @@ import gzip
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 import numpy as np
 
-from ..episodes import BadEpisodeError
+from ..episodes import BadEpisodeError, RecordPlace
 from ..optional_packages import import_extra
 
 
@@ -29,19 +28,6 @@ BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3
 
 # Start and end of a value, in bytes from the start of its record's payload.
 Span = tuple[int, int]
-
-
-@dataclass
-class RecordPlace:
-    """The place of a record in a file.
-
-    Attributes:
-        number: Number of the record.
-        offset: Byte at which it begins, after decompression.
-    """
-
-    number: int = 0
-    offset: int = 0
 
 
 def masked_crc(data: bytes | memoryview) -> int:
@@ -221,7 +207,6 @@ def _varint(value: int) -> bytes:
 
 
 __all__ = [
-    "RecordPlace",
     "Span",
     "build_example",
     "masked_crc",
