@@ -145,7 +145,7 @@ def test_rounding_to_16_bits_is_not_a_mistake():
 def test_an_ignored_image_is_found(policy):
     policy.model.model.projector.fc3.weight.data.zero_()
     report = check_policy(policy.model, policy.processor)
-    assert "ignores it. Another image changes the logits by 0" in found(report, "image")
+    assert "ignores the image. Another image changes the logits by 0" in found(report, "image")
     assert "have one value everywhere (for example 'model.projector.fc3.weight')" in found(report, "weights")
 
 
@@ -253,7 +253,7 @@ def test_statistics_that_are_not_finite_or_out_of_order_are_found(folder, bound,
 def test_statistics_of_another_dimension_are_found(oft):
     oft.model.config.norm_stats["tiny"]["action"] = {"q01": [-0.1] * 14, "q99": [0.1] * 14}
     report = check_policy(oft.model, oft.processor)
-    assert "'tiny' has 14 action dimensions, but the policy 7" in found(report, "statistics")
+    assert "'tiny' has 14 action dimensions, but the policy has 7" in found(report, "statistics")
 
 
 def test_the_wrong_key_for_the_data_is_found(policy, demonstrations):
@@ -271,7 +271,7 @@ def test_the_wrong_key_for_the_data_is_found(policy, demonstrations):
 def test_data_of_another_dimension_and_other_units_are_found(tabletop, demonstrations):
     wide = [[frame | {"action": np.append(frame["action"], 0.0)} for frame in each] for each in demonstrations]
     report = check_policy(*tabletop, frames=from_episodes(wide, ARM, name="wide"))
-    assert "'tabletop' have 7 dimensions, but the data 8." in found(report, "key")
+    assert "'tabletop' have 7 dimensions, but the data has 8." in found(report, "key")
     millimetres = np.array([1000.0] * 6 + [1.0])
     scaled = [[frame | {"action": frame["action"] * millimetres} for frame in each] for each in demonstrations]
     report = check_policy(*tabletop, frames=from_episodes(scaled, ARM, name="millimetres"))
@@ -291,7 +291,7 @@ def test_an_oft_policy_is_compared_with_the_cameras_and_the_state_of_its_data(of
     narrow = [frame | {"state": frame["state"][:7]} for frame in frames]
     data = from_episodes([narrow], ARM, name="arm", **reading)
     report = check_policy(oft.model, oft.processor, frames=data)
-    assert "'tiny' have 8 dimensions, but the data 7" in found(report, "key of the state")
+    assert "'tiny' have 8 dimensions, but the data has 7" in found(report, "key of the state")
     assert statuses(report)["gripper on the data"] == "skipped"
 
 

@@ -27,7 +27,7 @@ SEEN = 0.05
 LOOP_SHARE, LOOP_ROUNDING = 0.1, 50.0
 # Padding to estimate the rounding error with.
 PADDING = 8
-# Denoising steps of a diffusion head; fewer than in use, since only differences count.
+# Denoising steps of a diffusion head: fewer than in use, since only differences count.
 STEPS = 5
 # Dimensions of an action if the statistics do not say.
 ACTION_DIM = 7
@@ -162,7 +162,7 @@ def _judge(check: str, what: str, probe: Probe, effect: float, fix: str) -> Find
     measured = f"{what} changes the {probe.unit} by {effect:.2g}; rounding errors are {probe.noise:.2g}."
     if effect > SIGNAL * probe.noise:
         return passed(check, measured)
-    return failed(check, f"The policy ignores it. {measured}", fix)
+    return failed(check, f"The policy ignores the {check}. {measured}", fix)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def check_numbers(norm_stats: Any, config: Any) -> Finding:
     """
     name = "statistics"
     if not norm_stats:
-        return failed(name, "There are none, so actions can't be turned into robot units.", f"{COMPUTE}.")
+        return failed(name, "The policy has none, so actions can't be turned into robot units.", f"{COMPUTE}.")
     try:
         check_statistics(norm_stats, "`norm_stats`")
     except ValueError as error:
@@ -42,14 +42,13 @@ def check_numbers(norm_stats: Any, config: Any) -> Finding:
     for key, of_dataset in norm_stats.items():
         stats = of_dataset["action"]
         if config.action_dim not in (None, action_dim(stats)):
-            found = f"{key!r} has {action_dim(stats)} action dimensions, but the policy {config.action_dim}."
+            found = f"{key!r} has {action_dim(stats)} action dimensions, but the policy has {config.action_dim}."
             return failed(name, found, f"{COMPUTE}.")
         if config.proprio_dim is not None and "proprio" not in of_dataset:
             return failed(name, f"{key!r} has no 'proprio', which the policy's state needs.", f"{COMPUTE}.")
         if config.proprio_dim not in (None, action_dim(of_dataset.get("proprio", stats))):
-            found = (
-                f"{key!r} has {action_dim(of_dataset['proprio'])} state dimensions, the policy {config.proprio_dim}."
-            )
+            dims = action_dim(of_dataset["proprio"])
+            found = f"{key!r} has {dims} state dimensions, but the policy has {config.proprio_dim}."
             return failed(name, found, f"{COMPUTE}.")
         low, high = (np.array(stats[bound]) for bound in BOUNDS_OF[config.action_normalization])
         scaled = np.array(stats.get("mask", [True] * len(low)), bool)
@@ -103,7 +102,9 @@ def check_key(subject: Subject, frames: Dataset) -> list[Finding]:
         fits = {one: overlap(known[one]["action"], own["action"]) for one in known}
         best = max(fits, key=lambda one: fits[one]) if fits else None
         nearest = f" {best!r} is the nearest." if best is not None else ""
-        return [skipped("key", f"Several keys, and none is that of the data.{nearest} Pass `unnorm_key`.")]
+        return [
+            skipped("key", f"The policy has several keys, and none is that of the data.{nearest} Pass `unnorm_key`.")
+        ]
     kinds = [kind for kind in ("action", "proprio") if kind in known[key] and own.get(kind)]
     return [_compare(kind, key, known, own, name) for kind in kinds]
 
@@ -117,7 +118,7 @@ def _compare(kind: str, key: str, known: dict[str, Any], own: dict[str, Any], na
     check = "key" if kind == "action" else "key of the state"
     dims = action_dim(known[key][kind]), action_dim(own[kind])
     if dims[0] != dims[1]:
-        found = f"The {kind} statistics of {key!r} have {dims[0]} dimensions, but the data {dims[1]}."
+        found = f"The {kind} statistics of {key!r} have {dims[0]} dimensions, but the data has {dims[1]}."
         return failed(check, found, "Give data from the policy's robot, or the key of this data.")
     fits = {one: overlap(known[one][kind], own[kind]) for one in known if kind in known[one]}
     best = max(fits, key=lambda one: fits[one])
