@@ -23,7 +23,7 @@ from openvla_hf.modeling.action_decoding import action_pass
 from openvla_hf.processing.processing_openvla import REASONING_PROMPT, VICUNA_PROMPT
 from openvla_hf.tabletop.expert import record_demonstrations
 from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
-from openvla_hf.testing import BRIDGE_LIKE_STATS, write_tiny_oft
+from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 
 
 ARM = Robot("arm", gripper=Gripper())
@@ -208,6 +208,8 @@ def test_weights_that_are_not_finite_are_found(policy):
     assert "2 are not finite (for example 'model.language_model.layers.1.mlp.gate_proj.weight')" in weights
     assert "1 are huge (for example 'model.language_model.layers.0.mlp.up_proj.weight')" in weights
     assert "The logits are not finite. See the finding on the weights." in found(report, "image")
+    frames = from_episodes([fake_episode()], ARM, name="tiny")
+    assert statuses(check_policy(policy.model, policy.processor, frames=frames))["data"] == "skipped"
 
 
 def test_a_broken_cached_loop_is_found(policy):
@@ -231,7 +233,8 @@ def test_missing_statistics_are_found(folder):
     (folder / "dataset_statistics.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"norm_stats": None}))
-    assert "actions can't be turned into robot units" in found(check(folder), "statistics")
+    report = check(folder, unnorm_key="tabletop")
+    assert "actions can't be turned into robot units" in found(report, "statistics")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ from .open_loop import load_options
 
 # Tasks of the probe. The second is about other objects and another movement.
 INSTRUCTIONS = ("put the red cube on the yellow plate", "open the top drawer")
+# Arguments of `from_pretrained` for the model and the processor.
+OF_BOTH = ("platform", "action_decoding", "reasoning")
 # Checks that need inputs of the model.
 OF_INPUTS = ("image", "instruction", "decoding loop")
 COLOURS: dict[Status, str] = {"passed": "green", "warned": "yellow", "failed": "red", "skipped": "bright_black"}
@@ -97,8 +99,8 @@ def check(
         image: See `check_policy`.
         instruction: See `check_policy`.
         unnorm_key: See `check_policy`.
-        loading: Arguments of `from_pretrained` for the model and the processor (`platform`, `action_decoding`,
-            `reasoning`), and for the model (`dtype`, `device_map`).
+        loading: Arguments of `from_pretrained` for the model, such as `dtype` and `device_map`; `platform`,
+            `action_decoding` and `reasoning` are also for the processor.
         reading: Options of `load` for the data.
 
     Raises:
@@ -113,7 +115,7 @@ def check(
     try:
         model = OpenVLAForActionPrediction.from_pretrained(source, **loading)
         processor = OpenVLAProcessor.from_pretrained(
-            source, **{name: value for name, value in loading.items() if name not in ("dtype", "device_map")}
+            source, **{name: value for name, value in loading.items() if name in OF_BOTH}
         )
     except (OSError, ValueError) as error:
         return CheckReport(os.fspath(source), None, [*_explain(error, files, config), code])
@@ -156,7 +158,7 @@ def check_policy(
         ValueError: The key is unknown, or the image can't be used.
         OSError: There is no such image.
     """
-    if unnorm_key is not None:
+    if unnorm_key is not None and model.norm_stats:
         resolve_key(model.norm_stats, unnorm_key)
     files = CheckpointFiles.locate(source)
     config, training = (files.read_json(name) or {} for name in (CONFIG_NAME, TRAINING_FILE))
@@ -165,8 +167,9 @@ def check_policy(
     probe = Probe(subject, images, *instructions)
     findings = list(_check_policy(subject, probe))
     if frames is not None:
-        sound = all(one.status != "failed" for one in findings if one.check in ("statistics", "processor and model"))
-        findings += _check_on_data(subject, frames) if sound else [skipped("data", "See the failures above.")]
+        fits = all(one.status != "failed" for one in findings if one.check in ("statistics", "processor and model"))
+        can_act = fits and np.isfinite(probe.reference).all()
+        findings += _check_on_data(subject, frames) if can_act else [skipped("data", "See the failures above.")]
     return CheckReport(None if source is None else os.fspath(source), None, findings)
 
 

@@ -52,11 +52,6 @@ class Subject:
         return self.model.config
 
     @property
-    def is_published(self) -> bool:
-        """Whether the files are those of the original code."""
-        return "vision_backbone_id" in self.raw_config
-
-    @property
     def key(self) -> str | None:
         """Key of the statistics in use; `None` if there are several and the caller named none."""
         keys = list(self.model.norm_stats or ())
