@@ -93,6 +93,16 @@ def test_an_index_of_changed_files_is_not_used(write, make_episode, tmp_path):
         assert [frame["frame_index"] for frame in drawn] == [0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 3, 0, 1, 2, 3][start:]
 
 
+def test_a_damaged_index_is_made_again(write, without_images):
+    folder = write(4, 4, 4, 4)
+    straight = draw(load(folder, streaming=True), 17)
+    index = next(cache_folder().glob("records-*"))
+    lines = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(lines[0][:20] + lines[1])
+    assert list(map(key, draw(load(folder, streaming=True), 17, start=10))) == list(map(key, straight[10:]))
+    assert index.read_bytes().count(b"\n") == 3
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(rlds, "PIECE", 2**12)

@@ -64,13 +64,24 @@ def test_readers_draw_every_frame_equally(write, without_images, readers, length
     )
     due = passes * readers
     assert len(drawn) == total
-    if shuffle_buffer and len(lengths) < readers:
-        # Readers that share a shard draw it in a new order each time, so counts are equal on average.
-        assert Counter(episode for episode, _ in drawn.elements()) == {
-            episode: due * length for episode, length in enumerate(lengths)
-        }
-    else:
-        assert set(drawn.values()) == {due}
+    assert set(drawn.values()) == {due}
+
+
+@pytest.mark.parametrize(("readers", "lengths"), [(2, [5, 9, 3, 7]), (3, [40, 30])])
+def test_one_reader_draws_each_frame_of_a_pass_and_each_pass_has_its_own_order(
+    write, without_images, readers, lengths
+):
+    stream = load(write(*lengths), streaming=True, shuffle_buffer=8)
+    drawn = [take(TrainingStream(stream, reader, readers), 2 * readers * sum(lengths)) for reader in range(readers)]
+    seen = Counter((*key, frame["epoch"]) for mine in drawn for key, frame in zip(keys(mine), mine, strict=True))
+    assert set(seen.values()) == {1}
+    # All readers have finished the passes before the last one.
+    for epoch in range(2 * readers):
+        assert sum(number == epoch for *_, number in seen) == sum(lengths)
+    # A reader comes back to the same group after as many passes as there are readers.
+    orders = [[keys([frame])[0] for frame in drawn[0] if frame["epoch"] == epoch] for epoch in (0, readers)]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
 
 
 def test_draws_are_even_at_any_time(write, without_images):

@@ -1,17 +1,18 @@
 """The index of a dataset's records: where each begins and how many rows it gives, found when it is read first."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .table_cache import lock
-
 
 # Columns of the records of a shard: the number of a record, its first byte, and its number of rows.
 NUMBER, OFFSET, ROWS = range(3)
+
+logger = logging.getLogger(__name__)
 
 
 class RecordIndex:
@@ -39,23 +40,35 @@ class RecordIndex:
         return None
 
     def add(self, shard: str, version: Any, records: np.ndarray) -> None:
-        """Store the records of a shard."""
-        line = json.dumps({"shard": shard, "version": version, "records": records.tolist()}, default=str) + "\n"
-        with lock(self.path), self.path.open("ab") as file:
-            file.write(line.encode())
+        """Store the records of a shard. If the file can't be written, other processes read the shard themselves."""
         self._known[shard] = _plain(version), records
+        line = json.dumps({"shard": shard, "version": version, "records": records.tolist()}, default=str) + "\n"
+        # A single write to the end is not mixed with those of other processes, except on some network file systems.
+        try:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(file, line.encode())
+            finally:
+                os.close(file)
+        except OSError as error:
+            logger.warning("The index of records can't be written to %s (%s).", self.path, error)
 
     def _read(self) -> None:
         """Read what was appended since the last time."""
         if not self.path.exists() or os.path.getsize(self.path) == self._bytes_read:
             return
-        with lock(self.path), self.path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self._bytes_read)
             for line in file:
-                entry = json.loads(line)
+                if not line.endswith(b"\n"):
+                    return  # it is being written
+                self._bytes_read += len(line)
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the shard is read again
                 records = np.array(entry["records"], np.int64).reshape(-1, 3)
                 self._known[entry["shard"]] = entry["version"], records
-            self._bytes_read = file.tell()
 
 
 def _plain(version: Any) -> Any:
