@@ -8,6 +8,10 @@ VENV := .venv
 OLDEST := .venv-oldest
 VLA_EVAL := .venv-vla-eval
 METAWORLD := .venv-metaworld
+LEROBOT := .venv-lerobot
+# LeRobot needs Python 3.12 or later. The first of these that runs, also among pyenv's versions.
+LEROBOT_PYTHON ?= $(shell for python in python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python) \
+    $(PYTHON); do $$python -c '' 2> /dev/null && echo $$python && break; done)
 VLLM := .venv-vllm
 RAY := .venv-ray
 # Passing --quiet twice hides progress and warnings, but not errors.
@@ -15,8 +19,8 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-metaworld test-vllm \
-    test-ray docs lint format clean
+.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-vla-eval test-lerobot \
+    test-metaworld test-vllm test-ray docs lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,11 +47,16 @@ test-vllm: $(VENV)/.stamp $(VLLM)/.stamp  ## compare the actions of vLLM with th
 test-ray: $(RAY)/.stamp  ## run the tests of replicas on Ray Serve, of which one is killed
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -p no:cacheprovider tests/serving/test_ray.py
 
-test-integrations: $(VLA_EVAL)/.stamp  ## run an episode in each evaluation harness of another project
-	OMP_NUM_THREADS=1 $(VLA_EVAL)/bin/python -m pytest integrations/tests/test_vla_eval.py
-
 test-metaworld: $(METAWORLD)/.stamp  ## run the tests that need MetaWorld, which renders with OSMesa
 	OMP_NUM_THREADS=1 $(METAWORLD)/bin/python -m pytest tests/suites/test_metaworld.py
+
+test-integrations: test-vla-eval test-lerobot  ## run both of the next two
+
+test-vla-eval: $(VLA_EVAL)/.stamp  ## evaluate a policy with vla-eval
+	OMP_NUM_THREADS=1 $(VLA_EVAL)/bin/python -m pytest integrations/tests/test_vla_eval.py
+
+test-lerobot: $(LEROBOT)/.stamp  ## evaluate, train and deploy a policy with LeRobot, which needs Python 3.12
+	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest integrations/tests/test_lerobot.py
 
 docs: $(VENV)/.stamp  ## build the manual into site/, where a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
@@ -62,8 +71,8 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff format
 
 clean:  ## remove the virtual environments and the caches
-	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(METAWORLD) $(VLLM) $(RAY) .cache .mypy_cache .pytest_cache .ruff_cache \
-	    build dist site
+	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(LEROBOT) $(METAWORLD) $(VLLM) $(RAY) .cache .mypy_cache .pytest_cache \
+	    .ruff_cache build dist site
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
@@ -123,4 +132,15 @@ $(METAWORLD)/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(METAWORLD)
 	@$(METAWORLD)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[data,metaworld]' metaworld==3.1.1 \
 	    mujoco==3.3.0 pytest pytest-xdist
+	@touch $@
+
+LEROBOT_PROJECT := integrations/lerobot/pyproject.toml integrations/lerobot/constraints.txt
+
+$(LEROBOT)/.stamp: pyproject.toml $(LEROBOT_PROJECT)
+	@$(LEROBOT_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 12) and 'LeRobot needs Python 3.12 or later: \
+	install it, or give its path as LEROBOT_PYTHON.')"
+	@echo "Building $(LEROBOT), which takes a few minutes the first time"
+	@$(LEROBOT_PYTHON) -m venv $(LEROBOT)
+	@$(LEROBOT)/bin/python $(PIP_INSTALL) -c integrations/lerobot/constraints.txt \
+	    -e '.[sim]' -e integrations/lerobot 'lerobot[training,evaluation]' pytest
 	@touch $@

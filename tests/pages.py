@@ -34,13 +34,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Arguments that replace `...` in a command.
 RUN = ["--model", "openvla/openvla-7b", "--data", "lab/kitchen", "--output", "outputs/kitchen"]
+# Folders of the modules that `python -m` runs.
+SOURCES = [ROOT / "src", ROOT / "integrations/lerobot/src"]
+HARNESSES = ("vla-eval", "lerobot-eval", "lerobot-train", "lerobot-rollout")
 # Functions that record a command instead of running it.
-RECORD = """
-record() { printf '%s\\0' "$#" "$@" >> "$RECORDED"; }
-for program in openvla-hf accelerate docker pip make hf ray serve vllm vla-eval python; do
-    eval "$program() { record $program \\"\\$@\\"; }"
+RECORD = f"""
+record() {{ printf '%s\\0' "$#" "$@" >> "$RECORDED"; }}
+for program in openvla-hf accelerate docker pip make hf ray serve vllm python {" ".join(HARNESSES)}; do
+    eval "$program() {{ record $program \\"\\$@\\"; }}"
 done
-taskset() { shift 2; "$@"; }
+taskset() {{ shift 2; "$@"; }}
 """
 
 
@@ -104,7 +107,8 @@ def check_command(program: str, *arguments: str) -> None:
     elif program == "make":
         subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
     elif program == "python" and arguments[0] == "-m":
-        assert Path(ROOT, "src", *arguments[1].split(".")).with_suffix(".py").is_file(), arguments
+        files = [Path(source, *arguments[1].split(".")) for source in SOURCES]
+        assert any(file.with_suffix(".py").is_file() or (file / "__main__.py").is_file() for file in files), arguments
     elif program == "python":
         text = (ROOT / arguments[0]).read_text(encoding="utf-8")
         for option in arguments[1:]:
@@ -116,8 +120,8 @@ def check_command(program: str, *arguments: str) -> None:
         assert {*SERVER_OPTIONS} <= {*arguments}, arguments
     elif program in ("ray", "serve"):  # tests/serving/test_ray.py checks the settings
         assert arguments[0] in ("start", "run", "deploy"), arguments
-    elif program == "vla-eval":  # integrations/tests runs it
-        assert arguments[0] == "run", arguments
+    elif program in HARNESSES:  # integrations/tests runs their commands
+        assert arguments[0] == "run" or program != "vla-eval", arguments
     elif program == "pip":
         assert arguments[0] == "install", arguments
     else:
