@@ -30,7 +30,8 @@ class TableRobot(Robot):
 
     def __init__(self, config):
         super().__init__(config)
-        self.config, self.env, self.success = config, TabletopEnv(), False
+        self.config, self.env = config, TabletopEnv()
+        self.image, self.success = None, False
 
     @property
     def observation_features(self):
@@ -42,7 +43,7 @@ class TableRobot(Robot):
 
     @property
     def is_connected(self):
-        return hasattr(self, "image")
+        return self.image is not None
 
     @property
     def is_calibrated(self):

@@ -34,7 +34,8 @@ class LeRobotTabletop(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._env = TabletopEnv(tasks, cameras=cameras, state=state, render_mode=render_mode)
         self.render_mode = render_mode
         self.action_space = self._env.action_space
-        parts = dict(self._env.observation_space)
+        observed: Any = self._env.observation_space
+        parts = dict(observed)
         state_space = {"agent_pos": parts.pop("state")} if state else {}
         self.observation_space = spaces.Dict({"pixels": spaces.Dict(parts), **state_space})
         self.task = self.task_description = ""
@@ -107,7 +108,7 @@ class TabletopEnvConfig(EnvConfig):
         return {"tasks": tasks, "cameras": self.cameras, "state": self.state, "render_mode": "rgb_array"}
 
 
-gymnasium.register(ENV_ID, entry_point=LeRobotTabletop, max_episode_steps=MAX_STEPS)
+gymnasium.register(ENV_ID, entry_point=f"{__name__}:LeRobotTabletop", max_episode_steps=MAX_STEPS)
 
 
 __all__ = ["LeRobotTabletop", "TabletopEnvConfig"]
