@@ -16,7 +16,7 @@ import torch
 from keep_open_x import keep_open_x
 from oft_recordings import RecordedOFT, our_name
 from PIL import Image
-from recordings import BASE, EMBEDDING, KEPT, Recorded
+from recordings import ADAPTED_HEAD, BASE, EMBEDDING, HEAD, KEPT, Recorded
 from safetensors.torch import load, load_file, save
 from tokenizers import Tokenizer
 from torch.nn.functional import pad
@@ -25,7 +25,6 @@ from torch.nn.functional import pad
 STRIDE = 16  # of pixels, patches, positions and rows of gradients
 VOCABULARY = 32064
 TAIL = 31744  # first of the columns whose logits are recorded in every step: the action ids and the padded rows
-HEAD = "language_model.lm_head.weight"
 WITH_LOGITS = (0, 3, 5, 10, 13, 15, 16, 17)  # predictions whose logits and hidden states are kept
 WITH_HIDDEN_TEXT = (7, 9)
 # Small images for the image processor: with an alpha channel, in grey, with a palette.
@@ -124,7 +123,7 @@ def keep_shards(golden: Path, target: Path) -> None:
 
 
 def keep_adapter(source: Path, target: Path, columns: list[int]) -> None:
-    """Keep the adapter, except for weights that the original never reads."""
+    """Keep the adapter, except for weights that the original never reads and for its copy of the base model's head."""
     (target / "adapter").mkdir(parents=True, exist_ok=True)
     weights = load_file(source / "adapter" / "adapter_model.safetensors")
     unread = json.loads((source / "expected.json").read_text())["lora_grad_none"]
@@ -132,6 +131,7 @@ def keep_adapter(source: Path, target: Path, columns: list[int]) -> None:
     for name, tensor in weights.items():
         if tensor.shape[0] == VOCABULARY:
             weights[name] = only(tensor, columns)
+    del weights[ADAPTED_HEAD]
     write(weights, target / "adapter" / "adapter_model.safetensors")
     shutil.copyfile(source / "adapter" / "adapter_config.json", target / "adapter" / "adapter_config.json")
     shutil.copyfile(source / "cases.json", target / "cases.json")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import AutoModel, AutoProcessor
 
@@ -22,6 +22,8 @@ import openvla_hf  # noqa: F401  registers the Auto classes
 KEPT = Path(__file__).resolve().parent / "kept"
 BASE = "fused-224"  # the checkpoint that is also recorded in shards and with an adapter
 EMBEDDING = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+ADAPTED_HEAD = "base_model.model.language_model.lm_head.base_layer.weight"  # in an adapter, equal to its base's HEAD
 TEXT_TOKENS = 32000  # the ids of text; <PAD> is the next one
 TOKENIZER_CONFIG = {
     "add_bos_token": True,
@@ -65,6 +67,8 @@ def unpack(case: str, folder: Path, kept: Path = KEPT) -> Path:
     checkpoint = folder / "checkpoint"
     if case == "sharded":
         split(checkpoint)
+    elif case == "lora":
+        add_head_of_base(folder / "adapter" / "adapter_model.safetensors", kept)
     elif checkpoint.is_dir():
         complete(checkpoint, json.loads((folder / "prompts.json").read_text()))
     return folder
@@ -84,6 +88,12 @@ def complete(checkpoint: Path, prompts: dict[str, list[int]]) -> None:
     tokenizer["model"]["merges"] = [" ".join(merge) for merge in tokenizer["model"]["merges"]]  # as published
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
+
+
+def add_head_of_base(adapter: Path, kept: Path) -> None:
+    """Add the head of the base model, of which PEFT saves a copy with an adapter."""
+    base = load(lzma.decompress((kept / BASE / "checkpoint" / "model.safetensors.xz").read_bytes()))
+    save_file(load_file(adapter) | {ADAPTED_HEAD: base[HEAD]}, adapter, metadata={"format": "pt"})
 
 
 def split(checkpoint: Path) -> None:
