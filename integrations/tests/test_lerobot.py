@@ -74,7 +74,6 @@ def train(dataset, *arguments, folder, output="run"):
         "--dataset.repo_id=lab/demonstrations",
         f"--dataset.root={dataset}",
         "--dataset.video_backend=pyav",
-        "--dataset.use_imagenet_stats=false",
         "--policy.push_to_hub=false",
         "--num_workers=0",
         "--batch_size=2",

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -48,3 +50,16 @@ def test_a_frame_without_one_of_the_cameras_is_refused(write, make_episode, tmp_
     first[0]["images"] = {}
     with pytest.raises(ValueError, match="A frame has no images"):
         write([first], tmp_path / "arm")
+
+
+def test_lerobot_gets_the_statistics_of_each_cameras_colours(make_episode, tmp_path):
+    episodes = [two_cameras(make_episode(index, steps=4)) for index in range(2)]
+    write_lerobot(episodes, tmp_path / "arm")
+    statistics = json.loads((tmp_path / "arm/meta/stats.json").read_text())
+    for camera in ("image", "wrist"):
+        images = np.stack([frame["images"][camera] for episode in episodes for frame in episode]) / 255
+        found = statistics[f"observation.images.{camera}"]
+        for name in ("min", "max", "mean", "std"):
+            assert np.shape(found[name]) == (3, 1, 1)
+            np.testing.assert_allclose(np.ravel(found[name]), getattr(images, name)((0, 1, 2)), atol=1e-9)
+        assert found["count"] == [8]

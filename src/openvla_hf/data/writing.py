@@ -104,7 +104,7 @@ def _write_lerobot(
     # LeRobot reads the instructions from the table's index.
     pd.DataFrame({"task_index": list(tasks.values())}, index=list(tasks)).to_parquet(root / "meta/tasks.parquet")
     stats = {name: summarize(np.concatenate(rows)) | {"count": [total]} for name, rows in numbers.items()}
-    (root / "meta/stats.json").write_text(json.dumps(stats, indent=2))
+    (root / "meta/stats.json").write_text(json.dumps(stats | videos.statistics, indent=2))
     widths = {name: rows[0].shape[1] for name, rows in numbers.items()}
     counts = {"total_episodes": len(records), "total_frames": total, "total_tasks": len(tasks)}
     info = _lerobot_info(counts, frequency, _lerobot_features(videos.sizes, widths, names))
@@ -145,6 +145,11 @@ class _VideoWriters:
         """Shape of the images of each video."""
         return {_video_key(camera): writer.size for camera, writer in self.writers.items()}
 
+    @property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Statistics of the images of each video."""
+        return {_video_key(camera): writer.colours.summarize() for camera, writer in self.writers.items()}
+
     def add(self, images: Mapping[str, Any]) -> None:
         """Append a frame of each camera."""
         _check_cameras(images, self.writers)
@@ -170,6 +175,7 @@ class _VideoWriter:
         self.encoder, self.quality = CODECS[codec]
         self.container = self.av.open(str(path), "w")
         self.stream: Any = None
+        self.colours = _Colours()
 
     def __enter__(self) -> "_VideoWriter":
         return self
@@ -192,6 +198,31 @@ class _VideoWriter:
             self.stream.height, self.stream.width = pixels.shape[:2]
             self.stream.pix_fmt, self.stream.codec_context.gop_size = "yuv420p", KEY_FRAME_DISTANCE
         self.container.mux(self.stream.encode(self.av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        self.colours.add(pixels)
+
+
+class _Colours:
+    """Statistics of the channels of images, from 0 to 1, which LeRobot's training expects in a dataset."""
+
+    def __init__(self) -> None:
+        self.images, self.pixels = 0, 0
+        self.total, self.squares = np.zeros(3), np.zeros(3)
+        self.low, self.high = np.ones(3), np.zeros(3)
+
+    def add(self, image: np.ndarray) -> None:
+        """Count an image (H, W, 3) uint8."""
+        values = image.reshape(-1, 3) / 255
+        self.images, self.pixels = self.images + 1, self.pixels + len(values)
+        self.total += values.sum(0)
+        self.squares += (values**2).sum(0)
+        self.low, self.high = np.minimum(self.low, values.min(0)), np.maximum(self.high, values.max(0))
+
+    def summarize(self) -> dict[str, Any]:
+        """Return the statistics, each of shape (3, 1, 1), and the number of images."""
+        mean = self.total / self.pixels
+        std = np.sqrt(np.maximum(self.squares / self.pixels - mean**2, 0))
+        rows = {"min": self.low, "max": self.high, "mean": mean, "std": std}
+        return {name: row.reshape(3, 1, 1).tolist() for name, row in rows.items()} | {"count": [self.images]}
 
 
 def _check_names(frame: Mapping[str, Any], names: Mapping[str, Sequence[str] | None]) -> None:
