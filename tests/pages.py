@@ -23,6 +23,7 @@ from hub_server import HubServer
 from PIL import Image
 
 from openvla_hf.cli import build_parser, main
+from openvla_hf.cli.config_file import insert_config
 from openvla_hf.data import robots, write_lerobot
 from openvla_hf.data.open_x import known_table
 from openvla_hf.modeling.checkpoint_files import STATISTICS_FILE
@@ -100,7 +101,7 @@ def run_command(*arguments: str) -> str:
 def check_command(program: str, *arguments: str) -> None:
     """Check that the options of a command are known and the files that it names exist, without running it."""
     if program == "openvla-hf":
-        build_parser().parse_args(fill_in(list(arguments)))
+        build_parser().parse_args(insert_config(fill_in(list(arguments))))
     elif program == "accelerate":
         assert (ROOT / "src/openvla_hf/configs" / Path(arguments[2]).name).is_file(), arguments
         check_command("openvla-hf", *arguments[arguments.index("openvla_hf.cli") + 1 :])

@@ -27,7 +27,8 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
 def test_a_run_draws_a_mixture_by_its_steps(base, data, cache, tmp_path, streaming):
-    mixture = TrainingMixture(data / "own.json", data, {"streaming": streaming}, allow_missing=True)
+    options = {"streaming": streaming, "shuffle_buffer": 6 * streaming}
+    mixture = TrainingMixture(data / "own.json", data, options, allow_missing=True)
     arguments = FinetuneArguments(model=base, data=mixture, output=tmp_path / "run", settings=SMALL)
     trainer = build_trainer(arguments)
     assert arguments.weights == [1.0, 2.0]
@@ -35,6 +36,8 @@ def test_a_run_draws_a_mixture_by_its_steps(base, data, cache, tmp_path, streami
         SARA: {"weight": 1.0, "transitions": 20, "share": 0.5},
         SAILOR: {"weight": 2.0, "transitions": 10, "share": 0.5},
     }
+    if streaming:  # the datasets share one buffer
+        assert [part.shuffle_buffer for part, _ in trainer.train_dataset.parts] == [3, 3]
     reading = trainer.record["reading"][f"{data}/{SARA}"]
     assert (reading["robot"], reading["split"]) == (SARA, "train[:95%]")
     assert trainer.model.base_model.model.norm_stats.keys() == {SARA, SAILOR}

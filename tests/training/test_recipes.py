@@ -1,10 +1,16 @@
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers.integrations import get_available_reporting_integrations
 
+import openvla_hf
+from openvla_hf.cli import build_parser
+from openvla_hf.cli.config_file import insert_config
+from openvla_hf.cli.finetune import read_arguments
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode, tiny_config, tiny_processor, tiny_tokenizer
@@ -48,6 +54,27 @@ def test_partial_recipes_train_what_they_name():
         name for name in learning("full") if "vision" in name or "projector" in name
     }
     assert learning("full") - learning("frozen-vision") == {name for name in learning("full") if "vision" in name}
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+def test_the_configs_for_pretraining_give_the_batch_of_the_paper_on_any_number_of_gpus(gpus):
+    config = Path(openvla_hf.__file__).parent / "configs" / f"openx-{gpus}.toml"
+    argv = ["finetune", "--config", str(config), "--model", "some/vlm", "--data-dir", "oxe", "--output", "out"]
+    arguments = read_arguments(build_parser().parse_args(insert_config(argv)))
+    fields = {name: arguments.settings[name] for name in ("batch_size", "gradient_accumulation_steps")}
+    chosen = recipe(arguments.recipe, dtype="bfloat16", **fields)
+    assert gpus * chosen.batch_size * chosen.gradient_accumulation_steps == 2048
+    paper = dataclasses.replace(RECIPES["full"], gradient_checkpointing=True, **fields)
+    assert chosen == paper
+    assert (paper.learning_rate, paper.lr_scheduler_type, paper.max_grad_norm) == (2e-5, "constant", 1.0)
+
+
+def test_the_small_recipe_for_pretraining_trains_everything_after_a_warm_up():
+    small = recipe("openx-small")
+    args = small.training_arguments("out")
+    assert small.trained == RECIPES["full"].trained
+    assert (args.lr_scheduler_type, args.warmup_steps) == ("constant_with_warmup", 500)
+    assert args.train_batch_size * args.gradient_accumulation_steps == 256
 
 
 def test_every_field_can_be_overridden_and_a_wrong_name_is_refused_in_one_sentence():

@@ -88,8 +88,8 @@ def _add_run_arguments(group: Any) -> None:
     group.add_argument("--config", type=file, metavar="FILE",
                        help="TOML file with options; those of the command line override them")  # fmt: skip
     group.add_argument("--recipe", default=FinetuneArguments.recipe,
-                       help="lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich, oft, oft-discrete or "
-                       "oft-diffusion (default: %(default)s)")  # fmt: skip
+                       help="lora, lora-paper, qlora, full, last-layer, frozen-vision, sandwich, oft, oft-discrete, "
+                       "oft-diffusion, openx or openx-small (default: %(default)s)")  # fmt: skip
     group.add_argument("--set", nargs="+", action="extend", type=setting, metavar="NAME=VALUE",
                        help="fields of the recipe or of TrainingArguments, such as lora_rank=64")  # fmt: skip
     helps = {

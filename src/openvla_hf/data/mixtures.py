@@ -248,13 +248,13 @@ def load_mixture(
         if size is None and (statistics := whole_statistics(path, name=name, **counted)):
             size = statistics["num_transitions"]
         parts.append((frames, weight, size) if size else (frames, weight))
-    return mix(_divide_buffer(parts, options.get("shuffle_buffer", 0)), seed)
+    return mix(divide_buffer(parts, options.get("shuffle_buffer", 0)), seed)
 
 
-def _divide_buffer(parts: list[Any], shuffle_buffer: int) -> list[Any]:
-    """Give each stream the part of a shuffle buffer that corresponds to its share of the draws."""
+def divide_buffer(parts: Sequence[tuple[Any, ...]], shuffle_buffer: int) -> list[tuple[Any, ...]]:
+    """Give each stream of a mixture the part of a shuffle buffer that corresponds to its share of the draws."""
     if not shuffle_buffer or not all(isinstance(part[0], FrameStream) for part in parts):
-        return parts
+        return list(parts)
     shares = sampling_shares([part[1] for part in parts], [_count(number, *part) for number, part in enumerate(parts)])
     # The division is rounded up, since a buffer of one row does not shuffle.
     sizes = [max(2, math.ceil(share * shuffle_buffer)) for share in shares]
@@ -263,6 +263,7 @@ def _divide_buffer(parts: list[Any], shuffle_buffer: int) -> list[Any]:
 
 __all__ = [
     "MIXTURES",
+    "divide_buffer",
     "epoch_length",
     "load_mixture",
     "mix",

@@ -26,7 +26,7 @@ from ..checkpoints.model_card import write_card
 from ..data import Augmentation, compute_statistics, load, load_statistics
 from ..data.frame_spec import name_cameras
 from ..data.frames import read_robot
-from ..data.mixtures import sampling_shares
+from ..data.mixtures import divide_buffer, sampling_shares
 from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, sample_frames, split_parts
 from ..data.whole_statistics import whole_statistics
@@ -206,6 +206,8 @@ def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping
     if isinstance(arguments.data, TrainingMixture):
         statistics, record["mixture"] = _balance(arguments, datasets, parts)
         sizes = [one["transitions"] for one in record["mixture"].values()]
+        weighted = list(zip(parts, [one.weight for one in datasets], sizes, strict=True))
+        parts = [part for part, *_ in divide_buffer(weighted, arguments.data.options.get("shuffle_buffer", 0))]
     train, evaluation, held_out = split_parts(parts, arguments.weights, arguments.eval_share, seed, sizes)
     if arguments.eval_frames:
         evaluation = sample_frames(evaluation, arguments.eval_frames, seed)

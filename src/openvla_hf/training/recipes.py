@@ -278,6 +278,16 @@ RECIPES["oft-discrete"] = dataclasses.replace(
     RECIPES["oft"], lora_targets=RECIPES["lora-paper"].lora_targets, action_head="none"
 )
 RECIPES["qlora"] = dataclasses.replace(RECIPES["lora"], quantize=True, gradient_checkpointing=True)
+# Pretraining as in the paper: 32 samples on each of 64 GPUs. `configs/openx-*.toml` divide them over fewer GPUs.
+RECIPES["openx"] = dataclasses.replace(RECIPES["full"], batch_size=32, gradient_checkpointing=True)
+# For language models of about a billion parameters on one GPU. A projector that starts at random needs the warm-up.
+RECIPES["openx-small"] = dataclasses.replace(
+    RECIPES["openx"],
+    gradient_accumulation_steps=8,
+    learning_rate=5e-5,
+    lr_scheduler_type="constant_with_warmup",
+    warmup_steps=500,
+)
 
 
 def recipe(name: str, **overrides: Any) -> Recipe:
