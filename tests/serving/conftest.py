@@ -61,7 +61,9 @@ def running_server(app, port=0):
     """Serve an application on a port of the loopback interface, free by default, in a thread, and give its URL."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="on"))
+    from openvla_hf.serving.connection import Connection
+
+    server = uvicorn.Server(uvicorn.Config(app, http=Connection, port=port, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

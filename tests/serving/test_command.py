@@ -56,7 +56,7 @@ def wait_for_line(process):
     return process.output().splitlines()[0]
 
 
-@pytest.mark.parametrize("missing", ["", "httptools uvloop"], ids=["fast", "plain"])
+@pytest.mark.parametrize("missing", ["", "uvloop"], ids=["fast", "plain"])
 def test_a_signal_ends_the_server_after_its_last_answers(
     missing, folder, interpreters, plain_policy, make_observation, tmp_path
 ):

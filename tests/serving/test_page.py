@@ -127,7 +127,7 @@ def test_the_page_asks_for_the_token(new_page, serve, plain_policy):
         page.type("wrong")
         page.press("Enter", "\r")
         page.wait_for(SHOWN.format("problem"))
-        assert page.text("#problem") == "The token is wrong."
+        assert page.text("#problem") == "The token is wrong. Send the token that the server was started with."
         page.run("document.getElementById('token').value = ''")
         page.type(TOKEN)
         page.press("Enter", "\r")
@@ -145,6 +145,21 @@ def test_an_episode_of_the_tabletop_is_shown_live(new_page, serve, tabletop_poli
         page.wait_for("/done/.test(document.getElementById('caption').innerText)")
         assert page.run("document.getElementById('scene').naturalWidth") > 0
         assert page.problems == []
+
+
+def test_an_episode_without_a_session_or_an_action_says_why(serve, tabletop_policy, monkeypatch):
+    def fail(batch):
+        raise RuntimeError("The kernel is broken")
+
+    with serve(tabletop_policy, max_sessions=1) as url:
+        session = httpx.post(f"{url}/v1/sessions").json()["session"]
+        refused = httpx.get(f"{url}/page/episode?seed=0")
+        assert (refused.status_code, refused.json()["error"]) == (429, "too_many_requests")
+        httpx.delete(f"{url}/v1/sessions/{session}")
+        monkeypatch.setattr(tabletop_policy, "predict", fail)
+        steps = [json.loads(line) for line in httpx.get(f"{url}/page/episode?seed=0").text.splitlines()]
+        assert steps[-1] == {"problem": "RuntimeError: The kernel is broken"}
+        assert httpx.post(f"{url}/v1/sessions").status_code == 201
 
 
 def test_an_episode_is_that_of_an_evaluation(serve, tabletop_policy):

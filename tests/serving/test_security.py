@@ -6,6 +6,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from openvla_hf.serving import connection
 from openvla_hf.serving.arrays import pack, unpack
 from openvla_hf.serving.security import check_exposure, is_loopback
 from openvla_hf.serving.service import ServiceOptions
@@ -104,13 +105,39 @@ def test_a_body_over_the_limit_is_refused_before_and_while_it_arrives(small):
         assert "2000 bytes" in response.json()["reason"]
 
 
+def read_all(client):
+    """Read until the server closes the connection."""
+    return b"".join(iter(lambda: client.recv(4096), b""))
+
+
 def test_half_a_body_is_given_up(small):
     host, port = small.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as client:
         client.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-        answer = b"".join(iter(lambda: client.recv(4096), b""))
+        answer = read_all(client)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"request_timeout"' in answer
+
+
+def test_a_head_that_is_too_slow_or_too_long_is_given_up(small, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+    address = small.removeprefix("http://").split(":")
+    with socket.create_connection(address, timeout=20) as silent, socket.create_connection(address, 20) as slow:
+        request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        slow.sendall(request + b"\r\n")
+        answer = b""
+        while not answer.endswith(b'{"status":"ok"}'):
+            answer += slow.recv(4096)
+        slow.sendall(request)  # the head of the second request never ends
+        assert read_all(slow) == b""
+        assert read_all(silent) == b""
+    with socket.create_connection(address, timeout=20) as long:
+        long.sendall(request + b"X: " + b"x" * 80_000)
+        assert read_all(long).startswith(b"HTTP/1.1 400 ")
+    with connect(small.replace("http", "ws")) as client:
+        client.recv()
+        time.sleep(0.3)
+        assert client.ping().wait(20)
 
 
 def test_a_client_may_not_exceed_its_rate(plain_policy, serve):

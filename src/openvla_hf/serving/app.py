@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from . import openpi, original, page, v1
+from .connection import Connection
 from .errors import ServingError, Unprocessable, answer_error
 from .security import OPEN_PATHS, Guard, find_addresses
 from .service import Service
@@ -70,7 +71,9 @@ async def _answer_error(request: Request, error: Any) -> Response:
 
 async def _answer_http_error(request: Request, error: Any) -> Response:
     kind = HTTPStatus(error.status_code).name.lower()
-    return JSONResponse({"error": kind, "reason": f"{error.detail}."}, error.status_code, error.headers)
+    return JSONResponse(
+        {"error": kind, "reason": f"{str(error.detail).rstrip('.')}."}, error.status_code, error.headers
+    )
 
 
 async def _answer_validation_error(request: Request, error: Any) -> Response:
@@ -141,6 +144,7 @@ def run_server(
     app = _Pending(create_app(service))
     config = uvicorn.Config(
         app,
+        http=Connection,
         lifespan="off",  # the server below starts the service, so that errors reach the caller
         log_level="warning",
         access_log=False,

@@ -117,7 +117,10 @@ class Guard:
             )
         if origin is None or _host_and_port(origin) == (host or "").lower() or _host_name(origin) in self._hosts:
             return
-        raise Forbidden(f"Requests from pages of {origin[:100]!r} are not allowed.")
+        raise Forbidden(
+            f"Requests from pages of {origin[:100]!r} are not allowed. Start the server with --allow-host NAME if the "
+            "page is yours."
+        )
 
     def _is_known(self, name: str | None) -> bool:
         if name is None or name == "localhost" or name in self._hosts:
@@ -135,7 +138,7 @@ class Guard:
         if scheme.lower() not in TOKEN_SCHEMES:
             raise Unauthorized("This server needs a token: send it as `Authorization: Bearer TOKEN`.")
         if not hmac.compare_digest(token.strip().encode(), self.options.token.encode()):
-            raise Unauthorized("The token is wrong.")
+            raise Unauthorized("The token is wrong. Send the token that the server was started with.")
 
     def _check_length(self, headers: Mapping[bytes, str]) -> None:
         length = headers.get(b"content-length", "")
