@@ -185,6 +185,19 @@ def test_an_observation_that_fails_does_not_spoil_its_batch():
     scenario(run)
 
 
+def test_the_queue_goes_on_after_an_error_that_nobody_expected():
+    async def run(it):
+        first = await busy(it, "first")
+        failing = it.ask(KeyError("choices"))
+        it.gate.gate.release(100)
+        await first
+        with pytest.raises(PredictionFailed, match="KeyError: 'choices'"):
+            await failing
+        assert (await it.batcher.predict("next")).prediction == "next"
+
+    scenario(run)
+
+
 def test_closing_answers_what_waits_and_refuses_what_comes():
     async def run(it):
         first = await busy(it, "first")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import torch
 from .errors import Busy, PredictionFailed, ServingError, ShuttingDown, Superseded
 from .policy import Prediction, Prepared, ServedPolicy
 
+
+logger = logging.getLogger(__name__)
 
 RECENT = 1.0
 """Seconds for which a robot counts as active after its last request."""
@@ -114,7 +117,6 @@ class Batcher:
         self._changed.set()
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             while not self._queue and not self._is_closing:
                 self._changed.clear()
@@ -126,7 +128,7 @@ class Batcher:
             if not batch:  # the clients have disconnected
                 continue
             started = time.perf_counter()
-            answers = await loop.run_in_executor(self._thread, self._predict, [one.prepared for one in batch])
+            answers = await self._predict_in_thread([one.prepared for one in batch])
             for one, answer in zip(batch, answers, strict=True):
                 if one.answer.done():  # the client has disconnected
                     continue
@@ -148,6 +150,16 @@ class Batcher:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), rest)
 
+    async def _predict_in_thread(self, batch: Sequence[Prepared]) -> Sequence[Prediction | ServingError]:
+        """Predict a batch. Whatever goes wrong is an answer, so that the queue goes on."""
+        predicting = asyncio.get_running_loop().run_in_executor(self._thread, self._predict, batch)
+        await asyncio.wait([predicting])
+        error = predicting.exception()
+        if error is None:
+            return predicting.result()
+        logger.error("The policy failed.", exc_info=error)
+        return [PredictionFailed(f"{type(error).__name__}: {error}")] * len(batch)
+
     def _predict(self, batch: Sequence[Prepared]) -> Sequence[Prediction | ServingError]:
         """Predict a batch. If the output for an observation is not finite, the other observations still succeed."""
         try:
@@ -164,7 +176,7 @@ class Batcher:
             # On the CPU, PyTorch raises a plain RuntimeError.
             if "not enough memory" in str(error) or "can't allocate memory" in str(error):
                 return [_out_of_memory(len(batch))] * len(batch)
-            return [PredictionFailed(f"{type(error).__name__}: {error}")] * len(batch)
+            raise
 
 
 def _out_of_memory(size: int) -> Busy:
