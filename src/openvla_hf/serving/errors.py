@@ -51,7 +51,7 @@ class RequestTimeout(ServingError):
 
 
 class Superseded(ServingError):
-    """A newer request of the same session took the place of this one in the queue."""
+    """A newer request of the same session replaced this one, or the session has started a new episode."""
 
     status = 409
 

@@ -253,7 +253,7 @@ class ServedPolicy:
         }
 
     def _bounds(self, key: str) -> dict[str, list[float]]:
-        """Return the usual lowest and highest actions in robot units, with the gripper as predicted."""
+        """Return the 1st and 99th percentiles of the actions in robot units, with the gripper as predicted."""
         stats = self.model.get_action_stats(key)
         return {"low": np.asarray(stats["q01"]).tolist(), "high": np.asarray(stats["q99"]).tolist()}
 
@@ -355,15 +355,20 @@ class Session:
     """One robot's episode: the draft of its next action, and the chunks of temporal ensembling.
 
     A different instruction or key starts a new episode. `reset` starts one for the same task.
+
+    Attributes:
+        episode: Number of the episode. A prediction for an earlier episode must not be received.
     """
 
     def __init__(self, policy: ServedPolicy):
         self.policy = policy
+        self.episode = 0
         self._task: tuple[str, str | None] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Start an episode: forget the last actions."""
+        self.episode += 1
         self._draft: np.ndarray | None = None
         self._chunks: list[np.ndarray] = []  # (later steps, A) each, the oldest first
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .batching import Batcher
-from .errors import PredictionFailed, SessionExpired, TooManyRequests, Unprocessable
+from .errors import PredictionFailed, SessionExpired, Superseded, TooManyRequests, Unprocessable
 from .metrics import Metrics
 from .policy import Observation, Prediction, ServedPolicy, Session
 
@@ -92,6 +92,8 @@ class _Open:
     session: Session
     used: float
     is_connected: bool  # whether the session ends with a connection
+    asked: int = 0  # number of requests so far
+    queued: int = 0  # number of the newest request that has reached the queue
 
 
 class Service:
@@ -164,12 +166,20 @@ class Service:
                 f"The instruction has {len(observation.instruction)} characters, and this server takes at most "
                 f"{self.options.max_instruction}."
             )
-        session = self.policy.open_session() if session_id is None else self._find(session_id).session
+        robot = self._new_session() if session_id is None else self._find(session_id)
+        session = robot.session
+        robot.asked += 1
+        number, observation, episode = robot.asked, session.observe(observation), session.episode
         try:
-            prepared = await asyncio.to_thread(self.policy.prepare, session.observe(observation))
+            prepared = await asyncio.to_thread(self.policy.prepare, observation)
         except (OSError, TypeError, ValueError) as error:
             raise Unprocessable(str(error)) from error
+        if number < robot.queued:  # a large image takes longer to prepare
+            raise Superseded("A newer observation of this robot replaced this one.")
+        robot.queued = number
         batched = await self._batcher.predict(prepared, session_id)
+        if session.episode != episode:
+            raise Superseded("The robot has started a new episode since this observation.")
         prediction = batched.prediction
         seconds = {
             "queue": batched.queue_seconds,
@@ -195,8 +205,11 @@ class Service:
                 f"The server allows {len(self._sessions)} open sessions: close one, or try again later."
             )
         session_id = self._session_prefix + secrets.token_urlsafe(16)
-        self._sessions[session_id] = _Open(self.policy.open_session(), time.monotonic(), is_connected)
+        self._sessions[session_id] = self._new_session(is_connected)
         return session_id
+
+    def _new_session(self, is_connected: bool = False) -> _Open:
+        return _Open(self.policy.open_session(), time.monotonic(), is_connected)
 
     def reset_session(self, session_id: str) -> None:
         """Start a new episode in a session; raise `SessionExpired` if it is not open."""
