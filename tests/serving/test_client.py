@@ -378,7 +378,7 @@ def test_a_token_is_needed_and_a_wrong_one_is_refused(serve, plain_policy):
 
 
 def test_what_does_not_fit_the_policy_is_refused_with_the_reason(client):
-    with pytest.raises(ServerError, match="sees one camera, 'image'") as raised:
+    with pytest.raises(ServerError, match="no camera 'wrist': its cameras are 'image'") as raised:
         client.predict_action({"wrist": frame()}, INSTRUCTION)
     assert (raised.value.status, raised.value.kind) == (422, "unprocessable")
     assert raised.value.reason in str(raised.value)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import socket
 import struct
 import threading
@@ -160,7 +161,7 @@ def test_grey_and_opaque_images_are_taken_as_they_look(plain):
         ({"instruction": 3}, 422, "`instruction`: Input should be a valid string"),
         ({"images": {}}, 422, "`images`: Dictionary should have at least 1 item"),
         ({"images": {"image": "?"}}, 422, "not valid base64"),
-        ({"images": {"front": ""}}, 422, "not a readable JPEG or PNG"),
+        ({"images": {"front": ""}}, 422, "no camera 'front': its cameras are 'image'"),
         ({"state": [0.1]}, 422, "takes none"),
         ({"state": ["a"]}, 422, "`state.0`: Input should be a valid number"),
         ({"unnorm_key": "tine"}, 422, "Did you mean 'tiny'?"),
@@ -189,7 +190,8 @@ def test_a_state_that_is_not_finite_is_refused(plain, number):
     [
         ("application/json", b"", 400),
         ("application/json", b'"\xff"', 400),
-        ("application/json", b"[" * 100_000, 400),
+        ("application/json", b"[" * 5_000, 400),
+        ("application/json", b'{"state": [' + b"0," * 10_000 + b"0]}", 400),
         ("text/plain", b"{}", 415),
         ("multipart/form-data", b"--x", 400),
         ("multipart/form-data; boundary=x", b"--x", 422),
@@ -204,6 +206,7 @@ def test_a_state_that_is_not_finite_is_refused(plain, number):
 def test_a_body_that_cant_be_read_is_refused(plain, kind, content, status):
     response = plain.post("/v1/act", content=content, headers={"Content-Type": kind})
     assert response.status_code == status, response.text
+    assert re.search(r"[^.]\.$", response.json()["reason"])
 
 
 def mutate(data, rng):

@@ -83,10 +83,7 @@ def load_json(text: str | bytes) -> Any:
     Raises:
         ValueError: The message is damaged or exceeds a limit, or an array in it is not valid.
     """
-    marks: tuple[Any, ...] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
-    # Count before parsing, since a list takes much more memory than its text. Base64 has none of these characters.
-    if sum(map(text.count, marks)) > MAX_ENTRIES:
-        raise _too_many_entries()
+    check_entries(text)
     try:
         message = json.loads(text, object_hook=_read_json)
     except _Refused:
@@ -97,6 +94,14 @@ def load_json(text: str | bytes) -> Any:
         raise _too_nested() from None
     _check_values(message, MAX_NESTING)
     return message
+
+
+def check_entries(text: str | bytes) -> None:
+    """Raise `ValueError` if JSON has too many entries to parse it: a list takes much more memory than its text."""
+    # Base64 has none of these characters.
+    marks: tuple[Any, ...] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
+    if sum(map(text.count, marks)) > MAX_ENTRIES:
+        raise _too_many_entries()
 
 
 def dump_json(message: Any, separators: tuple[str, str] = (", ", ": ")) -> str:
@@ -239,4 +244,4 @@ def _describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-__all__ = ["DTYPES", "dump_json", "load_json", "pack", "unpack"]
+__all__ = ["DTYPES", "check_entries", "dump_json", "load_json", "pack", "unpack"]

@@ -2,9 +2,10 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ..tabletop.scene import first_image
 from .episodes import check_server
-from .errors import Unprocessable
+from .errors import ServingError, Unprocessable
 from .policy import ONLY_CAMERA, Observation
 from .service import Service
 
@@ -52,7 +53,10 @@ def router(service: Service) -> APIRouter:
     async def episode(seed: Annotated[int, Query(ge=0, le=MAX_SEED)]) -> Response:
         if not is_tabletop(service):
             raise Unprocessable("This server's policy is not for the tabletop's robot.")
-        return StreamingResponse(run_episode(service, seed), media_type="application/x-ndjson", headers=HEADERS)
+        lines = run_episode(service, seed)
+        # Answer with a status if the server has no room for another session.
+        stream = _stream(await anext(lines), lines)
+        return StreamingResponse(stream, media_type="application/x-ndjson", headers=HEADERS)
 
     @routes.get("/page/{name}")
     async def file(name: str) -> Response:
@@ -74,8 +78,14 @@ def is_tabletop(service: Service) -> bool:
     return True
 
 
-async def run_episode(service: Service, seed: int) -> AsyncIterator[str]:
-    """Run one episode in a session, as a robot does, and yield a line of JSON for each step."""
+async def run_episode(service: Service, seed: int) -> AsyncGenerator[str, None]:
+    """Run one episode in a session, as a robot does, and yield a line of JSON for each step.
+
+    If the policy gives no action, the last line has the reason as `problem`.
+
+    Raises:
+        TooManyRequests: There are too many open sessions.
+    """
     from ..tabletop.env import TabletopEnv
 
     policy = service.policy
@@ -95,8 +105,17 @@ async def run_episode(service: Service, seed: int) -> AsyncIterator[str]:
                 yield await asyncio.to_thread(_line, seen, told | outcome | {"action": action.tolist()})
                 if is_over:
                     break
+    except ServingError as error:
+        yield json.dumps({"problem": error.reason}) + "\n"
     finally:
         service.close_session(session)
+
+
+async def _stream(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with contextlib.aclosing(rest):
+        yield first
+        async for line in rest:
+            yield line
 
 
 def _observe(cameras: list[str] | None, seen: Any, instruction: str) -> Observation:

@@ -1,7 +1,7 @@
 """The HTTP API: actions for images, sessions, and endpoints for operators."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from . import errors
+from .arrays import check_entries
 from .errors import BadRequest, ServingError, ShuttingDown, Unauthorized, Unprocessable, UnsupportedMediaType
 from .images import decode_base64, decode_image
 from .policy import Observation, Prediction
@@ -130,7 +131,7 @@ class Gripper(BaseModel):
 
 
 class Bounds(BaseModel):
-    """Usual lowest and highest actions in robot units, with a gripper of 1 for open."""
+    """1st and 99th percentiles of the actions in robot units, with a gripper of 1 for open."""
 
     low: list[float]
     high: list[float]
@@ -226,6 +227,7 @@ def router(service: Service) -> APIRouter:
         """
         with service.metrics.count_errors():
             asked, files = await read_request(request)
+            check_cameras(files, service.policy.cameras)
             images = await asyncio.to_thread(decode_images, files, service.options.max_pixels)
         state = None if asked.state is None else np.array(asked.state)
         observation = Observation(images, asked.instruction, state, asked.unnorm_key)
@@ -306,6 +308,10 @@ async def read_request(request: Request) -> tuple[ActFields, dict[str, bytes]]:
 
 def read_json(body: bytes) -> tuple[ActFields, dict[str, bytes]]:
     """Read a request in JSON, with images in base64."""
+    try:
+        check_entries(body)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
     asked = validate(ActRequest.model_validate_json, body)
     return asked, {camera: decode_base64(text, camera) for camera, text in asked.images.items()}
 
@@ -353,6 +359,15 @@ def validate(read: Any, data: Any) -> Any:
         if first["type"] == "json_invalid":
             raise BadRequest(f"{first['msg']}.") from error
         raise Unprocessable(f"{f'`{place}`: ' if place else ''}{first['msg']}.") from error
+
+
+def check_cameras(files: Iterable[str], cameras: Sequence[str]) -> None:
+    """Refuse images of other cameras before they are decoded, since they may be many and large."""
+    for name in files:
+        if name not in cameras:
+            raise Unprocessable(
+                f"This policy has no camera {name[:100]!r}: its cameras are {', '.join(map(repr, cameras))}."
+            )
 
 
 def decode_images(files: Mapping[str, bytes], max_pixels: int) -> dict[str, Any]:

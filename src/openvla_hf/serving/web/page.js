@@ -295,6 +295,7 @@ async function watch() {
 }
 
 function showStep(step) {
+  if (step.problem) throw new Error(step.problem);
   get("scene").src = `data:image/jpeg;base64,${step.image}`;
   get("scene").alt = `The tabletop after ${step.step} steps`;
   const outcome = step.is_over ? (step.success ? " – done" : " – not done") : "";
