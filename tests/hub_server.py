@@ -235,13 +235,22 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             case ["tree", revision, *folder]:
                 start = "/".join([*folder, ""]) if folder else ""
-                self._send_json(
-                    [
-                        {"type": "file", "path": name, "size": len(content), "oid": git_hash(content)}
-                        for name, content in self.hub.files(repo, revision).items()
-                        if name.startswith(start)
-                    ]
-                )
+                content = {
+                    name: data for name, data in self.hub.files(repo, revision).items() if name.startswith(start)
+                }
+                if folder and not content:
+                    raise LookupError("EntryNotFound")
+                is_direct = self.query.get("recursive", ["false"])[0].lower() != "true"
+                folders = {start + name.removeprefix(start).partition("/")[0] for name in content} - content.keys()
+                listed = [
+                    {"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders) if is_direct
+                ]
+                listed += [
+                    {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
+                    for name, data in content.items()
+                    if not is_direct or "/" not in name.removeprefix(start)
+                ]
+                self._send_json(listed)
             case ["refs"]:
                 branches = [
                     {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}

@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import json
 import logging
+import shutil
 
 import fsspec
 import numpy as np
@@ -139,3 +141,14 @@ def test_the_package_of_a_scheme_is_named_if_it_is_missing(tmp_path):
             load(f"{scheme}://bucket/jaco_play", streaming=True)
     with pytest.raises(ValueError, match=r"^gsx:// in 'gsx://bucket/jaco_play' is not a known scheme\."):
         load("gsx://bucket/jaco_play", streaming=True)
+
+
+def test_a_stream_of_a_repository_on_the_hub_gives_the_frames_of_the_local_folder(hub, written, tmp_path, run_python):
+    shutil.copytree(tmp_path / written, hub.root / "datasets/someone" / written)
+    code = """if True:
+        import sys
+        from openvla_hf.data import load
+        print([int(frame["image"].sum()) for frame in load(sys.argv[1], streaming=True)])
+        """
+    result = run_python(code, f"someone/{written}", **hub.env)
+    assert json.loads(result.stdout) == [int(frame["image"].sum()) for frame in load(tmp_path / written)]
