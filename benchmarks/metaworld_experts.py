@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from openvla_hf.suites.demonstrations import record_experts
+from openvla_hf.suites.demonstrations import record_episode
 from openvla_hf.suites.metaworld import INSTRUCTIONS, MetaWorldSuite, metaworld_suite
 from openvla_hf.suites.metaworld_env import MetaWorldEnv
 from openvla_hf.suites.play import play
@@ -43,14 +43,18 @@ def measure(task, episodes):
     preset = metaworld_suite()
     suite = UnseenSuite("metaworld", (task,), preset.protocol, preset.state_dim, preset.packages)
     suite = suite.with_protocol(episodes=episodes)
+    env = suite.make(task)
     solved = replayed = 0
     with open_simulators(suite, 1, processes=False) as simulators:
         for episode in suite.episodes():
-            for frames in record_experts(suite, [episode.seed], noise=0.0):  # none if the expert fails
-                actions = np.stack([frame["action"] for frame in frames])[None]
-                ((_, rollout),) = play(lambda seen, told, actions=actions: actions, [episode], simulators)
-                solved += 1
-                replayed += rollout.success
+            frames, success = record_episode(env, episode.seed, noise=0.0)
+            if not success:
+                continue
+            actions = np.stack([frame["action"] for frame in frames])[None]
+            ((_, rollout),) = play(lambda seen, told, actions=actions: actions, [episode], simulators)
+            solved += 1
+            replayed += rollout.success
+    env.close()
     return solved, replayed
 
 

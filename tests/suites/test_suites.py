@@ -241,3 +241,20 @@ def test_options_that_do_not_go_with_a_suite_are_refused(options, message, capsy
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", *options.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+from openvla_hf.evaluation.suites import find_suite
+suite = find_suite(sys.argv[2])
+try:
+    suite.make(suite.environments[0])
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("package", "suite"), [("metaworld", "metaworld"), ("libero", "libero_10")])
+def test_a_suite_without_its_package_says_how_to_install_it(package, suite, run_python):
+    assert f'run `pip install "openvla-hf[{package}]"`' in run_python(WITHOUT, package, suite).stdout

@@ -10,7 +10,7 @@ import numpy as np
 from .metaworld import MetaWorldSuite
 
 
-__all__ = ["record_experts"]
+__all__ = ["record_episode", "record_experts"]
 
 # How often a shove begins, how much stronger than the noise it is, and how long it lasts at least and at most, steps.
 SHOVE_RATE, SHOVE_SCALE, SHOVE_STEPS = 0.04, 2.5, (2, 5)
@@ -41,7 +41,7 @@ def record_experts(
     for task in suite.environments:
         env = suite.make(task)
         for seed in seeds:
-            frames, success = _record(env, seed, noise)
+            frames, success = record_episode(env, seed, noise)
             if success:
                 yield (
                     frames
@@ -51,8 +51,17 @@ def record_experts(
         env.close()
 
 
-def _record(env: Any, seed: int, noise: float) -> tuple[list[dict[str, Any]], bool]:
-    """Record an episode, and return its frames and whether it succeeded."""
+def record_episode(env: Any, seed: int, noise: float) -> tuple[list[dict[str, Any]], bool]:
+    """Record an episode of an expert.
+
+    Args:
+        env: A `MetaWorldEnv`.
+        seed: Seed of the episode and of its noise.
+        noise: See `record_experts`.
+
+    Returns:
+        The frames, and whether the episode succeeded.
+    """
     rng = np.random.default_rng([seed, 1])
     observation, info = env.reset(seed=seed)
     frames: list[dict[str, Any]] = []
