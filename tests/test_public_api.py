@@ -229,6 +229,7 @@ API = {
     "openvla_hf.evaluation.suites": """
         SUITES
         Evaluation(suite, policy, folder, pictures)
+        Evaluation.missing
         Evaluation.play(player)
         Evaluation.result()
         Evaluation.rollouts
@@ -250,7 +251,7 @@ API = {
         compare_results(first, second)
         mcnemar(only_first, only_second)
         success_by_task(rollouts)
-        success_table(title, results, moved_target)
+        success_table(title, results)
         wilson(successes, episodes)
     """,
     "openvla_hf.suites.simulator": """
@@ -297,7 +298,7 @@ API = {
         check_robot(low, high)
         run_episodes(policy, seeds, tasks, condition, batch_size, keep_frames, cameras, state)
         success_by_task(rollouts)
-        success_table(title, results, moved_target)
+        success_table(title, results)
     """,
     "openvla_hf.serving": """
         Client(url, token, timeout, jpeg_quality)

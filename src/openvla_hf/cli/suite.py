@@ -64,6 +64,7 @@ def run_suite(args: argparse.Namespace) -> None:
     count = args.envs or args.batch_size
     with _open_policy(args, suite) as (policy, make_player):
         evaluation = Evaluation(suite, policy, folder, PICTURES)
+        count = min(count, len(evaluation.missing))
         with open_simulators(suite, count, processes=args.envs is not None) as simulators:
             episodes = evaluation.play(make_player(simulators))
             show_progress(args, episodes, suite.name, len(suite.episodes()), evaluation.rollouts)
@@ -72,7 +73,7 @@ def run_suite(args: argparse.Namespace) -> None:
         print_json(result)
         return
     title = f"{policy['model']} on {suite.name}: {len(evaluation.rollouts)} episodes"
-    print_table(success_table(title, result["results"], moved_target=suite.name == "tabletop"))
+    print_table(success_table(title, result["results"]))
     print(f"Written: {folder}")
 
 

@@ -74,10 +74,16 @@ class Evaluation:
         known = self.journal.rollouts
         return [known[episode] for episode in self.suite.episodes() if episode in known]
 
+    @property
+    def missing(self) -> list[Episode]:
+        """The episodes that have not ended yet."""
+        return [episode for episode in self.suite.episodes() if episode not in self.journal.rollouts]
+
     def play(self, player: Player) -> Iterator[Rollout]:
         """Play the missing episodes and yield each as it ends."""
-        missing = [episode for episode in self.suite.episodes() if episode not in self.journal.rollouts]
-        for episode, rollout in player(missing, lambda episode: bool(self._wanted())):
+        if not self.missing:
+            return
+        for episode, rollout in player(self.missing, lambda episode: bool(self._wanted())):
             self._show(episode, rollout)
             self.journal.add(episode, rollout)
             yield rollout

@@ -44,7 +44,7 @@ def success_by_task(rollouts: Iterable[Rollout]) -> dict[str, dict[str, float]]:
 
     Returns:
         `{task: {"episodes", "success", "low", "high", "moved_target", "steps"}}`. Rates are in [0, 1], `low` and
-        `high` are Wilson's 95% interval, and `steps` is a mean.
+        `high` are Wilson's 95% interval, and `steps` is a mean. Only the tabletop has `moved_target`.
     """
     groups: dict[str, list[Rollout]] = {}
     everything = list(rollouts)
@@ -56,27 +56,20 @@ def success_by_task(rollouts: Iterable[Rollout]) -> dict[str, dict[str, float]]:
 def _summarize(rollouts: Sequence[Rollout]) -> dict[str, float]:
     successes = sum(one.success for one in rollouts)
     low, high = wilson(successes, len(rollouts))
+    moved: list[Any] = [one.moved_target for one in rollouts]
     return {
         "episodes": len(rollouts),
         "success": successes / len(rollouts),
         "low": low,
         "high": high,
-        "moved_target": float(np.mean([one.moved_target for one in rollouts])),
+        **({} if None in moved else {"moved_target": float(np.mean(moved))}),
         "steps": float(np.mean([one.steps for one in rollouts])),
     }
 
 
-def success_table(
-    title: str, results: Mapping[str, Mapping[str, Mapping[str, float]]], moved_target: bool = True
-) -> Table:
-    """Make a table of `{condition: success_by_task(...)}`.
-
-    Args:
-        title: Title of the table.
-        results: Rows of each condition.
-        moved_target: Whether to show how often the policy moved the object that the instruction names, which only the
-            tabletop measures.
-    """
+def success_table(title: str, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Make a table of `{condition: success_by_task(...)}`."""
+    moved_target = all("moved_target" in row for by_task in results.values() for row in by_task.values())
     table = Table(title=title)
     for column in ("condition", "task"):
         table.add_column(column)
@@ -90,7 +83,7 @@ def success_table(
                 f"{row['episodes']:.0f}",
                 f"{row['success']:.1%}",
                 f"{row['low']:.1%} to {row['high']:.1%}",
-                *[f"{row['moved_target']:.1%}"] * moved_target,
+                *[f"{row['moved_target']:.1%}" for _ in range(moved_target)],
                 f"{row['steps']:.1f}",
                 style="bold" if task == ALL else None,
                 end_section=task == ALL,

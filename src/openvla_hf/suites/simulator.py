@@ -88,7 +88,7 @@ class Simulator:
             self._done = terminated or truncated or rollout.success or rollout.steps >= protocol.max_steps
             self._see(observation)
             if self._done:
-                rollout.moved_target = bool(info.get("moved_the_target", False))
+                rollout.moved_target = info.get("moved_the_target")
                 return
 
     def _see(self, observation: Observation) -> None:

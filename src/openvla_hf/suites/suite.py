@@ -122,7 +122,8 @@ class Rollout:
         task: Name of the task, or family of tasks.
         instruction: The task in words.
         success: Whether the task was solved.
-        moved_target: On the tabletop, whether the object that was moved last is the one that the instruction names.
+        moved_target: Whether the object that was moved last is the one that the instruction names; `None` where the
+            environment does not say so, as in other suites than the tabletop.
         steps: Number of actions.
         frames: The first camera's frames as the policy saw them, uint8 (H, W, 3), first to last; empty unless they are
             kept.
@@ -133,7 +134,7 @@ class Rollout:
     task: str
     instruction: str
     success: bool = False
-    moved_target: bool = False
+    moved_target: bool | None = None
     steps: int = 0
     frames: list[np.ndarray] = field(default_factory=list)
     predictions: int = 0
