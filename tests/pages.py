@@ -120,7 +120,7 @@ def check_command(program: str, *arguments: str) -> None:
         assert arguments[0] == "serve", arguments
         assert {*SERVER_OPTIONS} <= {*arguments}, arguments
     elif program in ("ray", "serve"):  # tests/serving/test_ray.py checks the settings
-        assert arguments[0] in ("start", "run", "deploy"), arguments
+        assert arguments[0] in ("get-auth-token", "start", "run", "deploy"), arguments
     elif program in HARNESSES:  # integrations/tests runs their commands
         assert arguments[0] == "run" or program != "vla-eval", arguments
     elif program == "pip":
