@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hub_server import HubServer
-from interpreters import Interpreters
+from interpreters import NO_COMPILATION, Interpreters
 
 
 # Slow imports are in fixtures, so that the process that only distributes the tests does not pay for them.
@@ -54,7 +54,10 @@ def pytest_collection():
     """Exempt what is imported from garbage collection: a pass over it takes 0.3 s, and a training run does three."""
     gc.disable()
     try:
-        return (yield)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in NO_COMPILATION.items():
+                patch.setenv(name, value)
+            return (yield)
     finally:
         gc.freeze()
         gc.enable()

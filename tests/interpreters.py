@@ -7,6 +7,7 @@
 
 Nothing from Hugging Face or from this package is imported before the fork, so these libraries read the environment
 variables of the new process. Python and PyTorch have already read theirs; only `PYTHONIOENCODING` is applied again.
+Functions are compiled in a process only if `env` has another value for `TORCHDYNAMO_DISABLE`.
 """
 
 import gc
@@ -27,8 +28,10 @@ from typing import Any, Self
 # Modules of other packages that take most of the time to import transformers and datasets.
 PRELOADED = (
     *("numpy", "pandas", "PIL.Image", "pyarrow.compute", "sympy", "torch"),
-    *("torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.tensor"),
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor"),
 )
+# bitsandbytes compiles its CPU kernels for each size of a layer, and reads this variable when it is imported.
+NO_COMPILATION = {"TORCHDYNAMO_DISABLE": "1"}
 FRESH = {"huggingface_hub", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "openvla_hf"}
 
 # First lines of code that must work where this package is not installed.
@@ -107,7 +110,7 @@ class Interpreters:
         self.started += 1
         folder = self.folder / str(self.started)
         folder.mkdir()
-        job = {"start": arguments, "env": env, "cwd": os.getcwd(), "folder": str(folder)}
+        job = {"start": arguments, "env": NO_COMPILATION | env, "cwd": os.getcwd(), "folder": str(folder)}
         return Process(self.ask(job | {"imported": str(self._imported)}), self, folder)
 
     def run(self, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
