@@ -252,9 +252,16 @@ def read_rank(folder: str, rank: int, args: argparse.Namespace, first: int, batc
     from torch.utils.data import DataLoader
 
     from openvla_hf.data import TrainingStream
+    from openvla_hf.data.frames import FrameDecoder
+
+    class Undecoded(FrameDecoder):
+        def decode_row(self, row: dict[str, Any]) -> dict[str, Any]:
+            return row | {"image": row["image"]["bytes"]}
 
     stream = TrainingStream(load_ten(folder, args.buffer), rank, args.ranks, BATCH)
     stream.first_batch = first
+    if args.undecoded:
+        stream.decoder = Undecoded()
     loader = DataLoader(stream, BATCH, num_workers=args.workers, collate_fn=note_batch)
     return list(itertools.islice(loader, batches))[first:]
 
@@ -394,6 +401,9 @@ def main() -> None:
             command.add_argument("--episodes", type=int, default=50, help="with 40 frames each (default: %(default)s)")
         if run is mixture:
             command.add_argument("--gigabytes", type=float, default=20.0, help="GB of records to read")
+            command.add_argument(
+                "--undecoded", action="store_true", help="leave the images encoded, to read more data"
+            )
             command.add_argument("--ranks", type=int, default=2)
             command.add_argument("--workers", type=int, default=2, help="of each rank (default: %(default)s)")
         if run is throughput:
