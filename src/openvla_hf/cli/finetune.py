@@ -27,6 +27,8 @@ from .common import (
 
 EXAMPLE = """finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora --output outputs/kitchen
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --dry-run
+  openvla-hf finetune --model openvla/openvla-7b --mixture bridge_rt_1 --data-dir oxe --streaming \\
+      --output outputs/bridge_rt_1 --dry-run --world-size 64
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --resume
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen lab/workshop --weights 1 2 \\
       --output outputs/both --eval-share 0.05 --patience 5 --set lora_rank=64 learning_rate=1e-4
@@ -108,6 +110,13 @@ def _add_run_arguments(group: Any) -> None:
                        help="trackers to log to, such as tensorboard, trackio or wandb (default: none)")  # fmt: skip
     group.add_argument("--dry-run", action="store_true",
                        help="check the options, print the trained weights and the memory, and stop")  # fmt: skip
+    group.add_argument("--world-size", type=positive, metavar="N",
+                       help="number of processes, one for each GPU. With --dry-run, plan the run on as many GPUs; "
+                       "otherwise, stop if the number differs")  # fmt: skip
+    group.add_argument("--shard-size", type=positive, metavar="N",
+                       help="number of GPUs that shard the model, for --dry-run (default: all, as FSDP2)")  # fmt: skip
+    group.add_argument("--throughput", type=weight, metavar="N",
+                       help="samples a second on one GPU, for --dry-run to compute the hours")  # fmt: skip
 
 
 def _add_evaluation_arguments(group: Any) -> None:
@@ -131,6 +140,8 @@ def run(args: argparse.Namespace) -> None:
     from ..training.finetune import check_run, finetune
     from ..training.recipes import cost_table, estimate_cost
 
+    if not (args.dry_run and args.world_size):
+        refuse_options(args, "needs --dry-run and --world-size", "shard_size", "throughput")
     arguments = read_arguments(args)
     register_robots(args)
     recipe, _ = check_run(arguments)
@@ -139,9 +150,11 @@ def run(args: argparse.Namespace) -> None:
     if is_main:
         print_table(cost_table(f"{args.recipe} on {args.model}", cost), stderr=True)
     if args.dry_run:
+        plan = _print_plan(args, arguments) if args.world_size else {}
         if args.json and is_main:
-            print_json({"recipe": args.recipe, **dataclasses.asdict(cost)})
+            print_json({"recipe": args.recipe, **dataclasses.asdict(cost), **plan})
         return
+    _check_world_size(args, PartialState().num_processes)
     # With --json, standard output is only for the result, so the log goes to standard error.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         result = finetune(arguments)
@@ -153,6 +166,25 @@ def run(args: argparse.Namespace) -> None:
     # now, once the trainer is freed. After an error, the other processes may be waiting for this one, so skip this.
     gc.collect()
     PartialState().destroy_process_group()
+
+
+def _print_plan(args: argparse.Namespace, arguments: FinetuneArguments) -> dict[str, Any]:
+    """Print the plan of a run on many GPUs, and return it for JSON."""
+    from ..training.plan import plan_run, plan_tables
+
+    plan = plan_run(arguments, args.world_size, args.shard_size, args.throughput, len(args.cameras or [None]))
+    for table in plan_tables(f"Plan for {args.world_size} GPUs", plan):
+        print_table(table, stderr=True)
+    return {"plan": dataclasses.asdict(plan)}
+
+
+def _check_world_size(args: argparse.Namespace, processes: int) -> None:
+    """Raise `ValueError` if the run has another number of processes than the options say."""
+    if args.world_size not in (None, processes):
+        raise ValueError(
+            f"The run has {processes} processes instead of --world-size {args.world_size}. Start it with accelerate "
+            f"launch --num_processes {args.world_size}, or add --dry-run to plan it."
+        )
 
 
 def read_arguments(args: argparse.Namespace) -> FinetuneArguments:

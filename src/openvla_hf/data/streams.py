@@ -225,7 +225,7 @@ def read_endlessly(stream: IterableDataset, reader: int, readers: int, start: in
 
 
 def _read_files(stream: FrameStream, rows: ShardRows, reader: int, readers: int, start: int) -> Iterator[Row]:
-    groups = _divide(stream, rows, readers)
+    groups = divide_shards(stream, rows, readers)
     found = True
     for turn in itertools.count():
         found = _require_frames(found, turn, readers)
@@ -246,8 +246,8 @@ def _read_files(stream: FrameStream, rows: ShardRows, reader: int, readers: int,
             yield row | {"epoch": turn}
 
 
-def _divide(stream: FrameStream, rows: ShardRows, readers: int) -> list[list[Section]]:
-    """Divide the shards of a stream into a group for each reader."""
+def divide_shards(stream: FrameStream, rows: ShardRows, readers: int) -> list[list[Section]]:
+    """Divide the shards of a stream into a group for each reader: worker w of rank r is reader r * workers + w."""
     shards = rows.shards
     if stream.shuffle_buffer:
         shards = [shards[place] for place in np.random.default_rng(stream.seed).permutation(len(shards))]
@@ -403,4 +403,12 @@ def _decoder(stream: IterableDataset) -> FrameDecoder:
     return stream.decoder if isinstance(stream, FrameStream) else FrameDecoder()
 
 
-__all__ = ["EvaluationStream", "FrameStream", "TrainingStream", "draw", "mix_streams", "read_endlessly"]
+__all__ = [
+    "EvaluationStream",
+    "FrameStream",
+    "TrainingStream",
+    "divide_shards",
+    "draw",
+    "mix_streams",
+    "read_endlessly",
+]

@@ -90,7 +90,7 @@ def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
         FileExistsError: The output folder contains a dataset or the checkpoint of another run.
     """
     refuse_adapter(arguments.model)
-    _read_statistics(arguments)
+    read_statistics(arguments)
     settings = {**DEFAULT_SETTINGS, **_evaluation_settings(arguments), **arguments.settings}
     if arguments.evaluates:
         settings.setdefault("eval_steps", settings["save_steps"])
@@ -116,7 +116,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
     recipe, args = check_run(arguments)
     set_seed(recipe.seed)
     frames = read_frames(arguments, recipe.seed, recipe.load_options())
-    norm_stats = _read_statistics(arguments) or frames.statistics
+    norm_stats = read_statistics(arguments) or frames.statistics
     if norm_stats is None:
         # Computed once on each machine: the other processes read the cached result.
         with PartialState().local_main_process_first():
@@ -178,6 +178,16 @@ class RunFrames:
     statistics: dict[str, Any] | None = None
 
 
+def load_datasets(
+    arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]
+) -> tuple[tuple[TrainingData, ...], list[Any]]:
+    """Load the datasets of a run. Return them with all their options, and their frames. See `read_frames`."""
+    datasets = tuple(replace(one, options={**recipe_options, **one.options}) for one in arguments.datasets)
+    if not datasets:  # frames that are already loaded
+        return (), [arguments.data]
+    return datasets, [load(one.source, **{"seed": seed, **one.options}) for one in datasets]
+
+
 def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]) -> RunFrames:
     """Load the datasets of a run, hold episodes out for evaluation, and mix the rest by the weights.
 
@@ -189,13 +199,9 @@ def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping
     Raises:
         ValueError: Datasets share a name, lack statistics or can't be split.
     """
-    datasets = arguments.datasets
+    datasets, parts = load_datasets(arguments, seed, recipe_options)
     record: dict[str, Any] = {}
-    if not datasets:  # frames that are already loaded
-        parts: list[Any] = [arguments.data]
-    else:
-        datasets = tuple(replace(one, options={**recipe_options, **one.options}) for one in datasets)
-        parts = [load(one.source, **{"seed": seed, **one.options}) for one in datasets]
+    if datasets:
         names = [dataset_name(part) for part in parts]
         _require_statistics(arguments, names)
         reading = {str(one.source): _record_reading(one, part) for one, part in zip(datasets, parts, strict=True)}
@@ -259,8 +265,8 @@ def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
 # Settings and data
 
 
-def _read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
-    """Return the given statistics, or `None`."""
+def read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
+    """Return the statistics that the arguments give, or `None`."""
     given = arguments.statistics
     return dict(given) if isinstance(given, Mapping) else None if given is None else load_statistics(given)
 
@@ -272,7 +278,7 @@ def _balance(
     statistics: dict[str, Any] = {}
     for one, part in zip(datasets, parts, strict=True):
         name = dataset_name(part)
-        given = (_read_statistics(arguments) or {}).get(name)
+        given = (read_statistics(arguments) or {}).get(name)
         if given is None or "num_transitions" not in given:
             options = {key: one.options.get(key) for key in ("robot", "every")}
             skip = one.options.get("skip_bad_episodes", False)
@@ -291,7 +297,7 @@ def _balance(
 
 def _require_statistics(arguments: FinetuneArguments, names: list[str]) -> None:
     """Raise `ValueError` if statistics were given, but not those of one of the datasets."""
-    statistics = _read_statistics(arguments)
+    statistics = read_statistics(arguments)
     missing = [name for name in names if statistics is not None and name not in statistics]
     if missing:
         where = "`statistics`" if isinstance(arguments.statistics, Mapping) else arguments.statistics
@@ -443,6 +449,8 @@ __all__ = [
     "build_trainer",
     "check_run",
     "finetune",
+    "load_datasets",
     "read_frames",
+    "read_statistics",
     "train",
 ]

@@ -366,11 +366,7 @@ def estimate_cost(
         num_images: Number of cameras, for a recipe with an `action_head`.
         proprio_dim: Dimensions of the state, for a recipe that uses it.
     """
-    with torch.device("meta"):
-        model: Any = OpenVLAForActionPrediction(copy.deepcopy(config)).to(getattr(torch, recipe.dtype))
-    if not config.is_parallel:  # with the most common size of an action
-        fields = recipe.action_fields(config.action_dim or 7, num_images, proprio_dim if recipe.use_state else None)
-        add_action_networks(model, fields)
+    model: Any = meta_model(config, recipe, num_images, proprio_dim)
     config = model.config
     rows = recipe.batch_size * config.num_image_tokens * config.num_images
     later_actions = (config.action_horizon - 1) * (config.action_dim or 0)
@@ -398,6 +394,18 @@ def estimate_cost(
         optimizer=ADAMW_STATE_BYTES * trainable / GIB,
         activations=sum(list(kept.values())[first:]) / GIB,
     )
+
+
+def meta_model(
+    config: OpenVLAConfig, recipe: Recipe, num_images: int = 1, proprio_dim: int | None = None
+) -> OpenVLAForActionPrediction:
+    """Build the model of a recipe without memory for its weights. See `estimate_cost`."""
+    with torch.device("meta"):
+        model: Any = OpenVLAForActionPrediction(copy.deepcopy(config)).to(getattr(torch, recipe.dtype))
+    if not config.is_parallel:  # with the most common size of an action
+        fields = recipe.action_fields(config.action_dim or 7, num_images, proprio_dim if recipe.use_state else None)
+        add_action_networks(model, fields)
+    return model
 
 
 def cost_table(title: str, cost: Cost) -> Table:
@@ -428,4 +436,4 @@ def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
     return float(size * rows * width * len(blocks)) + max(between_layers(block) for block in blocks)
 
 
-__all__ = ["RECIPES", "Cost", "Recipe", "cost_table", "estimate_cost", "find_module", "recipe"]
+__all__ = ["RECIPES", "Cost", "Recipe", "cost_table", "estimate_cost", "find_module", "meta_model", "recipe"]

@@ -170,15 +170,25 @@ class RLDSSource(ForkSafe):
         return [name for name, feature in self.features.items() if feature.kind == kind]
 
     @property
-    def num_frames(self) -> int | None:
-        """Number of frames of the split from `dataset_statistics*.json` next to its files, or `None` without one."""
+    def counts(self) -> dict[str, Any]:
+        """`num_transitions` and `num_trajectories` of all splits from `dataset_statistics*.json` next to the files."""
         for path in self.fs.glob(f"{self.root}/dataset_statistics*.json"):
             statistics = json.loads(self.fs.read_text(path))
             statistics = statistics.get(self.name, statistics)
-            if frames := statistics.get("num_transitions"):
-                # The original's file counts all splits together, so use the average length of its episodes.
-                return round(frames * self.num_episodes / (statistics.get("num_trajectories") or self.num_episodes))
-        return None
+            if statistics.get("num_transitions"):
+                return {name: statistics.get(name) for name in ("num_transitions", "num_trajectories")}
+        return {}
+
+    @property
+    def num_frames(self) -> int | None:
+        """Number of frames of the split from `counts`, or `None` if they are unknown."""
+        return self.count_frames(self.counts)
+
+    def count_frames(self, counts: Mapping[str, Any]) -> int | None:
+        """Estimate the number of frames of the split from the `counts` of all splits. Without them, return `None`."""
+        frames = counts.get("num_transitions")
+        # An episode of the split has the average length.
+        return frames and round(frames * self.num_episodes / (counts.get("num_trajectories") or self.num_episodes))
 
     @property
     def num_episodes(self) -> int:
