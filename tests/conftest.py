@@ -271,7 +271,7 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(tokenizer):
     """Return a function that builds a tiny random model and its processor: `tiny(fused=False, ...)`."""
     import torch
@@ -289,6 +289,17 @@ def tiny(tokenizer):
         return model, tiny_processor(tokenizer, config)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_repositories(tiny, tmp_path_factory):
+    """A folder of the repositories that the pages of the docs name, see `pages.small_hub`."""
+    from pages import write_repositories
+
+    folder = tmp_path_factory.mktemp("repositories")
+    write_repositories(folder, tiny)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

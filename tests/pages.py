@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,8 +150,23 @@ class Walk:
     printed: list[tuple[list[str], str]]
 
 
+def write_repositories(root: Path, tiny: Callable[..., tuple[Any, Any]]) -> None:
+    """Write small versions of the repositories that the pages name."""
+    keys = ("bridge_orig", "fractal20220817_data", "libero_spatial")
+    model, processor = tiny(norm_stats={key: {"action": BRIDGE_LIKE_STATS} for key in keys})
+    for repository in ("openvla-7b", "openvla-7b-finetuned-libero-spatial"):
+        for one in (model, processor):
+            one.save_pretrained(root / "openvla" / repository)
+    oft = write_tiny_oft(root / "moojink/openvla-7b-oft-finetuned-libero-spatial")
+    statistics = json.loads((oft / STATISTICS_FILE).read_text())
+    (oft / STATISTICS_FILE).write_text(json.dumps({"libero_spatial_no_noops": statistics["tiny"]}))
+    for name in ("kitchen", "workshop"):
+        episodes = [fake_episode(seed=seed, steps=6) for seed in range(3)]
+        write_lerobot(episodes, root / "datasets/lab" / name)
+
+
 @pytest.fixture
-def small_hub(tiny, owner, tmp_path, monkeypatch) -> HubServer:
+def small_hub(small_repositories, owner, tmp_path, monkeypatch) -> HubServer:
     """Create small versions of the repositories that the pages name, and `frame.png` where their code runs."""
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(robots, "_REGISTRY", dict(robots._REGISTRY))  # pages register robots
@@ -159,17 +175,7 @@ def small_hub(tiny, owner, tmp_path, monkeypatch) -> HubServer:
         monkeypatch.setitem(table.__dict__, name, dict(getattr(table, name)))
     monkeypatch.chdir(tmp_path / "work")
     Image.fromarray(fake_episode(steps=1)[0]["image"]).save("frame.png")
-    keys = ("bridge_orig", "fractal20220817_data", "libero_spatial")
-    model, processor = tiny(norm_stats={key: {"action": BRIDGE_LIKE_STATS} for key in keys})
-    for repository in ("openvla-7b", "openvla-7b-finetuned-libero-spatial"):
-        for one in (model, processor):
-            one.save_pretrained(owner.root / "openvla" / repository)
-    oft = write_tiny_oft(owner.root / "moojink/openvla-7b-oft-finetuned-libero-spatial")
-    statistics = json.loads((oft / STATISTICS_FILE).read_text())
-    (oft / STATISTICS_FILE).write_text(json.dumps({"libero_spatial_no_noops": statistics["tiny"]}))
-    for name in ("kitchen", "workshop"):
-        episodes = [fake_episode(seed=seed, steps=6) for seed in range(3)]
-        write_lerobot(episodes, owner.root / "datasets/lab" / name)
+    shutil.copytree(small_repositories, owner.root, dirs_exist_ok=True)
     return owner
 
 
