@@ -132,6 +132,17 @@ def test_a_server_without_ranges_is_refused(server, episodes, tmp_path):
         list(load(f"{server.url}/arm", streaming=True))
 
 
+def test_a_remote_folder_that_is_missing_or_unreadable_is_named(server, episodes, tmp_path):
+    write_rlds(episodes, tmp_path / "arm")
+    with pytest.raises(FileNotFoundError, match=r"^'http://.*/none' does not contain a dataset in a known format"):
+        load(f"{server.url}/none", streaming=True)
+    server.failures = {"features.json": 0, "dataset_info.json": 1}
+    with pytest.raises(
+        OSError, match=r"^http://.*/arm can't be read \(503.*\)\. Check the connection and try again\.$"
+    ):
+        load(f"{server.url}/arm", streaming=True)
+
+
 def test_the_package_of_a_scheme_is_named_if_it_is_missing(tmp_path):
     for scheme, package in (("gs", "gcsfs"), ("s3", "s3fs")):
         message = (

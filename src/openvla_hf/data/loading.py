@@ -16,8 +16,6 @@ from typing import Any
 import datasets
 import fsspec
 from datasets import Dataset, IterableDataset
-from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DataFilesNotFoundError
 from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
 
@@ -29,7 +27,7 @@ from .open_x import known_table
 from .plain_datasets import adapt_stream, adapt_table
 from .readers.lerobot import INFO_FILE, LeRobotSource
 from .readers.rlds import RLDSSource, find_version
-from .remote import find_folder, url_prefix
+from .remote import as_os_error, find_folder, url_prefix
 from .robots import registered_robots
 from .shard_rows import ShardRows
 from .streams import FrameStream
@@ -229,11 +227,16 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
 
     Raises:
         FileNotFoundError: There is nothing at `data`, or it contains no data.
+        OSError: A remote folder can't be read.
         ValueError: The format is unknown, or the split is missing.
     """
     if isinstance(data, (Dataset, IterableDataset)):
         return data
-    path = os.fspath(data)
+    with as_os_error(data):
+        return _open(os.fspath(data), split, streaming)
+
+
+def _open(path: str, split: str, streaming: bool) -> Source | Frames:
     if "://" not in path and not os.path.exists(path):
         is_file = path.endswith((*FOREIGN, ".parquet"))
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or is_file:
@@ -254,7 +257,7 @@ def open_source(data: str | os.PathLike | Frames, split: str, streaming: bool) -
         return datasets.load_dataset("parquet", data_files={split: path}, split=split, streaming=streaming)
     try:
         return datasets.load_dataset(path.removeprefix("hf://datasets/"), split=split, streaming=streaming)
-    except (EmptyDatasetError, DataFilesNotFoundError) as error:
+    except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path!r} does not contain a dataset in a known format (LeRobot, RLDS or parquet)."
         ) from error

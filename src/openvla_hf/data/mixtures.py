@@ -18,7 +18,7 @@ from .loading import load
 from .open_x import dataset_robot, known_table
 from .open_x.table import check_weights
 from .readers.rlds import RLDSSource, find_version, split_for_training
-from .remote import find_folder
+from .remote import as_os_error, find_folder
 from .robots import registered_robots
 from .streams import FrameStream, mix_streams
 from .whole_statistics import whole_statistics
@@ -166,7 +166,8 @@ def select_datasets(
     if refused and not allow_missing:
         raise ValueError("\n".join([*refused.values(), GO_ON]))
     fs, root = find_folder(folder)
-    missing = [name for name in weights if name not in refused and not fs.exists(f"{root}/{name}")]
+    with as_os_error(folder):
+        missing = [name for name in weights if name not in refused and not fs.exists(f"{root}/{name}")]
     listed = "\n".join(f"  {name}: {_source(name)}" for name in missing)
     if missing and not allow_missing:
         raise FileNotFoundError(
@@ -191,8 +192,9 @@ def select_datasets(
 def training_split(path: str) -> str:
     """Return the split that the original trains on: of an RLDS dataset without a split "val", the first 95%."""
     fs, root = find_folder(path)
-    version = find_version(fs, root)
-    return split_for_training(RLDSSource(fs, version).splits)[0] if version else "train"
+    with as_os_error(path):
+        version = find_version(fs, root)
+        return split_for_training(RLDSSource(fs, version).splits)[0] if version else "train"
 
 
 def _problem(name: str) -> str | None:

@@ -6,8 +6,9 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -244,6 +245,18 @@ def retry(fs: AbstractFileSystem, path: str, read: Callable[[], Result]) -> Resu
             failures += 1
 
 
+@contextmanager
+def as_os_error(path: str | os.PathLike) -> Iterator[None]:
+    """Raise an error of a connection as an `OSError` that names the path."""
+    try:
+        yield
+    except read_errors() as error:
+        if isinstance(error, OSError):
+            raise
+        message = f"{os.fspath(path)} can't be read ({describe(error)}). Check the connection and try again."
+        raise OSError(message) from error
+
+
 def describe(error: Exception) -> str:
     """Return the message of an error, or its type if it has none."""
     return str(error) or type(error).__name__
@@ -252,6 +265,7 @@ def describe(error: Exception) -> str:
 __all__ = [
     "ForkSafe",
     "ReadAhead",
+    "as_os_error",
     "describe",
     "find_folder",
     "may_retry",
