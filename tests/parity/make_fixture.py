@@ -96,8 +96,8 @@ def keep_case(source: Path, target: Path, samples: list[dict[str, Any]], adapted
 
     cases = record.cases
     # The same pixels from a file of a fifth of the size.
-    keep_resized(record, 0, target, "images/0_224x224.png")
-    cases["images"][0] = "images/0_224x224.png"
+    cases["images"][0] = "images/0_224x224.webp"
+    keep_resized(record, 0, target, cases["images"][0])
     for path in cases["images"][1:]:
         shutil.copyfile(source / path, target / path)
     write_json(cases, target / "cases.json")
@@ -168,9 +168,9 @@ def keep_evaluation_images(source: Path, target: Path) -> None:
     """Keep images before the resize and the centre crop of the original's evaluation, and rows of the results."""
     target.mkdir(parents=True, exist_ok=True)
     for index in EVALUATION_IMAGES:
-        shutil.copyfile(source / f"{index}.jpeg.png", target / f"{index}.jpeg.png")
-        for name in (f"{index}.resized.png", f"{index}.resized_cropped.png"):
-            Image.fromarray(np.asarray(Image.open(source / name))[::ROW_STRIDE]).save(target / name, optimize=True)
+        for name, stride in (("jpeg", 1), ("resized", ROW_STRIDE), ("resized_cropped", ROW_STRIDE)):
+            pixels = np.asarray(Image.open(source / f"{index}.{name}.png"))
+            save_image(Image.fromarray(pixels[::stride]), target / f"{index}.{name}.webp")
 
 
 def keep_actions(golden: Path, target: Path) -> None:
@@ -240,7 +240,7 @@ def keep_resized(record: Recorded, index: int, target: Path, path: str) -> None:
     mean, std = (torch.tensor(values)[-1, :, None, None] for values in (processor.image_mean, processor.image_std))
     levels = ((pixels[-3:] * std + mean) * 255).round().to(torch.uint8)
     (target / path).parent.mkdir(exist_ok=True)
-    Image.fromarray(levels.permute(1, 2, 0).numpy()).save(target / path, optimize=True)
+    save_image(Image.fromarray(levels.permute(1, 2, 0).numpy()), target / path)
     if not torch.equal(processor(target / path)["pixel_values"][0], pixels):
         raise ValueError(f"{path} does not give the recorded pixels of image {index}.")
 
@@ -288,6 +288,11 @@ def clear(weights: dict[str, torch.Tensor], names: list[str]) -> None:
     """Set tensors to zero, which takes no room in a packed file."""
     for name in names:
         weights[name] = torch.zeros_like(weights[name])
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a WebP file without loss, which is smaller than PNG."""
+    image.save(path, lossless=True, quality=100, method=6, exact=True)
 
 
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
