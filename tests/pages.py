@@ -46,6 +46,8 @@ for program in openvla-hf accelerate docker pip make hf ray serve vllm python {"
     eval "$program() {{ record $program \\"\\$@\\"; }}"
 done
 taskset() {{ shift 2; "$@"; }}
+srun() {{ "$@"; }}
+scontrol() {{ echo first; }}
 """
 
 

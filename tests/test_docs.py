@@ -7,8 +7,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT, fill_in, read_blocks, run_command, small_hub, walk
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from pages import PAGES, ROOT, check_command, fill_in, read_blocks, read_commands, run_command, small_hub, walk
 from PIL import Image
+
+from openvla_hf.cli import build_parser
+from openvla_hf.cli.config_file import insert_config
 
 
 README = ROOT / "README.md"
@@ -80,6 +85,23 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, small_hub):
     (small_hub.root / "someone").mkdir(exist_ok=True)
     (small_hub.root / "someone/openvla-7b-adapter").symlink_to(Path("outputs/kitchen").absolute())
     walk(page, runs_on(page), SMALLER_PYTHON, image=Image.open("frame.png"))
+
+
+def test_the_scripts_for_clusters_start_64_processes_with_options_that_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {block.title: block.code for block in read_blocks(ROOT / "docs/open-x.md")}
+    machines = {"SLURM_NNODES": "8", "SLURM_JOB_NODELIST": "first,second"}
+    machines |= {"SKYPILOT_NUM_NODES": "8", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "first\nsecond"}
+    task = yaml.safe_load(files["openx.yaml"])
+    assert "#SBATCH --nodes=8\n#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=8\n" in files["openx.slurm"]
+    assert (task["num_nodes"], task["resources"]["accelerators"].rpartition(":")[2]) == (8, "8")
+    for script in (files["openx.slurm"], task["run"]):
+        ((program, *arguments),) = read_commands(script, machines)
+        check_command(program, *arguments)
+        launched = launch_command_parser().parse_args(arguments[1:])
+        finetuned = build_parser().parse_args(insert_config(launched.training_script_args))
+        assert (launched.num_machines, launched.num_processes, launched.main_process_ip) == (8, 64, "first")
+        assert finetuned.world_size == 64
 
 
 def test_links_of_the_readme_lead_to_files_of_the_repository():
