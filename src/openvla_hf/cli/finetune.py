@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     recipe, _ = check_run(arguments)
     cost = estimate_cost(AutoConfig.from_pretrained(args.model), recipe, num_images=len(args.cameras or [None]))
     is_main = PartialState().is_main_process
-    if is_main:
+    if is_main and not (args.dry_run and args.world_size):  # a plan has its own estimate, for a GPU of many
         print_table(cost_table(f"{args.recipe} on {args.model}", cost), stderr=True)
     if args.dry_run:
         plan = _print_plan(args, arguments) if args.world_size else {}
