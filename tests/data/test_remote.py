@@ -61,7 +61,7 @@ def test_a_server_need_not_list_folders(server, written, tmp_path):
 def test_forked_workers_open_their_own_connections(server, written, tmp_path):
     stream = load(f"{server.url}/{written}", streaming=True)
     next(iter(stream))
-    loader = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
     drawn = sorted((frame["episode_index"], frame["frame_index"]) for frame in loader)
     assert drawn == [(frame["episode_index"], frame["frame_index"]) for frame in load(tmp_path / written)]
 
@@ -154,12 +154,15 @@ def test_the_package_of_a_scheme_is_named_if_it_is_missing(tmp_path):
         load("gsx://bucket/jaco_play", streaming=True)
 
 
-def test_a_stream_of_a_repository_on_the_hub_gives_the_frames_of_the_local_folder(hub, written, tmp_path, run_python):
-    shutil.copytree(tmp_path / written, hub.root / "datasets/someone" / written)
+def test_streams_of_repositories_on_the_hub_give_the_frames_of_the_local_folders(hub, episodes, tmp_path, run_python):
+    for name, write in FORMATS.items():
+        write(episodes, tmp_path / name)
+        shutil.copytree(tmp_path / name, hub.root / "datasets/someone" / name)
     code = """if True:
         import sys
         from openvla_hf.data import load
-        print([int(frame["image"].sum()) for frame in load(sys.argv[1], streaming=True)])
+        print([int(frame["image"].sum()) for name in sys.argv[1:] for frame in load(name, streaming=True)])
         """
-    result = run_python(code, f"someone/{written}", **hub.env)
-    assert json.loads(result.stdout) == [int(frame["image"].sum()) for frame in load(tmp_path / written)]
+    result = run_python(code, *(f"someone/{name}" for name in FORMATS), **hub.env)
+    expected = [int(frame["image"].sum()) for name in FORMATS for frame in load(tmp_path / name)]
+    assert json.loads(result.stdout) == expected
