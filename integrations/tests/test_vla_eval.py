@@ -200,7 +200,7 @@ def test_environments_that_act_at_the_same_time_share_a_batch_but_not_a_session(
     ("missing", "message"),
     [
         ({"images": {"agentview": observation(0)["images"]["agentview"]}}, "no image for .* camera 'wrist_image'"),
-        ({"states": None}, "no state, but the policy sees 8 dimensions"),
+        ({"states": None}, "no state, but the policy needs one of 8 dimensions"),
         ({"task_description": ""}, "no 'task_description'"),
     ],
 )
