@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
+from openvla_hf.checkpoints.describe import describe
 from openvla_hf.checkpoints.merge import merge_adapter
 from openvla_hf.checkpoints.model_card import read_training
 from openvla_hf.data import Augmentation, from_episodes, write_lerobot
@@ -202,9 +203,11 @@ def test_a_trained_adapter_acts_alone_merged_and_as_a_whole_checkpoint(base, tmp
     expected = predict(trained, trainer.eval_collator.processor, frame)
     assert expected.shape == (CHUNK, 7)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
-    AutoModel.from_pretrained(tmp_path / "merged").save_pretrained(tmp_path / "again")
-    for folder in ("adapter", "merged", "again"):
-        processor = AutoProcessor.from_pretrained(tmp_path / ("merged" if folder == "again" else folder))
+    for folder in ("adapter", "merged"):
+        for auto in (AutoModel, AutoProcessor):
+            auto.from_pretrained(tmp_path / folder).save_pretrained(tmp_path / f"{folder} again")
+    for folder in ("adapter", "adapter again", "merged", "merged again"):
+        processor = AutoProcessor.from_pretrained(tmp_path / folder)
         model = AutoModel.from_pretrained(tmp_path / folder)
         assert processor.cameras == list(CAMERAS)
         if name == "oft-discrete":
@@ -290,8 +293,10 @@ def test_a_recipe_of_chunks_reads_its_data_trains_and_leaves_a_policy(base, arm,
     assert report.frames == len(frames) == 2 * (6 - CHUNK + 1)
     assert len(report.mean_absolute_error) == 7
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "predict_action" in card
+    assert "processor([front, wrist], instruction=" in card
+    assert "state=state" in card
     assert "3 actions, l1 head" in card
+    assert describe(tmp_path / "run").oft["num_images"] == 2
     assert "a tenth after 100000 steps" in card
 
 

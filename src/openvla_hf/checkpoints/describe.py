@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, hf_api
 from ..modeling.action_tokenizer import action_dim, check_statistics
 from ..modeling.checkpoint_files import (
     ADAPTER_CONFIG,
+    ADAPTER_POLICY,
     HUB_ERRORS,
     OFT_FILES,
     STATISTICS_FILE,
@@ -121,7 +122,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         has_code=adapter is None and "configuration_openvla.py" in sizes,
         statistics=statistics,
         statistics_file=STATISTICS_FILE if in_file else CONFIG_NAME if in_config else None,
-        oft=_oft_fields(components, config, statistics),
+        oft=_oft_fields(components, config if adapter is None else files.read_json(ADAPTER_POLICY) or {}, statistics),
     )
 
 

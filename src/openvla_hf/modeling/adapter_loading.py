@@ -7,7 +7,7 @@ of that layer equals three adapters, each with the shared A and a third of B.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -17,7 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from .checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointFiles, read_json, unreadable_weights
+from .action_networks import action_fields, list_networks
+from .checkpoint_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_POLICY,
+    ADAPTER_WEIGHTS,
+    CheckpointFiles,
+    read_json,
+    unreadable_weights,
+)
 from .weight_mapping import RENAMINGS
 
 
@@ -121,6 +129,26 @@ def translate(model: nn.Module, config_file: str, weights_file: str, folder: Pat
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     save_file(adapted, folder / ADAPTER_WEIGHTS)
     return whole
+
+
+def add_trained_in_full(model: nn.Module, modules: Sequence[str], folder: Path) -> None:
+    """Add the modules that were trained in full to an adapter that transformers saved without them.
+
+    Args:
+        model: Model with the adapter.
+        modules: Names of the modules, as in `modules_to_save`.
+        folder: Folder of the adapter.
+    """
+    config = read_json(folder / ADAPTER_CONFIG) | {"modules_to_save": list(modules)}
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    for name, weight in model.named_parameters():
+        if _is_trained_in_full(name, config) and ".lora_" not in name:
+            weights[PREFIX + name] = weight.detach().cpu().contiguous()
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if list_networks(model):
+        fields = json.dumps(action_fields(model.config), indent=2)
+        (folder / ADAPTER_POLICY).write_text(fields, encoding="utf-8")
 
 
 def _check_whole_weights(
@@ -359,4 +387,4 @@ def _layer(layers: dict[str, nn.Module], layer: str, key: str) -> nn.Module:
     return layers[layer]
 
 
-__all__ = ["is_published", "our_name", "refuse_merged", "split_fused", "translate"]
+__all__ = ["add_trained_in_full", "is_published", "our_name", "refuse_merged", "split_fused", "translate"]

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .action_networks import add_action_networks
 from .action_tokenizer import BOUNDS_OF, check_action_stats, check_statistics
-from .adapter_loading import refuse_merged, translate
+from .adapter_loading import add_trained_in_full, refuse_merged, translate
 from .checkpoint_files import (
     ADAPTER_CONFIG,
     ADAPTER_POLICY,
@@ -249,6 +249,8 @@ class CheckpointMixin(_Base):
 
     config: OpenVLAConfig
     norm_stats: dict[str, Any] | None
+    # Names of the modules that came with the adapter as whole weights.
+    _trained_in_full: Sequence[str] = ()
 
     @classmethod
     def from_pretrained(
@@ -344,6 +346,7 @@ class CheckpointMixin(_Base):
             for name, weight in whole.items():
                 self.get_parameter(name).data.copy_(weight)
             info = super().load_adapter(folder, adapter_name, **kwargs)
+        self._trained_in_full = read_json(config_file).get("modules_to_save") or []
         problems = info.missing_keys | info.unexpected_keys | {key for key, *_ in info.mismatched_keys}
         if problems:
             raise ValueError(
@@ -361,6 +364,7 @@ class CheckpointMixin(_Base):
         that, its weights and statistics are gone.
 
         Raises:
+            ValueError: An adapter with modules that were trained in full is to be pushed in the same call.
             OSError: A file can't be written, as on a full disk.
         """
         self.config.auto_map = dict(AUTO_MAP)
@@ -370,9 +374,16 @@ class CheckpointMixin(_Base):
             super().save_pretrained(save_directory, **kwargs)
             return
         if kwargs.get("push_to_hub"):
+            if self._trained_in_full:
+                raise ValueError(
+                    "This adapter has modules that were trained in full: save it without `push_to_hub`, and call "
+                    "`push_to_hub` afterwards."
+                )
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
+            if self._trained_in_full and (folder / ADAPTER_CONFIG).exists():
+                add_trained_in_full(self, self._trained_in_full, folder)
             if self.norm_stats and any(folder.iterdir()):  # empty where another process saves
                 (folder / STATISTICS_FILE).write_text(json.dumps(self.norm_stats, indent=2), encoding="utf-8")
 
