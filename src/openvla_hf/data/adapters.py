@@ -175,7 +175,10 @@ class Robot:
         if not self.camera and len(cameras) == 1:
             return next(iter(cameras))
         if not self.camera:
-            raise ValueError(f"The dataset has several cameras. Pass camera=, one of {listed(cameras)}.")
+            raise ValueError(
+                f"The dataset has several cameras, {listed(cameras)}. Pass camera= with one of them, or cameras= for "
+                "a policy that sees several."
+            )
         return find_name(self.camera, cameras, "camera")
 
     def action_columns(self, available: Collection[str]) -> list[str]:
