@@ -11,9 +11,11 @@ measures a single robot in the same run. Run nothing else on the machine meanwhi
 import argparse
 import asyncio
 import contextlib
+import http.client
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -92,11 +94,12 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     blocks = max(options.rounds // BLOCK, 1)
     inputs = [processor(Image.open(io.BytesIO(one.jpeg)), instruction=one.instruction) for one in frames]
     seconds: dict[str, list[float]] = {"predict_action": [], "JPEG to action": [], "over HTTP": []}
-    with running_server(options.model) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
+    with running_server(options.model) as (url, _), contextlib.closing(connect(url)) as connection:
+        requests = [write_request(url, one) for one in frames]
         calls: dict[str, Callable[[int], Any]] = {
             "predict_action": lambda number: model.predict_action(**inputs[number]),
             "JPEG to action": lambda number: predict(model, processor, frames[number]),
-            "over HTTP": lambda number: ask(client, frames[number]),
+            "over HTTP": lambda number: ask(connection, requests[number]),
         }
         for _ in track(range(blocks), "calls", console=Console(stderr=True)):
             for name, call in calls.items():
@@ -115,10 +118,30 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ask(client: httpx.Client, frame: Frame) -> dict[str, Any]:
-    answer = client.post("/v1/act", data={"instruction": frame.instruction}, files={"image": frame.jpeg})
-    answer.raise_for_status()
-    return answer.json()
+def connect(url: str) -> http.client.HTTPConnection:
+    """Connect with the plainest client, so that the time is that of the server."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.connect()
+    # Otherwise the kernel may hold back the body of a request until its head has been acknowledged.
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def write_request(url: str, frame: Frame) -> httpx.Request:
+    """Write the form of a frame."""
+    form = httpx.Request("POST", f"{url}/v1/act", data={"instruction": frame.instruction}, files={"image": frame.jpeg})
+    form.read()
+    return form
+
+
+def ask(connection: http.client.HTTPConnection, request: httpx.Request) -> dict[str, Any]:
+    """Send a request and read its answer."""
+    connection.request(request.method, request.url.path, request.content, dict(request.headers))
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    if response.status != httpx.codes.OK:
+        raise SystemExit(f"The server answered {response.status}: {answer}")
+    return answer
 
 
 @dataclass
