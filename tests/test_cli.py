@@ -107,7 +107,9 @@ def test_images_and_states_that_a_plain_policy_does_not_take(policy, capsys):
     named = ["--image", f"front={frame}"]
     assert "give one CAMERA=IMAGE for each camera" in refusal(capsys, *command, *named)
     assert "Got images by camera name ('front')" in refusal(capsys, *command[:-2], *named)
-    assert "this processor takes none: leave --state out" in refusal(capsys, *command, "--state", "0.1 -2e-3")
+    assert "the policy of this processor takes none: leave --state out" in refusal(
+        capsys, *command, "--state", "0.1 -2e-3"
+    )
     assert "argument --state: must be numbers separated by spaces, got 'home'" in refusal(
         capsys, *command, "--state", "home"
     )

@@ -387,7 +387,9 @@ def test_a_stream_of_rows_checks_the_size_of_states(two_cameras):
     with pytest.raises(BadEpisodeError, match=message):
         list(load(stream, name="arm", cameras=CAMERAS, state=True))
     assert len(list(load(stream, name="arm", cameras=CAMERAS))) == 5 * STEPS
-    with pytest.raises(ValueError, match=r"'arm: state' has rows of 5 and 7 numbers\."):
+    with pytest.raises(
+        ValueError, match=r"'arm: state' has rows of 5 and 7 numbers: give every frame the same number\."
+    ):
         compute_statistics(from_episodes(two_cameras, name="arm", cameras=["front"]))
 
 

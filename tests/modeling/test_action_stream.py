@@ -36,6 +36,13 @@ def test_the_kind_of_stream_follows_the_model(model, tiny):
             plain.action_stream(**given)
 
 
+@pytest.mark.parametrize("key", ["other", ["tiny", "other"]])
+def test_an_unknown_key_is_refused_before_the_first_action(model, tiny, key):
+    for policy in (model, tiny()[0]):
+        with pytest.raises(ValueError, match="'other'"):
+            policy.action_stream(key)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("execute", [None, 1, 3])
 def test_a_stream_plays_each_chunk_in_order(model, execute, rows):

@@ -192,7 +192,7 @@ def test_one_state_does_not_serve_a_batch(processor, images):
 
 
 def test_a_plain_processor_refuses_a_state_and_names(make, images):
-    with pytest.raises(ValueError, match=r"this processor takes none: leave `state=` out, or .* `state_dim=`"):
+    with pytest.raises(ValueError, match=r"takes none: leave `state=` out\. .* `state_dim=`"):
         prepare(make(), images[0], state=[0.0])
     for one in ({"front": images[0]}, [{"front": images[0]}] * 2):
         with pytest.raises(ValueError, match=r"camera name \('front'\), but .* `cameras=`"):

@@ -63,7 +63,7 @@ def test_the_blocks_of_the_page_make_a_loop_that_keeps_its_limits_and_stops(page
         assert max(lengths) <= page["limits"].max_translation + 1e-9
 
         robot.robot.xyz = np.array([0.3, 0.0, -0.1])
-        with pytest.raises(UnsafeAction, match="out of the workspace"):
+        with pytest.raises(UnsafeAction, match="outside the workspace"):
             page["run_episode"](session, robot, "pick up the red block")
         robot.home()
         monkeypatch.setattr(page["client"], "timeout", 1e-6)

@@ -17,8 +17,8 @@ def action(*values):
     [
         (action(0.04, 0.04), MIDDLE, r"moves by 0\.057 m; the limit is 0\.05 m"),
         (action(0, 0, 0, 0.2, 0.2), MIDDLE, r"rotates by 0\.283 rad; the limit is 0\.2 rad"),
-        (action(0, 0, -0.03), [0, 0, 0.02], r"moves to \[0\.0, 0\.0, -0\.01\], out of the workspace"),
-        (action(), [0, 0, 0.41], "end effector is at .*, out of the workspace"),
+        (action(0, 0, -0.03), [0, 0, 0.02], r"moves to \[0\.0, 0\.0, -0\.01\], outside the workspace"),
+        (action(), [0, 0, 0.41], "end effector is at .*, outside the workspace"),
         (action(np.nan), MIDDLE, "not finite"),
         (action(), [0, 0, np.inf], "not finite"),
     ],

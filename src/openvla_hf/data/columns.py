@@ -20,7 +20,9 @@ def matrix(column: pa.ChunkedArray, name: str) -> np.ndarray:
         return column.to_numpy().reshape(-1, 1)
     sizes = sorted(pc.unique(pc.list_value_length(column)).to_pylist())
     if len(sizes) > 1:
-        raise ValueError(f"{name!r} has rows of {' and '.join(map(str, sizes))} numbers.")
+        raise ValueError(
+            f"{name!r} has rows of {' and '.join(map(str, sizes))} numbers: give every frame the same number."
+        )
     return pc.list_flatten(column).to_numpy().reshape(len(column), -1)
 
 

@@ -265,6 +265,9 @@ class ActionPredictionMixin(_Base):
         """
         if not self.config.reasoning and (reuse_reasoning is not None or tokenizer is not None):
             raise ValueError("`reuse_reasoning` and `tokenizer` need a model with `reasoning=True`: leave them out.")
+        for key in unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key]:
+            if key is not None:
+                self.get_action_stats(key)  # here rather than at the robot's first action
         if self.config.is_parallel:
             return ChunkStream(self, unnorm_key, execute, ensemble)
         if execute is not None or ensemble is not None:

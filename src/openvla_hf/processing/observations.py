@@ -101,7 +101,8 @@ def read_state(state: Any, state_dim: int | None, batch_size: int) -> np.ndarray
         if state is None:
             return None
         raise ValueError(
-            "Got a state, but this processor takes none: leave `state=` out, or load the processor with `state_dim=`."
+            "Got a state, but the policy of this processor takes none: leave `state=` out. If the policy does take a "
+            "state, load the processor with `state_dim=`."
         )
     if state is None:
         raise ValueError(f"The state is missing: pass `state=` with the {state_dim} dimensions of the robot's state.")

@@ -56,7 +56,7 @@ class SafetyLimits:
                 raise UnsafeAction(f"The action {name} by {length:.3f} {unit}; the limit is {limit:g} {unit}.")
         if not self._contains(position + action[:3]):
             raise UnsafeAction(
-                f"The action moves to {(position + action[:3]).round(3).tolist()}, out of the workspace "
+                f"The action moves to {(position + action[:3]).round(3).tolist()}, outside the workspace "
                 f"{list(self.low)} to {list(self.high)}."
             )
 
@@ -70,7 +70,7 @@ class SafetyLimits:
             position: (3,) of the end effector before the action, in metres.
 
         Raises:
-            UnsafeAction: The action is not finite, or the end effector is out of the workspace already.
+            UnsafeAction: The action is not finite, or the end effector is outside the workspace already.
         """
         action, position = self._read(action, position)
         for part, limit in ((slice(0, 3), self.max_translation), (slice(3, 6), self.max_rotation)):
@@ -91,7 +91,7 @@ class SafetyLimits:
             raise UnsafeAction(f"The action {action.tolist()} at position {position.tolist()} is not finite.")
         if not self._contains(position):
             raise UnsafeAction(
-                f"The end effector is at {position.round(3).tolist()}, out of the workspace {list(self.low)} to "
+                f"The end effector is at {position.round(3).tolist()}, outside the workspace {list(self.low)} to "
                 f"{list(self.high)}. Move it back before the policy acts."
             )
         return action, position

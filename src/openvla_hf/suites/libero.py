@@ -49,7 +49,8 @@ class LiberoSuite(Suite):
         if len(low) != ACTION_DIM:
             raise ValueError(
                 f"LIBERO is not this policy's robot: it takes actions of {ACTION_DIM} dimensions, but the policy "
-                f"predicts {len(low)}."
+                f"predicts {len(low)}. Evaluate the policy on the suite of its own robot, or on "
+                "recordings with `--data`."
             )
 
 

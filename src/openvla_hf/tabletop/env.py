@@ -158,7 +158,7 @@ class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
         for family in tasks:
             _check_family(family)
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"Unknown render_mode {render_mode!r}; known: None, 'rgb_array'.")
+            raise ValueError(f"Unknown render_mode {render_mode!r}. Choose from None, 'rgb_array'.")
         if max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
         if hand_noise < 0:
@@ -192,7 +192,7 @@ class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
         family = options.pop("task", None)
         swap = bool(options.pop("swap_target", False))
         if options:
-            raise ValueError(f"Unknown reset options {sorted(options)}; known: 'task', 'swap_target'.")
+            raise ValueError(f"Unknown reset options {sorted(options)}. Choose from 'task', 'swap_target'.")
         if family is None:
             family = self.tasks[int(self.np_random.integers(len(self.tasks)))]
         _check_family(family)
@@ -271,7 +271,7 @@ class TabletopEnv(gymnasium.Env[Any, np.ndarray]):
 
 def _check_family(family: str) -> None:
     if family not in TASKS:
-        raise ValueError(f"Unknown task {family!r}; known: {', '.join(TASKS)}.")
+        raise ValueError(f"Unknown task {family!r}. Choose from {', '.join(TASKS)}.")
 
 
 def _check_cameras(cameras: tuple[str, ...]) -> None:
@@ -279,7 +279,7 @@ def _check_cameras(cameras: tuple[str, ...]) -> None:
         raise ValueError(f"cameras is empty; choose from {', '.join(CAMERAS)}.")
     for camera in cameras:
         if camera not in CAMERAS:
-            raise ValueError(f"Unknown camera {camera!r}; known: {', '.join(CAMERAS)}.")
+            raise ValueError(f"Unknown camera {camera!r}. Choose from {', '.join(CAMERAS)}.")
     if len(set(cameras)) < len(cameras):
         raise ValueError(f"cameras={cameras} names a camera twice; give each once.")
 

@@ -55,7 +55,7 @@ class TabletopSuite(Suite):
 
     def __post_init__(self) -> None:
         if self.condition not in CONDITIONS:
-            raise ValueError(f"Unknown condition {self.condition!r}; known: {', '.join(CONDITIONS)}.")
+            raise ValueError(f"Unknown condition {self.condition!r}. Choose from {', '.join(CONDITIONS)}.")
 
     def known_tasks(self) -> Mapping[str, tuple[str, ...]]:
         """Return the families of tasks."""
