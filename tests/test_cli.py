@@ -458,7 +458,7 @@ def test_recorded_demonstrations_can_be_loaded(kind, capsys, tmp_path):
     assert frames[0]["instruction"].startswith("lift the")
     assert np.asarray(frames[0]["image"]).shape == (224, 224, 3)
     assert main(["record", str(folder) + "2", "--task", "fold"]) == 2
-    assert "known: put, push, stack, lift" in capsys.readouterr().err
+    assert "Choose from put, push, stack, lift" in capsys.readouterr().err
 
 
 def test_both_cameras_and_the_state_are_recorded_on_request(capsys, tmp_path):
