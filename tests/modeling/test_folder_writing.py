@@ -196,7 +196,7 @@ def test_pushing_names_the_repository_after_the_folder(tiny, owner, tmp_path):
     model, _ = tiny()
     model.save_pretrained(tmp_path / "policy", push_to_hub=True)
     names = set(owner.files("someone/policy"))
-    assert {"config.json", "model.safetensors"} <= names
+    assert {"config.json", "model.safetensors", "dataset_statistics.json"} <= names
     assert not [name for name in names if UNFINISHED in name]
     kept = json.loads((tmp_path / "policy" / "config.json").read_text())
     assert json.loads(owner.files("someone/policy")["config.json"]) == kept

@@ -40,6 +40,8 @@ else:  # a mixin, combined with a `PreTrainedModel`
 
 # Weights, or an index of them, in the same folder.
 PLAIN_WEIGHTS = re.compile(r"[^/\\:\0]+\.safetensors(\.index\.json)?")
+# Arguments of `save_pretrained` that `push_to_hub` takes.
+UPLOAD_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 def stored_quantization(files: CheckpointFiles, config: Any = None) -> Any:
@@ -364,7 +366,6 @@ class CheckpointMixin(_Base):
         that, its weights and statistics are gone.
 
         Raises:
-            ValueError: An adapter with modules that were trained in full is to be pushed in the same call.
             OSError: A file can't be written, as on a full disk.
         """
         self.config.auto_map = dict(AUTO_MAP)
@@ -373,19 +374,17 @@ class CheckpointMixin(_Base):
             # All processes write into one folder, or this process writes nothing.
             super().save_pretrained(save_directory, **kwargs)
             return
-        if kwargs.get("push_to_hub"):
-            if self._trained_in_full:
-                raise ValueError(
-                    "This adapter has modules that were trained in full: save it without `push_to_hub`, and call "
-                    "`push_to_hub` afterwards."
-                )
-            kwargs.setdefault("repo_id", Path(save_directory).name)
+        # transformers would upload before the folder is complete.
+        is_pushed, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", Path(save_directory).name)
+        upload = {name: kwargs.pop(name) for name in UPLOAD_ARGUMENTS if name in kwargs}
         with written_whole(save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
             if self._trained_in_full and (folder / ADAPTER_CONFIG).exists():
                 add_trained_in_full(self, self._trained_in_full, folder)
             if self.norm_stats and any(folder.iterdir()):  # empty where another process saves
                 (folder / STATISTICS_FILE).write_text(json.dumps(self.norm_stats, indent=2), encoding="utf-8")
+        if is_pushed:
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **upload)
 
 
 __all__ = [
