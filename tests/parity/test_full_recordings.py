@@ -6,8 +6,8 @@ import pytest
 import test_parity as parity
 import torch
 from make_fixture import main as make_fixture
-from recordings import KEPT, Recorded, read_tower_overrides, unpack
 from PIL import Image
+from recordings import KEPT, Recorded, read_tower_overrides, unpack
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
