@@ -47,7 +47,7 @@ def create_app(service: Service) -> FastAPI:
 
     # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(title="openvla-hf", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for door in (openpi, original, page, v1):
+    for door in (v1, openpi, original, page):  # routes are tried in this order
         app.include_router(door.router(service))
     app.add_middleware(Guard, service=service)
     for kind, answer in (

@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import math
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -18,6 +19,25 @@ MAX_SCANS = 64
 START_OF_SCAN = b"\xff\xda"
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = 1
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A JPEG or PNG file that a client sent, which is decoded in the thread that prepares the observation.
+
+    Attributes:
+        data: The file.
+        camera: Name of the camera, for messages.
+        max_pixels: Largest number of pixels.
+    """
+
+    data: bytes
+    camera: str
+    max_pixels: int
+
+    def decode(self) -> Image.Image:
+        """Decode the image as RGB; see `decode_image`."""
+        return decode_image(self.data, self.camera, self.max_pixels)
 
 
 def decode_image(data: bytes, camera: str, max_pixels: int) -> Image.Image:
@@ -80,4 +100,4 @@ def decode_base64(text: str, camera: str) -> bytes:
         raise Unprocessable(f"The image of {camera[:100]!r} is not valid base64: encode the file.") from error
 
 
-__all__ = ["decode_base64", "decode_image"]
+__all__ = ["EncodedImage", "decode_base64", "decode_image"]

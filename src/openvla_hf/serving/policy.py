@@ -60,14 +60,14 @@ class Observation:
 
     Attributes:
         images: Image of each of the policy's cameras: PIL, or an array that the processor takes, such as uint8
-            (H, W, 3) or float (3, H, W) from 0 to 1.
+            (H, W, 3) or float (3, H, W) from 0 to 1. `Service.act` also takes an `EncodedImage`.
         instruction: Task of the robot.
         state: (S,) in robot units, if the policy sees it.
         unnorm_key: Name of the statistics; `None` for the policy's default.
         draft: (A,) guess of the action's ids, which sessions add.
     """
 
-    images: Mapping[str, Image.Image | np.ndarray]
+    images: Mapping[str, Any]
     instruction: str
     state: np.ndarray | None = None
     unnorm_key: str | None = None

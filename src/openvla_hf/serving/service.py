@@ -6,15 +6,16 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 
 from .batching import Batcher
 from .errors import PredictionFailed, SessionExpired, Superseded, TooManyRequests, Unprocessable
+from .images import EncodedImage
 from .metrics import Metrics
-from .policy import Observation, Prediction, ServedPolicy, Session
+from .policy import Observation, Prediction, Prepared, ServedPolicy, Session
 
 
 MILLISECONDS = 1000
@@ -171,7 +172,7 @@ class Service:
         robot.asked += 1
         number, observation, episode = robot.asked, session.observe(observation), session.episode
         try:
-            prepared = await asyncio.to_thread(self.policy.prepare, observation)
+            prepared = await asyncio.to_thread(self._prepare, observation)
         except (OSError, TypeError, ValueError) as error:
             raise Unprocessable(str(error)) from error
         if number < robot.queued:  # a large image takes longer to prepare
@@ -189,6 +190,14 @@ class Service:
         }
         timings = {f"{name}_ms": round(value * MILLISECONDS, 3) for name, value in seconds.items()}
         return Answer(session.receive(prediction), prediction, batched.batch_size, timings)
+
+    def _prepare(self, observation: Observation) -> Prepared:
+        """Decode the images that clients sent as files, and convert the observation to the model's inputs."""
+        decoded = {
+            camera: image.decode() if isinstance(image, EncodedImage) else image
+            for camera, image in observation.images.items()
+        }
+        return self.policy.prepare(replace(observation, images=decoded))
 
     def open_session(self, is_connected: bool = False) -> str:
         """Open a session and return its id.

@@ -1,7 +1,7 @@
 """The HTTP API: actions for images, sessions, and endpoints for operators."""
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from . import errors
 from .arrays import check_entries
 from .errors import BadRequest, ServingError, ShuttingDown, Unauthorized, Unprocessable, UnsupportedMediaType
-from .images import decode_base64, decode_image
+from .images import EncodedImage, decode_base64
 from .policy import Observation, Prediction
 from .service import Answer, Service
 
@@ -228,7 +228,7 @@ def router(service: Service) -> APIRouter:
         with service.metrics.count_errors():
             asked, files = await read_request(request)
             check_cameras(files, service.policy.cameras)
-            images = await asyncio.to_thread(decode_images, files, service.options.max_pixels)
+        images = {name: EncodedImage(data, name, service.options.max_pixels) for name, data in files.items()}
         state = None if asked.state is None else np.array(asked.state)
         observation = Observation(images, asked.instruction, state, asked.unnorm_key)
         answer = await until_gone(request, service.act(observation, asked.session))
@@ -368,11 +368,6 @@ def check_cameras(files: Iterable[str], cameras: Sequence[str]) -> None:
             raise Unprocessable(
                 f"This policy has no camera {name[:100]!r}: its cameras are {', '.join(map(repr, cameras))}."
             )
-
-
-def decode_images(files: Mapping[str, bytes], max_pixels: int) -> dict[str, Any]:
-    """Decode the image of each camera."""
-    return {camera: decode_image(data, camera, max_pixels) for camera, data in files.items()}
 
 
 Result = TypeVar("Result")
