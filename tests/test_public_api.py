@@ -126,6 +126,9 @@ API = {
         write_oft_components(folder, config, platform, head, proprio, film, step)
         write_tiny_oft(folder, platform, head, proprio, **components)
     """,
+    "openvla_hf.checkpoints.assemble": """
+        assemble(destination, language_model, dinov2, siglip, image_size, dtype, token, on_progress)
+    """,
     "openvla_hf.checkpoints.convert": """
         BASE_MODELS
         convert(source, destination, checkpoint, tokenizer, dtype, revision, token, on_progress, **config_overrides)
@@ -367,6 +370,9 @@ COMMANDS = {
     """,
     "convert": """
         source destination --checkpoint --tokenizer --dtype --config --revision --json
+    """,
+    "assemble": """
+        destination --dinov2 --siglip --language-model --image-size --dtype --json
     """,
     "finetune": """
         --data --mixture --data-dir --allow-missing --config --weights --robot --robots --split --camera --every

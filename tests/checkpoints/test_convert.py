@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoProcessor
 
 from openvla_hf import OpenVLAForActionPrediction
 from openvla_hf.checkpoints import convert as module
+from openvla_hf.checkpoints import policy_writing
 from openvla_hf.checkpoints.convert import BASE_MODELS, convert
 from openvla_hf.checkpoints.describe import describe
 from openvla_hf.checkpoints.published_weights import published_state_dict
@@ -104,7 +105,7 @@ def test_a_converted_run_acts_like_the_model_that_was_trained(policy, converted)
 
 def test_shards_hold_the_same_weights(converted, monkeypatch):
     whole = weights_of(converted())
-    monkeypatch.setattr(module, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(policy_writing, "SHARD_BYTES", 50_000)
     progress = []
     folder = converted(on_progress=lambda done, total: progress.append((done, total)))
     shards = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import (
+    assemble,
     bench,
     check,
     convert,
@@ -42,6 +43,7 @@ COMMANDS = (
     push,
     export,
     convert,
+    assemble,
     finetune,
     doctor,
     check,

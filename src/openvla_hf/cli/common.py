@@ -6,7 +6,9 @@ import math
 import os
 import runpy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -18,7 +20,7 @@ from rich.text import Text
 
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Platforms of OpenVLA-OFT.
 PLATFORMS = ("libero", "aloha", "bridge")
 # Values of `device_map` that spread a model over several devices.
@@ -213,6 +215,16 @@ def add_oft_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_written_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the data type of a checkpoint that is written."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES[1:],
+        default="bfloat16",
+        help="data type of the written weights (default: %(default)s)",
+    )
+
+
 def load_model(
     model_id: str, dtype: str = "auto", device: str | None = None, **options: str | None
 ) -> tuple[Any, Any]:
@@ -285,6 +297,26 @@ def counting_bars(args: argparse.Namespace) -> Progress:
     """Make progress bars that count, on standard error; with --json they stay hidden."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     return Progress(*columns, console=console(stderr=True), disable=args.json, transient=True)
+
+
+@contextmanager
+def writing_progress(title: str, args: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
+    """Show how much of a checkpoint is written, by the function that it yields; with --json nothing is shown."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with Progress(console=console(stderr=True), disable=args.json) as progress:
+        bar = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def print_written(folder: Path, args: argparse.Namespace) -> None:
+    """Print the folder of a new checkpoint and the size of its weights."""
+    size = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
+    if args.json:
+        print_json({"folder": str(folder), "dtype": args.dtype, "weight_bytes": size})
+    else:
+        print(f"{folder}: {size / 1e9:.2f} GB of weights in {args.dtype}")
 
 
 def print_table(table: Table, stderr: bool = False) -> None:

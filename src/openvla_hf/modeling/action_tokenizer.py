@@ -193,7 +193,8 @@ def resolve_key(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> st
     if not norm_stats:
         raise ValueError(
             "This checkpoint has no action statistics, so its actions can't be turned into robot units: put a "
-            "`dataset_statistics.json` next to its weights, set `model.norm_stats`, or pass `stats=`."
+            "`dataset_statistics.json` next to its weights, set `model.norm_stats`, or pass `stats=`. If it has not "
+            "learned to act yet, train it with `openvla-hf finetune`."
         )
     if unnorm_key is None and len(norm_stats) == 1:
         return next(iter(norm_stats))

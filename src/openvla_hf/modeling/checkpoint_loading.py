@@ -147,10 +147,11 @@ def named_base(adapter_config: dict[str, Any]) -> str | None:
 
 
 def refuse_training_run(source: Any, config: dict[str, Any]) -> None:
-    """Raise `ValueError` for the config of a training run of Prismatic, whose weights are in `.pt` files."""
-    if "model_type" not in config and "vla" in config:
+    """Raise `ValueError` for the config of a model of Prismatic, whose weights are in `.pt` files."""
+    if "model_type" not in config and not {"vla", "model"}.isdisjoint(config):
+        kind = "training run" if "vla" in config else "vision-language model"
         raise ValueError(
-            f"{source} is a training run of the original's code: convert it first with `openvla-hf convert {source} "
+            f"{source} is a {kind} of the original's code: convert it first with `openvla-hf convert {source} "
             "NEW_FOLDER`."
         )
 

@@ -142,7 +142,7 @@ class ServedPolicy:
     ):
         self.model, self.processor, self.model_id = model, processor, model_id
         keys = list(model.norm_stats or ())
-        self.default_key = resolve_key(model.norm_stats, unnorm_key) if unnorm_key or len(keys) == 1 else None
+        self.default_key = resolve_key(model.norm_stats, unnorm_key) if unnorm_key or len(keys) < 2 else None
         self.gripper_name, self.gripper = gripper, self._find_gripper(gripper)
         if execute is not None or ensemble is not None:
             model.action_stream(self.default_key or keys[0], execute=execute, ensemble=ensemble)  # raises if unfit
