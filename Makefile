@@ -48,7 +48,7 @@ test-ray: $(RAY)/.stamp  ## run the tests of replicas on Ray Serve, of which one
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -p no:cacheprovider tests/serving/test_ray.py
 
 test-metaworld: $(METAWORLD)/.stamp  ## run the tests that need MetaWorld, which renders with OSMesa
-	OMP_NUM_THREADS=1 $(METAWORLD)/bin/python -m pytest tests/suites/test_metaworld.py
+	OMP_NUM_THREADS=1 $(METAWORLD)/bin/python -m pytest -k metaworld tests/suites tests/serving/test_episodes.py
 
 test-integrations: test-vla-eval test-lerobot  ## run both of the next two
 
@@ -130,7 +130,7 @@ $(VLA_EVAL)/.stamp: pyproject.toml constraints.txt
 $(METAWORLD)/.stamp: pyproject.toml constraints.txt
 	@echo "Building $(METAWORLD), which takes a few minutes the first time"
 	@$(PYTHON) -m venv $(METAWORLD)
-	@$(METAWORLD)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[data,metaworld]' metaworld==3.1.1 \
+	@$(METAWORLD)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[data,metaworld,serve]' metaworld==3.1.1 \
 	    mujoco==3.3.0 pytest pytest-xdist
 	@touch $@
 

@@ -1,12 +1,20 @@
 import json
 
+import numpy as np
 import pytest
+from conftest import random_weights
 
 from openvla_hf.cli import main
+from openvla_hf.evaluation.suites import find_suite
 from openvla_hf.serving import Client
-from openvla_hf.serving.episodes import check_server, run_served_episodes
+from openvla_hf.serving.episodes import check_server, play_served, run_served_episodes
 from openvla_hf.serving.policy import ServedPolicy
+from openvla_hf.suites.metaworld import ACTION_NAMES
+from openvla_hf.suites.play import play
+from openvla_hf.suites.policies import model_policy
+from openvla_hf.suites.simulator import open_simulators
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
+from openvla_hf.testing import tiny_config, tiny_processor
 
 
 SEEDS = [FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + 2, FIRST_UNSEEN_SEED + 5]  # short episodes
@@ -35,6 +43,31 @@ def test_a_server_plays_the_same_episodes_as_its_policy_in_this_process(tabletop
     assert sorted(one.seed for one in there) == list(SEEDS)
     assert outcome(there) == outcome(here)
     assert any(one.success for one in there)
+
+
+def test_an_episode_of_metaworld_is_the_same_here_and_over_a_server_in_one_or_four_environments(metaworld, serve):
+    suite = find_suite("metaworld").select(["drawer-open-v3"]).with_protocol(episodes=4, max_steps=8)
+    ones = [1.0] * len(ACTION_NAMES)
+    statistics = {"q01": [-one for one in ones], "q99": ones, "mask": [True] * len(ones)}
+    config = tiny_config(norm_stats={"metaworld": {"action": statistics}})
+    policy = ServedPolicy(random_weights(config), tiny_processor(config=config), "tiny/metaworld")
+
+    def frames(environments, client=None):
+        """Play four episodes, and return the images of each."""
+        with open_simulators(suite, environments, processes=False) as simulators:
+            if client is None:
+                acting = model_policy(suite, policy.model, policy.processor)
+                played = list(play(acting, suite.episodes(), simulators, lambda episode: True))
+            else:
+                played = list(play_served(client, suite, suite.episodes(), simulators, keep_frames=lambda episode: True))
+        return {episode.seed: np.stack(rollout.frames).tobytes() for episode, rollout in played}
+
+    alone = frames(1)
+    assert len(set(alone.values())) == 4
+    assert frames(4) == alone
+    with serve(policy) as url, Client(url) as client:
+        assert frames(1, client) == alone
+        assert frames(4, client) == alone
 
 
 def test_episodes_that_nobody_waits_for_end_early(tabletop_server):

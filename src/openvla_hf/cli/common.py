@@ -34,8 +34,8 @@ UNLIMITED = 10_000
 # Options
 
 
-def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a policy to act with."""
+def add_policy_arguments(parser: Any) -> None:
+    """Add the options that name a policy to act with, to a parser or to a group of its options."""
     parser.add_argument(
         "--model",
         type=checkpoint,

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .common import add_policy_arguments, console, load_model, positive
 
@@ -15,11 +15,11 @@ TASKS = ("put", "push")
 
 
 def add_episode_arguments(
-    parser: argparse.ArgumentParser,
+    parser: Any,
     episodes: int | None,
     episodes_help: str = "number of episodes (default: %(default)s)",
 ) -> None:
-    """Add the options that choose the policy and its episodes. `episodes` is the default of --episodes."""
+    """Add the options that choose the policy and its episodes to a parser or a group. `episodes` is the default of --episodes."""
     add_policy_arguments(parser)
     parser.add_argument("--episodes", type=positive, default=episodes, help=episodes_help)
     parser.add_argument(

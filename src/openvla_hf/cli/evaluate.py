@@ -23,52 +23,57 @@ from .episodes import TASKS, add_episode_arguments, play, tabletop_policy, unsee
 from .suite import PATIENCE, add_suite_arguments, run_comparison, run_suite
 
 
-EXAMPLE = "evaluate --model outputs/kitchen --data lab/kitchen"
+EXAMPLE = """evaluate outputs/lift --task lift
+  openvla-hf evaluate outputs/kitchen --data lab/kitchen
+  openvla-hf evaluate outputs/drawer --suite metaworld --task drawer-open-v3
+  openvla-hf evaluate --server http://127.0.0.1:8000 --suite metaworld --task easy --envs 4"""
 TABLETOP_EPISODES = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("policy", nargs="?", type=checkpoint, metavar="MODEL", help="the same as --model")
+    group = parser.add_argument_group("policy and episodes")
     add_episode_arguments(
-        parser, None, f"number of episodes (default: {TABLETOP_EPISODES} on the tabletop, all of --data)"
+        group, None, f"number of episodes (default: {TABLETOP_EPISODES} on the tabletop, all of --data)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--condition",
         nargs="+",
         choices=("as told", "swapped", "black"),
         help="what to change in each tabletop episode: nothing (as told), the instruction, which then names the other "
         "object (swapped), or the image (black) (default: run all three)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--execute",
         type=positive,
-        help="actions of a chunk to execute on the tabletop before the policy predicts again (default: all)",
+        help="actions of a chunk to execute before the policy predicts again (default: all on the tabletop, those of "
+        "its protocol in a suite)",
     )
-    parser.add_argument(
-        "--server",
-        metavar="URL",
-        help="evaluate the policy of this server on the tabletop; --batch-size robots act at the same time",
+    add_suite_arguments(parser.add_argument_group("suites"))
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--server", metavar="URL", help="evaluate the policy of this server; --batch-size robots act at the same time"
     )
-    parser.add_argument(
+    group.add_argument(
         "--token-file",
         type=file,
         metavar="FILE",
         help=f"file with the server's token (default: the variable {TOKEN_VARIABLE})",
     )
-    parser.add_argument(
+    group = parser.add_argument_group("recorded episodes")
+    group.add_argument(
         "--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--frames", type=positive, help="number of frames of --data, spread over the episodes (default: 1000)"
     )
     recorded = "(default: the episodes that training held out)"
-    add_data_arguments(parser, split=None, split_help=f"evaluate on all episodes of this split {recorded}")
-    parser.add_argument(
+    add_data_arguments(group, split=None, split_help=f"evaluate on all episodes of this split {recorded}")
+    group.add_argument(
         "--cameras",
         nargs="+",
         help="cameras of a policy that sees several, instead of --camera (default: as in training, or the policy's)",
     )
-    add_suite_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

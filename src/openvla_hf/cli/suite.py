@@ -24,9 +24,8 @@ PATIENCE = 60.0
 PICTURES = 3
 
 
-def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of suites."""
-    group = parser.add_argument_group("suites")
+def add_suite_arguments(group: Any) -> None:
+    """Add the options of suites to a group of options."""
     group.add_argument(
         "--suite",
         metavar="NAME",
