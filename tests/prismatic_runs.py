@@ -1,4 +1,4 @@
-"""Training runs in the form in which the original's training code (Prismatic) saves them."""
+"""Training runs and vision-language models, as the original's training code (Prismatic) saves them."""
 
 import json
 
@@ -31,4 +31,21 @@ def write_run(folder, parts, statistics, base=FUSED, name="step-000010-epoch-00-
     (folder / "config.json").write_text(json.dumps({"run_id": "mine", "vla": {"base_vlm": base, "vla_id": "mine"}}))
     (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
     torch.save({"model": parts, "optimizer": {"state": torch.ones(3)}}, folder / "checkpoints" / name)
+    return folder
+
+
+def write_vlm(folder, parts, **fields):
+    """Write a vision-language model. The file of one whose towers were not trained has no part `vision_backbone`."""
+    (folder / "checkpoints").mkdir(parents=True)
+    model = {
+        "model_id": FUSED,
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "llama2-7b-pure",
+        "image_resize_strategy": "resize-naive",
+        "llm_max_length": 2048,
+    }
+    config = {"model": model | fields, "dataset": {"type": "llava-lvis4v-lrv"}, "stage": "finetune", "seed": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save({"model": parts}, folder / "checkpoints" / "latest-checkpoint.pt")
     return folder
