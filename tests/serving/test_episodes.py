@@ -59,7 +59,9 @@ def test_an_episode_of_metaworld_is_the_same_here_and_over_a_server_in_one_or_fo
                 acting = model_policy(suite, policy.model, policy.processor)
                 played = list(play(acting, suite.episodes(), simulators, lambda episode: True))
             else:
-                played = list(play_served(client, suite, suite.episodes(), simulators, keep_frames=lambda episode: True))
+                played = list(
+                    play_served(client, suite, suite.episodes(), simulators, keep_frames=lambda episode: True)
+                )
         return {episode.seed: np.stack(rollout.frames).tobytes() for episode, rollout in played}
 
     alone = frames(1)

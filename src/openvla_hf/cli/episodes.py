@@ -19,7 +19,10 @@ def add_episode_arguments(
     episodes: int | None,
     episodes_help: str = "number of episodes (default: %(default)s)",
 ) -> None:
-    """Add the options that choose the policy and its episodes to a parser or a group. `episodes` is the default of --episodes."""
+    """Add the options that choose the policy and its episodes to a parser or a group.
+
+    `episodes` is the default of --episodes.
+    """
     add_policy_arguments(parser)
     parser.add_argument("--episodes", type=positive, default=episodes, help=episodes_help)
     parser.add_argument(

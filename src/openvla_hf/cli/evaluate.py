@@ -61,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"file with the server's token (default: the variable {TOKEN_VARIABLE})",
     )
     group = parser.add_argument_group("recorded episodes")
-    group.add_argument(
-        "--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)"
-    )
+    group.add_argument("--data", help="folder, URL or Hub id of recorded episodes (default: evaluate on the tabletop)")
     group.add_argument(
         "--frames", type=positive, help="number of frames of --data, spread over the episodes (default: 1000)"
     )
