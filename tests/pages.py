@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.merge import merge_command_parser
 from hub_server import HubServer
 from PIL import Image
 
@@ -105,6 +106,8 @@ def check_command(program: str, *arguments: str) -> None:
     """Check that the options of a command are known and the files that it names exist, without running it."""
     if program == "openvla-hf":
         build_parser().parse_args(insert_config(fill_in(list(arguments))))
+    elif (program, arguments[0]) == ("accelerate", "merge-weights"):
+        merge_command_parser().parse_args(arguments[1:])
     elif program == "accelerate":
         assert (ROOT / "src/openvla_hf/configs" / Path(arguments[2]).name).is_file(), arguments
         check_command("openvla-hf", *arguments[arguments.index("openvla_hf.cli") + 1 :])

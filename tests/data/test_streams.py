@@ -5,6 +5,7 @@ import pickle
 import threading
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +136,37 @@ def test_used_frames_are_skipped_without_decoding(write, decoded, shuffle_buffer
     assert rest[: 13 * 4] == [{}] * 13 * 4
     assert keys(rest[13 * 4 :]) == keys(straight[13 * 4 :])
     assert len(decoded) == 8
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "batch_size"),
+    [(1, 1, 4), (1, 1, 8), (1, 2, 8), (4, 1, 2), (4, 2, 1), (2, 1, 4), (8, 1, 1)],
+    ids=lambda value: str(value),
+)
+def test_other_numbers_of_ranks_and_workers_continue_with_the_same_samples(
+    write, without_images, monkeypatch, ranks, workers, batch_size
+):
+    stream = mix([(load(write(9, 4, 7, 20, 3), streaming=True, shuffle_buffer=5), 1.0, 43)], seed=3)
+
+    def steps(ranks, workers, batch_size, used, count, order=None):
+        """Return the samples of the steps after the used ones, as `workers` of each of the ranks give them."""
+        batches = 16 // ranks // batch_size  # of a step of 16 samples
+        drawn = Counter()
+        for rank, worker in itertools.product(range(ranks), range(workers)):
+            info = SimpleNamespace(id=worker, num_workers=workers)
+            monkeypatch.setattr("torch.utils.data.get_worker_info", lambda info=info: info)
+            mine = TrainingStream(stream, rank, ranks, batch_size)
+            mine.first_batch, mine.order = used * batches, order
+            numbers = range(worker, (used + count) * batches, workers)
+            frames = take(mine, len(numbers) * batch_size)
+            for place, frame in enumerate(frames):
+                if frame:
+                    drawn[numbers[place // batch_size] // batches, *keys([frame])] += 1
+        return drawn
+
+    straight = steps(2, 2, 4, 0, 6)
+    rest = Counter({key: count for key, count in straight.items() if key[0] >= 3})
+    assert steps(ranks, workers, batch_size, 3, 3, order=(4, 4)) == rest
 
 
 def test_a_mixture_continues_from_a_position_without_decoding_used_frames(write, decoded):

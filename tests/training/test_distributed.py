@@ -2,25 +2,39 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import distributed_runs
 import pytest
+import torch
+from accelerate.utils import merge_fsdp_weights
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from openvla_hf.data import write_rlds
+from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import fake_episode
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "src" / "openvla_hf" / "configs"
 STREAM_STEPS = 30  # of four frames: four passes over the 30 frames, two of each process
 # `accelerate launch` after the imports that the forked processes share.
+# Several launches in one process, so that all of their processes are forked after the same imports.
 LAUNCH = """
+import json, sys
 import openvla_hf.data, openvla_hf.testing, openvla_hf.training.trainer
 from accelerate.commands.launch import main
-main()
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except ChildFailedError:
+        if "dies_after" not in arguments[-1]:
+            raise
 """
 INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red block")
 
@@ -41,31 +55,6 @@ def outputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launch(outputs, data, interpreters):
-    """Return a function `launch(config, name={...})` that performs runs with two processes."""
-
-    def launch(config, **runs):
-        jobs = [{"data": str(data), "output": str(outputs / name), "batch_size": 2} | runs[name] for name in runs]
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_CACHE": str(outputs / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            # As options of torchrun: fork the processes of the launch, instead of starting Python.
-            "PET_RUN_PATH": "1",
-            "PET_START_METHOD": "fork",
-        }
-        result = interpreters.run(
-            *("-c", LAUNCH, "--config_file", str(CONFIGS / config), "--num_processes", "2"),
-            *("--mixed_precision", "no", "--main_process_port", "0", distributed_runs.__file__, json.dumps(jobs)),
-            env=os.environ | environment,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-
-    return launch
-
-
-@pytest.fixture(scope="module")
 def of_one(outputs, data):
     """Outputs of the runs with one process, for comparison."""
     with pytest.MonkeyPatch.context() as patch:
@@ -76,15 +65,59 @@ def of_one(outputs, data):
 
 
 @pytest.fixture(scope="module")
-def of_two(outputs, launch):
-    """Outputs of two processes for tables, for a stream, and for a batch that contains NaN in one process."""
-    launch(
-        "ddp.yaml",
-        two_lora={"name": "lora"},
-        two_oft={"name": "oft"},
-        stream={"name": "lora", "streaming": True, "steps": STREAM_STEPS},
-        spoilt={"name": "lora", "spoil": True},
-    )
+def of_several(outputs, data, interpreters):
+    """Outputs of several processes, with each of the configurations."""
+
+    def launch(config, processes, runs):
+        jobs = [{"data": str(data), "output": str(outputs / name)} | run for name, run in runs.items()]
+        return [
+            *("--config_file", str(CONFIGS / config), "--num_processes", str(processes)),
+            *("--mixed_precision", "no", "--main_process_port", "0", distributed_runs.__file__, json.dumps(jobs)),
+        ]
+
+    table = {"name": "full", "batch_size": 2}
+    stream = table | {"streaming": True, "steps": 6, "save_steps": 3}
+    middle = str(outputs / "straight" / "checkpoint-3")
+    launches = [
+        launch(
+            "ddp.yaml",
+            2,
+            {
+                "two_lora": {"name": "lora", "batch_size": 2},
+                "two_oft": {"name": "oft", "batch_size": 2},
+                "stream": {"name": "lora", "batch_size": 2, "streaming": True, "steps": STREAM_STEPS},
+                "spoilt": {"name": "lora", "batch_size": 2, "spoil": True},
+            },
+        ),
+        launch(
+            "fsdp2.yaml",
+            2,
+            {
+                "two_full": table | {"export": True},
+                "two_lower": table | {"dtype": "bfloat16"},
+                "straight": stream,
+                "killed": stream | {"dies_after": 5},
+            },
+        ),
+        launch("fsdp2.yaml", 2, {"killed": stream}),
+        launch(
+            "hsdp.yaml",
+            4,
+            {"four_full": table | {"batch_size": 1}, "by_four": stream | {"batch_size": 1, "resume": middle}},
+        ),
+        launch("fsdp2.yaml", 1, {"by_one": stream | {"batch_size": 4, "resume": middle}}),
+    ]
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(outputs / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        # As options of torchrun: fork the processes of the launch, instead of starting Python.
+        "PET_RUN_PATH": "1",
+        "PET_START_METHOD": "fork",
+    }
+    result = interpreters.run("-c", LAUNCH, json.dumps(launches), env=os.environ | environment)
+    assert result.returncode == 0, result.stderr[-3000:]
     return outputs
 
 
@@ -95,14 +128,21 @@ def told_by(folder, output):
     return told
 
 
-def check_same(folder, name):
+def losses_of(folder, output):
+    """Return the losses of a run, in which all processes agree."""
+    (losses, *others) = (losses for _, losses, _ in told_by(folder, output))
+    assert all(other == losses for other in others)
+    return losses
+
+
+def check_same(folder, name, several, final):
     ((_, losses, drawn),) = told_by(folder, f"one_{name}")
-    told = told_by(folder, f"two_{name}")
-    assert len(told) == 2
-    assert told[0][1] == pytest.approx(losses, rel=1e-4)
-    assert {*map(tuple, told[0][2] + told[1][2])} == {*map(tuple, drawn)}
+    told = told_by(folder, several)
+    assert losses_of(folder, several) == pytest.approx(losses, rel=1e-4)
+    assert {tuple(frame) for _, _, some in told for frame in some} == {*map(tuple, drawn)}
     file = "adapter_model.safetensors" if name != "full" else "model.safetensors"
-    expected, actual = (load_file(folder / f"{count}_{name}" / "checkpoint-4" / file) for count in ("one", "two"))
+    expected = load_file(folder / f"one_{name}" / "checkpoint-4" / file)
+    actual = load_file(final / file)
     assert expected.keys() == actual.keys()
     for key, tensor in expected.items():
         assert (actual[key] - tensor).abs().max() < 1e-3, key
@@ -110,19 +150,57 @@ def check_same(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "oft"])
-def test_two_processes_learn_what_one_does(of_one, of_two, name):
-    check_same(of_one, name)
+def test_two_processes_learn_what_one_does(of_one, of_several, name):
+    check_same(of_one, name, f"two_{name}", of_several / f"two_{name}" / "checkpoint-4")
 
 
 @pytest.mark.slow
-def test_two_processes_that_share_the_weights_learn_what_one_does(of_one, launch):
-    launch("fsdp2.yaml", two_full={"name": "full"})
-    check_same(of_one, "full")
+def test_two_processes_that_shard_the_model_learn_what_one_does_and_export_it(of_one, of_several):
+    check_same(of_one, "full", "two_full", of_several / "two_full-export")
 
 
 @pytest.mark.slow
-def test_two_processes_draw_every_frame_of_a_stream_equally(of_two):
-    (_, one, some), (_, other, rest) = told_by(of_two, "stream")
+def test_four_processes_that_shard_the_model_twice_learn_what_one_does(of_one, of_several, tmp_path):
+    merge_fsdp_weights(of_several / "four_full" / "checkpoint-4" / "pytorch_model_fsdp_0", tmp_path)
+    check_same(of_one, "full", "four_full", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_shards_the_model_continues_with_the_same_losses(of_several):
+    straight = losses_of(of_several, "straight")
+    assert len(straight) == 6
+    assert losses_of(of_several, "killed") == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["by_one", "by_four"])
+def test_a_checkpoint_of_two_processes_continues_with_another_number(of_several, run):
+    assert losses_of(of_several, run) == pytest.approx(losses_of(of_several, "straight"), rel=1e-4)
+    drawn = [{tuple(frame) for _, _, some in told_by(of_several, one) for frame in some} for one in (run, "straight")]
+    assert drawn[0] <= drawn[1]
+
+
+@pytest.mark.slow
+def test_weights_of_a_sharded_checkpoint_can_be_merged_and_loaded(of_several, tmp_path):
+    checkpoint = of_several / "two_full" / "checkpoint-4"
+    folder = shutil.copytree(checkpoint, tmp_path / "policy")
+    merge_fsdp_weights(checkpoint / "pytorch_model_fsdp_0", folder)
+    merged, exported = (AutoModel.from_pretrained(path) for path in (folder, of_several / "two_full-export"))
+    assert type(merged) is type(exported) is OpenVLAForActionPrediction
+    for (name, one), (_, other) in zip(merged.state_dict().items(), exported.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.slow
+def test_gradients_are_reduced_in_float32_if_the_arithmetic_is_bfloat16(of_one, of_several):
+    losses = losses_of(of_several, "two_lower")
+    assert losses == pytest.approx(losses_of(of_several, "two_full"), rel=2e-2)
+    assert losses != losses_of(of_several, "two_full")
+
+
+@pytest.mark.slow
+def test_two_processes_draw_every_frame_of_a_stream_equally(of_several):
+    (_, one, some), (_, other, rest) = told_by(of_several, "stream")
     for drawn in (some, rest):
         # The loader prefetches one batch.
         assert set(Counter(map(tuple, drawn[: 2 * STREAM_STEPS])).values()) == {2}
@@ -133,10 +211,10 @@ def test_two_processes_draw_every_frame_of_a_stream_equally(of_two):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process_stops_all(of_two):
-    told = told_by(of_two, "spoilt")
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(of_several):
+    told = told_by(of_several, "spoilt")
     assert len(told) == 2
     for index, losses, _ in told:
         assert len(losses) == 2
-        assert "The loss is nan at step 3" in (of_two / f"spoilt-{index}.txt").read_text()
-    assert not (of_two / "spoilt" / "checkpoint-4").exists()
+        assert "The loss is nan at step 3" in (of_several / f"spoilt-{index}.txt").read_text()
+    assert not (of_several / "spoilt" / "checkpoint-4").exists()

@@ -1,7 +1,7 @@
 """Streams of frames: endless draws by weight, which ranks and workers share evenly."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -247,7 +247,7 @@ def _read_files(stream: FrameStream, rows: ShardRows, reader: int, readers: int,
 
 
 def divide_shards(stream: FrameStream, rows: ShardRows, readers: int) -> list[list[Section]]:
-    """Divide the shards of a stream into a group for each reader: worker w of rank r is reader r * workers + w."""
+    """Divide the shards of a stream into a group for each reader: worker w of rank r is reader w * ranks + r."""
     shards = rows.shards
     if stream.shuffle_buffer:
         shards = [shards[place] for place in np.random.default_rng(stream.seed).permutation(len(shards))]
@@ -309,6 +309,10 @@ class TrainingStream(torch.utils.data.IterableDataset):
     Each worker decodes only the frames that it yields. Together, the workers of all ranks draw every frame equally
     often. Each frame contains the number of the pass over its data as `epoch`.
 
+    The samples of a run are numbered through all steps, ranks and batches. Readers give them in turn, and each of
+    them a batch at a time. At first, each worker of each rank is one reader. A run that is resumed with other numbers
+    of ranks and workers keeps its readers and their batches in `order`, so that each step has the same samples.
+
     Args:
         stream: Frames.
         rank: Number of this process, from 0.
@@ -319,27 +323,58 @@ class TrainingStream(torch.utils.data.IterableDataset):
         first_batch: Number of this rank's batches that a resumed run has already used. For each of their frames, the
             stream yields an empty dict. Streams of files don't read them: an index of the records, which is made when
             they are read first, says where to continue.
+        order: Number of readers, and number of samples that a reader gives at a time; by default those of the
+            current ranks, workers and batches.
     """
 
     def __init__(self, stream: IterableDataset, rank: int = 0, ranks: int = 1, batch_size: int = 1):
         self.rank, self.ranks, self.batch_size = rank, ranks, batch_size
         self.first_batch = 0
+        self.order: tuple[int, int] | None = None
         self.parts, self.losses, self.decoder = _parts(stream), _losses(stream), _decoder(stream)
         self.seed = stream.seed if isinstance(stream, FrameStream) else 0
 
     def __iter__(self) -> Iterator[Row]:
         index, workers = _worker()
-        used = len(range(index, self.first_batch, workers)) * self.batch_size
-        rows = draw(self.parts, self.rank * workers + index, self.ranks * workers, self.seed, used)
-        yield from ({} for _ in range(used))
+        used = len(range(index, self.first_batch, workers))
+        yield from ({} for _ in range(used * self.batch_size))
         waiting = 0
-        for row in rows:
+        for row in self._read(itertools.count(index + used * workers, workers), workers):
             waiting += 1
             if _is_frame(frame := _decode(row, self.losses, self.decoder)):
                 # Repeat the frame in place of the damaged ones before it, since a resumed run counts one frame per
                 # row.
                 yield from [frame] * waiting
                 waiting = 0
+
+    def _read(self, batches: Iterable[int], workers: int) -> Iterator[Row]:
+        """Read the rows of the given batches of this rank."""
+        readers, together = self.order or (self.ranks * workers, self.batch_size)
+        opened: dict[int, _Reader] = {}
+        for batch in batches:
+            first = (batch * self.ranks + self.rank) * self.batch_size
+            for sample in range(first, first + self.batch_size):
+                turn, number = divmod(sample // together, readers)
+                reader = opened.setdefault(number, _Reader(self.parts, number, readers, self.seed))
+                yield reader.read(turn * together + sample % together)
+
+
+class _Reader:
+    """The rows of one of several readers, at increasing positions. See `draw`."""
+
+    def __init__(self, parts: Parts, number: int, readers: int, seed: int):
+        self.parts, self.number, self.readers, self.seed = parts, number, readers, seed
+        self.position = 0
+        self.rows: Iterator[Row] | None = None
+
+    def read(self, position: int) -> Row:
+        if self.rows is None:
+            self.rows = draw(self.parts, self.number, self.readers, self.seed, position)
+            self.position = position
+        # Another worker has the rows between, if a resumed run has more workers than readers.
+        row = next(itertools.islice(self.rows, position - self.position, None))
+        self.position = position + 1
+        return row
 
 
 class EvaluationStream(torch.utils.data.IterableDataset):

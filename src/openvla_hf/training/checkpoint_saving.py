@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -35,9 +36,28 @@ class WholeCheckpointTrainer(Trainer):
 
         Args:
             folder: Folder to write into.
-            state_dict: Weights that were gathered from several processes; those of the model by default.
+            state_dict: Weights that were gathered from several processes; those of the model by default. If it is
+                empty, the files are written without weights.
         """
         raise NotImplementedError
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy. In a checkpoint of a run with FSDP2, each process writes its shards of the weights itself.
+
+        Outside of checkpoints, the shards are gathered, so that the weights are ordinary safetensors.
+        """
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None or plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+            super().save_model(output_dir, _internal_call)
+        elif self.writes_aside:
+            self._save(output_dir, state_dict={})
+            self.accelerator.wait_for_everyone()  # `Trainer` adds the shards to the folder that this created
+        else:
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+            try:
+                super().save_model(output_dir, _internal_call)
+            finally:
+                plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write the policy. `Trainer.save_model` calls this after it has gathered weights that processes shard."""

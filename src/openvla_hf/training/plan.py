@@ -64,7 +64,7 @@ class GpuMemory:
     Args:
         weights: Weights that are stored.
         gradients: Gradients that are stored. With sharding and several batches in a step, also the whole gradients in
-            the type of the arithmetic, which FSDP2 keeps until the last batch.
+            float32, which FSDP2 keeps until the last batch.
         optimizer: State of AdamW, two float32 numbers for each trained weight.
         copies: Weights in the type of the arithmetic: those outside the blocks, two blocks and the gradients of one
             with sharding; all trained weights without.
@@ -202,7 +202,7 @@ def estimate_memory(config: OpenVLAConfig, recipe: Recipe, shard_size: int, num_
         gathered = sum(one.numel() for one in model.parameters()) - sum(sizes) + 3 * max(sizes)
         copies = gathered * bytes_per_number / GIB
         if recipe.gradient_accumulation_steps > 1:
-            gradients += cost.trainable * bytes_per_number / GIB
+            gradients += cost.trainable * torch.float32.itemsize / GIB
     elif recipe.dtype != "float32":
         copies = cost.trainable * bytes_per_number / GIB
     parts = {
@@ -266,8 +266,8 @@ def _plan_dataset(
     numbers = {shard.key: number for number, shard in enumerate(rows.shards)}
     groups = divide_shards(stream, rows, world_size * workers)
     ranks = [
-        sorted({numbers[one.shard.key] for group in groups[first : first + workers] for one in group})
-        for first in range(0, len(groups), workers)
+        sorted({numbers[one.shard.key] for group in groups[rank::world_size] for one in group})
+        for rank in range(world_size)
     ]
     sharing = max(section.of for group in groups for section in group)
     sizes = source.fs.sizes(source.files())

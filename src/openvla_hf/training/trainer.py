@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, K supervised positions of the row that has the most, 
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..checkpoints.model_card import TRAINING_FILE
 from ..data.streams import EvaluationStream, TrainingStream
@@ -25,6 +26,7 @@ from ..modeling.checkpoint_files import ADAPTER_POLICY, STATISTICS_FILE
 from .checkpoint_saving import WholeCheckpointTrainer, last_checkpoint
 from .collator import IGNORED, ActionCollator
 from .metrics import ActionMetrics
+from .sharding import reduce_in_float32
 
 
 class ActionTrainer(WholeCheckpointTrainer):
@@ -65,6 +67,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         decay_step: int = 0,
         **kwargs: Any,
     ):
+        reduce_in_float32(args)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.eval_collator = eval_collator or data_collator
         self.record = record or {}
@@ -72,7 +75,8 @@ class ActionTrainer(WholeCheckpointTrainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_SamplesProgress)
-        self.add_callback(_RunPosition(data_collator))
+        self.add_callback(_Epoch(data_collator))
+        self.add_callback(StreamPosition())
         self.add_callback(_Intervals())
         self.add_callback(_BeforeStep(self.check_step))
         self.model_accepts_loss_kwargs = True  # makes `Trainer` pass the number of supervised tokens to `compute_loss`
@@ -308,7 +312,10 @@ class ActionTrainer(WholeCheckpointTrainer):
         model = self.accelerator.unwrap_model(self.model)
         # The base contains the embeddings. peft would save them too if the head has an adapter.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(folder, state_dict=state_dict, **more)
+        if state_dict == {}:
+            (model.active_peft_config if isinstance(model, PeftModel) else model.config).save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, state_dict=state_dict, **more)
         self.eval_collator.processor.save_pretrained(folder)
         contents: dict[str, Any] = {STATISTICS_FILE: self.data_collator.norm_stats or self._policy.norm_stats}
         if isinstance(model, PeftModel) and self._policy.config.is_parallel:
@@ -336,21 +343,42 @@ class _Intervals(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
-class _RunPosition(TrainerCallback):
-    """Pass the epoch to the collator, and to a stream the number of batches that a resumed run has used.
-
-    This happens before the workers of an epoch start. `Trainer` itself skips the used rows of a table.
-    """
+class _Epoch(TrainerCallback):
+    """Pass the epoch to the collator before the workers of the epoch start."""
 
     def __init__(self, collator: ActionCollator):
         self.collator = collator
 
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self.collator.set_epoch(int(state.epoch or 0))
+
+
+class StreamPosition(TrainerCallback, ExportableState):
+    """Let a stream continue where a resumed run stopped, in the order in which the run began.
+
+    This happens before the workers start. Every checkpoint contains the order. `Trainer` itself skips the used rows
+    of a table.
+
+    Args:
+        order: See `TrainingStream.order`.
+    """
+
+    def __init__(self, order: Sequence[int] | None = None):
+        self.order = order
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, train_dataloader: DataLoader, **__: Any
     ) -> None:
-        self.collator.set_epoch(int(state.epoch or 0))
-        if isinstance(stream := train_dataloader.dataset, TrainingStream):
-            stream.first_batch = state.global_step * args.gradient_accumulation_steps
+        if not isinstance(stream := train_dataloader.dataset, TrainingStream):
+            return
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        readers = args.world_size * max(1, args.dataloader_num_workers)
+        self.order = stream.order = tuple(saved["args"]["order"] or (readers, stream.batch_size))
+        stream.first_batch = state.global_step * args.gradient_accumulation_steps
+
+    def state(self) -> dict[str, Any]:
+        """Return the order, which is the content of checkpoints."""
+        return {"args": {"order": self.order}, "attributes": {}}
 
 
 class _BeforeStep(TrainerCallback):
