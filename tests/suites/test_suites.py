@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from openvla_hf.cli import main
 from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
 from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
+from openvla_hf.suites.libero import read_states
 from openvla_hf.suites.play import play
 from openvla_hf.suites.results import compare_results, mcnemar, wilson
 from openvla_hf.suites.simulator import open_simulators
@@ -142,6 +144,17 @@ def test_settling_actions_come_first_and_the_gripper_is_converted():
     assert (rollout.steps, rollout.predictions) == (3, 2)
     np.testing.assert_array_equal(suite.protocol.execute_action(np.array([0.1, 1.0])), [0.1, 0.0])
     np.testing.assert_array_equal(suite.protocol.execute_action(np.array([0.1, 0.2])), [0.1, 1.0])
+
+
+def test_initial_states_of_libero_are_read_without_running_code(tmp_path):
+    states = np.arange(12.0).reshape(3, 4)
+    path = tmp_path / "task.pruned_init"
+    torch.save(states, path, pickle_protocol=2)
+    np.testing.assert_array_equal(read_states(path), states)
+
+    torch.save({"states": states, "code": os.getcwd}, path)
+    with pytest.raises(ValueError, match=r"task\.pruned_init is not an array of LIBERO's initial states"):
+        read_states(path)
 
 
 def test_the_protocol_of_libero_is_the_published_one():

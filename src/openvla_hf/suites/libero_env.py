@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
+
+from .libero import read_states
 
 
 # Software rendering needs no display. MuJoCo reads the variable when it is first imported.
@@ -82,7 +83,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 "LIBERO's assets are missing: download the dataset repository lerobot/libero-assets from the Hub to "
                 f"{get_libero_path('assets')}."
             )
-        self._states = _read_states(Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file))
+        self._states = read_states(Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file))
         self._env = OffScreenRenderEnv(
             bddl_file_name=str(Path(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)),
             camera_heights=image_size,
@@ -123,11 +124,6 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def _info(self, success: bool) -> dict[str, Any]:
         return {"instruction": self.instruction, "task": self.task, "is_success": success}
-
-
-def _read_states(path: Path) -> np.ndarray:
-    """Read the initial states (N, ...) of a task, which LIBERO keeps as pickled arrays."""
-    return torch.load(path, weights_only=False)
 
 
 def _observe(observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
