@@ -22,12 +22,10 @@ from lerobot_policy_openvla.modeling_openvla import OpenVLAPolicy
 from lerobot_policy_openvla.statistics import read_statistics, summarize_dataset, to_opening
 
 from openvla_hf.data import write_lerobot
-from openvla_hf.modeling.checkpoint_files import STATISTICS_FILE
 from openvla_hf.serving.policy import Observation, ServedPolicy
 from openvla_hf.tabletop.env import TabletopEnv
 from openvla_hf.tabletop.expert import record_demonstrations
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, load_policy, run_episodes
-from openvla_hf.testing import write_tiny_oft
 
 
 HERE = Path(__file__).parent
@@ -190,17 +188,6 @@ def test_lerobot_rollout_drives_a_robot(tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def plugins():
     register_third_party_plugins()
-
-
-@pytest.fixture(scope="module")
-def oft(tmp_path_factory):
-    """A tiny OpenVLA-OFT with LIBERO's two cameras and state, which predicts chunks of 8 actions."""
-    folder = write_tiny_oft(tmp_path_factory.mktemp("oft") / "oft", platform="libero")
-    statistics = json.loads((folder / STATISTICS_FILE).read_text())
-    for name in ("q01", "min", "q99", "max"):  # a gripper between closed and open
-        statistics["tiny"]["action"][name][-1] = float(name in ("q99", "max"))
-    (folder / STATISTICS_FILE).write_text(json.dumps(statistics))
-    return folder
 
 
 LIBERO = {"full_image": "observation.images.image", "wrist_image": "observation.images.image2"}

@@ -19,11 +19,9 @@ from vla_eval import api
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
 from vla_eval.connection import Connection
 
-from openvla_hf.modeling.checkpoint_files import STATISTICS_FILE
 from openvla_hf.serving.policy import Observation, ServedPolicy
 from openvla_hf.serving.vla_eval_server import OpenVLAModelServer
 from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED, TABLETOP_POLICY, run_episodes
-from openvla_hf.testing import write_tiny_oft
 
 
 VLA_EVAL = Path(sys.executable).parent / "vla-eval"
@@ -36,17 +34,6 @@ START_SECONDS = 120
 @pytest.fixture(scope="module")
 def policy():
     return ServedPolicy.load(str(TABLETOP_POLICY))
-
-
-@pytest.fixture(scope="module")
-def oft(tmp_path_factory):
-    """A tiny OpenVLA-OFT with LIBERO's two cameras and state, which predicts chunks of 8 actions."""
-    folder = write_tiny_oft(tmp_path_factory.mktemp("oft") / "oft", platform="libero")
-    statistics = json.loads((folder / STATISTICS_FILE).read_text())
-    for name in ("q01", "min", "q99", "max"):  # a gripper between closed and open
-        statistics["tiny"]["action"][name][-1] = float(name in ("q99", "max"))
-    (folder / STATISTICS_FILE).write_text(json.dumps(statistics))
-    return folder
 
 
 @contextlib.contextmanager

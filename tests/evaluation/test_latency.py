@@ -11,9 +11,12 @@ from rich.console import Console
 from transformers import AutoModel
 
 from openvla_hf.cli import main
+from openvla_hf.evaluation.checks.findings import Subject
+from openvla_hf.evaluation.checks.preparation import check_agreement
 from openvla_hf.evaluation.latency import latency_tables, measure_latency, peak_memory
 from openvla_hf.evaluation.latency_floor import Floor, Work
 from openvla_hf.evaluation.random_models import RANDOM_SIZES, chunk_model, random_model
+from openvla_hf.modeling.checkpoint_files import CheckpointFiles
 from openvla_hf.testing import BRIDGE_LIKE_STATS, tiny_config, tiny_processor, write_tiny_oft
 
 
@@ -46,6 +49,12 @@ def test_an_unknown_size():
         ValueError, match=r"Unknown size '70b'\. Did you mean '7b'\? Choose from '7b', '0\.5b', 'tiny'"
     ):
         random_model("70b")
+
+
+def test_the_processor_of_random_weights_fits_the_model():
+    model, processor = random_model("tiny", num_images=2, proprio_dim=8)
+    finding = check_agreement(Subject(model, processor, CheckpointFiles(None)))
+    assert finding.status == "passed", finding.found
 
 
 @torch.no_grad()

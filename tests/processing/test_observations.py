@@ -186,6 +186,22 @@ def test_a_wrong_state_is_refused_in_one_sentence(processor, images, state, erro
         prepare(processor, images, state=state)
 
 
+def test_a_plain_processor_refuses_a_list_of_images_as_one_observation(make, images):
+    image, other, _ = images
+    wrong = (
+        ([[image, other]], "Observation 0 .* a single camera, got 2 images"),
+        ([image, [image, other]], "Observation 1 .* got 2 images"),
+        ([[]], "Observation 0 .* got 0 images"),
+        ([[[image, other]]], "Observation 0 .* got a list as an image"),
+        ([[np.zeros((2, 28, 28, 3), np.uint8)]], r"Observation 0 .* shape \(2, 28, 28, 3\) as an image"),
+    )
+    for observations, message in wrong:
+        with pytest.raises(ValueError, match=f"{message}.* flat list of images, or .* `cameras=`"):
+            prepare(make(), observations)
+    nested = prepare(make(), [[image], [other]])["pixel_values"]
+    assert torch.equal(nested, prepare(make(), [image, other])["pixel_values"])
+
+
 def test_one_state_does_not_serve_a_batch(processor, images):
     with pytest.raises(ValueError, match="Got 1 states for 2 observations"):
         prepare(processor, [images, images], state=[0.0, 1.0])

@@ -5,10 +5,7 @@ import contextlib
 import shlex
 import signal
 import socket
-import warnings
 from typing import TYPE_CHECKING, Any
-
-from PIL import Image
 
 from ..serving.token import TOKEN_VARIABLE, read_token
 from .common import (
@@ -213,8 +210,6 @@ def run(args: argparse.Namespace) -> None:
     from ..serving.service import Service, ServiceOptions
 
     logging.disable_progress_bar()
-    # The server has a limit of its own.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     options = ServiceOptions(
         max_batch=args.max_batch,
         max_wait_ms=args.max_wait_ms,

@@ -99,13 +99,14 @@ def random_model(
     Raises:
         ValueError: If the size is unknown.
     """
-    config = random_config(size, text_config, **fields)
+    # With enough merges most words are one token each, as in Llama's vocabulary.
+    tokenizer = tiny_tokenizer([INSTRUCTION], merges=500)
+    config = random_config(size, text_config, pad_token_id=tokenizer.pad_token_id, **fields)
     with torch.device(device), no_init_weights():
         model = AutoModel.from_config(config, dtype=dtype).eval()
     torch.manual_seed(0)
     _randomize(model)
-    # With enough merges most words are one token each, as in Llama's vocabulary.
-    return model, tiny_processor(tiny_tokenizer([INSTRUCTION], merges=500), config)
+    return model, tiny_processor(tokenizer, config)
 
 
 def chunk_model(model: OpenVLAForActionPrediction, horizon: int, head: str = "l1") -> OpenVLAForActionPrediction:

@@ -72,6 +72,25 @@ def read_frame_images(frame: Mapping[str, Any], cameras: Sequence[str] | None, n
     return next(iter(images.values()))
 
 
+def refuse_several_cameras(images: Any) -> None:
+    """Raise `ValueError` for observations that a processor without camera names does not take.
+
+    Args:
+        images: An image, or a list with an image for each observation, which may itself be in a list.
+
+    Raises:
+        ValueError: The images have camera names, or an observation is a list of other than one image.
+    """
+    refuse_camera_names(images)
+    for index, observation in enumerate(images if isinstance(images, (list, tuple)) else ()):
+        in_list = observation if isinstance(observation, (list, tuple)) else [None]
+        if len(in_list) != 1 or not _is_one_image(in_list[0]):
+            raise ValueError(
+                f"Observation {index} must be one image, since this processor has a single camera, got "
+                f"{_describe(in_list)}. Pass a batch as a flat list of images, or load the processor with `cameras=`."
+            )
+
+
 def refuse_camera_names(images: Any) -> None:
     """Raise `ValueError` for images by camera name, which a processor without camera names does not take."""
     first = images[0] if isinstance(images, (list, tuple)) and images else images
@@ -197,5 +216,6 @@ __all__ = [
     "read_frame_images",
     "read_state",
     "refuse_camera_names",
+    "refuse_several_cameras",
     "suggest",
 ]

@@ -13,7 +13,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, logging
 
 from .image_processing_openvla import OpenVLAImageProcessor, find_file, select_hub_kwargs
-from .observations import ObservationInputs, flatten_observations, read_state, refuse_camera_names
+from .observations import ObservationInputs, flatten_observations, read_state, refuse_several_cameras
 from .oft_presets import IMAGE_FIELDS, check_saved_fields, is_parallel, read_oft_fields
 
 
@@ -248,7 +248,7 @@ class OpenVLAProcessor(ProcessorMixin):
     def _process_observations(self, images: Any, **images_kwargs: Any) -> Any:
         """Return the pixels (B, 3 * towers * cameras, height, width) of one observation or a batch."""
         if self.cameras is None:
-            refuse_camera_names(images)
+            refuse_several_cameras(images)
             return self.image_processor(images, **images_kwargs)["pixel_values"]
         images = flatten_observations(images, self.cameras)
         pixel_values = self.image_processor(images, **images_kwargs)["pixel_values"]

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,6 +47,8 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
+    # The service has a limit of its own for the pixels of an image.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(title="openvla-hf", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     for door in (v1, openpi, original, page):  # routes are tried in this order

@@ -4,14 +4,12 @@ Each replica is a whole server: a policy, its queue, its sessions and every prot
 replicas with the load, and spreads the requests over them. The id of a session begins with the id of its replica.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pydantic
 from fastapi import FastAPI
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from .app import MAX_CONNECTIONS, create_app
@@ -127,8 +125,6 @@ def load_service(settings: Settings, replica_id: str) -> Service:
     """
     token = read_token(settings.token_file)
     check_exposure(ANY_ADDRESS, token, settings.no_token)
-    # The server has a limit of its own.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     policy = ServedPolicy.load(
         settings.model,
         revision=settings.revision,
