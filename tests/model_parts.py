@@ -66,8 +66,8 @@ def llama_tokenizer():
     )
 
 
-def write_llama(folder, shards=False, **fields):
-    tokenizer = llama_tokenizer()
+def write_llama(folder, tokenizer=None, shards=False, **fields):
+    tokenizer = tokenizer or llama_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     limits = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
     model = _filled(LlamaForCausalLM(LlamaConfig(**sizes | limits | fields)), 2)

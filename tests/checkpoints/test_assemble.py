@@ -1,6 +1,7 @@
 """`assemble` joins pretrained towers and a language model, each of which computes what it computed before."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,8 +80,7 @@ def test_each_tower_computes_the_features_of_transformers(assembled, features, d
     torch.testing.assert_close(found, features[activation], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("image_size", [56, 126])
-def test_the_position_embeddings_of_both_towers_are_interpolated_alike(parts, tmp_path, image_size):
+def test_the_position_embeddings_of_both_towers_are_interpolated_alike(parts, tmp_path):
     dinov2 = write_dinov2(tmp_path / "dinov2")
     write_siglip(tmp_path / "siglip", image_size=98)
     path = tmp_path / "siglip/model.safetensors"
@@ -93,12 +93,12 @@ def test_the_position_embeddings_of_both_towers_are_interpolated_alike(parts, tm
         dinov2=tmp_path / "dinov2",
         siglip=tmp_path / "siglip",
         language_model=parts / "llama",
-        image_size=image_size,
+        image_size=132,
     )
     backbone = AutoModel.from_pretrained(folder).model.vision_backbone
     expected = backbone.featurizer.embeddings.position_embeddings[0, 1:]
     assert torch.equal(backbone.fused_featurizer.embeddings.position_embedding.weight, expected)
-    assert len(expected) == (image_size // 14) ** 2
+    assert len(expected) == (132 // 14) ** 2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -129,6 +129,25 @@ def test_the_actions_are_the_last_tokens_of_the_text_and_padding_follows(assembl
     assert inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
     assert (inputs["input_ids"] == config.image_token_id).sum() == 16
     assert processor.image_processor.image_mean[0] == [0.485, 0.456, 0.406]
+
+
+def test_special_tokens_after_those_of_the_text_keep_their_ids(assembled, parts):
+    """Llama-3 has its special tokens at the end of the vocabulary."""
+    tokenizer = llama_tokenizer()
+    last = len(tokenizer) - 1
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": ["<|one|>", "<|two|>"]})
+    write_llama(parts / "llama-3", tokenizer)
+    folder = assembled(language_model="llama-3")
+    config, processor = AutoModel.from_pretrained(folder).config, AutoProcessor.from_pretrained(folder)
+    assert config.action_vocab_end == last + 1
+    assert config.text_config.eos_token_id == processor.tokenizer.eos_token_id == last + 1
+    assert config.pad_token_id == last + 4
+    tokenizer = llama_tokenizer()
+    tokenizer.eos_token = "<rare_200>"
+    write_llama(parts / "llama-eos", tokenizer)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"special token '<rare_200>' has the id \d+, but the actions need the ids"):
+        assembled(language_model="llama-eos")
 
 
 def test_the_projector_is_that_of_the_originals_seed_and_new_rows_are_random(assembled):
@@ -274,8 +293,8 @@ def test_parts_that_do_not_fit_are_refused(assembled, parts, tmp_path, part, dam
 def test_impossible_requests_are_refused(assembled, parts, tmp_path):
     with pytest.raises(ValueError, match="needs a vision tower: give `dinov2`, `siglip` or both"):
         assembled(dinov2=None, siglip=None)
-    with pytest.raises(ValueError, match=r"14 pixels wide, and `image_size=60` is not a multiple .*such as 224"):
-        assembled(image_size=60)
+    with pytest.raises(ValueError, match=r"14 pixels wide, so `image_size=10` is too small: .*such as 224"):
+        assembled(image_size=10)
     with pytest.raises(OSError, match=r"has no config\.json: give a folder or Hub id of a SigLIP model"):
         assembled(siglip="")
     (tmp_path / "pickled").mkdir()

@@ -61,6 +61,15 @@ CLASSES: dict[str, tuple[tuple[str, ...], type[PreTrainedModel]]] = {
     DINOV2: (("dinov2_with_registers",), Dinov2WithRegistersModel),
     SIGLIP: (("siglip", "siglip_vision_model"), SiglipVisionModel),
 }
+# Fields of a tower's config that its features depend on.
+FIELDS = {
+    DINOV2: ("mlp_ratio", "num_register_tokens", "use_swiglu_ffn", "qkv_bias"),
+    SIGLIP: ("intermediate_size",),
+}
+COMMON_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels",
+    "hidden_act", "layer_norm_eps",
+)  # fmt: skip
 NAMES = {DINOV2: "DINOv2 with registers", SIGLIP: "SigLIP"}
 POSITIONS = {DINOV2: "embeddings.position_embeddings", SIGLIP: "embeddings.position_embedding.weight"}
 
@@ -82,8 +91,8 @@ def read_tower(source: str | os.PathLike, model_type: str, image_size: int, toke
         token: Token for a private repository.
 
     Raises:
-        ValueError: The source is another model, its weights do not fit its config, or `image_size` is not a multiple
-            of the patch size.
+        ValueError: The source is another model, its weights do not fit its config, or `image_size` is smaller than a
+            patch.
         OSError: The source can't be found or read, or has no weights in safetensors files.
     """
     files = CheckpointFiles.locate(source, token=token)
@@ -95,10 +104,10 @@ def read_tower(source: str | os.PathLike, model_type: str, image_size: int, toke
     else:
         tower = _read_transformers(files, content, model_type)
     patch = tower.config.patch_size
-    if image_size < patch or image_size % patch:
+    if image_size < patch:
         raise ValueError(
-            f"The patches of {source} are {patch} pixels wide, and `image_size={image_size}` is not a multiple of "
-            f"{patch}: choose another size, such as {16 * patch}."
+            f"The patches of {source} are {patch} pixels wide, so `image_size={image_size}` is too small: choose "
+            f"another size, such as {16 * patch}."
         )
     name = POSITIONS[model_type]
     positions = tower.weights[name] if model_type == DINOV2 else tower.weights[name].unsqueeze(0)
@@ -170,12 +179,14 @@ def _read_transformers(files: CheckpointFiles, content: dict[str, Any], model_ty
             f"of type {' or '.join(map(repr, config_types))}, or one of timm's."
         )
     fields = content.get("vision_config", content)
-    config = model_class.config_class.from_dict({**fields, "model_type": model_type})
+    stated = model_class.config_class.from_dict({**fields, "model_type": model_type})
+    # Files of older versions have further fields, which would distinguish this tower from the original's.
+    config = _make_config(model_type, {name: getattr(stated, name) for name in (*COMMON_FIELDS, *FIELDS[model_type])})
     stored = {
         name: tensor for name, tensor in read_safetensors(files).items() if not name.startswith(BESIDE_THE_TOWER)
     }
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class(stated)
     loader = PartLoader(model, None, torch.float32, str(files.source))
     weights, _ = loader.load(stored)
     loader.check_complete()
@@ -214,9 +225,12 @@ def _read_timm(files: CheckpointFiles, content: dict[str, Any], model_type: str)
     if model_type == DINOV2:
         fields |= {"mlp_ratio": mlp_width // width, "num_register_tokens": registers}
     else:
-        fields |= {"intermediate_size": mlp_width, "vision_use_head": False}
-    config = AutoConfig.for_model(model_type, **fields)
-    return Tower(config, convert_tower(TOWERS[model_type].__name__, weights))
+        fields |= {"intermediate_size": mlp_width}
+    return Tower(_make_config(model_type, fields), convert_tower(TOWERS[model_type].__name__, weights))
+
+
+def _make_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    return AutoConfig.for_model(model_type, **fields, **({"vision_use_head": False} if model_type == SIGLIP else {}))
 
 
 __all__ = ["Tower", "name_towers", "read_safetensors", "read_tower", "resize_positions"]
