@@ -102,12 +102,11 @@ def assemble(
 def _config(towers: list[PreTrainedConfig], language: LanguageModel) -> OpenVLAConfig:
     """Make the config of a policy without statistics. Its actions replace the last tokens of the text."""
     tokenizer = language.tokenizer
-    assert isinstance(tokenizer.pad_token_id, int)
     config = OpenVLAConfig(
         vision_config=towers[0],
         fused_vision_config=towers[1] if len(towers) > 1 else None,
         text_config=language.config,
-        image_token_index=tokenizer.pad_token_id + 1,
+        image_token_index=_first_free_id(tokenizer),
         prompt_suffix_token_id=tokenizer.get_vocab().get(EMPTY_PIECE),
         # Special tokens that follow those of the text, such as Llama-3's, are left as they are.
         pad_to_multiple_of=language.config.vocab_size - tokenizer.vocab_size,
@@ -153,9 +152,10 @@ def read_language_model(source: str | os.PathLike, token: str | None = None) -> 
     if config.tie_word_embeddings:  # OpenVLA's output layer is a layer of its own
         weights[HEAD] = weights[EMBEDDING]
     stored_rows = config.vocab_size
-    config.vocab_size = -(-max(stored_rows, tokenizer.pad_token_id + 2) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    config.vocab_size = -(-max(stored_rows, _first_free_id(tokenizer) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     config.tie_word_embeddings = False
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     config.dtype = config.architectures = None
     generator = torch.Generator().manual_seed(config.hidden_size)
     for name in (name for name in (EMBEDDING, HEAD) if name in weights):
@@ -172,10 +172,11 @@ def _read_tokenizer(source: str | os.PathLike, config: LlamaConfig, token: str |
     """
     tokenizer = load_tokenizer(source, config.max_position_embeddings, ADVICE, token)
     tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-    if tokenizer.pad_token_id > config.vocab_size:
+    ids = [token_id for name, token_id in tokenizer.get_vocab().items() if name != tokenizer.pad_token]
+    if max(ids) >= config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {source} has {tokenizer.pad_token_id} tokens, but its language model has only "
-            f"{config.vocab_size}: give a language model with its own tokenizer."
+            f"The tokenizer of {source} has the id {max(ids)}, but its language model has only {config.vocab_size} "
+            "ids: give a language model with its own tokenizer."
         )
     if tokenizer.eos_token_id is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         raise ValueError(
@@ -183,6 +184,11 @@ def _read_tokenizer(source: str | os.PathLike, config: LlamaConfig, token: str |
             "beginning-of-sequence token, which OpenVLA needs: choose another language model."
         )
     return tokenizer
+
+
+def _first_free_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the first id that no text contains: that of the image placeholder."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def _new_projector(config: OpenVLAConfig) -> dict[str, torch.Tensor]:

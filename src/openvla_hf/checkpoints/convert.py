@@ -171,7 +171,7 @@ def _find_weights(
             raise ValueError(f"{source} is a file: give the folder of the run with `checkpoint={checkpoint!r}`.")
         folders = [folder for folder in list(path.parents)[:2] if (folder / CONFIG_NAME).is_file()]
         return CheckpointFiles.locate(folders[0] if folders else path.parent), str(path)
-    if "+" in str(source) and not path.exists():  # never part of a Hub id
+    if "+" in str(source) and path.name == str(source) and not path.exists():  # neither a folder nor a Hub id
         check_name(source, BASE_MODELS, "vision-language model")
         run = CheckpointFiles.locate(BASE_REPOSITORY, subfolder=str(source), **hub_kwargs)
     else:

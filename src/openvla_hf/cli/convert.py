@@ -13,8 +13,8 @@ EXAMPLE = """convert openvla/openvla-7b-prismatic openvla-7b
 
 def source(text: str) -> str:
     """Parse a `.pt` file, the folder or the Hub id of a run, or the name of a vision-language model."""
-    # The names contain a "+", which Hub ids do not.
-    return text if os.path.isfile(text) or "+" in text else checkpoint(text)
+    is_name = "+" in text and os.path.basename(text) == text  # a Hub id has no "+"
+    return text if os.path.isfile(text) or (is_name and not os.path.isdir(text)) else checkpoint(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
