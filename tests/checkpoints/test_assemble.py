@@ -20,6 +20,17 @@ from openvla_hf.testing import fake_episode
 PIXELS = torch.linspace(-2, 2, 6 * 56 * 56).sin().reshape(1, 6, 56, 56)
 
 
+def change(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_weights(folder, function):
+    weights = load_file(folder / "model.safetensors")
+    function(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Folders of the parts, in both layouts of the towers. DINOv2 is for larger images than the policy."""
@@ -28,6 +39,9 @@ def parts(tmp_path_factory):
     for name, tower, architecture in zip(("dinov2", "siglip"), towers, (DINOV2_TIMM, SIGLIP_TIMM), strict=True):
         write_timm(folder / f"{name}-timm", tower, architecture)
     write_llama(folder / "llama")
+    # Llama-2's files have such weights, which are computed today.
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    change_weights(folder / "llama", lambda weights: weights.update(frequencies))
     return folder
 
 
@@ -197,17 +211,6 @@ def test_a_new_policy_can_be_described_but_not_act(assembled):
 
 
 # What is refused
-
-
-def change(folder, **fields):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def change_weights(folder, function):
-    weights = load_file(folder / "model.safetensors")
-    function(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize(

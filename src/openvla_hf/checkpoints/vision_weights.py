@@ -54,7 +54,9 @@ ARCHITECTURES = {
     },
 }
 # Arguments of timm's models that the weights show, or that do not change the patches' features.
-SHOWN_BY_WEIGHTS = {"img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "reg_tokens", "num_classes"}
+SHOWN_BY_WEIGHTS = {
+    "img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "reg_tokens", "num_classes", "global_pool",
+}  # fmt: skip
 
 # Type of a tower -> types of the configs that contain one, and the class that reads it.
 CLASSES: dict[str, tuple[tuple[str, ...], type[PreTrainedModel]]] = {
