@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import ssl
 import sys
 import time
@@ -56,6 +57,15 @@ def wait_for_line(process):
     return process.output().splitlines()[0]
 
 
+def send_half_a_request(url, context):
+    """Send a request whose body stops after one of its bytes, and give the connection."""
+    host, port = url.removeprefix("https://").split(":")
+    sender = context.wrap_socket(socket.create_connection((host, int(port)), timeout=20), server_hostname=host)
+    sender.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer s3cret\r\n")
+    sender.sendall(b"Content-Length: 100\r\n\r\n{")
+    return sender
+
+
 @pytest.mark.parametrize("missing", ["", "uvloop"], ids=["fast", "plain"])
 def test_a_signal_ends_the_server_after_its_last_answers(
     missing, folder, interpreters, plain_policy, make_observation, tmp_path
@@ -84,11 +94,16 @@ def test_a_signal_ends_the_server_after_its_last_answers(
         answers = [pool.submit(client.post, "/v1/act", json=as_json(seen)) for _ in range(2)]
         while "openvla_queue_length 2.0" not in client.get("/metrics").text:
             time.sleep(0.01)
+        half = send_half_a_request(ready["url"], trusting)
         os.kill(process.pid, signal.SIGTERM)
         while (refused := client.get("/ready")).status_code == 200:
             time.sleep(0.01)
         assert (refused.status_code, refused.json()["error"]) == (503, "shutting_down")
         assert client.post("/v1/act", json=as_json(seen)).json()["error"] == "shutting_down"
+        with half:
+            answer = b"".join(iter(lambda: half.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"shutting_down"' in answer
         (expected,) = plain_policy.predict([plain_policy.prepare(seen)])
         for answer in answers:
             assert answer.result().status_code == 200

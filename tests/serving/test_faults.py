@@ -1,5 +1,6 @@
 """What goes wrong around a server: damaged images and bodies, clients that leave, a full queue, a signal."""
 
+import asyncio
 import contextlib
 import os
 import random
@@ -18,7 +19,9 @@ import pytest
 from http_bodies import as_file, as_json, in_base64
 from PIL import Image
 
+from openvla_hf.serving.errors import ShuttingDown
 from openvla_hf.serving.policy import ServedPolicy
+from openvla_hf.serving.service import Service
 
 
 MUTATIONS = int(os.environ.get("OPENVLA_FUZZ_EXAMPLES", "60"))
@@ -312,6 +315,20 @@ def test_out_of_memory_is_an_answer_and_the_next_request_is_served(gated, serve,
         assert (failed.status_code, failed.json()["error"]) == (503, "busy")
         assert "Out of memory" in failed.json()["reason"]
         assert client.post("/v1/act", json=body).status_code == 200
+
+
+def test_a_service_that_stops_waits_for_no_part_of_a_request(plain_policy):
+    async def stop_while_a_part_arrives():
+        service, loop = Service(plain_policy), asyncio.get_running_loop()
+        await service.start()
+        before = asyncio.ensure_future(service.receive(loop.create_future(), loop.time() + 60))
+        await asyncio.sleep(0)
+        await service.stop()
+        for part in (before, service.receive(loop.create_future(), loop.time() + 60)):
+            with pytest.raises(ShuttingDown):
+                await part
+
+    asyncio.run(asyncio.wait_for(stop_while_a_part_arrives(), 20))
 
 
 def test_an_unused_session_expires(gated, serve, body):

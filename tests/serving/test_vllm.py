@@ -65,6 +65,10 @@ class StandIn:
         self.bodies = []
         self.app = FastAPI()
         self.app.post("/inference/v1/generate")(self.generate)
+        self.app.get("/health")(self.health)
+
+    async def health(self):
+        return JSONResponse({}, self.status)
 
     async def generate(self, request: Request):
         self.bodies.append(await request.json())
@@ -151,6 +155,20 @@ def test_robots_are_told_to_try_again_while_vllm_is_gone(model):
         policy = VllmPolicy(model, tiny_processor(config=model.config), client, unnorm_key="tiny")
         with pytest.raises(Busy, match="vLLM does not answer"):
             policy.predict([prepare(policy)])
+
+
+def test_the_server_is_not_ready_while_vllm_has_failed(policy, stand_in, serve):
+    with serve(policy) as url, httpx.Client(base_url=url) as client:
+        assert client.get("/ready").status_code == 200
+        stand_in.status = 503
+        failed = client.get("/ready")
+        policy.client = httpx.Client(base_url="http://127.0.0.1:1")
+        gone = client.get("/ready")
+        assert client.get("/health").status_code == 200
+    reasons = ("vLLM has failed: its health check answers with status 503. Restart vLLM", "vLLM does not answer (")
+    for answer, reason in zip((failed, gone), reasons, strict=True):
+        assert (answer.status_code, answer.json()["error"]) == (503, "busy")
+        assert answer.json()["reason"].startswith(reason)
 
 
 # What vLLM can't run

@@ -93,7 +93,7 @@ class PredictionFailed(ServingError):
 
 
 class Busy(ServingError):
-    """The queue is full, or the device is out of memory."""
+    """The queue is full, the device is out of memory, or vLLM does not answer."""
 
     status = 503
 
@@ -117,7 +117,7 @@ def answer_error(error: ServingError) -> JSONResponse:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, (RequestTimeout, TooLarge)):
+    if isinstance(error, (RequestTimeout, TooLarge, ShuttingDown)):
         headers["Connection"] = "close"  # the rest of the body is not read
     return JSONResponse({"error": error.kind, "reason": error.reason}, error.status, headers)
 

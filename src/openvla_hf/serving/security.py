@@ -162,8 +162,7 @@ class Guard:
             if is_complete:  # the application waits for the client to disconnect
                 return await receive()
             try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
+                message = await self.service.receive(receive(), deadline)
             except TimeoutError:
                 raise RequestTimeout(
                     f"The request did not arrive within {self.options.request_seconds:g} s."

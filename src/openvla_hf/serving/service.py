@@ -5,20 +5,23 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from .batching import Batcher
-from .errors import PredictionFailed, SessionExpired, Superseded, TooManyRequests, Unprocessable
+from .batching import RETRY_AFTER, Batcher
+from .errors import PredictionFailed, SessionExpired, ShuttingDown, Superseded, TooManyRequests, Unprocessable
 from .images import EncodedImage
 from .metrics import Metrics
 from .policy import Observation, Prediction, Prepared, ServedPolicy, Session
 
 
 MILLISECONDS = 1000
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class Service:
                 )
         self.metrics = Metrics()
         self.is_ready = False
+        self._is_stopping = False
+        self._arriving: set[asyncio.Timeout] = set()  # limits of the requests that have not arrived completely
         self._sessions: dict[str, _Open] = {}
 
     async def start(self) -> None:
@@ -134,9 +139,30 @@ class Service:
         self.is_ready = True
 
     async def stop(self) -> None:
-        """Answer the waiting requests and stop."""
-        self.is_ready = False
+        """Answer the waiting requests, refuse those that have not arrived completely, and stop."""
+        self.is_ready, self._is_stopping = False, True
+        for limit in self._arriving:
+            if not limit.expired():
+                limit.reschedule(0.0)
         await self._batcher.close()
+
+    async def receive(self, part: Awaitable[Part], deadline: float) -> Part:
+        """Wait for a part of a request until a time of the event loop, or until the service stops.
+
+        Raises:
+            TimeoutError: The part did not arrive in time.
+            ShuttingDown: The service stops.
+        """
+        try:
+            async with asyncio.timeout_at(0.0 if self._is_stopping else deadline) as limit:
+                self._arriving.add(limit)
+                return await part
+        except TimeoutError:
+            if self._is_stopping:
+                raise ShuttingDown("The server is shutting down.", RETRY_AFTER) from None
+            raise
+        finally:
+            self._arriving.discard(limit)
 
     def blank_observation(self) -> Observation:
         """Return a black image for each camera, and a state of zeros."""

@@ -267,11 +267,16 @@ def add_operations(routes: APIRouter, service: Service) -> None:
         """Answer while the process runs. This endpoint needs no token."""
         return Status(status="ok")
 
-    @routes.get("/ready", responses=describe_errors(errors.ShuttingDown), summary="Does the server take requests?")
+    @routes.get(
+        "/ready",
+        responses=describe_errors(errors.Busy, errors.ShuttingDown),
+        summary="Does the server take requests?",
+    )
     async def ready() -> Status:
-        """Answer 503 before the first prediction and during shutdown."""
+        """Answer 503 before the first prediction, during shutdown, and while vLLM does not answer."""
         if not service.is_ready:
             raise ShuttingDown("The server is starting or shutting down.", retry_after=1)
+        await asyncio.to_thread(service.policy.check_health)
         return Status(status="ready")
 
     @routes.get("/info", responses=describe_errors(), summary="What is served?")

@@ -46,8 +46,10 @@ GENERATE = "/inference/v1/generate"
 """Path at which vLLM takes and returns token ids."""
 SERVER_OPTIONS = ("--enable-scale-out", "--logprobs-mode", "processed_logprobs")
 """Options that add this path to vLLM, and make the probabilities those among the allowed ids."""
+HEALTH = "/health"
 API_KEY_VARIABLE = "VLLM_API_KEY"
 REQUEST_SECONDS = 300.0  # the first request may compile
+HEALTH_SECONDS = 5.0
 STOP_SECONDS = 30.0
 MAX_REQUESTS = 64
 POLL_SECONDS = 0.2
@@ -86,6 +88,19 @@ class VllmPolicy(ServedPolicy):
     def describe(self) -> dict[str, Any]:
         """Describe what clients need to know, in JSON types."""
         return super().describe() | {"engine": "vllm"}
+
+    def check_health(self) -> None:
+        """Raise `Busy` if vLLM does not answer or has failed."""
+        try:
+            response = self.client.get(HEALTH, timeout=HEALTH_SECONDS)
+        except httpx.TransportError as error:
+            raise _no_answer(error) from error
+        if not response.is_success:
+            raise Busy(
+                f"vLLM has failed: its health check answers with status {response.status_code}. Restart vLLM, or this "
+                "server if it started vLLM.",
+                RETRY_AFTER,
+            )
 
     def predict(self, prepared: Sequence[Prepared]) -> list[Prediction]:
         """Predict observations, which vLLM joins into batches.
@@ -138,7 +153,7 @@ class VllmPolicy(ServedPolicy):
         try:
             response = self.client.post(GENERATE, json=body)
         except httpx.TransportError as error:
-            raise Busy(f"vLLM does not answer ({error or type(error).__name__}).", RETRY_AFTER) from error
+            raise _no_answer(error) from error
         if response.is_success:
             return response.json()
         reason = f"vLLM answered with status {response.status_code}: {response.text[:500]}"
@@ -163,6 +178,10 @@ class VllmPolicy(ServedPolicy):
             preprocess_seconds=prepared.seconds,
             model_seconds=seconds,
         )
+
+
+def _no_answer(error: httpx.TransportError) -> Busy:
+    return Busy(f"vLLM does not answer ({str(error) or type(error).__name__}).", RETRY_AFTER)
 
 
 def prompt_ids(config: Any, prepared: Prepared) -> list[int]:
@@ -348,7 +367,7 @@ def running_vllm(command: Sequence[str], client: httpx.Client, folder: Path) -> 
 
 def _is_healthy(client: httpx.Client) -> bool:
     try:
-        return client.get("/health").is_success
+        return client.get(HEALTH).is_success
     except httpx.TransportError:
         return False
 
