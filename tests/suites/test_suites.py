@@ -13,7 +13,7 @@ import torch
 from openvla_hf.cli import main
 from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
 from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
-from openvla_hf.suites.libero import read_states
+from openvla_hf.suites.libero_states import read_states
 from openvla_hf.suites.play import play
 from openvla_hf.suites.results import compare_results, mcnemar, wilson
 from openvla_hf.suites.simulator import open_simulators

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
-
-import numpy as np
 
 from .suite import Protocol, Suite
 
@@ -17,7 +13,7 @@ if TYPE_CHECKING:
     from .libero_env import LiberoEnv
 
 
-__all__ = ["LIBERO_SUITES", "LiberoSuite", "libero_suite", "read_states"]
+__all__ = ["LIBERO_SUITES", "LiberoSuite", "libero_suite"]
 
 # Suite -> number of tasks, and steps after which an episode has failed: a little more than the longest demonstration.
 LIBERO_SUITES = {
@@ -78,24 +74,3 @@ def libero_suite(name: str) -> LiberoSuite:
     )
     packages = ("openvla-hf", "gymnasium", "hf-libero", "robosuite", "mujoco", "numpy")
     return LiberoSuite(name, tuple(map(str, range(tasks))), protocol, STATE_DIM, packages)
-
-
-def read_states(path: Path) -> np.ndarray:
-    """Read the initial states (N, ...) of a task, which LIBERO keeps as a pickled array.
-
-    Only arrays are unpickled, so that the file can't run code.
-
-    Raises:
-        ValueError: The file contains anything else.
-    """
-    import torch
-
-    reconstruct = np.empty(0).__reduce__()[0]
-    # LIBERO's files name the function as numpy 1 did.
-    functions = [reconstruct, (reconstruct, "numpy.core.multiarray._reconstruct")]
-    allowed = [*functions, np.ndarray, np.dtype, type(np.dtype(np.float64))]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is not an array of LIBERO's initial states: install hf-libero again.") from error

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .libero import read_states
+from .libero_states import read_states
 
 
 # Software rendering needs no display. MuJoCo reads the variable when it is first imported.
