@@ -266,7 +266,8 @@ API = {
         Episode(environment, seed)
         Protocol(episodes, first_seed, initial_states, max_steps, success, cameras, image_size, rotate, jpeg, resize,
             crop_area, settle_steps, settle_action, gripper, execute)
-        Rollout(seed, task, instruction, success, moved_target, steps, frames, predictions)
+        Rollout(seed, task, instruction, success, moved_target, steps, frames, predictions,
+            moved_object)
         Suite(name, environments, protocol, state_dim, packages)
         Suite.episodes()
         Suite.make(environment)
@@ -296,7 +297,8 @@ API = {
         FIRST_UNSEEN_SEED
         TABLETOP_POLICY
         ModelPolicy(model, processor, unnorm_key, execute)
-        Rollout(seed, task, instruction, success, moved_target, steps, frames, predictions)
+        Rollout(seed, task, instruction, success, moved_target, steps, frames, predictions,
+            moved_object)
         load_policy(model, processor, unnorm_key, execute)
         check_robot(low, high)
         run_episodes(policy, seeds, tasks, condition, batch_size, keep_frames, cameras, state)

@@ -110,6 +110,18 @@ def test_workers_play_different_seeds():
     assert max(second) < 1_000_000
 
 
+def test_a_single_tower_has_as_many_parameters_as_two_and_learns_in_the_same_way(policy):
+    single, processor = build(replace(SMALL, towers=1))
+    sizes = [sum(one.numel() for one in model.parameters()) for model in (single, policy[0])]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.005)
+    assert single.config.fused_vision_config is None
+    collator = GuidedCollator(processor, single.action_tokenizer, single.get_action_stats(UNNORM_KEY))
+    Acting(Seeing(single, policy[1]))(**collator(frames(2)))["loss"].backward()
+    assert all(one.grad is not None for one in single.model.projector.parameters())
+    with pytest.raises(ValueError, match="1 or 2 towers, got towers=3"):
+        build(replace(SMALL, towers=3))
+
+
 @pytest.mark.slow
 def test_the_recipe_ends_in_a_policy_that_loads(tmp_path):
     train(replace(SMALL, output=str(tmp_path), workers=1))

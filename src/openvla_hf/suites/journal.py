@@ -17,7 +17,7 @@ from .suite import Episode, Rollout
 __all__ = ["JOURNAL_FILE", "Journal", "read_journal"]
 
 JOURNAL_FILE = "episodes.jsonl"
-FIELDS = ("seed", "task", "instruction", "success", "moved_target", "steps", "predictions")
+FIELDS = ("seed", "task", "instruction", "success", "moved_target", "steps", "predictions", "moved_object")
 
 
 class Journal:

@@ -89,6 +89,7 @@ class Simulator:
             self._see(observation)
             if self._done:
                 rollout.moved_target = info.get("moved_the_target")
+                rollout.moved_object = info.get("moved_object")
                 return
 
     def _see(self, observation: Observation) -> None:

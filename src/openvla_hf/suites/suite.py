@@ -124,6 +124,8 @@ class Rollout:
         success: Whether the task was solved.
         moved_target: Whether the object that was moved last is the one that the instruction names; `None` where the
             environment does not say so, as in other suites than the tabletop.
+        moved_object: Name of the object that was moved last; `None` if no object was moved, or where the environment
+            does not say so.
         steps: Number of actions.
         frames: The first camera's frames as the policy saw them, uint8 (H, W, 3), first to last; empty unless they are
             kept.
@@ -138,6 +140,7 @@ class Rollout:
     steps: int = 0
     frames: list[np.ndarray] = field(default_factory=list)
     predictions: int = 0
+    moved_object: str | None = None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ UNNORM_KEY = "tabletop"
 NOWHERE = -1.0
 PATCH_SIZE = 14
 POLICY_IMAGE_SIZE = SIDE * PATCH_SIZE
-VISION_WIDTH = 96
+# Width of each of two towers. A single tower of the second width gives a policy with as many parameters.
+VISION_WIDTH, SINGLE_VISION_WIDTH = 96, 156
 # Peak learning rate of the first phase.
 SEEING_LEARNING_RATE = 1.5e-3
 
@@ -71,6 +72,7 @@ class TrainPolicyArguments:
         workers: Number of processes that generate episodes.
         save_steps: Optimizer steps between two checkpoints.
         seed: Seed of the initialisation.
+        towers: 2 for both towers, 1 for a single, wider SigLIP tower. The number of parameters is about the same.
     """
 
     output: str = "outputs/tabletop"
@@ -84,6 +86,7 @@ class TrainPolicyArguments:
     workers: int = 1
     save_steps: int = 250
     seed: int = 7
+    towers: int = 2
 
 
 # Data
@@ -214,18 +217,27 @@ def sine_cosine_positions(side: int, width: int) -> torch.Tensor:
 
 
 def build(arguments: TrainPolicyArguments) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
-    """Build the untrained policy and its processor."""
+    """Build the untrained policy and its processor.
+
+    Raises:
+        ValueError: If the number of towers is neither 1 nor 2.
+    """
+    if arguments.towers not in (1, 2):
+        raise ValueError(f"A policy has 1 or 2 towers, got towers={arguments.towers}.")
+    fused = arguments.towers == 2
+    vision_width = VISION_WIDTH if fused else SINGLE_VISION_WIDTH
     # Each name is one token, so that one embedding says which object a patch shows.
     tokenizer = tiny_tokenizer(instructions(), merges=128, phrases=[f" {name}" for name in NAMES])
     config = tiny_config(
         tokenizer,
         image_size=POLICY_IMAGE_SIZE,
         patch_size=PATCH_SIZE,
-        vision_width=VISION_WIDTH,
+        vision_width=vision_width,
         vision_layers=5,
         text_width=TEXT_WIDTH,
         text_layers=4,
         heads=3,
+        fused=fused,
         norm_stats=action_statistics(arguments),
     )
     text = config.text_config
@@ -239,10 +251,13 @@ def build(arguments: TrainPolicyArguments) -> tuple[OpenVLAForActionPrediction, 
     model.set_attn_implementation("eager")
     backbone, projector = model.model.vision_backbone, model.model.projector
     with torch.no_grad():
-        # Both towers know the position of a patch from the first step on.
-        table = sine_cosine_positions(SIDE, VISION_WIDTH)
-        backbone.featurizer.embeddings.position_embeddings[0, 1:] = table
-        backbone.fused_featurizer.embeddings.position_embedding.weight.copy_(table)
+        # Towers know the position of a patch from the first step on.
+        table = sine_cosine_positions(SIDE, vision_width)
+        siglip = backbone.featurizer
+        if fused:
+            siglip = backbone.fused_featurizer
+            backbone.featurizer.embeddings.position_embeddings[0, 1:] = table
+        siglip.embeddings.position_embedding.weight.copy_(table)
         for layer in projector.children():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=1.2 * layer.in_features**-0.5)
@@ -250,8 +265,8 @@ def build(arguments: TrainPolicyArguments) -> tuple[OpenVLAForActionPrediction, 
     processor.prompt_template = "In: {instruction}\nOut:"
     processor.strip_full_stop = True  # the tabletop's instructions have none
     # The table is bright and even: normalising by its own statistics raises the contrast of the objects.
-    processor.image_processor.image_mean = [[0.82, 0.81, 0.79]] * 2
-    processor.image_processor.image_std = [[0.2, 0.2, 0.2]] * 2
+    processor.image_processor.image_mean = [[0.82, 0.81, 0.79]] * arguments.towers
+    processor.image_processor.image_std = [[0.2, 0.2, 0.2]] * arguments.towers
     return model, processor
 
 
