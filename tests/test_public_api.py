@@ -158,10 +158,11 @@ API = {
     """,
     "openvla_hf.training.arguments": """
         FinetuneArguments(model, output, data, statistics, recipe, settings, model_kwargs, resume, eval_share,
-            eval_frames, eval_data, keep_best, patience)
+            validation, eval_frames, eval_data, keep_best, patience)
         TrainingData(source, options, weight)
         TrainingMixture(mixture, folder, options, allow_missing)
         TrainingMixture.select()
+        TrainingMixture.select_validation()
     """,
     "openvla_hf.training.collator": """
         ActionCollator(processor, action_tokenizer, stats, prompt_suffix_token_id, norm_stats, augment, seed,
@@ -381,7 +382,7 @@ COMMANDS = {
             --drop-idle --cameras --name --statistics --streaming --shuffle-buffer --skip-bad-episodes --model --output
             --recipe --set --steps --save-steps --logging-steps --keep --workers --resume --report-to --dry-run
             --world-size --shard-size --throughput
-            --eval-share --eval-frames --keep-best --patience --json
+            --eval-share --validation --eval-frames --keep-best --patience --json
     """,
     "check": """
         model --data --device --dtype --image --instruction --unnorm-key --strict --platform --action-decoding

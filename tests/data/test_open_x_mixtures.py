@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from openvla_hf.data import compute_statistics, load, load_mixture, write_rlds
-from openvla_hf.data.mixtures import MIXTURES, read_mixture, select_datasets, training_split
+from openvla_hf.data.mixtures import MIXTURES, read_mixture, select_datasets, training_splits
 from openvla_hf.data.open_x import known_table
 from openvla_hf.data.whole_statistics import whole_statistics
 
@@ -101,9 +101,9 @@ def test_whole_statistics_count_all_splits_and_are_those_of_the_frames_otherwise
         for name, lengths in (("train", parts[:2]), ("val", parts[:1]))
     ]  # fmt: skip
     (root / "dataset_info.json").write_text(json.dumps(info))
-    assert training_split(str(folder / SARA)) == "train"
+    assert training_splits(str(folder / SARA)) == ("train", "val")
     assert whole_statistics(folder / SARA)["num_trajectories"] == 9
-    assert training_split(str(folder / SAILOR)) == "train[:95%]"
+    assert training_splits(str(folder / SAILOR)) == ("train[:95%]", "train[95%:]")
 
 
 def test_a_part_of_a_split_reads_its_episodes_alone(folder):

@@ -131,6 +131,8 @@ def run(
         Path(f"{output}-{index}.txt").write_text(str(error))
     if export:
         trainer.save_model(f"{output}-export")
+        figures = trainer.evaluate(load(data, streaming=True))
+        Path(f"{output}.figures").write_text(json.dumps(figures))
     if sharded:
         assert trainer.accelerator.is_fsdp2
         assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())

@@ -60,7 +60,7 @@ def of_one(outputs, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", outputs / "cache")
         for name in ("lora", "full", "oft"):
-            distributed_runs.run(str(data), str(outputs / f"one_{name}"), name, batch_size=4)
+            distributed_runs.run(str(data), str(outputs / f"one_{name}"), name, batch_size=4, export=name == "full")
     return outputs
 
 
@@ -157,6 +157,13 @@ def test_two_processes_learn_what_one_does(of_one, of_several, name):
 @pytest.mark.slow
 def test_two_processes_that_shard_the_model_learn_what_one_does_and_export_it(of_one, of_several):
     check_same(of_one, "full", "two_full", of_several / "two_full-export")
+
+
+@pytest.mark.slow
+def test_an_evaluation_by_two_processes_that_shard_the_model_gives_the_figures_of_one(of_one, of_several):
+    expected, found = (json.loads((of_one / f"{count}_full.figures").read_text()) for count in ("one", "two"))
+    for name in ("eval_loss", "eval_action_accuracy", "eval_action_l1"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-3), name
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ from openvla_hf.cli import build_parser, main
 from openvla_hf.cli.config_file import insert_config
 from openvla_hf.cli.finetune import read_arguments
 from openvla_hf.data import write_rlds
+from openvla_hf.data.streams import EvaluationStream
 from openvla_hf.testing import fake_episode
 from openvla_hf.training.arguments import FinetuneArguments, TrainingMixture
-from openvla_hf.training.finetune import build_trainer
+from openvla_hf.training.finetune import build_trainer, read_frames
 
 
 SARA, SAILOR = "dlr_sara_pour_converted_externally_to_rlds", "austin_sailor_dataset_converted_externally_to_rlds"
@@ -42,6 +43,31 @@ def test_a_run_draws_a_mixture_by_its_steps(base, data, cache, tmp_path, streami
     assert (reading["robot"], reading["split"]) == (SARA, "train[:95%]")
     assert trainer.model.base_model.model.norm_stats.keys() == {SARA, SAILOR}
     assert {frame["dataset"] for frame, _ in zip(trainer.train_dataset, range(20), strict=False)} == {SARA, SAILOR}
+
+
+def test_validation_gives_figures_of_each_dataset_that_depend_on_no_worker(base, cache, tmp_path):
+    for number, name in enumerate((SARA, SAILOR)):
+        episodes = [fake_episode(seed=11 * number + seed, steps=5, size=32) for seed in range(11)]
+        write_rlds(episodes, tmp_path / "oxe" / name, episodes_per_file=4)
+    mixture = TrainingMixture({SARA: 1.0, SAILOR: 1.0}, tmp_path / "oxe", {"streaming": True, "shuffle_buffer": 2})
+    figures = []
+    for workers in (0, 2):  # two workers share five frames of each dataset, so one of them adds frames
+        settings = SMALL | {"dataloader_num_workers": workers, "per_device_eval_batch_size": 3}
+        run = FinetuneArguments(model=base, data=mixture, output=tmp_path / "run", settings=settings, validation=True)
+        trainer = build_trainer(run)
+        read = [(frame["dataset"], frame["episode_index"]) for frame in EvaluationStream(trainer.eval_dataset)]
+        assert read == [(SARA, 10)] * 5 + [(SAILOR, 10)] * 5
+        figures.append(trainer.evaluate())
+    for name in ("loss", "action_accuracy", "action_l1"):
+        for key in (f"eval_{name}", f"eval_{name}/{SARA}", f"eval_{name}/{SAILOR}"):
+            assert figures[0][key] == pytest.approx(figures[1][key], abs=1e-6)
+    of_both = [figures[0][f"eval_loss/{name}"] for name in (SARA, SAILOR)]
+    assert of_both[0] != of_both[1]
+    assert figures[0]["eval_loss"] == pytest.approx(sum(of_both) / 2)
+    run = FinetuneArguments(
+        model=base, data=mixture, output=tmp_path / "run", settings=SMALL, validation=True, eval_frames=2
+    )
+    assert len(list(EvaluationStream(read_frames(run, 0, {}).evaluation))) == 4
 
 
 def test_the_command_line_and_a_config_file_give_a_mixture(base, data, tmp_path, capsys):

@@ -122,8 +122,11 @@ def _add_run_arguments(group: Any) -> None:
 def _add_evaluation_arguments(group: Any) -> None:
     group.add_argument("--eval-share", type=share, default=0.0, metavar="SHARE",
                        help="share of the episodes to hold out and evaluate on (default: none)")  # fmt: skip
+    group.add_argument("--validation", action="store_true",
+                       help="evaluate on the episodes of --mixture that the original holds out")  # fmt: skip
     group.add_argument("--eval-frames", type=positive, metavar="N",
-                       help="number of held-out frames in each evaluation (default: all)")  # fmt: skip
+                       help="number of held-out frames in each evaluation (default: all), or of each dataset with "
+                       "--validation (default: 256)")  # fmt: skip
     group.add_argument("--keep-best", nargs="?", const="loss", choices=("loss", "action_accuracy", "action_l1"),
                        help="keep the checkpoint that is best on the held-out episodes, by this figure (default: "
                        "loss), and end with its weights")  # fmt: skip
@@ -204,6 +207,7 @@ def read_arguments(args: argparse.Namespace) -> FinetuneArguments:
         settings=settings,
         resume=args.resume,
         eval_share=args.eval_share,
+        validation=args.validation,
         eval_frames=args.eval_frames,
         keep_best=args.keep_best,
         patience=args.patience,

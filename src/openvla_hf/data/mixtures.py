@@ -189,12 +189,16 @@ def select_datasets(
     return selected
 
 
-def training_split(path: str) -> str:
-    """Return the split that the original trains on: of an RLDS dataset without a split "val", the first 95%."""
+def training_splits(path: str) -> tuple[str, str | None]:
+    """Return the splits that the original trains and evaluates on.
+
+    For an RLDS dataset without a split "val", they are the first 95% and the rest. For other datasets, the original
+    has no split to evaluate on.
+    """
     fs, root = find_folder(path)
     with as_os_error(path):
         version = find_version(fs, root)
-        return split_for_training(RLDSSource(fs, version).splits)[0] if version else "train"
+        return split_for_training(RLDSSource(fs, version).splits) if version else ("train", None)
 
 
 def _problem(name: str) -> str | None:
@@ -272,5 +276,5 @@ __all__ = [
     "read_mixture",
     "sampling_shares",
     "select_datasets",
-    "training_split",
+    "training_splits",
 ]

@@ -118,6 +118,16 @@ class FrameStream(IterableDataset):
         stream.info.description = self.info.description
         return stream
 
+    def first(self, count: int) -> "FrameStream":
+        """Return a stream of the first frames, in the order of the files."""
+        return FrameStream(
+            self.unshuffled.take(count),
+            self.name,
+            losses=self.losses,
+            images=self.decoder.images,
+            features=self.row_features,
+        )
+
     def _reshuffle(self, shuffle_buffer: int, seed: int) -> "FrameStream":
         return FrameStream(
             self.unshuffled,
@@ -381,7 +391,8 @@ class EvaluationStream(torch.utils.data.IterableDataset):
     """The frames of one pass over a stream that one rank evaluates, for a `DataLoader`.
 
     Each worker decodes only the frames that it yields. All workers of all ranks yield the same number of frames,
-    because the ranks wait for each other after each batch. Workers with fewer frames repeat the first undamaged one.
+    because the ranks wait for each other after each batch. Workers with fewer frames repeat the first undamaged one,
+    with `is_padding`, which metrics leave out.
 
     Args:
         stream: Frames. Each stream of a mixture is read once.
@@ -405,7 +416,7 @@ class EvaluationStream(torch.utils.data.IterableDataset):
             first = next(filter(_is_frame, map(self._decode, self._read_once())), None)
             if first is None:
                 raise ValueError("Every frame of the stream is damaged, so there is nothing to evaluate on.")
-            yield from [first] * lacking
+            yield from [first | {"is_padding": True}] * lacking
 
     def _decode(self, row: Row) -> Row:
         return _decode(row, self.losses, self.decoder)

@@ -20,6 +20,8 @@ DEFAULT_SETTINGS: Mapping[str, Any] = {
     "dataloader_num_workers": 2,
 }
 """Arguments of `transformers.TrainingArguments` for every run. Evaluation follows `save_steps`."""
+VALIDATION_FRAMES = 256
+"""Number of frames of each dataset of a mixture in an evaluation, by default."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,33 @@ class TrainingMixture:
             ValueError: The mixture is unknown, or a dataset can't be trained on.
             FileNotFoundError: Datasets are missing. The message says where to get them.
         """
-        from ..data.mixtures import select_datasets, training_split
+        from ..data.mixtures import select_datasets, training_splits
 
         datasets = []
         for name, weight in select_datasets(self.mixture, self.folder, self.allow_missing).items():
             path = f"{os.fspath(self.folder)}/{name}"
-            split = self.options.get("split") or training_split(path)
+            split = self.options.get("split") or training_splits(path)[0]
             datasets.append(TrainingData(path, {**self.options, "name": name, "split": split}, weight))
+        return tuple(datasets)
+
+    def select_validation(self) -> tuple[TrainingData, ...]:
+        """Return streams of the episodes that the original holds out, for each dataset of the mixture.
+
+        Raises:
+            ValueError: The mixture has a dataset that is not in RLDS, which has no such episodes.
+        """
+        from ..data.mixtures import training_splits
+
+        datasets = []
+        for one in self.select():
+            split = training_splits(os.fspath(one.source))[1]
+            if split is None:
+                raise ValueError(
+                    f"{one.source} is not an RLDS dataset, so it has no episodes for `validation`. Give `eval_share` "
+                    "or `eval_data` instead."
+                )
+            options = {**one.options, "split": split, "streaming": True, "shuffle_buffer": 0}
+            datasets.append(TrainingData(one.source, options))
         return tuple(datasets)
 
 
@@ -89,7 +111,11 @@ class FinetuneArguments:
         model_kwargs: Further arguments of `from_pretrained` for the base model.
         resume: Whether to continue from the last complete checkpoint in `output`.
         eval_share: Share of the episodes of each dataset that is held out for evaluation, from 0 (none) to below 1.
-        eval_frames: Number of held-out frames that each evaluation takes; all of them by default.
+        validation: Whether to evaluate on the episodes of a `TrainingMixture` that the original holds out: those of
+            the split "val", or the last 5%.
+        eval_frames: Number of frames that each evaluation takes. With `eval_share`, they are spread over all held-out
+            frames, all of which are taken by default. With `validation`, they are the first of each dataset, by
+            default `VALIDATION_FRAMES`.
         eval_data: Frames to evaluate on instead of held-out episodes, or several sets of frames by name.
         keep_best: Figure that selects the best checkpoint, whose weights end up in `output`: "loss", "action_accuracy"
             or "action_l1". By default, `output` gets the last weights.
@@ -112,6 +138,7 @@ class FinetuneArguments:
     resume: bool = False
     # Evaluation
     eval_share: float = 0.0
+    validation: bool = False
     eval_frames: int | None = None
     eval_data: "Dataset | IterableDataset | Mapping[str, Any] | None" = None
     keep_best: str | None = None
@@ -126,16 +153,24 @@ class FinetuneArguments:
                 raise ValueError("A dataset is given twice in `data`. Give it once, with a higher weight.")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"`eval_share` must be at least 0 and below 1, got {self.eval_share}.")
-        if self.eval_share and self.eval_data is not None:
-            raise ValueError("`eval_share` and `eval_data` both select evaluation data. Give only one of them.")
+        if bool(self.eval_share) + self.validation + (self.eval_data is not None) > 1:
+            raise ValueError(
+                "`eval_share`, `validation` and `eval_data` all select evaluation data. Give only one of them."
+            )
+        if self.validation and (not isinstance(self.data, TrainingMixture) or self.data.options.get("split")):
+            raise ValueError(
+                "`validation` needs a mixture that is read without `split`. Give `eval_share` or `eval_data` instead."
+            )
         lacks_data = (self.patience or self.keep_best) and not self.evaluates
-        if lacks_data or (self.eval_frames and not self.eval_share):
-            raise ValueError("`patience`, `keep_best` and `eval_frames` need held-out episodes: give `eval_share`.")
+        if lacks_data or (self.eval_frames and not self.eval_share and not self.validation):
+            raise ValueError(
+                "`patience`, `keep_best` and `eval_frames` need held-out episodes: give `eval_share` or `validation`."
+            )
 
     @property
     def evaluates(self) -> bool:
         """Whether the policy is evaluated while it trains."""
-        return self.eval_share > 0 or self.eval_data is not None
+        return self.eval_share > 0 or self.validation or self.eval_data is not None
 
     @functools.cached_property
     def datasets(self) -> "tuple[TrainingData, ...]":
@@ -155,4 +190,4 @@ class FinetuneArguments:
         return None if all(weight == 1 for weight in weights) else weights
 
 
-__all__ = ["DEFAULT_SETTINGS", "FinetuneArguments", "TrainingData", "TrainingMixture"]
+__all__ = ["DEFAULT_SETTINGS", "VALIDATION_FRAMES", "FinetuneArguments", "TrainingData", "TrainingMixture"]

@@ -26,6 +26,8 @@ from ..processing.processing_openvla import OpenVLAProcessor
 
 IGNORED = -100
 """Label of the positions that the loss leaves out."""
+PADDING = -1
+"""`dataset_index` of frames that only complete a batch, which metrics leave out."""
 
 
 class ActionCollator:
@@ -38,7 +40,7 @@ class ActionCollator:
         prompt_suffix_token_id: Id between the prompt and the action, from the model's config.
         norm_stats: Instead of `stats`, the statistics of several datasets by name. Each frame names its own as
             `dataset`, which may be left out if there is only one. Batches then get `dataset_index` (B,), the position
-            of each frame's dataset in `norm_stats`.
+            of each frame's dataset in `norm_stats`, or `PADDING` for a frame that only completes a batch.
         augment: Draws a random view of an image with PyTorch's random number generator. The draw depends only on
             `seed`, the epoch and the frame, so it is the same in any worker or process, and after a resume.
         seed: Seed of `augment`.
@@ -103,7 +105,10 @@ class ActionCollator:
             batch["proprio"] = torch.from_numpy(np.stack(rows))
         if self.norm_stats is not None:
             names = list(self.norm_stats)
-            batch["dataset_index"] = torch.tensor([names.index(frame.get("dataset", names[0])) for frame in frames])
+            numbers = [
+                PADDING if frame.get("is_padding") else names.index(frame.get("dataset", names[0])) for frame in frames
+            ]
+            batch["dataset_index"] = torch.tensor(numbers)
         return batch
 
     def supervise(self, frames: Sequence[dict[str, Any]], prompts: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -251,4 +256,4 @@ def _place(frame: dict[str, Any]) -> str:
     return f" ({', '.join(known)})" if known else ""
 
 
-__all__ = ["IGNORED", "ActionCollator", "ChunkCollator"]
+__all__ = ["IGNORED", "PADDING", "ActionCollator", "ChunkCollator"]

@@ -29,12 +29,13 @@ from ..data.frames import read_robot
 from ..data.mixtures import divide_buffer, sampling_shares
 from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, sample_frames, split_parts
+from ..data.streams import mix_streams
 from ..data.whole_statistics import whole_statistics
 from ..modeling.action_networks import add_action_networks
 from ..modeling.checkpoint_files import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
-from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData, TrainingMixture
+from .arguments import DEFAULT_SETTINGS, VALIDATION_FRAMES, FinetuneArguments, TrainingData, TrainingMixture
 from .checkpoint_saving import last_checkpoint
 from .collator import ActionCollator, ChunkCollator
 from .interrupt import SaveOnInterrupt
@@ -215,10 +216,20 @@ def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping
         weighted = list(zip(parts, [one.weight for one in datasets], sizes, strict=True))
         parts = [part for part, *_ in divide_buffer(weighted, arguments.data.options.get("shuffle_buffer", 0))]
     train, evaluation, held_out = split_parts(parts, arguments.weights, arguments.eval_share, seed, sizes)
-    if arguments.eval_frames:
+    if isinstance(arguments.data, TrainingMixture) and arguments.validation:
+        evaluation = _read_validation(arguments.data, seed, recipe_options, arguments.eval_frames)
+    elif arguments.eval_frames:
         evaluation = sample_frames(evaluation, arguments.eval_frames, seed)
     evaluation = arguments.eval_data if evaluation is None else evaluation
     return RunFrames(train, evaluation, record | {"held_out": held_out}, statistics)
+
+
+def _read_validation(
+    mixture: TrainingMixture, seed: int, recipe_options: Mapping[str, Any], count: int | None
+) -> IterableDataset:
+    """Load the first `count` held-out frames of each dataset of a mixture."""
+    loaded = [load(one.source, seed=seed, **{**recipe_options, **one.options}) for one in mixture.select_validation()]
+    return mix_streams([(part.first(count or VALIDATION_FRAMES), 1.0) for part in loaded])
 
 
 def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:

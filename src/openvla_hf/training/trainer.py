@@ -34,8 +34,8 @@ class ActionTrainer(WholeCheckpointTrainer):
 
     - Only supervised positions go through the LM head, and the loss is the mean over the action tokens (and stop
       tokens) of all processes and accumulated batches together.
-    - `action_accuracy` and `action_l1` (see `ActionMetrics`) are logged in training and evaluation, and for each
-      dataset if there are several.
+    - `action_accuracy`, `action_l1` and `loss` (see `ActionMetrics`) are logged in training and evaluation, and for
+      each dataset if there are several.
     - A stream restarts when it is exhausted, so its runs are measured in steps, not in epochs. Together, the workers
       of all processes draw its frames equally often. A resumed run skips the frames it has used without decoding them.
     - Training stops at the first loss or gradient that is not finite. Weights whose loss is not finite are not saved.
@@ -177,14 +177,12 @@ class ActionTrainer(WholeCheckpointTrainer):
         if model.training:
             self._last_batch = inputs
         metrics = self.training_metrics if model.training else self.evaluation_metrics
-        if "actions" in inputs:
-            predicted, index = outputs.actions.detach(), inputs.get("dataset_index")
-            if outputs.logits is None:
-                metrics.update_chunks(predicted, inputs["actions"], targets, index)
-            else:  # a chunk of tokens
-                metrics.update(outputs.logits.detach().argmax(-1), targets, index)
+        index = inputs.get("dataset_index")
+        if outputs.logits is None:
+            metrics.update_chunks(outputs.actions.detach(), inputs["actions"], targets, index)
         else:
-            metrics.update(outputs.logits.detach().argmax(-1), targets, inputs.get("dataset_index"))
+            logits = outputs.logits.detach()
+            metrics.update(logits.argmax(-1), targets, index, losses=token_losses(logits, targets))
         return (loss, outputs) if return_outputs else loss
 
     def _forward(
@@ -201,9 +199,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         else:
             positions, targets = supervised_positions(inputs["labels"])
             outputs = model(**given, logits_to_keep=positions, use_cache=False)
-            loss = nn.functional.cross_entropy(
-                outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            loss = token_losses(outputs.logits, targets).sum()
             loss = loss / (targets.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is None:
             return loss, outputs, targets
@@ -237,7 +233,7 @@ class ActionTrainer(WholeCheckpointTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log figures, with the action metrics of the training steps since the last log."""
         if "loss" in logs:
-            logs = logs | self.training_metrics.take()
+            logs = self.training_metrics.take() | logs
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -389,6 +385,14 @@ class _BeforeStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.check()
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compute the cross entropy (B, K) of logits (B, K, V); 0 where the targets (B, K) are `IGNORED`."""
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(targets)
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
