@@ -157,8 +157,8 @@ API = {
         weight_bytes(model)
     """,
     "openvla_hf.training.arguments": """
-        FinetuneArguments(model, output, data, statistics, recipe, settings, model_kwargs, resume, eval_share,
-            validation, eval_frames, eval_data, keep_best, patience)
+        FinetuneArguments(model, output, data, statistics, recipe, settings, model_kwargs, resume, matrix_rate,
+            eval_share, validation, eval_frames, eval_data, keep_best, patience)
         TrainingData(source, options, weight)
         TrainingMixture(mixture, folder, options, allow_missing)
         TrainingMixture.select()
@@ -187,7 +187,8 @@ API = {
         recipe(name, **overrides)
     """,
     "openvla_hf.training.trainer": """
-        ActionTrainer(model, args, data_collator, train_dataset, eval_collator, record, decay_step, **kwargs)
+        ActionTrainer(model, args, data_collator, train_dataset, eval_collator, record, decay_step,
+            matrix_rate, **kwargs)
         last_checkpoint(output_dir)
     """,
     "openvla_hf.evaluation.check": """
@@ -380,8 +381,8 @@ COMMANDS = {
     "finetune": """
         --data --mixture --data-dir --allow-missing --config --weights --robot --robots --split --camera --every
             --drop-idle --cameras --name --statistics --streaming --shuffle-buffer --skip-bad-episodes --model --output
-            --recipe --set --steps --save-steps --logging-steps --keep --workers --resume --report-to --dry-run
-            --world-size --shard-size --throughput
+            --recipe --set --steps --save-steps --logging-steps --keep --workers --resume --report-to --matrix-rate
+            --dry-run --world-size --shard-size --throughput
             --eval-share --validation --eval-frames --keep-best --patience --json
     """,
     "check": """

@@ -17,6 +17,7 @@ from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tin
 from openvla_hf.training.checkpoint_saving import last_checkpoint
 from openvla_hf.training.collator import IGNORED, ActionCollator
 from openvla_hf.training.recipes import recipe
+from openvla_hf.training.throughput import training_operations
 from openvla_hf.training.trainer import ActionTrainer, supervised_positions
 
 
@@ -188,6 +189,7 @@ def test_accumulated_batches_weigh_each_token_alike(tmp_path):
             optim="sgd",
             learning_rate=0.1,
         )
+        trainer.throughput.matrix_rate = 1e12
         trainer.train()
         results.append((losses(trainer)[0], weights(trainer)))
     (loss_whole, whole), (loss_parts, parts) = results
@@ -195,7 +197,12 @@ def test_accumulated_batches_weigh_each_token_alike(tmp_path):
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-6)
     names = {key for entry in trainer.state.log_history for key in entry}
-    assert {"action_accuracy", "action_accuracy/three", "action_l1/seven"} <= names
+    assert {"action_accuracy", "action_accuracy/three", "action_l1/seven", "loss/three", "loss/seven"} <= names
+    log = trainer.state.log_history[0]
+    assert log["samples_per_second"] > 0
+    of_sample, of_token = training_operations(trainer.model)
+    operations = of_sample * log["samples_per_second"] + of_token * log["tokens_per_second"]
+    assert log["mfu"] == pytest.approx(operations / 1e12)
 
 
 def test_metrics_are_those_of_decoded_predictions(tmp_path):

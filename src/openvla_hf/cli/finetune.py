@@ -108,6 +108,9 @@ def _add_run_arguments(group: Any) -> None:
     group.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --output")
     group.add_argument("--report-to", nargs="+", metavar="TRACKER",
                        help="trackers to log to, such as tensorboard, trackio or wandb (default: none)")  # fmt: skip
+    group.add_argument("--matrix-rate", type=weight, metavar="N",
+                       help="operations a second of a GPU for matrix products, such as 312e12, to log the used share "
+                       "(default: from the data sheet, for known GPUs)")  # fmt: skip
     group.add_argument("--dry-run", action="store_true",
                        help="check the options, print the trained weights and the memory, and stop")  # fmt: skip
     group.add_argument("--world-size", type=positive, metavar="N",
@@ -206,6 +209,7 @@ def read_arguments(args: argparse.Namespace) -> FinetuneArguments:
         recipe=args.recipe,
         settings=settings,
         resume=args.resume,
+        matrix_rate=args.matrix_rate,
         eval_share=args.eval_share,
         validation=args.validation,
         eval_frames=args.eval_frames,

@@ -110,6 +110,8 @@ class FinetuneArguments:
             `{"lora_rank": 64, "max_steps": 1000}`. They override the recipe and `DEFAULT_SETTINGS`.
         model_kwargs: Further arguments of `from_pretrained` for the base model.
         resume: Whether to continue from the last complete checkpoint in `output`.
+        matrix_rate: Operations per second of a GPU for matrix products, of which the log gives the used share. By
+            default that of the data sheet, if the GPU is known.
         eval_share: Share of the episodes of each dataset that is held out for evaluation, from 0 (none) to below 1.
         validation: Whether to evaluate on the episodes of a `TrainingMixture` that the original holds out: those of
             the split "val", or the last 5%.
@@ -136,6 +138,7 @@ class FinetuneArguments:
     settings: Mapping[str, Any] = field(default_factory=dict)
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = False
+    matrix_rate: float | None = None
     # Evaluation
     eval_share: float = 0.0
     validation: bool = False

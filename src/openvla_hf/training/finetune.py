@@ -157,6 +157,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
         train_dataset=frames.train,
         eval_dataset=frames.evaluation,
         decay_step=recipe.decay_step,
+        matrix_rate=arguments.matrix_rate,
         callbacks=[EarlyStoppingCallback(arguments.patience)] if arguments.patience else None,
     )
 

@@ -27,6 +27,7 @@ from .checkpoint_saving import WholeCheckpointTrainer, last_checkpoint
 from .collator import IGNORED, ActionCollator
 from .metrics import ActionMetrics
 from .sharding import reduce_in_float32
+from .throughput import Throughput, find_matrix_rate
 
 
 class ActionTrainer(WholeCheckpointTrainer):
@@ -38,6 +39,7 @@ class ActionTrainer(WholeCheckpointTrainer):
       each dataset if there are several.
     - A stream restarts when it is exhausted, so its runs are measured in steps, not in epochs. Together, the workers
       of all processes draw its frames equally often. A resumed run skips the frames it has used without decoding them.
+    - The throughput is logged (see `Throughput`).
     - Training stops at the first loss or gradient that is not finite. Weights whose loss is not finite are not saved.
     - A checkpoint is complete: adapter or model, statistics, processor and the record of the run. It is written to a
       temporary folder and gets its name when it is complete, so a killed run resumes from a complete checkpoint.
@@ -52,6 +54,8 @@ class ActionTrainer(WholeCheckpointTrainer):
         record: Content of `training.json` in every checkpoint, ready for JSON. Entries may be added until the run
             ends.
         decay_step: Step after which the learning rate drops to a tenth; 0 for never.
+        matrix_rate: Operations per second of a GPU for matrix products, to log the share that is used; by default from
+            `MATRIX_RATES`.
     """
 
     data_collator: ActionCollator
@@ -65,6 +69,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         eval_collator: ActionCollator | None = None,
         record: dict[str, Any] | None = None,
         decay_step: int = 0,
+        matrix_rate: float | None = None,
         **kwargs: Any,
     ):
         reduce_in_float32(args)
@@ -79,6 +84,9 @@ class ActionTrainer(WholeCheckpointTrainer):
         self.add_callback(StreamPosition())
         self.add_callback(_Intervals())
         self.add_callback(_BeforeStep(self.check_step))
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.throughput = Throughput(model, matrix_rate or find_matrix_rate(args.device, dtype))
+        self.add_callback(self.throughput)
         self.model_accepts_loss_kwargs = True  # makes `Trainer` pass the number of supervised tokens to `compute_loss`
         self.label_names = ["labels"]
         self.can_return_loss = True
@@ -226,14 +234,15 @@ class ActionTrainer(WholeCheckpointTrainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Compute the gradients of a batch, and add its loss to the step's for `check_step`."""
+        self.throughput.add(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss.to(loss.device) + loss
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log figures, with the action metrics of the training steps since the last log."""
+        """Log figures, with the action metrics and the throughput of the training steps since the last log."""
         if "loss" in logs:
-            logs = self.training_metrics.take() | logs
+            logs = self.training_metrics.take() | self.throughput.take() | logs
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
