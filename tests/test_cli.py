@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -480,8 +481,13 @@ def test_both_cameras_and_the_state_are_recorded_on_request(capsys, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("command", ["demo", "evaluate", "predict", "record"])
-def test_help_shows_an_example(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "count"), [("demo", 1), ("evaluate", 4), ("predict", 1), ("record", 1), ("check", 3), ("doctor", 3)]
+)
+def test_help_shows_groups_of_options_and_examples(command, count, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    assert f"openvla-hf {command}" in capsys.readouterr().out.split("example:")[1]
+    options, examples = capsys.readouterr().out.split("\nexamples:\n" if count > 1 else "\nexample:\n")
+    assert examples.count(f"  openvla-hf {command} ") == count
+    if count > 1:
+        assert len(re.findall(r"^[a-z ]+:$", options, re.MULTILINE)) > 3

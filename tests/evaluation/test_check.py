@@ -253,6 +253,18 @@ def test_statistics_that_are_not_finite_or_out_of_order_are_found(folder, bound,
     assert message in found(report, "loading")
 
 
+def test_files_with_different_statistics_of_a_key_are_found(folder):
+    assert statuses(check(folder))["files of statistics"] == "passed"
+    statistics = json.loads((folder / "dataset_statistics.json").read_text())
+    statistics["tabletop"]["action"]["q99"][0] *= 2
+    write_statistics(folder, statistics)
+    message = found(check(folder), "files of statistics")
+    assert "config.json and dataset_statistics.json disagree on 'tabletop'" in message
+    assert "save the policy again with `save_pretrained`" in message
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    assert statuses(check(folder))["files of statistics"] == "passed"
+
+
 def test_statistics_of_another_dimension_are_found(oft):
     oft.model.config.norm_stats["tiny"]["action"] = {"q01": [-0.1] * 14, "q99": [0.1] * 14}
     report = check_policy(oft.model, oft.processor)

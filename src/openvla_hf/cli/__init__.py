@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.__name__.rpartition(".")[2],
             help=command.__doc__,
             description=command.__doc__,
-            epilog=f"example:\n  openvla-hf {command.EXAMPLE}",
+            epilog=_list_examples(f"  openvla-hf {command.EXAMPLE}"),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=command.run, in_flags=sub.in_flags)
@@ -117,6 +117,11 @@ def build_parser() -> argparse.ArgumentParser:
             "--json", action="store_true", help="print one JSON object on standard output, and nothing else"
         )
     return parser
+
+
+def _list_examples(lines: str) -> str:
+    count = sum(line.startswith("  openvla-hf ") for line in lines.splitlines())
+    return f"{'examples' if count > 1 else 'example'}:\n{lines}"
 
 
 def silence_others() -> None:

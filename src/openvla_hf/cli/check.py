@@ -18,31 +18,33 @@ from .common import (
 )
 
 
-EXAMPLE = "check outputs/kitchen --data lab/kitchen"
+EXAMPLE = """check openvla/openvla-7b --unnorm-key bridge_orig --device cuda
+  openvla-hf check outputs/kitchen --data lab/kitchen
+  openvla-hf check outputs/kitchen --strict --json"""
 FAILED = 1
 """Exit status if a check failed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=checkpoint, help="folder or Hub id of a checkpoint or adapter")
-    parser.add_argument("--data", help="folder, URL or Hub id of recorded episodes to compare the policy with")
-    parser.add_argument(
+    group = parser.add_argument_group("policy")
+    group.add_argument("--unnorm-key", help="statistics that the robot uses, if the model has several")
+    group.add_argument("--device", type=device_map, help="device such as cuda, or auto to choose one (default: CPU)")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the checkpoint)")
+    add_oft_options(group)
+    group.add_argument("--reasoning", action="store_true", default=None, help="the policy writes its reasoning first")
+    group = parser.add_argument_group("observation")
+    group.add_argument(
         "--image", type=image, help="file or URL of an image for every camera (default: a frame of the tabletop)"
     )
-    parser.add_argument("--instruction", help="task to give to the policy (default: one of --data)")
-    parser.add_argument("--unnorm-key", help="statistics that the robot uses, if the model has several")
-    parser.add_argument(
+    group.add_argument("--instruction", help="task to give to the policy (default: one of --data)")
+    group = parser.add_argument_group("recorded episodes")
+    group.add_argument("--data", help="folder, URL or Hub id of recorded episodes to compare the policy with")
+    add_data_arguments(group, split=None, split_help="split of --data (default: train)")
+    group.add_argument("--cameras", nargs="+", help="cameras of a policy that sees several, instead of --camera")
+    group = parser.add_argument_group("result")
+    group.add_argument(
         "--strict", action="store_true", help="exit with status 1 for warnings too, and not only for failures"
-    )
-    parser.add_argument("--device", type=device_map, help="device such as cuda, or auto to choose one (default: CPU)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="data type (default: that of the checkpoint)")
-    add_oft_options(parser)
-    parser.add_argument("--reasoning", action="store_true", default=None, help="the policy writes its reasoning first")
-    add_data_arguments(parser, split=None, split_help="split of --data (default: train)")
-    parser.add_argument(
-        "--cameras",
-        nargs="+",
-        help="cameras of a policy that sees several, instead of --camera",
     )
 
 

@@ -201,7 +201,7 @@ def image(text: str) -> str:
 # Policies and robots
 
 
-def add_oft_options(parser: argparse.ArgumentParser) -> None:
+def add_oft_options(parser: Any) -> None:
     """Add the options for OpenVLA-OFT checkpoints whose files do not identify their platform or decoding."""
     parser.add_argument(
         "--platform",

@@ -18,24 +18,29 @@ from .common import (
 )
 
 
-EXAMPLE = "doctor lab/kitchen --robot libero --plot actions.png"
+EXAMPLE = """doctor lab/kitchen
+  openvla-hf doctor lab/kitchen --robot libero --plot actions.png
+  openvla-hf doctor lab/kitchen --every 5 --drop-idle --model outputs/kitchen"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="folder, URL or Hub id of a dataset: LeRobot, RLDS, or `datasets` with images")
-    add_data_arguments(parser)
-    parser.add_argument(
-        "--model", type=checkpoint, help="folder or Hub id of a policy to compare with the recorded actions"
-    )
-    parser.add_argument("--unnorm-key", help="statistics to use, if the model has several")
-    parser.add_argument(
-        "--frames", type=positive, default=64, help="number of frames that the policy acts on (default: %(default)s)"
-    )
-    parser.add_argument(
+    group = parser.add_argument_group("dataset")
+    add_data_arguments(group)
+    group.add_argument(
         "--cameras", nargs="+", help="cameras of a policy that sees several, instead of --camera (default: --model's)"
     )
-    parser.add_argument("--state", action="store_true", help="require a state in every frame, and examine the states")
-    parser.add_argument("--plot", metavar="FILE", help="save a plot of the action histograms with the 256 bins")
+    group.add_argument("--state", action="store_true", help="require a state in every frame, and examine the states")
+    group = parser.add_argument_group("comparison with a policy")
+    group.add_argument(
+        "--model", type=checkpoint, help="folder or Hub id of a policy to compare with the recorded actions"
+    )
+    group.add_argument("--unnorm-key", help="statistics to use, if the model has several")
+    group.add_argument(
+        "--frames", type=positive, default=64, help="number of frames that the policy acts on (default: %(default)s)"
+    )
+    group = parser.add_argument_group("result")
+    group.add_argument("--plot", metavar="FILE", help="save a plot of the action histograms with the 256 bins")
 
 
 def run(args: argparse.Namespace) -> None:

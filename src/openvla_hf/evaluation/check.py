@@ -32,6 +32,7 @@ from .checks.code import check_code
 from .checks.findings import Finding, Status, Subject, failed, skipped
 from .checks.preparation import check_agreement, check_images, check_prompt
 from .checks.statistics import (
+    check_files,
     check_gripper_on,
     check_gripper_range,
     check_instructions,
@@ -178,6 +179,7 @@ def _check_policy(subject: Subject, probe: Probe) -> Iterator[Finding]:
     yield check_weights(subject)
     yield check_adapter(subject)
     yield (numbers := check_numbers(subject.model.norm_stats, subject.config))
+    yield check_files(subject)
     yield skipped("gripper", "See the statistics.") if numbers.status == "failed" else check_gripper_range(subject)
     yield (agreement := check_agreement(subject))
     yield from check_prompt(subject)

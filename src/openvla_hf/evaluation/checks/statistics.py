@@ -1,13 +1,16 @@
 """Check the action statistics of a policy, alone and against a dataset."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers.utils import CONFIG_NAME
 
 from ...data.gripper import GRIPPER_OPEN
 from ...data.statistics import compute_statistics
 from ...modeling.action_tokenizer import BOUNDS_OF, action_dim, check_statistics
+from ...modeling.checkpoint_files import OFT_FILES, STATISTICS_FILE
 from ..open_loop import evaluate_open_loop
 from .findings import Finding, Subject, failed, passed, skipped, warned
 
@@ -62,6 +65,44 @@ def check_numbers(norm_stats: Any, config: Any) -> Finding:
     keys = ", ".join(f"{key} ({action_dim(one['action'])})" for key, one in list(norm_stats.items())[:5])
     more = "" if len(norm_stats) <= len(keys.split(", ")) else f" and {len(norm_stats) - 5} more"
     return passed(name, f"Finite and in order: {keys}{more}.")
+
+
+def check_files(subject: Subject) -> Finding:
+    """Check that the config and the file of statistics agree on the keys that both have."""
+    name = "files of statistics"
+    in_config, in_file = subject.raw_config.get("norm_stats"), subject.files.read_json(STATISTICS_FILE)
+    if not (in_config and in_file):
+        return skipped(name, f"Only one of {CONFIG_NAME} and {STATISTICS_FILE} has statistics, or neither.")
+    if subject.files.match(OFT_FILES):
+        return skipped(name, f"The statistics of a published OpenVLA-OFT policy are those of {STATISTICS_FILE}.")
+    fix = (
+        f"If the statistics in {STATISTICS_FILE} are those of the training, save the policy again with "
+        "`save_pretrained`, which writes them to both files. If not, delete the file."
+    )
+    try:
+        check_statistics(in_config, CONFIG_NAME)
+        check_statistics(in_file, STATISTICS_FILE)
+    except ValueError as error:
+        return failed(name, str(error), fix)
+    shared = [key for key in in_file if key in in_config]
+    if wrong := [key for key in shared if _contradict(in_config[key], in_file[key])]:
+        named = ", ".join(map(repr, wrong[:5])) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        found = f"{CONFIG_NAME} and {STATISTICS_FILE} disagree on {named}. This package uses {STATISTICS_FILE}."
+        return failed(name, found, fix)
+    keys = "1 key" if len(shared) == 1 else f"{len(shared)} keys"
+    return passed(name, f"They agree on {keys}." if shared else "They have no key in common.")
+
+
+def _contradict(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Return whether two statistics of the same key have different bounds or masks."""
+    for kind in ("action", "proprio"):
+        stats = [one.get(kind) or {} for one in (first, second)]
+        for name in (*itertools.chain(*BOUNDS_OF.values()), "mask"):
+            if all(name in one for one in stats):
+                ours, others = (np.array(one[name], float) for one in stats)
+                if ours.shape != others.shape or not np.allclose(ours, others):
+                    return True
+    return False
 
 
 def check_gripper_range(subject: Subject) -> Finding:
@@ -201,6 +242,7 @@ def check_instructions(subject: Subject, frames: Dataset) -> Finding:
 
 
 __all__ = [
+    "check_files",
     "check_gripper_on",
     "check_gripper_range",
     "check_instructions",
