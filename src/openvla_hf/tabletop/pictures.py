@@ -11,6 +11,7 @@ from ..suites.suite import Rollout
 
 INK, PAPER, GOOD, BAD = (30, 34, 40), (255, 255, 255), (30, 132, 73), (192, 57, 43)
 MARGIN, LINE = 6, 24
+COLOURS = 64
 FONT = ImageFont.load_default(size=14)
 
 
@@ -72,7 +73,10 @@ def save_gif(rollouts: Sequence[Rollout], path: Path, columns: int = 3, frames_p
                 verdict, colour = _verdict(rollout)
                 corner = (left + width, top + caption_height + height + 3)
                 draw.text(corner, verdict, fill=colour, font=FONT, anchor="ra")
-        pictures.append(picture.quantize(128, dither=Image.Dither.NONE))
+        pictures.append(picture)
+    # One palette for all pictures, that of the last with its verdicts: what does not change takes no space.
+    palette = pictures[-1].quantize(COLOURS)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     pictures[0].save(
         path,
         save_all=True,
