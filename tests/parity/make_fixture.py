@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 STRIDE = 16  # of pixels, patches, positions and rows of gradients
 VOCABULARY = 32064
 TAIL = 31744  # first of the columns whose logits are recorded in every step: the action ids and the padded rows
-WITH_LOGITS = (0, 5, 10, 15)  # predictions whose logits and hidden states are kept
+WITH_LOGITS = (0, 5, 10, 15, 17)  # predictions whose logits and hidden states are kept
 WITH_HIDDEN_TEXT = (7, 9)
 # Small images for the image processor: with an alpha channel, in grey, with a palette.
 PROCESSOR_IMAGES = {

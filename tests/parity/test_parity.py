@@ -234,7 +234,7 @@ def test_every_step_of_every_prediction(record, placeholders):
         if f"predict.{k}.step_logits_full" in tensors:
             assert error(logits[:, record.columns], tensors[f"predict.{k}.step_logits_full"]) <= LOGITS
         compared += 1
-    assert compared > 8
+    assert compared >= 7
     assert suffixes == {True, False}
 
 
