@@ -37,6 +37,7 @@ from openvla_hf.data import load, write_lerobot
 from openvla_hf.data.optional_packages import import_extra
 from openvla_hf.evaluation.open_loop import evaluate_open_loop
 from openvla_hf.evaluation.suites import Evaluation
+from openvla_hf.new_folder import new_folder
 from openvla_hf.suites.journal import read_journal
 from openvla_hf.suites.play import play
 from openvla_hf.suites.policies import model_policy
@@ -196,8 +197,9 @@ class Workbench:
         if not folder.exists():
             arguments = TrainPolicyArguments()
             set_seed(arguments.seed)
-            for part in build(arguments):
-                part.save_pretrained(folder)
+            with new_folder(folder) as aside:
+                for part in build(arguments):
+                    part.save_pretrained(aside)
         return folder
 
     def record(self, tasks: Sequence[str], count: int, first_seed: int = 0) -> Path:
@@ -219,7 +221,7 @@ class Workbench:
                 frames = load(self.record(tasks, self.held_out, FIRST_HELD_OUT_SEED), **READING)
                 report = evaluate_open_loop(*Policy(name, folder).load(), frames, batch_size=BATCH_SIZE)
                 figures["held-out tokens"] = report.token_accuracy
-            result.write_text(json.dumps(figures | {"cpu_seconds": spent()}), encoding="utf-8")
+            write_json(result, figures | {"cpu_seconds": spent()})
         return Policy(name, folder, training=json.loads(result.read_text(encoding="utf-8")))
 
     # Evaluation
@@ -369,7 +371,14 @@ def write_rows(output: Path, claim: str, rows: Sequence[Row]) -> None:
     """Write the rows of a claim to claims.json, and keep those of other claims."""
     file = output / "claims.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.write_text(json.dumps(known | {claim: [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
+    write_json(file, known | {claim: [asdict(row) for row in rows]})
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file as a whole, so that a run which is killed leaves none or the earlier one."""
+    written = file.with_name(f"{file.name}.new")
+    written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    written.replace(file)
 
 
 def claim_table(claim: str, rows: Sequence[Row]) -> Table:
