@@ -173,6 +173,15 @@ def refusal(capsys, *arguments):
     return error
 
 
+@pytest.mark.parametrize(
+    "command", ["serve someone/nope --port 0", "evaluate someone/nope", "doctor demos --model someone/nope"]
+)
+def test_a_hub_that_does_not_answer_is_asked_once_for_a_policy(owner, capsys, command):
+    owner.faults["*"] = 0
+    assert "Cannot read the files of someone/nope: the Hub does not answer" in refusal(capsys, *command.split())
+    assert len(owner.requests) <= 3
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
 @pytest.mark.parametrize(

@@ -229,14 +229,15 @@ def load_model(
     model_id: str, dtype: str = "auto", device: str | None = None, **options: str | None
 ) -> tuple[Any, Any]:
     """Load the model and processor of a Hub id or folder; both get the `options` that are not `None`."""
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoProcessor
     from transformers.utils import logging
 
-    import openvla_hf  # noqa: F401 - registers OpenVLA with the Auto classes
+    from ..auto import OpenVLAForActionPrediction
 
     logging.disable_progress_bar()
     options = {name: value for name, value in options.items() if value is not None}
-    model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device, **options)
+    # Unlike AutoModel, it does not repeat requests to a Hub that does not answer, which would take a minute.
+    model = OpenVLAForActionPrediction.from_pretrained(model_id, dtype=dtype, device_map=device, **options)
     return model, AutoProcessor.from_pretrained(model_id, **options)
 
 

@@ -249,8 +249,8 @@ def hub_error(source: str, what: str, error: Exception | None) -> OSError:
     if isinstance(cause, OSError) and cause.errno is not None:  # such as a full disk
         return OSError(f"{start}: {cause.strerror or cause}.")
     return OSError(
-        f"{start}: the Hub does not answer ({type(cause).__name__}). Check the network, or set HF_HUB_OFFLINE=1 to "
-        "use the cached files."
+        f"{start}: the Hub does not answer ({type(cause).__name__}). Check the name and the network, or set "
+        "HF_HUB_OFFLINE=1 to use the cached files."
     )
 
 

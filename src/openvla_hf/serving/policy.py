@@ -172,12 +172,13 @@ class ServedPolicy:
             loading: Further arguments of `from_pretrained` for both model and processor, such as `platform`.
             options: Arguments of `ServedPolicy`.
         """
-        from transformers import AutoModel, AutoProcessor
+        from transformers import AutoProcessor
 
-        from .. import auto as auto
+        from ..auto import OpenVLAForActionPrediction
 
         shared = {"revision": revision or "main", **(loading or {})}
-        model = AutoModel.from_pretrained(model_id, dtype=dtype, device_map=device, **shared)
+        # Unlike AutoModel, it does not repeat requests to a Hub that does not answer, which would take a minute.
+        model = OpenVLAForActionPrediction.from_pretrained(model_id, dtype=dtype, device_map=device, **shared)
         return cls(model.eval(), AutoProcessor.from_pretrained(model_id, **shared), model_id, **options)
 
     def _find_gripper(self, name: str) -> GripperConvention:
