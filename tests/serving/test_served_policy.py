@@ -3,7 +3,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModel, AutoProcessor
 
+from openvla_hf.checkpoints.quantize import quantization
 from openvla_hf.serving.policy import Observation, ServedPolicy
 
 
@@ -18,6 +22,63 @@ def test_an_answer_equals_a_call_of_the_model(plain_policy, make_observation):
     (prediction,) = predict(plain_policy, seen)
     np.testing.assert_array_equal(prediction.actions, expected[None])
     assert prediction.unnorm_key == "tiny"
+
+
+@pytest.fixture(scope="module")
+def base(plain_policy, tmp_path_factory):
+    """The folder of the plain policy."""
+    folder = tmp_path_factory.mktemp("derived") / "base"
+    plain_policy.model.save_pretrained(folder)
+    plain_policy.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def quantised(base):
+    """A checkpoint in 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    config = quantization("4bit")
+    config.bnb_4bit_compute_dtype = torch.float32
+    folder = base.with_name("quantised")
+    AutoModel.from_pretrained(base, quantization_config=config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base):
+    """A LoRA adapter, which names its base."""
+    model = AutoModel.from_pretrained(base)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    folder = base.with_name("adapter")
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["quantised", "adapter"])
+def test_quantised_checkpoints_and_adapters_are_served_as_they_act(kind, request, plain_policy, make_observation):
+    folder = request.getfixturevalue(kind)
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    policy = ServedPolicy.load(str(folder), unnorm_key="tiny")
+    seen = [
+        make_observation(policy, 0),
+        dataclasses.replace(make_observation(policy, 1), instruction="open the top drawer", unnorm_key="half"),
+    ]
+    inputs = processor([one.images["image"] for one in seen], instruction=[one.instruction for one in seen])
+    expected = model.predict_action(**inputs, unnorm_key=["tiny", "half"])
+    together = predict(policy, *seen)
+    for one, answer, actions in zip(seen, together, expected, strict=True):
+        (alone,) = predict(policy, one)
+        np.testing.assert_allclose(answer.actions[0], actions, atol=1e-6)
+        np.testing.assert_allclose(alone.actions[0], actions, atol=1e-5)
+    unchanged = predict(plain_policy, *seen)
+    assert any((one.token_ids != other.token_ids).any() for one, other in zip(together, unchanged, strict=True))
+    assert policy.describe()["model_id"] == folder.name
 
 
 @pytest.mark.parametrize("name", ["plain_policy", "chunk_policy"])
