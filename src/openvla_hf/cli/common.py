@@ -235,10 +235,10 @@ def load_model(
     from ..auto import OpenVLAForActionPrediction
 
     logging.disable_progress_bar()
-    options = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     # Unlike AutoModel, it does not repeat requests to a Hub that does not answer, which would take a minute.
-    model = OpenVLAForActionPrediction.from_pretrained(model_id, dtype=dtype, device_map=device, **options)
-    return model, AutoProcessor.from_pretrained(model_id, **options)
+    model = OpenVLAForActionPrediction.from_pretrained(model_id, dtype=dtype, device_map=device, **given)
+    return model, AutoProcessor.from_pretrained(model_id, **given)
 
 
 def default_model() -> str:
