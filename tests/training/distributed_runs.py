@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -72,7 +71,6 @@ def run(
     streaming=False,
     steps=4,
     save_steps=None,
-    dtype="float32",
     spoil=False,
     dies_after=None,
     resume=None,
@@ -89,7 +87,7 @@ def run(
     fields = {"lora_rank": 4} if name != "full" else {}
     if name == "oft":
         fields |= {"action_horizon": 3, "use_state": False}
-    chosen = recipe(name, dtype=dtype, batch_size=batch_size, learning_rate=1e-3, **fields)
+    chosen = recipe(name, dtype="float32", batch_size=batch_size, learning_rate=1e-3, **fields)
     Watched.seen, Watched.calls = [], 0
     shared = {
         "processor": tiny_processor(tokenizer, config),
@@ -129,17 +127,16 @@ def run(
         if not spoil:
             raise
         Path(f"{output}-{index}.txt").write_text(str(error))
+    if sharded:
+        assert trainer.accelerator.is_fsdp2
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    drawn = list(Watched.seen)
     if export:
         trainer.save_model(f"{output}-export")
         figures = trainer.evaluate(load(data, streaming=True))
         Path(f"{output}.figures").write_text(json.dumps(figures))
-    if sharded:
-        assert trainer.accelerator.is_fsdp2
-        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-        policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
-        assert dtype == "float32" or policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    Path(f"{output}-{index}.json").write_text(json.dumps([index, losses, Watched.seen]))
+    Path(f"{output}-{index}.json").write_text(json.dumps([index, losses, drawn]))
 
 
 if __name__ == "__main__":

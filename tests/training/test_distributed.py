@@ -32,8 +32,8 @@ for arguments in json.loads(sys.argv[1]):
     sys.argv[1:] = arguments
     try:
         main()
-    except ChildFailedError:
-        if "dies_after" not in arguments[-1]:
+    except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode != -9:  # a run that kills itself
             raise
 """
 INSTRUCTIONS = ("push", "open the drawer and look inside", "pick up the red block")
@@ -94,17 +94,12 @@ def of_several(outputs, data, interpreters):
             2,
             {
                 "two_full": table | {"export": True},
-                "two_lower": table | {"dtype": "bfloat16"},
                 "straight": stream,
-                "killed": stream | {"dies_after": 5},
+                "killed": stream | {"dies_after": 4},
             },
         ),
         launch("fsdp2.yaml", 2, {"killed": stream}),
-        launch(
-            "hsdp.yaml",
-            4,
-            {"four_full": table | {"batch_size": 1}, "by_four": stream | {"batch_size": 1, "resume": middle}},
-        ),
+        launch("hsdp.yaml", 4, {"by_four": stream | {"batch_size": 1, "resume": middle}}),
         launch("fsdp2.yaml", 1, {"by_one": stream | {"batch_size": 4, "resume": middle}}),
     ]
     environment = {
@@ -135,10 +130,10 @@ def losses_of(folder, output):
     return losses
 
 
-def check_same(folder, name, several, final):
+def check_same(folder, name, final):
     ((_, losses, drawn),) = told_by(folder, f"one_{name}")
-    told = told_by(folder, several)
-    assert losses_of(folder, several) == pytest.approx(losses, rel=1e-4)
+    told = told_by(folder, f"two_{name}")
+    assert losses_of(folder, f"two_{name}") == pytest.approx(losses, rel=1e-4)
     assert {tuple(frame) for _, _, some in told for frame in some} == {*map(tuple, drawn)}
     file = "adapter_model.safetensors" if name != "full" else "model.safetensors"
     expected = load_file(folder / f"one_{name}" / "checkpoint-4" / file)
@@ -151,12 +146,12 @@ def check_same(folder, name, several, final):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "oft"])
 def test_two_processes_learn_what_one_does(of_one, of_several, name):
-    check_same(of_one, name, f"two_{name}", of_several / f"two_{name}" / "checkpoint-4")
+    check_same(of_one, name, of_several / f"two_{name}" / "checkpoint-4")
 
 
 @pytest.mark.slow
 def test_two_processes_that_shard_the_model_learn_what_one_does_and_export_it(of_one, of_several):
-    check_same(of_one, "full", "two_full", of_several / "two_full-export")
+    check_same(of_one, "full", of_several / "two_full-export")
 
 
 @pytest.mark.slow
@@ -164,12 +159,6 @@ def test_an_evaluation_by_two_processes_that_shard_the_model_gives_the_figures_o
     expected, found = (json.loads((of_one / f"{count}_full.figures").read_text()) for count in ("one", "two"))
     for name in ("eval_loss", "eval_action_accuracy", "eval_action_l1"):
         assert found[name] == pytest.approx(expected[name], abs=1e-3), name
-
-
-@pytest.mark.slow
-def test_four_processes_that_shard_the_model_twice_learn_what_one_does(of_one, of_several, tmp_path):
-    merge_fsdp_weights(of_several / "four_full" / "checkpoint-4" / "pytorch_model_fsdp_0", tmp_path)
-    check_same(of_one, "full", "four_full", tmp_path)
 
 
 @pytest.mark.slow
@@ -181,7 +170,7 @@ def test_a_killed_run_that_shards_the_model_continues_with_the_same_losses(of_se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["by_one", "by_four"])
-def test_a_checkpoint_of_two_processes_continues_with_another_number(of_several, run):
+def test_a_checkpoint_of_two_processes_continues_with_one_and_with_two_times_two(of_several, run):
     assert losses_of(of_several, run) == pytest.approx(losses_of(of_several, "straight"), rel=1e-4)
     drawn = [{tuple(frame) for _, _, some in told_by(of_several, one) for frame in some} for one in (run, "straight")]
     assert drawn[0] <= drawn[1]
@@ -196,13 +185,6 @@ def test_weights_of_a_sharded_checkpoint_can_be_merged_and_loaded(of_several, tm
     assert type(merged) is type(exported) is OpenVLAForActionPrediction
     for (name, one), (_, other) in zip(merged.state_dict().items(), exported.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
-
-
-@pytest.mark.slow
-def test_gradients_are_reduced_in_float32_if_the_arithmetic_is_bfloat16(of_one, of_several):
-    losses = losses_of(of_several, "two_lower")
-    assert losses == pytest.approx(losses_of(of_several, "two_full"), rel=2e-2)
-    assert losses != losses_of(of_several, "two_full")
 
 
 @pytest.mark.slow
