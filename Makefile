@@ -17,6 +17,9 @@ RAY := .venv-ray
 # Passing --quiet twice hides progress and warnings, but not errors.
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 
+# The many processes of the tests share the compiled modules.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-vla-eval test-lerobot \

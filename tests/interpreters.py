@@ -7,13 +7,16 @@
 
 Nothing from Hugging Face or from this package is imported before the fork, so these libraries read the environment
 variables of the new process. Python and PyTorch have already read theirs; only `PYTHONIOENCODING` is applied again.
+transformers gets the list of its models, which takes most of the time to import it.
 Functions are compiled in a process only if `env` has another value for `TORCHDYNAMO_DISABLE`.
 """
 
 import gc
 import importlib
+import importlib.machinery
 import json
 import os
+import pickle
 import runpy
 import shutil
 import signal
@@ -29,9 +32,13 @@ from typing import Any, Self
 PRELOADED = (
     *("numpy", "pandas", "PIL.Image", "pyarrow.compute", "sympy", "torch"),
     *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor"),
+    *("fsspec.asyn", "jinja2.ext", "jinja2.sandbox", "psutil", "regex", "rich.progress", "rich.table", "yaml"),
 )
+# Objects between two passes of the garbage collector. Imports alone would cause hundreds of passes.
+COLLECTED = 50_000
 # bitsandbytes compiles its CPU kernels for each size of a layer, and reads this variable when it is imported.
 NO_COMPILATION = {"TORCHDYNAMO_DISABLE": "1"}
+MODELS = "models.pickle"
 FRESH = {"huggingface_hub", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "openvla_hf"}
 
 # First lines of code that must work where this package is not installed.
@@ -85,8 +92,9 @@ class Interpreters:
         self._imported = folder / "imported"
 
     def __enter__(self) -> Self:
+        list_models(self.folder / MODELS)
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, str(self.folder / MODELS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._imported.open("w"),
@@ -117,6 +125,39 @@ class Interpreters:
         process = self.start(*arguments, env=env)
         status = process.wait()
         return subprocess.CompletedProcess(arguments, status, process.output(), process.errors())
+
+
+def list_models(path: Path) -> None:
+    """Write the list that transformers makes of its models when it is imported, from the 2,000 files of their code."""
+    import transformers
+    from transformers.utils.import_utils import create_import_structure_from_path
+
+    folder = Path(transformers.__file__).parent / "models"
+    path.write_bytes(pickle.dumps((folder, create_import_structure_from_path(folder))))
+
+
+class ListedModels:
+    """Finder that gives transformers the list of its models, instead of letting it read their code twice."""
+
+    def __init__(self, path: str):
+        self.folder, self.listed = pickle.loads(Path(path).read_bytes())
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != "transformers.utils.import_utils":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec
+        assert spec.loader
+        execute = spec.loader.exec_module
+
+        def execute_and_list(module: Any) -> None:
+            execute(module)
+            read = module.create_import_structure_from_path
+            known = (self.folder, str(self.folder / "__init__.py"))
+            module.create_import_structure_from_path = lambda path: self.listed if path in known else read(path)
+
+        spec.loader.exec_module = execute_and_list
+        return spec
 
 
 def serve() -> list[str]:
@@ -172,6 +213,8 @@ if __name__ == "__main__":
     for name in PRELOADED:
         importlib.import_module(name)
     assert not FRESH & set(sys.modules)
+    sys.meta_path.insert(0, ListedModels(sys.argv[1]))
     gc.freeze()
+    gc.set_threshold(COLLECTED)
     if arguments := serve():
         run(*arguments)

@@ -173,9 +173,12 @@ ORDERS = {
     "trainer and pipelines last": "import openvla_hf\nimport transformers.trainer\nfrom transformers import pipeline",
 }
 # Modules that most calls import, imported once. They import no module of this package or of the Auto classes.
+# `get_checkpoint_conversion_mapping` compiles the patterns of all models.
 SHARED = """
 import torch, transformers.generation.utils, transformers.image_processing_backends, transformers.modeling_utils
 import transformers.processing_utils, transformers.tokenization_utils_tokenizers, transformers.video_processing_utils
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+get_checkpoint_conversion_mapping("llama")
 """
 # A version of transformers with its own OpenVLA, which is in use.
 RIVAL = """
