@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import threading
 from pathlib import Path
@@ -72,7 +73,15 @@ def running_server(app, port=0):
 
     from openvla_hf.serving.connection import Connection
 
-    server = uvicorn.Server(uvicorn.Config(app, http=Connection, port=port, log_level="warning", lifespan="on"))
+    class Server(uvicorn.Server):
+        """A server that ends at once, where uvicorn's looks ten times a second whether to end."""
+
+        async def main_loop(self):
+            await self.on_tick(0)  # sets the date of the answers
+            await asyncio.to_thread(ending.wait)
+
+    ending = threading.Event()
+    server = Server(uvicorn.Config(app, http=Connection, port=port, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -83,7 +92,7 @@ def running_server(app, port=0):
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.should_exit = True
+        ending.set()
         thread.join(30)
         assert not thread.is_alive()
 
