@@ -58,6 +58,11 @@ SECRETS = {
     "a password or key": r"(?i)(api_?(key|token)|secret|passw(or)?d|(access|auth)_?token)\w*\\*[\"']?\s*[:=]\s*"
     r"\\*[\"'][^\s\"']{12,}",
 }
+# The patterns that begin at a word, as one. Searching a text for each of them takes most of the time of a push.
+WORD = r"\b"
+SECRETS_AT_A_WORD = re.compile(
+    WORD + f"(?:{'|'.join(each.removeprefix(WORD) for each in SECRETS.values() if each.startswith(WORD))})"
+)
 # Paths below folders that people work in. A single component such as "/tmp" may be a token of a tokenizer. On Windows,
 # paths have two components below a drive or a server, and backslashes may be escaped.
 LOCAL_PATH = re.compile(
@@ -164,8 +169,9 @@ def refuse_secrets(name: str, text: str, folder: Path, token: str | None) -> Non
             text += json.dumps(json.loads(text), ensure_ascii=False)
         except ValueError as error:
             raise ValueError(f"{name} is not valid JSON ({error}): write it again.") from error
+    at_a_word = SECRETS_AT_A_WORD.search(text)
     for kind, pattern in SECRETS.items():
-        if re.search(pattern, text):
+        if (at_a_word or not pattern.startswith(WORD)) and re.search(pattern, text):
             raise ValueError(f"{name} contains {kind}. Remove it, and revoke it if it was ever shared.")
     if token is not None and token in text:
         raise ValueError(f"{name} contains your access token. Remove it, and revoke it if it was ever shared.")
