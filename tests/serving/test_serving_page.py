@@ -23,9 +23,8 @@ def url(serve, plain_policy):
         yield url
 
 
-def test_the_blocks_of_the_page_run_one_after_the_other(url, plain_policy, tmp_path, monkeypatch):
+def test_the_blocks_of_the_page_run_one_after_the_other(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(plain_policy.model.norm_stats, "bridge_orig", plain_policy.model.norm_stats["tiny"])
     (tmp_path / "frame.png").write_bytes(as_file(np.zeros((48, 64, 3), np.uint8)))
     names = walk(PAGE, lambda arguments: None, {"http://127.0.0.1:8000": url, "timeout=10": "timeout=30"}).names
     assert np.shape(names["answer"]["actions"]) == np.shape(names["details"]["probabilities"]) == (1, 7)
