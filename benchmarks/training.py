@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
@@ -31,10 +30,13 @@ from openvla_hf.processing.processing_openvla import OpenVLAProcessor
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, tiny_config, tiny_processor, tiny_tokenizer
 from openvla_hf.training.collator import ActionCollator
 from openvla_hf.training.recipes import recipe
+from openvla_hf.training.throughput import training_operations
 from openvla_hf.training.trainer import ActionTrainer
 
 
 WARM_UP_STEPS = 3
+# Number of text tokens of a sample, with its action.
+PROMPT_TOKENS = 40
 # The small model has Llama's vocabulary size, so that computing all logits costs as much as for Llama at this width.
 VOCABULARY = 32064
 MATRIX_SIDE = 8192
@@ -94,7 +96,10 @@ def measure(args: argparse.Namespace) -> Measured:
         gradient_checkpointing=args.gradient_checkpointing,
         **({"dtype": "float32"} if small else {}),
     )
-    flops = step_flops(model, args.batch_size, adapters_only=chosen.uses_adapters)
+    prepared = chosen.prepare(model)
+    of_sample, of_token = training_operations(prepared)
+    tokens = model.config.num_image_tokens + PROMPT_TOKENS
+    flops = args.batch_size * (of_sample + of_token * tokens)
     collator = ActionCollator(
         processor, model.action_tokenizer, model.get_action_stats(), model.config.prompt_suffix_token_id
     )
@@ -102,7 +107,7 @@ def measure(args: argparse.Namespace) -> Measured:
     with tempfile.TemporaryDirectory() as output:
         steps = StepTimes()
         trainer = trainer_class(
-            model=chosen.prepare(model),
+            model=prepared,
             args=chosen.training_arguments(
                 output, max_steps=WARM_UP_STEPS + args.steps, save_strategy="no", logging_strategy="no",
                 disable_tqdm=True, dataloader_num_workers=args.workers,
@@ -121,24 +126,6 @@ def measure(args: argparse.Namespace) -> Measured:
         peak, share = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, None
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Measured(args.variant, name, args.batch_size / seconds, seconds, peak, share)
-
-
-def step_flops(
-    model: OpenVLAForActionPrediction, batch_size: int, adapters_only: bool, prompt_tokens: int = 40
-) -> float:
-    """Count the operations of the linear layers in a step.
-
-    A trained weight takes part in three matrix products, a frozen one in two.
-    """
-    per_weight = 4 if adapters_only else 6
-    patches = model.config.num_image_tokens
-
-    def weights(part: nn.Module) -> int:
-        return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
-
-    vision = weights(model.model.vision_backbone) + weights(model.model.projector)
-    text = weights(model.model.language_model)
-    return batch_size * per_weight * (vision * patches + text * (patches + prompt_tokens))
 
 
 def matrix_rate() -> float:

@@ -42,6 +42,7 @@ from .interrupt import SaveOnInterrupt
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
 from .runs import check_output, run_settings
+from .sharding import check_sharding
 from .trainer import ActionTrainer
 
 
@@ -248,6 +249,7 @@ def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
     output, record = trainer.args.output_dir, trainer.record
     checkpoint = check_output(output, record, resume)
     if checkpoint is not None:
+        check_sharding(checkpoint, trainer.is_fsdp_enabled)
         saved = json.loads(Path(checkpoint, STATISTICS_FILE).read_text(encoding="utf-8"))
         if saved != json.loads(json.dumps(trainer.data_collator.norm_stats)):
             raise ValueError(

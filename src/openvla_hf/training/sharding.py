@@ -1,8 +1,10 @@
-"""Settings of FSDP2 that the configuration files of accelerate can't contain."""
+"""Sharded training: settings that the configuration files of accelerate can't contain, and sharded checkpoints."""
 
 import os
+from pathlib import Path
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
@@ -21,4 +23,27 @@ def reduce_in_float32(args: TrainingArguments) -> None:
         args.fsdp_plugin_args = {"mixed_precision_policy": policy}  # accelerate takes the rest from its configuration
 
 
-__all__ = ["reduce_in_float32"]
+def check_sharding(checkpoint: str, shards: bool) -> None:
+    """Check that a checkpoint can be resumed.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        shards: Whether the processes shard the model (FSDP2 or HSDP).
+
+    Raises:
+        ValueError: The checkpoint is sharded and the run is not, or the other way round.
+    """
+    is_sharded = next(Path(checkpoint).glob(f"{FSDP_MODEL_NAME}*"), None) is not None
+    if is_sharded and not shards:
+        raise ValueError(
+            f"{checkpoint} is sharded. Resume it with `accelerate launch` and fsdp2.yaml or hsdp.yaml; on one GPU, "
+            "with fsdp2.yaml and --num_processes 1."
+        )
+    if shards and not is_sharded:
+        raise ValueError(
+            f"{checkpoint} was saved by a run that does not shard the model. Resume it with the configuration of that "
+            "run."
+        )
+
+
+__all__ = ["check_sharding", "reduce_in_float32"]
