@@ -177,11 +177,16 @@ def test_a_checkpoint_of_two_processes_continues_with_one_and_with_two_times_two
 
 
 @pytest.mark.slow
-def test_weights_of_a_sharded_checkpoint_can_be_merged_and_loaded(of_several, tmp_path):
+def test_weights_of_a_sharded_checkpoint_can_be_merged_and_loaded(of_one, of_several, tmp_path):
     checkpoint = of_several / "two_full" / "checkpoint-4"
     folder = shutil.copytree(checkpoint, tmp_path / "policy")
     merge_fsdp_weights(checkpoint / "pytorch_model_fsdp_0", folder)
-    merged, exported = (AutoModel.from_pretrained(path) for path in (folder, of_several / "two_full-export"))
+    exports = [of_several / f"{count}_full-export" for count in ("one", "two")]
+    code, *others = ({file.name for file in path.glob("*.py")} for path in (*exports, folder))
+    assert others == [code, code]
+    configs = [json.loads((path / "config.json").read_text()) for path in exports]
+    assert configs[0] == configs[1]
+    merged, exported = (AutoModel.from_pretrained(path) for path in (folder, exports[1]))
     assert type(merged) is type(exported) is OpenVLAForActionPrediction
     for (name, one), (_, other) in zip(merged.state_dict().items(), exported.state_dict().items(), strict=True):
         assert torch.equal(one, other), name

@@ -1,11 +1,14 @@
 """Sharded training: settings that the configuration files of accelerate can't contain, and sharded checkpoints."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 
@@ -21,6 +24,20 @@ def reduce_in_float32(args: TrainingArguments) -> None:
     if args.bf16 and launched:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         args.fsdp_plugin_args = {"mixed_precision_policy": policy}  # accelerate takes the rest from its configuration
+
+
+@contextmanager
+def in_its_own_class(model: nn.Module) -> Iterator[None]:
+    """Give a sharded model its own class while it is saved, since `fully_shard` has replaced the class.
+
+    Checkpoints contain the name and the source of the model's class.
+    """
+    current = type(model)
+    model.__class__ = next(one for one in current.__mro__ if not issubclass(one, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = current
 
 
 def check_sharding(checkpoint: str, shards: bool) -> None:
@@ -46,4 +63,4 @@ def check_sharding(checkpoint: str, shards: bool) -> None:
         )
 
 
-__all__ = ["check_sharding", "reduce_in_float32"]
+__all__ = ["check_sharding", "in_its_own_class", "reduce_in_float32"]

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoints.model_card import TRAINING_FILE
@@ -26,7 +27,7 @@ from ..modeling.checkpoint_files import ADAPTER_POLICY, STATISTICS_FILE
 from .checkpoint_saving import WholeCheckpointTrainer, last_checkpoint
 from .collator import IGNORED, ActionCollator
 from .metrics import ActionMetrics
-from .sharding import reduce_in_float32
+from .sharding import in_its_own_class, reduce_in_float32
 from .throughput import Throughput, find_matrix_rate
 
 
@@ -317,10 +318,14 @@ class ActionTrainer(WholeCheckpointTrainer):
         model = self.accelerator.unwrap_model(self.model)
         # The base contains the embeddings. peft would save them too if the head has an adapter.
         more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        if state_dict == {}:
-            (model.active_peft_config if isinstance(model, PeftModel) else model.config).save_pretrained(folder)
-        else:
-            model.save_pretrained(folder, state_dict=state_dict, **more)
+        with in_its_own_class(model):
+            if state_dict != {}:
+                model.save_pretrained(folder, state_dict=state_dict, **more)
+            elif isinstance(model, PeftModel):
+                model.active_peft_config.save_pretrained(folder)
+            else:
+                custom_object_save(model, folder, config=model.config)
+                model.config.save_pretrained(folder)
         self.eval_collator.processor.save_pretrained(folder)
         contents: dict[str, Any] = {STATISTICS_FILE: self.data_collator.norm_stats or self._policy.norm_stats}
         if isinstance(model, PeftModel) and self._policy.config.is_parallel:
