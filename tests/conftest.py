@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import functools
 import gc
 import importlib.util
@@ -283,6 +284,8 @@ def tiny(tokenizer):
 
     from openvla_hf.testing import tiny_config, tiny_processor
 
+    built: dict[str, Any] = {}
+
     def build(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
         config = tiny_config(tokenizer, **fields)
         torch.manual_seed(seed)
@@ -292,7 +295,16 @@ def tiny(tokenizer):
             torch.nn.init.normal_(parameter, std=0.15)
         return model, tiny_processor(tokenizer, config)
 
-    return build
+    def copy_of(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
+        # A copy takes less than half the time, and the random numbers that follow are the same.
+        key = repr((seed, fields))
+        if key not in built:
+            built[key] = (*build(seed, **fields), torch.get_rng_state())
+        model, processor, random_state = built[key]
+        torch.set_rng_state(random_state)
+        return copy.deepcopy((model, processor))
+
+    return copy_of
 
 
 @pytest.fixture(scope="session")
