@@ -49,6 +49,7 @@ class FileServer:
 class _Handler(BaseHTTPRequestHandler):
     files: FileServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # buffered: an answer is one packet, where two would wait for an acknowledgement in between
 
     def do_HEAD(self) -> None:
         self._answer(with_content=False)
