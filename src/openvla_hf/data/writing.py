@@ -205,24 +205,23 @@ class _Colours:
     """Statistics of the channels of images, from 0 to 1, which LeRobot's training expects in a dataset."""
 
     def __init__(self) -> None:
-        self.images, self.pixels = 0, 0
-        self.total, self.squares = np.zeros(3), np.zeros(3)
-        self.low, self.high = np.ones(3), np.zeros(3)
+        self.images = 0
+        self.counts = np.zeros((3, 256), np.int64)  # of each level in each channel
 
     def add(self, image: np.ndarray) -> None:
         """Count an image (H, W, 3) uint8."""
-        values = image.reshape(-1, 3) / 255
-        self.images, self.pixels = self.images + 1, self.pixels + len(values)
-        self.total += values.sum(0)
-        self.squares += (values**2).sum(0)
-        self.low, self.high = np.minimum(self.low, values.min(0)), np.maximum(self.high, values.max(0))
+        self.images += 1
+        for counts, channel in zip(self.counts, image.reshape(-1, 3).T, strict=True):
+            counts += np.bincount(channel, minlength=256)
 
     def summarize(self) -> dict[str, Any]:
         """Return the statistics, each of shape (3, 1, 1), and the number of images."""
-        mean = self.total / self.pixels
-        std = np.sqrt(np.maximum(self.squares / self.pixels - mean**2, 0))
-        rows = {"min": self.low, "max": self.high, "mean": mean, "std": std}
-        return {name: row.reshape(3, 1, 1).tolist() for name, row in rows.items()} | {"count": [self.images]}
+        levels, shares = np.arange(256) / 255, self.counts / self.counts.sum(1, keepdims=True)
+        mean = shares @ levels
+        std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(1))
+        found = [levels[counts > 0] for counts in self.counts]
+        rows = {"min": [one[0] for one in found], "max": [one[-1] for one in found], "mean": mean, "std": std}
+        return {name: np.reshape(row, (3, 1, 1)).tolist() for name, row in rows.items()} | {"count": [self.images]}
 
 
 def _check_names(frame: Mapping[str, Any], names: Mapping[str, Sequence[str] | None]) -> None:
