@@ -49,7 +49,7 @@ class FileServer:
 class _Handler(BaseHTTPRequestHandler):
     files: FileServer
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # buffered: an answer is one packet, where two would wait for an acknowledgement in between
+    disable_nagle_algorithm = True  # which would hold back the content until the header is acknowledged
 
     def do_HEAD(self) -> None:
         self._answer(with_content=False)
