@@ -29,7 +29,10 @@ def test_saving_it_again_writes_the_same_files(tmp_path):
     weights_and_configs = [path for path in tmp_path.iterdir() if path.suffix != ".py"]
     assert weights_and_configs
     for path in weights_and_configs:
-        assert (TABLETOP_POLICY / path.name).read_bytes() == path.read_bytes(), path.name
+        kept, saved = (TABLETOP_POLICY / path.name).read_bytes(), path.read_bytes()
+        if path.name == "tokenizer.json":  # kept without its indentation
+            kept, saved = json.loads(kept), json.loads(saved)
+        assert kept == saved, path.name
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "auto"}])
