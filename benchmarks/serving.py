@@ -39,7 +39,7 @@ from openvla_hf.tabletop.rollouts import FIRST_UNSEEN_SEED
 SIDE = 256
 JPEG_QUALITY = 95
 FRAMES = 8  # of each robot
-WARM_UP = 10  # calls of each kind
+BLOCK, WARM_UP = 20, 3  # calls of one kind before those of the next
 TOLERANCE = 1e-6  # in robot units
 PERCENTILES = (50, 95, 99)
 
@@ -88,9 +88,10 @@ def predict(model: Any, processor: Any, frame: Frame) -> np.ndarray:
 
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Time calls in this process and over HTTP in turn, so that both see the same machine."""
+    """Time calls in this process and over HTTP, in alternating blocks."""
     model, processor = load_model(options.model)
     frames = make_frames(0)
+    blocks = max(options.rounds // BLOCK, 1)
     inputs = [processor(Image.open(io.BytesIO(one.jpeg)), instruction=one.instruction) for one in frames]
     seconds: dict[str, list[float]] = {"predict_action": [], "JPEG to action": [], "over HTTP": []}
     with running_server(options.model) as (url, _), contextlib.closing(connect(url)) as connection:
@@ -100,15 +101,17 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
             "JPEG to action": lambda number: predict(model, processor, frames[number]),
             "over HTTP": lambda number: ask(connection, requests[number]),
         }
-        for number in track(range(-WARM_UP, options.rounds), "calls", console=Console(stderr=True)):
+        for _ in track(range(blocks), "calls", console=Console(stderr=True)):
             for name, call in calls.items():
-                started = time.perf_counter()
-                call(number % FRAMES)
-                if number >= 0:
-                    seconds[name].append(time.perf_counter() - started)
-    added = 1000 * np.subtract(seconds["over HTTP"], seconds["JPEG to action"])
+                for number in range(-WARM_UP, BLOCK):
+                    started = time.perf_counter()
+                    call(number % FRAMES)
+                    if number >= 0:
+                        seconds[name].append(time.perf_counter() - started)
+    medians = {name: np.median(np.reshape(values, (blocks, BLOCK)), axis=1) for name, values in seconds.items()}
+    added = 1000 * (medians["over HTTP"] - medians["JPEG to action"])
     return {
-        "calls": options.rounds,
+        "calls": blocks * BLOCK,
         "median_ms": {name: 1000 * float(np.median(values)) for name, values in seconds.items()},
         "added_ms": float(np.median(added)),
         "added_quartiles_ms": np.percentile(added, (25, 75)).tolist(),
@@ -272,7 +275,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default=default_model(), help="policy (default: the one that ships with the package)"
     )
-    parser.add_argument("--rounds", type=int, default=400, help="calls of each kind for overhead")
+    parser.add_argument("--rounds", type=int, default=200, help="calls of each kind for overhead")
     parser.add_argument("--robots", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--max-batch", type=int, default=32)
