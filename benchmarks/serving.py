@@ -94,6 +94,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     blocks = max(options.rounds // BLOCK, 1)
     inputs = [processor(Image.open(io.BytesIO(one.jpeg)), instruction=one.instruction) for one in frames]
     seconds: dict[str, list[float]] = {"predict_action": [], "JPEG to action": [], "over HTTP": []}
+    around: list[float] = []
     with running_server(options.model) as (url, _), contextlib.closing(connect(url)) as connection:
         requests = [write_request(url, one) for one in frames]
         calls: dict[str, Callable[[int], Any]] = {
@@ -105,9 +106,13 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
             for name, call in calls.items():
                 for number in range(-WARM_UP, BLOCK):
                     started = time.perf_counter()
-                    call(number % FRAMES)
+                    answer = call(number % FRAMES)
+                    taken = time.perf_counter() - started
                     if number >= 0:
-                        seconds[name].append(time.perf_counter() - started)
+                        seconds[name].append(taken)
+                        if name == "over HTTP":
+                            timings = answer["timings"]
+                            around.append(1000 * taken - timings["preprocess_ms"] - timings["model_ms"])
     medians = {name: np.median(np.reshape(values, (blocks, BLOCK)), axis=1) for name, values in seconds.items()}
     added = 1000 * (medians["over HTTP"] - medians["JPEG to action"])
     return {
@@ -115,6 +120,8 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         "median_ms": {name: 1000 * float(np.median(values)) for name, values in seconds.items()},
         "added_ms": float(np.median(added)),
         "added_quartiles_ms": np.percentile(added, (25, 75)).tolist(),
+        "around_ms": float(np.median(around)),
+        "around_quartiles_ms": np.percentile(around, (25, 75)).tolist(),
     }
 
 
@@ -243,8 +250,12 @@ def print_overhead(result: dict[str, Any]) -> None:
     for name, value in result["median_ms"].items():
         table.add_row(name, f"{value:.2f}")
     Console().print(table)
-    low, high = result["added_quartiles_ms"]
-    print(f"The server adds {result['added_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}) to a prediction.")
+    for what, name in (
+        ("A call over HTTP takes longer by", "added"),
+        ("Of it, outside the model and its inputs:", "around"),
+    ):
+        low, high = result[f"{name}_quartiles_ms"]
+        print(f"{what} {result[f'{name}_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}).")
 
 
 def print_load(result: dict[str, Any]) -> None:
