@@ -8,6 +8,7 @@ from PIL import Image
 
 from openvla_hf.data import Augmentation
 from openvla_hf.data.augmentation import change_colour
+from openvla_hf.processing.image_resizing import resize_lanczos3
 from openvla_hf.testing import tiny_processor
 
 
@@ -20,9 +21,18 @@ def image():
     return np.asarray(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90)))
 
 
-def test_without_any_change_it_resizes_with_lanczos(image):
-    resized = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.LANCZOS))
-    assert np.abs(Augmentation(**NOTHING)(image).astype(int) - resized).max() <= 1
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (256, 256), (90, 120), (224, 1), (7, 300)])
+def test_without_any_change_it_resizes_like_tensorflow(height, width):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    distance = np.abs(Augmentation(**NOTHING)(noise).astype(int) - resize_lanczos3(noise, 224, 224))
+    assert distance.max() <= 1
+    assert np.mean(distance > 0) < 1e-3
+
+
+def test_pictures_and_read_only_arrays_are_augmented_alike(image):
+    augment = Augmentation(**NOTHING)
+    assert not image.flags.writeable
+    np.testing.assert_array_equal(augment(image), augment(Image.fromarray(image)))
 
 
 def test_the_same_state_of_torch_draws_the_same_view_and_the_next_draw_another(image):

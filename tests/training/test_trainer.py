@@ -131,6 +131,17 @@ def test_a_resumed_run_saves_as_often_as_requested(tmp_path):
     assert saved(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
+def test_a_run_of_a_version_that_did_not_save_the_order_of_streams_goes_on(tmp_path):
+    build(tmp_path, max_steps=1, save_steps=1).train()
+    file = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["StreamPosition"]
+    file.write_text(json.dumps(state))
+    resumed = build(tmp_path, max_steps=2, save_steps=1)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert saved(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_resumed_run_neither_decodes_nor_augments_the_used_frames_of_a_stream(tmp_path, monkeypatch):
     write_rlds([fake_episode(seed=seed, steps=9) for seed in range(2)], tmp_path / "tiny")
     decoded, augmented = [], []

@@ -1,6 +1,7 @@
 """Image augmentation for training, like the original's: a random crop and random colours."""
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..processing.image_resizing import crop_and_resize, to_floats, to_levels
+from ..processing.image_resizing import crop_and_resize, lanczos_weights, to_floats, to_levels
+
+
+# Rows of a matrix product. An output depends on few inputs, so more rows would multiply more zeros.
+BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,13 @@ class Augmentation:
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """Augment an RGB image, uint8 (H, W, 3), to uint8 (size, size, 3)."""
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        picture = picture.convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
+        levels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
         offset, brightness, contrast, saturation, hue = torch.rand(5, dtype=torch.float64).tolist()
         side = math.sqrt(self.crop_area)
         # As in the original, one draw moves the box along the diagonal.
         start = offset * (1 - side)
         return change_image(
-            np.asarray(picture),
+            resize(levels, self.size),
             (start, start, start + side, start + side) if self.crop_area < 1 else None,
             (2 * brightness - 1) * self.brightness,
             _between(self.contrast, contrast),
@@ -72,6 +76,41 @@ class Augmentation:
 
 def _between(bounds: tuple[float, float], draw: float) -> float:
     return bounds[0] + draw * (bounds[1] - bounds[0])
+
+
+def resize(levels: np.ndarray, size: int) -> np.ndarray:
+    """Resize an RGB image, uint8 (H, W, 3), to uint8 (size, size, 3) by TensorFlow's Lanczos filter.
+
+    The result is that of `resize_lanczos3` in a tenth of the time. Very few values differ by one level, since matrix
+    products add in another order.
+    """
+    height, width, channels = levels.shape
+    values = torch.from_numpy(levels.reshape(height, -1).astype(np.float32))
+    rows = _filter_rows(values, size).view(size, width, channels)
+    columns = _filter_rows(rows.transpose(0, 1).reshape(width, -1), size).view(size, size, channels)
+    return columns.round_().clamp_(0, 255).byte().transpose(0, 1).numpy()
+
+
+def _filter_rows(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Filter (H, X) float32 to `count` rows."""
+    filtered = torch.empty(count, values.shape[1])
+    for number, (first, weights) in enumerate(_lanczos_blocks(len(values), count)):
+        block = filtered[number * BLOCK : (number + 1) * BLOCK]
+        torch.mm(weights, values[first : first + weights.shape[1]], out=block)
+    return filtered
+
+
+@functools.lru_cache(maxsize=16)
+def _lanczos_blocks(length: int, count: int) -> list[tuple[int, torch.Tensor]]:
+    """Return the first input and the weights (outputs, inputs) of each block of neighbouring outputs."""
+    first, weights = lanczos_weights(length, count)
+    dense = np.zeros((count, length + weights.shape[1]), np.float32)
+    np.put_along_axis(dense, first[:, None] + np.arange(weights.shape[1]), weights, axis=1)
+    blocks = []
+    for start in range(0, count, BLOCK):
+        near = slice(first[start], min(first[start : start + BLOCK].max() + weights.shape[1], length))
+        blocks.append((int(near.start), torch.from_numpy(dense[start : start + BLOCK, near].copy())))
+    return blocks
 
 
 def change_image(

@@ -76,7 +76,7 @@ def to_levels(values: np.ndarray) -> np.ndarray:
 
 def _filter_rows(values: np.ndarray, count: int) -> np.ndarray:
     """Filter (H, W, C) float32 to `count` rows."""
-    first, weights = _lanczos_weights(len(values), count)
+    first, weights = lanczos_weights(len(values), count)
     filtered = np.zeros((count, *values.shape[1:]), np.float32)
     # Add one tap after another, like TensorFlow: another order moves some values across a rounding edge.
     for tap, weight in enumerate(weights.T):
@@ -85,8 +85,13 @@ def _filter_rows(values: np.ndarray, count: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _lanczos_weights(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Compute each output's first input (count,), and the weights of the inputs from there (count, taps), float32."""
+def lanczos_weights(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the weights with which TensorFlow's Lanczos filter resizes `length` inputs to `count` outputs.
+
+    Returns:
+        Each output's first input (count,), and the weights of the inputs from there (count, taps), float32. A weight
+        beyond the last input is 0.
+    """
     one = np.float32(1)
     step = one / (np.float32(count) / np.float32(length))
     stretch = max(step, one)  # the kernel widens when the image shrinks

@@ -379,9 +379,9 @@ class StreamPosition(TrainerCallback, ExportableState):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, train_dataloader: DataLoader, **__: Any
     ) -> None:
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if not isinstance(stream := train_dataloader.dataset, TrainingStream):
             return
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         readers = args.world_size * max(1, args.dataloader_num_workers)
         self.order = stream.order = tuple(saved["args"]["order"] or (readers, stream.batch_size))
         stream.first_batch = state.global_step * args.gradient_accumulation_steps
