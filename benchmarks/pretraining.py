@@ -6,8 +6,8 @@
 
 Three robots lift objects from the tabletop. They have the same physics, but each has its own units, axes, gripper
 values, control (movements or target poses) and camera. Each records its own episodes in its own form, and its row in
-`three_robots.toml` standardises them. All policies start from the same weights. Each is evaluated with every robot on
-unseen episodes: in the simulator, and on the expert's actions.
+`three_robots.toml` standardises them. All policies start from the same weights (`--start`). Each is evaluated with
+every robot on unseen episodes: in the simulator, and on the expert's actions.
 
 Running the command again resumes the training from the last checkpoint and leaves out what is finished.
 """
@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from openvla_hf.data import load, write_rlds
 from openvla_hf.data.open_x import add_table
+from openvla_hf.data.optional_packages import import_extra
 from openvla_hf.data.whole_statistics import whole_statistics
 from openvla_hf.evaluation.open_loop import evaluate_open_loop
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -227,15 +228,16 @@ def record_all(options: argparse.Namespace) -> None:
 # Training
 
 
-def save_start(folder: Path) -> None:
-    """Save the weights that every policy starts from: the shipped policy's eyes, and a language model at random."""
+def save_start(parts: str, folder: Path) -> None:
+    """Save the weights that every policy starts from: those of the shipped policy, or only of its eyes."""
     if folder.exists():
         return
     set_seed(7)
-    shipped = AutoModel.from_pretrained(TABLETOP_POLICY)
-    model = OpenVLAForActionPrediction(shipped.config)
-    for part in ("vision_backbone", "projector", "language_model.embed_tokens"):
-        model.model.get_submodule(part).load_state_dict(shipped.model.get_submodule(part).state_dict())
+    model = shipped = AutoModel.from_pretrained(TABLETOP_POLICY)
+    if parts == "eyes":
+        model = OpenVLAForActionPrediction(shipped.config)
+        for part in ("vision_backbone", "projector", "language_model.embed_tokens"):
+            model.model.get_submodule(part).load_state_dict(shipped.model.get_submodule(part).state_dict())
     model.save_pretrained(folder)
     AutoProcessor.from_pretrained(TABLETOP_POLICY).save_pretrained(folder)
 
@@ -310,8 +312,8 @@ def evaluate(policy: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def read_curves(log: Mapping[str, Any], batch_size: int) -> dict[str, list[tuple[int, float]]]:
-    """Return the samples and the error on held-out episodes of each robot, from the log of a run."""
-    entries = [(f"eval_{name}_action_l1", name) for name in ARMS]
+    """Return the samples and the loss on held-out episodes of each robot, from the log of a run."""
+    entries = [(f"eval_{name}_loss", name) for name in ARMS]
     return {
         name: [(batch_size * one["step"], one[key]) for one in log["history"] if key in one] for key, name in entries
     }
@@ -359,40 +361,17 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-PANEL = (200, 150)
-MARGIN = (46, 34)
-COLOURS = {"mixture": "#d1495b", "metre_arm": "#00798c", "pose_arm": "#edae49", "millimetre_arm": "#66a182"}
-
-
-def draw(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
-    """Draw the curves of all policies as an SVG with a panel for each robot."""
-    (width, height), (left, top) = PANEL, MARGIN
-    points = [point for of_policy in curves.values() for one in of_policy.values() for point in one]
-    most, highest = max(samples for samples, _ in points), max(error for _, error in points)
-    size = (len(ARMS) * (width + left) + 20, height + 2 * top + 30)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" role="img" '
-        'aria-label="Error on held-out episodes of each robot, by the number of training samples">',
-        "<style>text{font:11px system-ui,sans-serif;fill:#8a8f98}path{fill:none;stroke-width:2}</style>",
-    ]
-    for number, robot in enumerate(ARMS):
-        x, y = left + number * (width + left), top
-        parts.append(f'<path d="M{x} {y}v{height}h{width}" style="stroke:#8a8f98;stroke-width:1"/>')
-        parts.append(f'<text x="{x}" y="{y - 12}">L1 on {robot}</text>')
-        for share in (0.0, 0.5, 1.0):
-            parts.append(f'<text x="{x - 34}" y="{y + height * (1 - share) + 4:.0f}">{share * highest:.2f}</text>')
-        parts.append(f'<text x="{x + width - 74}" y="{y + height + 16}">{most:,} samples</text>')
+def draw(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], file: Path) -> None:
+    """Draw the curves of all policies, with a panel for each robot."""
+    figure = import_extra("matplotlib.figure", "data").Figure(figsize=(9, 3), layout="constrained")
+    for robot, axes in zip(ARMS, figure.subplots(1, len(ARMS), sharey=True), strict=True):
         for policy, of_policy in curves.items():
-            line = "L".join(
-                f"{x + width * samples / most:.1f} {y + height * (1 - error / highest):.1f}"
-                for samples, error in of_policy[robot]
-            )
-            parts.append(f'<path d="M{line}" stroke="{COLOURS[policy]}"/>')
-    for number, policy in enumerate(curves):
-        x, y = left + 150 * number, size[1] - 12
-        parts.append(f'<path d="M{x} {y - 4}h18" stroke="{COLOURS[policy]}"/>')
-        parts.append(f'<text x="{x + 24}" y="{y}">trained on {policy}</text>')
-    return "\n".join([*parts, "</svg>\n"])
+            axes.plot(*zip(*of_policy[robot], strict=True), label=policy, lw=2.5 if policy == "mixture" else 1.2)
+        axes.set(title=f"episodes of {robot}", xlabel="training samples", ylim=(0.4, 1.2))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("loss on held-out episodes")
+    figure.axes[0].legend(title="trained on", frameon=False, fontsize="small")
+    figure.savefig(file)
 
 
 def main() -> None:
@@ -400,6 +379,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/pretraining"))
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument(
+        "--start",
+        choices=("eyes", "policy"),
+        default="eyes",
+        help="weights of the tabletop's policy to start from; with `eyes`, its language model starts at random",
+    )
     parser.add_argument("--demonstrations", type=int, default=100, help="of each robot (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -411,13 +396,13 @@ def main() -> None:
     options = parser.parse_args()
     add_table(ROWS)
     record_all(options)
-    save_start(options.output / "start")
+    save_start(options.start, options.output / "start")
     statistics = {name: whole_statistics(options.output / "oxe" / name, name=name) for name in ARMS}
     for policy in options.policies:
         train(policy, statistics, options)
         evaluate(policy, options)
     summary = summarize(options.output, options.batch_size)
-    (options.output / "curves.svg").write_text(draw(summary["curves"]))
+    draw(summary["curves"], options.output / "curves.svg")
     if options.json:
         print(json.dumps(summary, indent=2))
     else:
