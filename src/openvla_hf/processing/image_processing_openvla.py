@@ -31,7 +31,7 @@ ResizeStrategy = Literal["resize-naive", "letterbox", "resize-crop"]
 # The value of `resample` for the filter of `image_resizing`.
 LANCZOS3 = "lanczos3"
 
-# OpenVLA's statistics for DINOv2 are rounded to bfloat16. The model was trained with the rounded values.
+# The statistics for DINOv2 of published OpenVLA are rounded to bfloat16.
 DINOV2_MEAN, DINOV2_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
