@@ -1,9 +1,13 @@
 """Suites: the same seed gives the same episode however it is played, and a killed evaluation goes on."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +20,10 @@ from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
 from openvla_hf.suites.libero_states import read_states
 from openvla_hf.suites.play import play
 from openvla_hf.suites.results import compare_results, mcnemar, wilson
-from openvla_hf.suites.simulator import open_simulators
+from openvla_hf.suites.simulator import Simulator, open_simulators
+from openvla_hf.suites.simulator import _serve as serve
 from openvla_hf.suites.suite import Episode, Protocol, Rollout
-from openvla_hf.tabletop.suite import tabletop_suite
+from openvla_hf.tabletop.suite import TabletopSuite, tabletop_suite
 
 
 EPISODES = 4
@@ -62,6 +67,59 @@ def test_processes_and_one_environment_give_the_same_episodes(suite, alone, tmp_
 
 def test_four_environments_and_one_give_the_same_table(suite, alone, tmp_path):
     assert run(suite, 4, folder=tmp_path)["results"] == alone[1]["results"]
+
+
+class GlobalRandom:
+    """An environment whose initial state comes from NumPy's global generator, as those of LIBERO and MetaWorld do."""
+
+    def reset(self, seed, options):
+        np.random.seed(seed)
+        time.sleep(0.01)  # another thread runs meanwhile
+        value = np.random.random()
+        return np.full((1, 1, 3), value), {"task": "draw", "instruction": "draw"}
+
+    def close(self):
+        pass
+
+
+@dataclass(frozen=True)
+class RandomSuite(TabletopSuite):
+    def make(self, environment):
+        return GlobalRandom()
+
+
+def test_episodes_that_start_in_several_threads_have_the_initial_states_of_their_seeds():
+    suite = RandomSuite(**vars(tabletop_suite()))
+
+    def first_value(seed):
+        simulator = Simulator(suite)
+        simulator.start(Episode("tabletop", seed))
+        return simulator.view().observation[0, 0, 0]
+
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(first_value, range(8)))
+    assert drawn == [np.random.RandomState(seed).random() for seed in range(8)]
+
+
+@dataclass(frozen=True)
+class WithoutAssets(TabletopSuite):
+    def make(self, environment):
+        raise OSError("The assets are missing: download them.")
+
+
+def test_an_error_in_a_process_of_an_environment_reaches_the_caller():
+    suite = WithoutAssets(**vars(tabletop_suite()))
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(("start", Episode("tabletop", 0), False))
+    ours.send(None)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        serve(suite, theirs)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    error = ours.recv()
+    assert isinstance(error, OSError)
+    assert str(error) == "The assets are missing: download them."
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same_table(suite, alone, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ __all__ = ["Simulator", "SimulatorProcess", "open_simulators"]
 MOST_FRAMES = 160
 # Seconds that a process of a simulator has to end by itself.
 CLOSING_SECONDS = 5.0
+# Many simulators draw their initial states from NumPy's global generator, which threads share: one starts at a time.
+STARTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,11 @@ class Simulator:
             self._env = None
 
     def _start(self, episode: Episode, keep_frames: bool) -> None:
-        if self._environment != episode.environment:
-            self.close()
-            self._env, self._environment = self.suite.make(episode.environment), episode.environment
-        observation, info = self._env.reset(seed=episode.seed, options=self.suite.reset_options())
+        with STARTING:
+            if self._environment != episode.environment:
+                self.close()
+                self._env, self._environment = self.suite.make(episode.environment), episode.environment
+            observation, info = self._env.reset(seed=episode.seed, options=self.suite.reset_options())
         protocol = self.suite.protocol
         for _ in range(protocol.settle_steps):
             observation, _, _, _, info = self._env.step(np.array(protocol.settle_action))
@@ -156,7 +160,7 @@ def _serve(suite: Suite, connection: Connection) -> None:
             getattr(simulator, name)(*arguments)
             try:
                 connection.send(simulator.view())
-            except (ImportError, ValueError, TypeError, RuntimeError) as error:
+            except (ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
                 connection.send(error)
     simulator.close()
 
