@@ -60,7 +60,7 @@ def libero_suite(name: str) -> LiberoSuite:
     protocol = Protocol(
         episodes=50,
         first_seed=0,
-        initial_states="LIBERO's .pruned_init files: episode i of a task starts from state i; environment seed 0",
+        initial_states="LIBERO's .pruned_init files: episode i starts from state i, with environment seed 0",
         max_steps=max_steps,
         cameras=("full_image", "wrist_image"),
         image_size=256,
