@@ -473,8 +473,13 @@ def test_old_and_incomplete_code_is_found(tabletop, tmp_path):
     tabletop[0].save_pretrained(tmp_path)
     tabletop[1].save_pretrained(tmp_path)
     assert statuses(check(tmp_path))["remote code"] == "passed"
+    for name, lost in (("config.json", "AutoModel"), ("processor_config.json", "AutoProcessor")):
+        content = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content.replace(f'"{lost}":', '"Other":'))
+        assert f"The `auto_map` of {name} does not give" in found(check(tmp_path), "remote code")
+        (tmp_path / name).write_text(content)
     module = tmp_path / "action_tokenizer.py"
-    module.write_text(module.read_text() + "\n# older\n")
+    module.write_bytes(module.read_bytes() + b"\n# \xff\n")
     assert "1 of 27 modules differ" in found(check(tmp_path), "remote code")
     module.unlink()
     assert "1 of 27 modules are missing (for example action_tokenizer.py)" in found(check(tmp_path), "remote code")
