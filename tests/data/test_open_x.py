@@ -129,6 +129,8 @@ def test_a_missing_field_is_named():
         (parse_step, "action = action[:6, 0]", "is not a field"),
         (parse_step, "action = action | klip", "Did you mean 'clip'"),
         (parse_value, "zeros(8)", "only constants"),
+        (parse_value, "action | clip(7)", "'clip' takes no number"),
+        (parse_value, "action | decompress", r"'decompress' needs the number of columns, as in 'decompress\(7\)'"),
     ],
 )
 def test_what_is_not_in_the_notation_is_told(parse, text, message):
@@ -143,6 +145,10 @@ def test_what_is_not_in_the_notation_is_told(parse, text, message):
         ("[datasets.arm]\ncamera = 'image'", r"\[datasets.arm\]: Unknown entry 'camera'. Did you mean 'cameras'"),
         ("[datasets.arm]\ntransform = 'droid_fine'", "Unknown transform 'droid_fine'"),
         ("[datasets.arm]\naction_encoding = 'EEF'", "Unknown action_encoding 'EEF'"),
+        ("[datasets]\narm = 3", r"\[datasets.arm\]: 3 is not a row. Write the entries"),
+        ("[datasets.arm]\ncameras = 'image'", r"\[datasets.arm\]: cameras is 'image'. Give names and fields"),
+        ("[datasets.arm]\nstate = 3", r"\[datasets.arm\]: state is 3. Give a text"),
+        ("[datasets.arm]\ntransform = [3]", r"\[datasets.arm\]: The transform is \[3\]. Give a list of steps"),
         ("[mixtures.soup]\nbridge_orig = 0", "weight 0. Give a number above 0"),
         ("[mixtures", "not valid TOML"),
     ],
@@ -175,6 +181,31 @@ def test_a_file_of_one_s_own_adds_a_dataset_that_loads_by_its_name(own_table, ep
     require_same_robot("own_arm", description)
     with pytest.raises(ValueError, match="differs in row"):
         require_same_robot("own_arm", description | {"row": ""})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("action[:6], action[7]", r"'action' has 7 columns, so it has no column \[7\]"),
+        ("action[-1]", "the action has 1 dimensions after the transform"),
+        ("action[:3], action[3:6] | quaternion_to_euler, action[6]", "a quaternion has 4 columns"),
+        ("action[:6], is_first[:1]", None),
+    ],
+)
+def test_a_value_that_does_not_fit_the_episode_is_told_with_the_record(value, message, own_table, episodes, tmp_path):
+    own_table.write_text(OWN.replace('"inverted"', f'["action = {value}"]'))
+    add_table(own_table)
+    write_rlds(episodes[:1], tmp_path / "own_arm")
+    if message is None:
+        assert len(load(tmp_path / "own_arm")[0]["action"]) == 7
+        return
+    with pytest.raises(ValueError, match=f"record 0: {message}"):
+        load(tmp_path / "own_arm")
+
+
+def test_columns_of_a_field_without_columns_are_not_steps():
+    with pytest.raises(ValueError, match="'action' has one number in each step"):
+        parse_value("action[-1]").evaluate({"action": np.zeros(7)})
 
 
 def test_cameras_that_change_places_do_so_in_half_of_the_episodes():

@@ -2,6 +2,7 @@ import json
 import logging
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from openvla_hf.data import compute_statistics, load, load_mixture, write_rlds
 from openvla_hf.data.mixtures import MIXTURES, read_mixture, select_datasets, training_splits
 from openvla_hf.data.open_x import known_table
 from openvla_hf.data.whole_statistics import whole_statistics
+from openvla_hf.training.arguments import TrainingMixture
 
 
 SARA, SAILOR = "dlr_sara_pour_converted_externally_to_rlds", "austin_sailor_dataset_converted_externally_to_rlds"
@@ -63,6 +65,14 @@ def test_missing_datasets_are_listed_with_where_to_get_them(folder, caplog):
     assert SAILOR in caplog.text
     with pytest.raises(ValueError, match="contains none of the 1 datasets"):
         select_datasets("kuka", folder, allow_missing=True)
+
+
+def test_a_url_with_a_slash_at_its_end_contains_the_same_datasets(folder):
+    fsspec.filesystem("memory").put(str(folder), "/oxe", recursive=True)
+    mixture = TrainingMixture(WEIGHTS, "memory://oxe/", {"streaming": True})
+    assert [one.source for one in mixture.select()] == [f"memory://oxe/{name}" for name in WEIGHTS]
+    frames = load_mixture(WEIGHTS, "memory://oxe/", streaming=True, num_frames={SARA: 60, SAILOR: 24})
+    assert next(iter(frames))["dataset"] in WEIGHTS
 
 
 def test_a_mixture_refuses_joint_positions_by_name_or_goes_on_without(folder, caplog):

@@ -189,6 +189,11 @@ def select_datasets(
     return selected
 
 
+def dataset_folder(folder: str | os.PathLike, name: str) -> str:
+    """Return the folder of a dataset of a mixture. Object stores don't ignore a second slash."""
+    return f"{os.fspath(folder).rstrip('/')}/{name}"
+
+
 def training_splits(path: str) -> tuple[str, str | None]:
     """Return the splits that the original trains and evaluates on.
 
@@ -248,7 +253,7 @@ def load_mixture(
     parts: list[Any] = []
     counted = {name: options[name] for name in ("robot", "every", "skip_bad_episodes") if name in options}
     for name, weight in select_datasets(mixture, folder, allow_missing).items():
-        path = f"{os.fspath(folder)}/{name}"
+        path = dataset_folder(folder, name)
         frames = load(path, name=name, seed=seed, **options)
         size = (num_frames or {}).get(name)
         if size is None and (statistics := whole_statistics(path, name=name, **counted)):
@@ -269,6 +274,7 @@ def divide_buffer(parts: Sequence[tuple[Any, ...]], shuffle_buffer: int) -> list
 
 __all__ = [
     "MIXTURES",
+    "dataset_folder",
     "divide_buffer",
     "epoch_length",
     "load_mixture",

@@ -64,11 +64,11 @@ class TrainingMixture:
             ValueError: The mixture is unknown, or a dataset can't be trained on.
             FileNotFoundError: Datasets are missing. The message says where to get them.
         """
-        from ..data.mixtures import select_datasets, training_splits
+        from ..data.mixtures import dataset_folder, select_datasets, training_splits
 
         datasets = []
         for name, weight in select_datasets(self.mixture, self.folder, self.allow_missing).items():
-            path = f"{os.fspath(self.folder)}/{name}"
+            path = dataset_folder(self.folder, name)
             split = self.options.get("split") or training_splits(path)[0]
             datasets.append(TrainingData(path, {**self.options, "name": name, "split": split}, weight))
         return tuple(datasets)

@@ -78,7 +78,12 @@ def quaternion_to_euler(quaternions: np.ndarray) -> np.ndarray:
     """Convert unit quaternions x, y, z, w (..., 4) to roll, pitch, yaw (..., 3) in radians.
 
     The arithmetic follows the original, in float32, which matters near a pitch of 90 degrees.
+
+    Raises:
+        ValueError: There are not four columns.
     """
+    if quaternions.shape[1:] != (4,):
+        raise ValueError(f"a quaternion has 4 columns, but the given values have the shape {quaternions.shape[1:]}.")
     x, y, z, w = np.moveaxis(quaternions.astype(np.float32), -1, 0)
     shrink = 1 - EPSILON
     tx, ty, tz = (shrink * (2 * each) for each in (x, y, z))

@@ -81,9 +81,10 @@ class TableRobot(Robot):
         standard = run_steps(steps, trajectory)
         action = _as_numbers(standard["action"])
         if action.shape[1:] != (self.action_dim,):
+            found = action.shape[-1] if action.ndim > 1 else 1
             raise ValueError(
-                f"the action has {action.shape[-1]} dimensions after the transform, but {self.row.action_encoding!r} "
-                f"has {self.action_dim}."
+                f"the action has {found} dimensions after the transform, but {self.row.action_encoding!r} has "
+                f"{self.action_dim}."
             )
         check_finite(action, self.action_columns(columns))
         state = _as_numbers(value.evaluate(standard)) if value else None

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from ...modeling.known_names import check_name
-from .primitives import PRIMITIVES
+from .primitives import PRIMITIVES, decompress
 
 
 Trajectory: TypeAlias = dict[str, Any]
@@ -45,9 +45,18 @@ class Part:
     constants: tuple[float, ...] = ()
 
     def evaluate(self, trajectory: Trajectory) -> np.ndarray:
-        """Return the part of a trajectory, (T, ...)."""
+        """Return the part of a trajectory, (T, ...).
+
+        Raises:
+            ValueError: The trajectory has no such field or column.
+        """
         values = get_field(trajectory, self.field)
         if self.columns is not None:
+            if values.ndim < 2:  # the last axis would be the steps
+                raise ValueError(f"{self.field!r} has one number in each step, so it has no columns to take.")
+            size = values.shape[-1]
+            if isinstance(self.columns, int) and not -size <= self.columns < size:
+                raise ValueError(f"{self.field!r} has {size} columns, so it has no column [{self.columns}].")
             values = values[..., self.columns]
         for function in self.functions:
             values = function(values)
@@ -228,9 +237,16 @@ def _parse_part(text: str) -> Part:
 
 def _parse_call(text: str) -> Callable[[np.ndarray], np.ndarray]:
     call = CALL.fullmatch(text)
-    check_name(call[1] if call else text, PRIMITIVES, "function")
-    function = PRIMITIVES[call[1] if call else text]
-    return functools.partial(function, width=int(call[2])) if call and call[2] else function
+    name, width = call.groups() if call else (text, None)
+    check_name(name, PRIMITIVES, "function")
+    function = PRIMITIVES[name]
+    if function is not decompress:
+        if width:
+            raise ValueError(f"The function {name!r} takes no number. Write it without '({width})'.")
+        return function
+    if not width:
+        raise ValueError(f"The function {name!r} needs the number of columns, as in '{name}(7)'.")
+    return functools.partial(function, width=int(width))
 
 
 def run_steps(steps: Iterable[Step], trajectory: Trajectory, draw: Callable[[], float] = random.random) -> Trajectory:

@@ -19,6 +19,14 @@ STATE_ENCODINGS = ("POS_EULER", "POS_QUAT", "JOINT", "JOINT_BIMANUAL")
 # Encoding of actions -> number of dimensions.
 ACTION_ENCODINGS = {"EEF_POS": 7, "EEF_R6": 10, "JOINT_POS": 8, "JOINT_POS_BIMANUAL": 14}
 BUCKET = "gs://gresearch/robotics"
+# Entry of a row that is not a text -> type of its value, and how an error names it.
+ENTRY_TYPES: dict[str, tuple[Any, str]] = {
+    "transform": ((str, list), "the name of a transform or a list of steps"),
+    "cameras": (Mapping, 'names and fields, such as { full_image = "image" }'),
+    "frequency": ((int, float), "a number"),
+    "idle_q01": (list, "a list of numbers"),
+    "idle_q99": (list, "a list of numbers"),
+}
 
 
 @dataclass(frozen=True)
@@ -137,17 +145,23 @@ def _parse_file(path: Path) -> dict[str, Any]:
 
 def _read_row(name: str, entries: Any, transforms: Mapping[str, list[str]], path: Path) -> DatasetRow:
     known = [each.name for each in fields(DatasetRow) if each.name not in ("name", "table")]
-    for entry in entries:
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{entries!r} is not a row. Write the entries of the dataset below [datasets.{name}].")
+    for entry, value in entries.items():
         check_name(entry, known, "entry")
+        expected, description = ENTRY_TYPES.get(entry, (str, "a text"))
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise ValueError(f"{entry} is {value!r}. Give {description}.")
     transform = entries.get("transform", [])
     if isinstance(transform, str):
         check_name(transform, transforms, "transform")
         transform = transforms[transform]
+    if not isinstance(transform, list) or not all(isinstance(step, str) for step in transform):
+        raise ValueError(f"The transform is {transform!r}. Give a list of steps, each a text.")
     values: dict[str, Any] = {
         entry: tuple(value) if isinstance(value, list) else value for entry, value in entries.items()
     }
-    file = path.relative_to(TABLE_FILE.parents[3]) if path == TABLE_FILE else path
-    values |= {"transform": tuple(transform), "table": str(file)}
+    values |= {"transform": tuple(transform), "table": _short_path(path)}
     values.setdefault("source", f"{BUCKET}/{name}" if path == TABLE_FILE else "")
     return DatasetRow(name, **values)
 
