@@ -11,6 +11,7 @@ from file_server import FileServer
 from openvla_hf.data import TrainingStream, load, load_mixture, mix, remote, write_lerobot, write_rlds
 from openvla_hf.data.readers import rlds
 from openvla_hf.data.readers.lerobot import LeRobotSource
+from openvla_hf.data.readers.rlds import RLDSSource
 from openvla_hf.data.table_cache import cache_folder
 
 
@@ -101,6 +102,48 @@ def test_a_damaged_index_is_made_again(write, without_images):
     index.write_bytes(lines[0][:20] + lines[1])
     assert list(map(key, draw(load(folder, streaming=True), 17, start=10))) == list(map(key, straight[10:]))
     assert index.read_bytes().count(b"\n") == 3
+
+
+def test_the_statistics_of_a_mixture_make_the_index_of_its_records(write, tmp_path, monkeypatch):
+    names = ("dlr_sara_pour_converted_externally_to_rlds", "austin_sailor_dataset_converted_externally_to_rlds")
+    for name in names:
+        write(*[5] * 20, name=name)
+
+    def mixture():
+        return load_mixture(dict.fromkeys(names, 1.0), tmp_path, streaming=True, split="train[:90%]")
+
+    straight = draw(mixture(), 61)
+    parsed, parse = [], RLDSSource._parse
+    monkeypatch.setattr(RLDSSource, "_parse", lambda *given: parsed.append(given[1]) or parse(*given))
+    for file in cache_folder().glob("statistics-*"):
+        file.unlink()
+    for file in cache_folder().glob("records-*"):
+        file.unlink()
+    again = mixture()
+    assert len(parsed) == 40
+    parsed.clear()
+    assert list(map(key, draw(again, 61, start=60))) == list(map(key, straight[60:]))
+    assert len(parsed) == 1
+
+
+def test_records_that_cannot_be_read_any_more_are_left_out_of_the_buffer(write, without_images, monkeypatch):
+    def stream():
+        return load(folder, streaming=True, shuffle_buffer=20, skip_bad_episodes=1.0)
+
+    folder = write(*[8] * 8)
+    draw(stream(), 64)
+    lost, open_file = sorted(map(str, folder.rglob("*.tfrecord*")))[0], rlds.open_file
+
+    def fail(fs, path, *more):
+        if path == lost:
+            raise OSError("Input/output error")
+        return open_file(fs, path, *more)
+
+    monkeypatch.setattr(remote, "DELAYS", ())
+    monkeypatch.setattr(rlds, "open_file", fail)
+    for start in (1, 20, 40, 60):
+        resumed = draw(stream(), 140, start=start)
+        assert {frame["episode_index"] for frame in resumed} == {2, 3, 4, 5, 6, 7}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ reads in one round: some sections, one after the other. The rows of a group are 
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,21 @@ class ShardRows:
         self._versions: dict[str, Any] = {}
         self._records: dict[str, np.ndarray] = {}
 
-    def read(self, shard: Any, place: RecordPlace | None = None) -> Iterator[tuple[RecordPlace, list[Row]]]:
-        """Yield the rows of each usable record, with the record's place, from the record at `place` on."""
+    def read(
+        self,
+        shard: Any,
+        place: RecordPlace | None = None,
+        watch: Callable[[RecordedEpisode], None] = lambda episode: None,
+    ) -> Iterator[tuple[RecordPlace, list[Row]]]:
+        """Yield the rows of each usable record, with the record's place, from the record at `place` on.
+
+        A shard that is read from its beginning to its end goes into the index.
+
+        Args:
+            shard: Shard.
+            place: Place of the first record to read.
+            watch: Called with each episode before it is converted.
+        """
         found: list[tuple[int, int, int]] = []
         is_complete, at = place is None, RecordPlace()
 
@@ -55,6 +68,7 @@ class ShardRows:
             for episode in self.source.read(shard, self.spec, place):
                 if isinstance(episode, RecordedEpisode):
                     at = episode.place
+                    watch(episode)
                 elif isinstance(episode, UnreadableFileError):
                     is_complete = False  # the next attempt may find more
                 yield episode
@@ -79,7 +93,7 @@ class ShardRows:
 
     @functools.cached_property
     def _index(self) -> RecordIndex:
-        key = make_key(self.source.root, self.source.split, self.spec, self.name, self.losses.limit)
+        key = make_key(self.source.root, self.spec, self.name, self.losses.limit)
         return RecordIndex(cache_folder() / f"records-{self.name}-{key}.jsonl")
 
     def _version(self, shard: Any) -> Any:
@@ -155,11 +169,15 @@ class Group:
                 number += 1
 
     def fetch(self, numbers: Sequence[int]) -> list[Row]:
-        """Return rows by their numbers. Each record that contains some of them is read once."""
+        """Return rows by their numbers, without those of records that can't be read now.
+
+        Each record that contains some of the rows is read once.
+        """
         order = np.argsort(numbers, kind="stable")
         found: dict[int, Row] = {}
         held: Any = None
         rows: list[Row] = []
+        is_readable = False
         for number in np.asarray(numbers)[order].tolist():
             at = int(np.searchsorted(self.ends, number, side="right"))
             section = self.sections[at]
@@ -168,9 +186,11 @@ class Group:
             if held != (at, record[NUMBER]):
                 held = at, record[NUMBER]
                 place = RecordPlace(int(record[NUMBER]), int(record[OFFSET]))
-                _, rows = next(self.rows.read(section.shard, place))
-            found[number] = rows[row - first]
-        return [found[number] for number in numbers]
+                at_record, rows = next(self.rows.read(section.shard, place), (RecordPlace(-1), []))
+                is_readable = at_record.number == record[NUMBER]
+            if is_readable:
+                found[number] = rows[row - first]
+        return [found[number] for number in numbers if number in found]
 
 
 def _find_record(records: np.ndarray, row: int) -> tuple[np.ndarray, int]:

@@ -3,9 +3,9 @@
 They count every step of every split, including steps without an instruction, pauses and held-out steps.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from .loading import choose_robot
 from .motion import name_by_space
 from .readers.rlds import RLDSSource, find_version
 from .remote import find_folder
+from .shard_rows import ShardRows
 from .statistics import summarize
 from .table_cache import cache_folder, file_version, lock, make_key, write_json
 
@@ -35,6 +36,8 @@ def whole_statistics(
     skip_bad_episodes: bool | float = False,
 ) -> dict[str, Any] | None:
     """Compute the statistics of an RLDS dataset once, and read them from the cache afterwards.
+
+    The same pass over the files makes the index of their records, for streams with the default options of `load`.
 
     Args:
         data: Folder or URL.
@@ -57,7 +60,8 @@ def whole_statistics(
         return None
     source = RLDSSource(fs, version, "train")
     name = name or source.name
-    spec = resolve_spec(choose_robot(robot, source, name), name, every=every, drop_idle=False)
+    robot = choose_robot(robot, source, name)
+    spec = resolve_spec(robot, name, every=every, drop_idle=False)
     losses = Losses.allow(skip_bad_episodes)
     sources = [RLDSSource(fs, version, split) for split in source.splits]
     versions = [file_version(fs, path) for each in sources for path in each.files()]
@@ -65,26 +69,29 @@ def whole_statistics(
     path = cache_folder() / f"statistics-{name}-{key}.json"
     with lock(path):
         if not path.exists():
-            write_json(path, _compute(sources, spec, losses))
+            rows = [ShardRows(each, resolve_spec(robot, name, every=every), name, losses) for each in sources]
+            write_json(path, _compute(rows, spec, losses))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _compute(sources: list[RLDSSource], spec: FrameSpec, losses: Losses) -> dict[str, Any]:
+def _compute(splits: list[ShardRows], spec: FrameSpec, losses: Losses) -> dict[str, Any]:
     actions, states = [], []
-    losses.total = sum(source.num_episodes for source in sources)
-    for episode in _read(sources, spec):
-        losses.read += 1
-        try:
-            if isinstance(episode, BadEpisodeError):
-                raise episode
+    losses.total = sum(rows.source.num_episodes for rows in splits)
+
+    def collect(episode: RecordedEpisode) -> None:
+        with contextlib.suppress(BadEpisodeError):  # reading its rows records it in `losses`
             _, action, state = convert_episode(episode, spec)
-        except BadEpisodeError as error:
-            losses.note(error)
-        else:
             actions.append(action)
-            states += [] if state is None else [state]
+            if state is not None:
+                states.append(state)
+
+    for rows in splits:
+        rows.source.check(spec)
+        for shard in rows.shards:
+            for _ in rows.read(shard, watch=collect):
+                pass
     if not actions:
-        raise ValueError(f"{sources[0].root} has no usable episode.")
+        raise ValueError(f"{splits[0].source.root} has no usable episode.")
     values = np.concatenate(actions)
     names = name_by_space(spec.robot.standard_space, values.shape[1])
     return {
@@ -93,13 +100,6 @@ def _compute(sources: list[RLDSSource], spec: FrameSpec, losses: Losses) -> dict
         "num_transitions": len(values),
         "num_trajectories": len(actions),
     }
-
-
-def _read(sources: list[RLDSSource], spec: FrameSpec) -> Iterator[RecordedEpisode | BadEpisodeError]:
-    for source in sources:
-        source.check(spec)
-        for shard in source.shards():
-            yield from source.read(shard, spec)
 
 
 __all__ = ["whole_statistics"]

@@ -73,8 +73,9 @@ class RecordFile:
 
     @property
     def key(self) -> str:
-        """What identifies the shard."""
-        return self.path
+        """What identifies the shard, in all splits that contain the same of its episodes."""
+        is_whole = self.wanted == range(self.length)
+        return self.path if is_whole else f"{self.path}[{self.wanted.start}:{self.wanted.stop}]"
 
 
 class RLDSSource(ForkSafe):
