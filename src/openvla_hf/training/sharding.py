@@ -10,20 +10,27 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def reduce_in_float32(args: TrainingArguments) -> None:
-    """Let the processes of `accelerate launch` with FSDP2 add up gradients in float32, as the original does.
+def configure_sharding(args: TrainingArguments, model: nn.Module) -> None:
+    """Complete the configuration of `accelerate launch` with FSDP2 for a model.
 
-    By default, accelerate adds them up in the type of the arithmetic.
+    Each block of the model is sharded by itself. Processes add up gradients in float32, as in the original, while
+    accelerate adds them up in the type of the arithmetic by default.
 
     Args:
-        args: Arguments to change. Without bfloat16 or FSDP2, they stay as they are.
+        args: Arguments to change. Without FSDP2, they stay as they are.
+        model: Model to train, whose blocks depend on its towers.
     """
-    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") == "2"
-    if args.bf16 and launched:
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true" or os.environ.get("FSDP_VERSION") != "2":
+        return
+    blocks = {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    # accelerate takes the rest from its configuration.
+    args.fsdp_plugin_args = {"transformer_cls_names_to_wrap": sorted(blocks)}
+    if args.bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        args.fsdp_plugin_args = {"mixed_precision_policy": policy}  # accelerate takes the rest from its configuration
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 @contextmanager
@@ -63,4 +70,4 @@ def check_sharding(checkpoint: str, shards: bool) -> None:
         )
 
 
-__all__ = ["check_sharding", "in_its_own_class", "reduce_in_float32"]
+__all__ = ["check_sharding", "configure_sharding", "in_its_own_class"]

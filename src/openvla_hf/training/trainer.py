@@ -27,7 +27,7 @@ from ..modeling.checkpoint_files import ADAPTER_POLICY, STATISTICS_FILE
 from .checkpoint_saving import WholeCheckpointTrainer, last_checkpoint
 from .collator import IGNORED, ActionCollator
 from .metrics import ActionMetrics
-from .sharding import in_its_own_class, reduce_in_float32
+from .sharding import configure_sharding, in_its_own_class
 from .throughput import Throughput, find_matrix_rate
 
 
@@ -73,7 +73,7 @@ class ActionTrainer(WholeCheckpointTrainer):
         matrix_rate: float | None = None,
         **kwargs: Any,
     ):
-        reduce_in_float32(args)
+        configure_sharding(args, model)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.eval_collator = eval_collator or data_collator
         self.record = record or {}
