@@ -7,6 +7,7 @@ from openvla_hf.cli.config_file import insert_config
 from openvla_hf.cli.finetune import read_arguments
 from openvla_hf.data import write_rlds
 from openvla_hf.data.streams import EvaluationStream
+from openvla_hf.data.table_cache import cache_folder
 from openvla_hf.testing import fake_episode
 from openvla_hf.training.arguments import FinetuneArguments, TrainingMixture
 from openvla_hf.training.finetune import build_trainer, read_frames
@@ -70,6 +71,14 @@ def test_validation_gives_figures_of_each_dataset_that_depend_on_no_worker(base,
     assert len(list(EvaluationStream(read_frames(run, 0, {}).evaluation))) == 4
 
 
+def test_too_few_episodes_for_validation_are_told_before_the_statistics_are_computed(base, data, cache, tmp_path):
+    mixture = TrainingMixture({SARA: 1.0}, data, {"streaming": True})
+    run = FinetuneArguments(model=base, data=mixture, output=tmp_path / "run", settings=SMALL, validation=True)
+    with pytest.raises(ValueError, match=r"train\[95%:\].* contains no episodes, since 4 are too few"):
+        read_frames(run, 0, {})
+    assert not list(cache_folder().glob("statistics-*"))
+
+
 def test_the_command_line_and_a_config_file_give_a_mixture(base, data, tmp_path, capsys):
     config = tmp_path / "run.toml"
     config.write_text(f'''
@@ -112,6 +121,7 @@ lora_rank = 4
         ("--mixture kuka --data-dir d --weights 2", "--weights does not apply to --mixture."),
         ("--data a --data-dir d", "--data-dir needs --mixture."),
         ("--data a --allow-missing", "--allow-missing needs --mixture."),
+        ("--mixture kuka --data-dir d --streaming --eval-share 0.1", "can't hold out episodes of a stream."),
         ("--mixture roboset --data-dir d", "'roboset' can't be trained on"),
         ("--config missing.toml", "No such file"),
     ],

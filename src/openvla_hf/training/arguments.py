@@ -160,6 +160,13 @@ class FinetuneArguments:
             raise ValueError(
                 "`eval_share`, `validation` and `eval_data` all select evaluation data. Give only one of them."
             )
+        given = self.data if isinstance(self.data, (list, tuple)) else [self.data]
+        described = [one for one in given if isinstance(one, (TrainingData, TrainingMixture))]
+        if self.eval_share and any(one.options.get("streaming") for one in described):
+            raise ValueError(
+                "`eval_share` can't hold out episodes of a stream. Load the data without `streaming`, or give "
+                "`validation` for a mixture."
+            )
         if self.validation and (not isinstance(self.data, TrainingMixture) or self.data.options.get("split")):
             raise ValueError(
                 "`validation` needs a mixture that is read without `split`. Give `eval_share` or `eval_data` instead."

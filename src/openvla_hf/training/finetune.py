@@ -211,15 +211,17 @@ def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping
         record = {"datasets": list(reading), "reading": reading}
     if not datasets and not arguments.eval_share:
         return RunFrames(arguments.data, arguments.eval_data, record)
-    statistics = sizes = None
+    statistics = sizes = validation = None
     if isinstance(arguments.data, TrainingMixture):
+        if arguments.validation:  # its errors come before the statistics, which may take hours
+            validation = _read_validation(arguments.data, seed, recipe_options, arguments.eval_frames)
         statistics, record["mixture"] = _balance(arguments, datasets, parts)
         sizes = [one["transitions"] for one in record["mixture"].values()]
         weighted = list(zip(parts, [one.weight for one in datasets], sizes, strict=True))
         parts = [part for part, *_ in divide_buffer(weighted, arguments.data.options.get("shuffle_buffer", 0))]
     train, evaluation, held_out = split_parts(parts, arguments.weights, arguments.eval_share, seed, sizes)
-    if isinstance(arguments.data, TrainingMixture) and arguments.validation:
-        evaluation = _read_validation(arguments.data, seed, recipe_options, arguments.eval_frames)
+    if validation is not None:
+        evaluation = validation
     elif arguments.eval_frames:
         evaluation = sample_frames(evaluation, arguments.eval_frames, seed)
     evaluation = arguments.eval_data if evaluation is None else evaluation
