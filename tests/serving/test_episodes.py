@@ -93,6 +93,16 @@ def test_evaluate_reports_the_success_of_a_server(tabletop_server, monkeypatch, 
     assert "needs a token" in capsys.readouterr().err
 
 
+def test_the_result_of_a_suite_says_how_the_server_acted(tabletop_server, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OPENVLA_HF_SERVER_TOKEN", "secret")
+    command = ["evaluate", "--suite", "tabletop", "--episodes", "1", "--output", str(tmp_path), "--json"]
+    assert main([*command, "--server", tabletop_server]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["server"]["default_unnorm_key"] == "tabletop"
+    assert report["server"].keys() >= {"action_horizon", "temporal_ensemble", "gripper", "revision"}
+    assert report["versions"]["openvla-hf of the server"] == report["versions"]["openvla-hf"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

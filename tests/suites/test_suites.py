@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from openvla_hf.cli import main
-from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
+from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, digest_checkpoint, find_suite
 from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
 from openvla_hf.suites.libero_states import read_states
 from openvla_hf.suites.play import play
@@ -23,6 +24,7 @@ from openvla_hf.suites.results import compare_results, mcnemar, wilson
 from openvla_hf.suites.simulator import Simulator, open_simulators
 from openvla_hf.suites.simulator import _serve as serve
 from openvla_hf.suites.suite import Episode, Protocol, Rollout
+from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
 from openvla_hf.tabletop.suite import TabletopSuite, tabletop_suite
 
 
@@ -177,6 +179,37 @@ def test_a_folder_with_another_run_is_refused(suite, alone):
         Evaluation(suite, {"model": "other"}, alone[0])
 
 
+def test_another_training_in_the_same_folder_is_another_checkpoint(tmp_path):
+    for name in ("config.json", "dataset_statistics.json"):
+        shutil.copy(TABLETOP_POLICY / name, tmp_path)
+    weights = np.random.default_rng(0).integers(256, size=300_000, dtype=np.uint8)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    digest = digest_checkpoint(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    assert digest_checkpoint(tmp_path) == digest
+    (tmp_path / "model.safetensors").write_bytes(weights ^ 1)
+    assert digest_checkpoint(tmp_path) != digest
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "config.json").write_text("{}")
+    assert digest_checkpoint(tmp_path) != digest
+
+
+def test_episodes_of_other_versions_are_not_continued(suite, alone, tmp_path):
+    described, rollouts = read_journal(alone[0])
+    earlier = Journal(tmp_path, described | {"versions": described["versions"] | {"numpy": "1.0"}})
+    for episode, rollout in rollouts.items():
+        earlier.add(episode, rollout)
+    with pytest.raises(ValueError, match="another run, which differs in versions"):
+        Evaluation(suite, {"model": "wander"}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metaworld", "libero_10"])
+def test_more_episodes_than_initial_states_are_refused(name):
+    assert len(find_suite(name).with_protocol(episodes=50).episodes()) % 50 == 0
+    with pytest.raises(ValueError, match="has 50 initial states for each task, so 51 episodes are too many"):
+        find_suite(name).with_protocol(episodes=51)
+
+
 def test_the_result_names_the_protocol_and_the_versions(alone):
     result = json.loads((alone[0] / "evaluation.json").read_text())
     assert result == alone[1]
@@ -316,6 +349,8 @@ def test_evaluate_plays_a_suite_and_a_second_run_has_nothing_left_to_play(capsys
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["suite"] == result["environment"] == "tabletop"
+    assert result["checkpoint"] == digest_checkpoint(TABLETOP_POLICY)
+    assert result["versions"]["torch"]
     assert result["results"]["as told"]["all"]["episodes"] == 2
     before = os.stat(tmp_path / "out" / JOURNAL_FILE).st_mtime_ns
     assert main(command) == 0

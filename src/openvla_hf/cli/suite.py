@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 """Seconds that a simulated robot waits for a server, for example while the server restarts."""
 PICTURES = 3
+SERVED = ("revision", "default_unnorm_key", "action_horizon", "temporal_ensemble", "gripper")
+"""What belongs to the description of a served policy."""
+POLICY_PACKAGES = ("torch", "transformers")
 
 
 def add_suite_arguments(group: Any) -> None:
@@ -118,7 +123,12 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
     with Client(args.server, read_token(args.token_file)) as client:
         check_server(client.info, args.unnorm_key, suite)
         client.timeout = PATIENCE
-        described = {"model": client.info["model_id"], "unnorm_key": args.unnorm_key}
+        described = {
+            "model": client.info["model_id"],
+            "unnorm_key": args.unnorm_key,
+            "server": {name: client.info[name] for name in SERVED},
+            "versions": {"openvla-hf of the server": client.info["server_version"]},
+        }
 
         def make_player(simulators: Any) -> Player:
             return lambda episodes, keep_frames: play_served(
@@ -129,6 +139,7 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
 
 
 def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any], Callable[[Any], Player]]:
+    from ..evaluation.suites import digest_checkpoint
     from ..suites.play import play
     from ..suites.policies import model_policy
 
@@ -139,4 +150,12 @@ def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any
     def make_player(simulators: Any) -> Player:
         return lambda episodes, keep_frames: play(policy, episodes, simulators, keep_frames)
 
-    return {"model": model_id, "unnorm_key": args.unnorm_key}, make_player
+    is_folder = os.path.isdir(model_id)
+    described = {
+        "model": model_id,
+        # Without it, a policy that was trained again would continue the episodes of its predecessor.
+        "checkpoint": digest_checkpoint(model_id) if is_folder else getattr(model.config, "_commit_hash", None),
+        "unnorm_key": args.unnorm_key,
+        "versions": {name: importlib.metadata.version(name) for name in POLICY_PACKAGES},
+    }
+    return described, make_player

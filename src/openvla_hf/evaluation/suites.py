@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.model_card import RUN_FILES
 from ..modeling.folder_writing import written_whole
 from ..modeling.known_names import check_name
 from ..suites.journal import Journal, read_journal
@@ -20,7 +22,7 @@ from ..tabletop.pictures import save_gif
 from ..tabletop.suite import tabletop_suite
 
 
-__all__ = ["SUITES", "Evaluation", "compare_runs", "find_suite"]
+__all__ = ["SUITES", "Evaluation", "compare_runs", "digest_checkpoint", "find_suite"]
 
 # Name -> function that makes the suite with its preset.
 SUITES: dict[str, Callable[[], Suite]] = {
@@ -32,6 +34,9 @@ RESULT_FILE = "evaluation.json"
 PICTURES = "episodes"
 # Pictures per second: many episodes have hundreds of steps.
 SPEED = 20
+# Files that decide how a policy acts, and the blocks that are read of each, which cover small files.
+ACTING = (".safetensors", ".bin", ".pt", ".json")
+BLOCKS, BLOCK_SIZE = 64, 1 << 16
 
 # Function from episodes, and whether to keep the frames of each, to the episodes and their results as they end.
 Player = Callable[[list[Episode], Callable[[Episode], bool]], Iterator[tuple[Episode, Rollout]]]
@@ -55,7 +60,8 @@ class Evaluation:
 
     Args:
         suite: The suite.
-        policy: Description of the policy in JSON types: its name and how it is run.
+        policy: Description of the policy in JSON types: its name, how it is run, and perhaps the `versions` of
+            its packages.
         folder: Folder of the evaluation.
         pictures: Number of failures and of successes to show.
 
@@ -65,7 +71,7 @@ class Evaluation:
 
     def __init__(self, suite: Suite, policy: dict[str, Any], folder: str | os.PathLike, pictures: int = 3) -> None:
         self.suite, self.folder, self.pictures = suite, Path(folder), pictures
-        self.run = {**policy, **suite.describe()}
+        self.run = {**policy, **suite.describe(), "versions": {**policy.get("versions", {}), **suite.versions()}}
         self.journal = Journal(folder, self.run)
 
     @property
@@ -91,7 +97,7 @@ class Evaluation:
     def result(self) -> dict[str, Any]:
         """Write `evaluation.json` and return its content."""
         results = {self.run.get("condition", "as told"): success_by_task(self.rollouts)}
-        result = {**self.run, "environment": self.suite.name, "versions": self.suite.versions(), "results": results}
+        result = {**self.run, "environment": self.suite.name, "results": results}
         with written_whole(self.folder) as aside:
             (aside / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return result
@@ -108,6 +114,21 @@ class Evaluation:
             folder.mkdir(exist_ok=True)
             path = folder / f"{kind}-{episode.environment}-{episode.seed}.gif"
             save_gif([rollout], path, columns=1, frames_per_second=SPEED)
+
+
+def digest_checkpoint(folder: str | os.PathLike) -> str:
+    """Return a digest of a checkpoint in a folder, which differs after another training into the same folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix not in ACTING or path.name in RUN_FILES:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // BLOCKS, BLOCK_SIZE)):
+                file.seek(start)
+                digest.update(file.read(BLOCK_SIZE))
+    return digest.hexdigest()[:16]
 
 
 def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> tuple[tuple[str, str], dict[str, Comparison]]:

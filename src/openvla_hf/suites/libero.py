@@ -24,6 +24,7 @@ LIBERO_SUITES = {
     "libero_90": (90, 400),
 }
 ACTION_DIM, STATE_DIM = 7, 8
+INITIAL_STATES = 50
 # While the objects of a scene come to rest, the arm stands still with an open gripper.
 WAIT = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
@@ -33,6 +34,7 @@ class LiberoSuite(Suite):
     """One of LIBERO's suites, whose environments are named by the numbers of the tasks. See `LiberoEnv`."""
 
     title: ClassVar[str] = "LIBERO"
+    most_episodes: ClassVar[int | None] = INITIAL_STATES
 
     def known_tasks(self) -> Mapping[str, tuple[str, ...]]:
         """Return the numbers of the tasks."""
@@ -58,7 +60,7 @@ def libero_suite(name: str) -> LiberoSuite:
     """Make one of `LIBERO_SUITES`."""
     tasks, max_steps = LIBERO_SUITES[name]
     protocol = Protocol(
-        episodes=50,
+        episodes=INITIAL_STATES,
         first_seed=0,
         initial_states="LIBERO's .pruned_init files: episode i starts from state i, with environment seed 0",
         max_steps=max_steps,

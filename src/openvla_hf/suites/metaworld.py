@@ -100,6 +100,8 @@ class MetaWorldSuite(Suite):
     """MetaWorld, seen by one camera. See `MetaWorldEnv` for the observation and the action."""
 
     title: ClassVar[str] = "MetaWorld"
+    # Demonstrations for training have the seeds from 50 on.
+    most_episodes: ClassVar[int | None] = PROTOCOL.episodes
 
     def known_tasks(self) -> Mapping[str, tuple[str, ...]]:
         """Return the tasks and the groups by difficulty."""

@@ -152,6 +152,7 @@ class Suite:
 
     Attributes:
         title: Name of the benchmark in sentences.
+        most_episodes: Number of initial states of each environment; `None` if it is not limited.
         name: Name of the suite, such as "metaworld".
         environments: Names of the environments to play, as `make` takes them.
         protocol: What fixes the episodes.
@@ -160,6 +161,7 @@ class Suite:
     """
 
     title: ClassVar[str]
+    most_episodes: ClassVar[int | None] = None
     name: str
     environments: tuple[str, ...]
     protocol: Protocol
@@ -188,8 +190,17 @@ class Suite:
             check_name(task, self.known_tasks(), "task")
 
     def with_protocol(self, **changes: Any) -> Self:
-        """Return the suite with another protocol: fields of `Protocol` that are not `None` replace the preset's."""
+        """Return the suite with another protocol: fields of `Protocol` that are not `None` replace the preset's.
+
+        Raises:
+            ValueError: There are not as many initial states as `episodes`.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
+        if self.most_episodes is not None and given.get("episodes", 0) > self.most_episodes:
+            raise ValueError(
+                f"{self.title} has {self.most_episodes} initial states for each task, so {given['episodes']} episodes "
+                f"are too many. Give at most {self.most_episodes}."
+            )
         return replace(self, protocol=replace(self.protocol, **given))
 
     def make(self, environment: str) -> gymnasium.Env[Any, np.ndarray]:
