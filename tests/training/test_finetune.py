@@ -22,6 +22,7 @@ from openvla_hf.data.splits import read_split, split_parts
 from openvla_hf.testing import fake_episode
 from openvla_hf.training.checkpoint_saving import last_checkpoint
 from openvla_hf.training.finetune import FinetuneArguments, TrainingData, build_trainer, finetune
+from openvla_hf.training.runs import check_output
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +334,31 @@ def test_other_weights_are_refused_on_resume_before_any_data_is_read(base, tmp_p
     weights = [] if now is None else ["--weights", *now]
     assert run(base, "a/b", tmp_path / "out", "--resume", "--data", "a/b", "c/d", *weights) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_resumed_stream_keeps_its_shuffle_buffer(base, tmp_path, capsys):
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+    (checkpoint / "training.json").write_text(json.dumps({"arguments": {"streaming": True, "shuffle_buffer": 500}}))
+    resumed = ["--resume", "--data", "a/b", "--streaming", "--shuffle-buffer"]
+    assert run(base, "a/b", tmp_path / "out", *resumed, "5") == 2
+    told = "was trained with --shuffle-buffer 500, and a resumed run can't change it to 5."
+    assert told in capsys.readouterr().err
+
+
+def test_a_resumed_run_reads_its_data_in_the_same_way(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").touch()
+    saved = {"split": "train[:95%]", "every": None, "cameras": {"high": ["a", "b"]}, "skip_bad_episodes": False}
+    (checkpoint / "training.json").write_text(json.dumps({"reading": {"old/arm": saved}}))
+    again = {"split": "train[:95%]", "cameras": {"high": ("a", "b")}, "skip_bad_episodes": 0.1}
+    record = {"base_model": "base", "arguments": {}, "reading": {"new/arm": again}}
+    assert check_output(tmp_path, record, resume=True) == str(checkpoint)
+    again["split"] = "train"
+    with pytest.raises(ValueError, match=r"with split='train\[:95%\]', and a resumed run can't change it to 'train'"):
+        check_output(tmp_path, record, resume=True)
 
 
 def test_a_folder_in_use_is_reported_before_any_data_is_read(base, tmp_path, capsys):

@@ -160,9 +160,7 @@ class FinetuneArguments:
             raise ValueError(
                 "`eval_share`, `validation` and `eval_data` all select evaluation data. Give only one of them."
             )
-        given = self.data if isinstance(self.data, (list, tuple)) else [self.data]
-        described = [one for one in given if isinstance(one, (TrainingData, TrainingMixture))]
-        if self.eval_share and any(one.options.get("streaming") for one in described):
+        if self.eval_share and self.order_of_frames.get("streaming", False) is not False:
             raise ValueError(
                 "`eval_share` can't hold out episodes of a stream. Load the data without `streaming`, or give "
                 "`validation` for a mixture."
@@ -181,6 +179,17 @@ class FinetuneArguments:
     def evaluates(self) -> bool:
         """Whether the policy is evaluated while it trains."""
         return self.eval_share > 0 or self.validation or self.eval_data is not None
+
+    @property
+    def order_of_frames(self) -> dict[str, Any]:
+        """`streaming` and `shuffle_buffer` of the data, in lists if datasets differ; empty for loaded frames."""
+        given = self.data if isinstance(self.data, (list, tuple)) else [self.data]
+        options = [one.options for one in given if isinstance(one, (TrainingData, TrainingMixture))]
+        order = {}
+        for name, default in {"streaming": False, "shuffle_buffer": 0}.items() if options else ():
+            values = [one.get(name, default) for one in options]
+            order[name] = values[0] if len({*values}) == 1 else values
+        return order
 
     @functools.cached_property
     def datasets(self) -> "tuple[TrainingData, ...]":

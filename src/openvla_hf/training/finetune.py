@@ -103,7 +103,7 @@ def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
     chosen = arguments.recipe
     recipe = find_recipe(chosen, **changes) if isinstance(chosen, str) else replace(chosen, **changes)
     args = recipe.training_arguments(str(arguments.output), **settings)
-    run = {"base_model": str(arguments.model), "arguments": run_settings(recipe, args, arguments.patience)}
+    run = {"base_model": str(arguments.model), "arguments": _settings_to_keep(arguments, recipe, args)}
     check_output(arguments.output, run | {"weights": arguments.weights}, arguments.resume)
     return recipe, args
 
@@ -151,7 +151,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
             "datasets": list(norm_stats),
             **({"recipe": arguments.recipe} if isinstance(arguments.recipe, str) else {}),
             "settings": _settings_for_card(recipe, args),
-            "arguments": run_settings(recipe, args, arguments.patience),
+            "arguments": _settings_to_keep(arguments, recipe, args),
             "weights": arguments.weights,
             **frames.record,
         },
@@ -409,6 +409,11 @@ def _infer_setup(frames: Dataset | IterableDataset, recipe: Recipe, norm_stats: 
         sizes[part] = size
     fields = recipe.action_fields(sizes["action"], len(cameras or [None]), sizes.get("proprio"))
     return _PolicySetup(fields, cameras)
+
+
+def _settings_to_keep(arguments: FinetuneArguments, recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:
+    """Collect the settings that a resumed run must keep, including those that the order of the frames depends on."""
+    return run_settings(recipe, args, arguments.patience) | arguments.order_of_frames
 
 
 def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:

@@ -22,6 +22,8 @@ OF_THE_RUN = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"),
     *("metric_for_best_model", "greater_is_better"),
 )
+# Entries of `reading` that a resumed run may change: the description of the robot, and how bad episodes are handled.
+CHANGEABLE = {"adapter", "skip_bad_episodes"}
 # Files that only a dataset has: LeRobot, RLDS (also in the folder above a version), `datasets`.
 DATASET_FILES = ("meta/info.json", "features.json", "*/features.json", "state.json")
 # Files that only a checkpoint has.
@@ -56,7 +58,7 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
     Args:
         output: Folder of the run.
         run: `base_model` and `arguments` (see `run_settings`) as in `training.json`, and, if they are known, `weights`
-            (of the datasets) and `held_out` (see `describe_split`).
+            (of the datasets), `held_out` (see `describe_split`) and `reading` (options of `load` by dataset).
         resume: Whether to continue from the folder's last checkpoint.
 
     Returns:
@@ -112,6 +114,7 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         pairs["weights"] = None if equal else saved["weights"], run["weights"]
     if "base_model" in saved:
         pairs["base_model"] = _place(saved["base_model"]), _place(run["base_model"])
+    pairs |= _compare_reading(saved.get("reading", {}), run.get("reading", {}))
     for name, (before, now) in pairs.items():
         if before != now:
             former = f"without `{name}`" if before is None else f"with {name}={before!r}"
@@ -120,6 +123,17 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
                 f"{checkpoint} was trained {former}, and a resumed run can't {change}. "
                 "Resume with the same settings, or start a new run in another folder."
             )
+
+
+def _compare_reading(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return both values of each option of `load` that differs for one of the datasets, in their order."""
+    pairs = {}
+    current = json.loads(json.dumps(current))
+    for before, now in zip(saved.values(), current.values(), strict=False):  # other checks compare the datasets
+        for name in sorted({*before, *now} - CHANGEABLE):
+            if before.get(name) != now.get(name):
+                pairs[name] = before.get(name), now.get(name)
+    return pairs
 
 
 def _place(model_id: str) -> str:
