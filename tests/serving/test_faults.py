@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from http_bodies import as_file, as_json, in_base64
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from openvla_hf.serving.errors import ShuttingDown
 from openvla_hf.serving.policy import ServedPolicy
@@ -103,10 +104,10 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png_bomb(width, height):
-    """A small file that claims to be a large image."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress(b"\0" * 1_000_000, 9)
+def black_png(width, height, depth=8, size=1_000_000):
+    """An RGB file, which may have fewer bytes of pixels than it claims."""
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * size, 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
@@ -124,11 +125,13 @@ SEE_THROUGH = np.full((20, 30, 4), 127, np.uint8)
         (as_file(GREY)[:60], 422, "not a readable JPEG or PNG"),
         (rotated(Image.fromarray(GREY)), 422, "EXIF orientation 6: rotate its pixels"),
         (as_file(SEE_THROUGH), 422, "mode 'RGBA'"),
-        (as_file(np.full((20, 30), 30_000, np.uint16)), 422, "mode 'I;16'"),
+        (as_file(Image.fromarray(GREY), transparency=(127, 127, 127)), 422, "mode 'RGBA'"),
+        (as_file(np.full((20, 30), 30_000, np.uint16)), 422, "16 bits per channel"),
+        (black_png(20, 30, depth=16, size=30 * 121), 422, "16 bits per channel"),
         (as_file(Image.fromarray(GREY).convert("CMYK"), "JPEG"), 422, "mode 'CMYK'"),
         (as_file(np.zeros((400, 300, 3), np.uint8)), 413, "300 x 400 pixels"),
-        (png_bomb(9_000, 9_000), 413, "9000 x 9000 pixels"),
-        (png_bomb(65_000, 65_000), 413, "more than the 100000 pixels"),
+        (black_png(9_000, 9_000), 413, "9000 x 9000 pixels"),
+        (black_png(65_000, 65_000), 413, "more than the 100000 pixels"),
         (as_file(GREY, "JPEG") + b"\xff\xda" * 65, 422, "more than 64 scans"),
     ],
 )
@@ -150,7 +153,11 @@ def test_grey_and_opaque_images_are_taken_as_they_look(plain):
     opaque = np.dstack([GREY, np.full((20, 30), 255, np.uint8)])
     grey = as_file(GREY[..., 0])
     palette = as_file(Image.fromarray(GREY).convert("P", palette=Image.Palette.ADAPTIVE))
-    assert act(as_file(GREY)) == act(as_file(opaque)) == act(grey) == act(palette)
+    unused = as_file(Image.fromarray(GREY), transparency=(1, 2, 3))
+    noise = PngInfo()
+    noise.add(b"noIs", b"\xff\xda" * 65)  # the bytes with which scans of a JPEG start
+    noisy = as_file(GREY, pnginfo=noise)
+    assert act(as_file(GREY)) == act(as_file(opaque)) == act(grey) == act(palette) == act(unused) == act(noisy)
 
 
 # Bodies

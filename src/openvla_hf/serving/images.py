@@ -17,6 +17,9 @@ MODES = ("L", "RGB")
 MAX_SCANS = 64
 """Largest number of scans of a progressive JPEG. Encoders write about 10. Each takes as long to decode as an image."""
 START_OF_SCAN = b"\xff\xda"
+PNG_DEPTH = 24
+"""Offset of the bits per channel in a PNG file. PIL reduces 16-bit colours to 8 bits without a word."""
+MAX_DEPTH = 8
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = 1
 
@@ -63,7 +66,13 @@ def decode_image(data: bytes, camera: str, max_pixels: int) -> Image.Image:
                     f"{name} has {image.width} x {image.height} pixels, more than the {max_pixels} that this server "
                     "takes: send a smaller one."
                 )
-            if data.count(START_OF_SCAN) > MAX_SCANS:
+            if image.format == "PNG":
+                if data[PNG_DEPTH] > MAX_DEPTH:
+                    raise Unprocessable(
+                        f"{name} has {data[PNG_DEPTH]} bits per channel: send 8-bit RGB or grey levels without "
+                        "transparency."
+                    )
+            elif data.count(START_OF_SCAN) > MAX_SCANS:  # in a PNG, these bytes are pixels
                 raise Unprocessable(f"{name} has more than {MAX_SCANS} scans: save it as a baseline JPEG.")
             image.load()
             orientation = image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
@@ -79,14 +88,16 @@ def decode_image(data: bytes, camera: str, max_pixels: int) -> Image.Image:
             f"{name} has EXIF orientation {orientation}: rotate its pixels and remove the tag before sending it."
         )
     if opaque.mode not in MODES:
-        raise Unprocessable(f"{name} has mode {image.mode!r}: send 8-bit RGB or grey levels without transparency.")
+        raise Unprocessable(f"{name} has mode {opaque.mode!r}: send 8-bit RGB or grey levels without transparency.")
     return opaque.convert("RGB")
 
 
 def drop_opaque_alpha(image: Image.Image) -> Image.Image:
-    """Return an image without its palette, and without its alpha channel if every pixel is opaque."""
-    if image.mode == "P":
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    """Return an image without its palette, and without its transparency if every pixel is opaque."""
+    if image.mode in ("P", *MODES) and image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
     if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
         return image.convert(image.mode.removesuffix("A"))
     return image
