@@ -129,6 +129,23 @@ def test_a_newer_request_of_a_robot_takes_the_place_of_its_waiting_one():
     scenario(run)
 
 
+def test_a_robot_that_asks_again_and_again_delays_nobody(monkeypatch):
+    monkeypatch.setattr("openvla_hf.serving.batching.RECENT", 60.0)
+
+    async def run(it):
+        it.gate.gate.release(100)
+        await it.batcher.predict("silent", "c")
+        asked = [it.ask("a", "a")]
+        other = it.ask("b", "b")
+        while not other.done():
+            await asyncio.sleep(0.01)
+            asked.append(it.ask("a", "a"))
+        await asyncio.gather(*asked, return_exceptions=True)
+        assert it.gate.batches[1] == ["a", "b"]
+
+    scenario(run, max_wait=0.05)
+
+
 def test_a_client_that_has_gone_leaves_the_queue():
     async def run(it):
         first = await busy(it, "first")

@@ -36,6 +36,7 @@ class _Waiting:
     prepared: Prepared
     robot: Hashable | None
     since: float
+    latest: float  # when its batch starts even without the other robots
     answer: asyncio.Future[Batched]
 
 
@@ -92,10 +93,13 @@ class Batcher:
         """
         if self._is_closing:
             raise ShuttingDown("The server is shutting down.", RETRY_AFTER)
-        request = _Waiting(prepared, robot, time.perf_counter(), asyncio.get_running_loop().create_future())
+        since = time.perf_counter()
+        future: asyncio.Future[Batched] = asyncio.get_running_loop().create_future()
+        request = _Waiting(prepared, robot, since, since + self.max_wait, future)
         place = next((i for i, one in enumerate(self._queue) if robot is not None and one.robot == robot), None)
         if place is not None:
             stale, self._queue[place] = self._queue[place], request
+            request.latest = stale.latest  # a robot that asks again and again does not delay the others
             if not stale.answer.done():
                 stale.answer.set_exception(Superseded("A newer observation of this robot replaced this one."))
         elif len(self._queue) >= self.max_queue:
@@ -143,7 +147,7 @@ class Batcher:
             now = time.perf_counter()
             self._last_seen = {robot: seen for robot, seen in self._last_seen.items() if now - seen < RECENT}
             waiting = {one.robot for one in self._queue}
-            rest = self._queue[0].since + self.max_wait - now
+            rest = self._queue[0].latest - now
             if len(self._queue) >= self.max_batch or self._last_seen.keys() <= waiting or rest <= 0:
                 return
             self._changed.clear()

@@ -64,8 +64,8 @@ class ServiceOptions:
         for name in ("max_batch", "max_queue", "max_sessions", "max_body_bytes", "max_pixels", "max_instruction"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.max_wait_ms < 0:
-            raise ValueError(f"`max_wait_ms` must be at least 0, got {self.max_wait_ms}.")
+        if not 0 <= self.max_wait_ms < math.inf:
+            raise ValueError(f"`max_wait_ms` must be a finite number of at least 0, got {self.max_wait_ms}.")
         for name in ("session_seconds", "request_seconds", "requests_per_second"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
