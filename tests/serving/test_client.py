@@ -307,12 +307,16 @@ def test_a_server_that_accepts_and_never_answers_times_out():
         client.predict_action(frame(), INSTRUCTION)
 
 
-def test_an_answer_that_trickles_in_until_after_the_deadline_is_not_returned():
+def test_an_answer_that_trickles_in_is_not_waited_for_after_the_deadline():
+    sent = []
+
     def drip(connection):
         connection.recv(2**20)
         with contextlib.suppress(OSError):
-            for letter in b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}":
-                connection.sendall(bytes([letter]))
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 300\r\n\r\n")
+            while len(sent) < 300:
+                connection.sendall(b" ")
+                sent.append(b" ")
                 time.sleep(0.01)
 
     with (
@@ -321,6 +325,27 @@ def test_an_answer_that_trickles_in_until_after_the_deadline_is_not_returned():
         pytest.raises(ServerError, match="gave no answer within"),
     ):
         client.predict_action(frame(), INSTRUCTION)
+    assert len(sent) < 300
+
+
+def test_a_request_that_trickles_out_is_given_up_at_the_deadline():
+    received, is_over = [], threading.Event()
+
+    def sip(connection):
+        with contextlib.suppress(OSError):
+            while part := connection.recv(2**17):
+                received.append(len(part))
+                time.sleep(0.01)
+        is_over.set()
+
+    with (
+        listening(sip) as url,
+        Client(url, timeout=0.5) as client,
+        pytest.raises(ServerError, match="gave no answer within"),
+    ):
+        client.predict_action(frame(), "go" * 10_000_000)
+    assert is_over.wait(30)
+    assert sum(received) < 20_000_000
 
 
 def test_nobody_at_the_address():

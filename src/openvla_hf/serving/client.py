@@ -3,9 +3,10 @@
 import base64
 import contextlib
 import io
+import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -34,6 +35,8 @@ SESSION_HEADER = "X-Session-Id"
 """Header with the session of a request, by which a load balancer finds the replica of the session."""
 CLOSING_SECONDS = 1.0
 """Longest time in seconds that `close` waits for the server."""
+PIECE = 2**16
+"""Bytes of a request that are sent before the client looks at the time again."""
 REMEMBERED = 1000
 """Number of predictions in the statistics of the round trip."""
 
@@ -91,7 +94,8 @@ class Client:
     Args:
         url: Address of the server, such as "http://gpu-server:8000".
         token: Token of the server, if it needs one.
-        timeout: Seconds within which an answer must arrive. A later answer is stale and is never returned.
+        timeout: Seconds within which an answer must arrive. A later answer is stale and is never returned. If the
+            network stalls in the middle of a message, the error can come up to twice as late.
         jpeg_quality: Quality from 1 to 100 of images that are sent as JPEG. By default, images are sent as PNG, which
             keeps every pixel. JPEG is smaller and faster, but changes pixels and may change actions.
 
@@ -199,7 +203,7 @@ class Client:
     def _act(
         self, observation: Mapping[str, Any], started: float, can_repeat: bool = True, **content: Any
     ) -> np.ndarray:
-        answer = self._ask("POST", "/v1/act", started + self.timeout, can_repeat, json=observation, **content)
+        answer = self._ask("POST", "/v1/act", started + self.timeout, can_repeat, body=observation, **content)
         try:
             actions = np.array(answer["actions"], dtype=np.float64)
         except (KeyError, TypeError, ValueError) as error:
@@ -217,15 +221,12 @@ class Client:
             path: Path on the server.
             deadline: Time on the monotonic clock.
             can_repeat: Whether the request may be sent again if its answer is lost.
-            content: Body and headers of the request, as httpx takes them.
+            content: `body` of the request, sent as JSON, and its `headers`.
         """
         pause = FIRST_PAUSE
         while True:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise self._stale()
             try:
-                response = self._http.request(method, path, timeout=remaining, **content)
+                response = self._send(method, path, deadline, **content)
             except httpx.TimeoutException as error:
                 raise self._stale() from error
             except httpx.ConnectError as error:
@@ -238,8 +239,6 @@ class Client:
                 if not can_repeat:
                     raise failure from error
             else:
-                if time.monotonic() > deadline:
-                    raise self._stale()
                 if response.is_success:
                     return self._read_json(response)
                 failure = _read_error(response)
@@ -251,6 +250,32 @@ class Client:
                 raise failure
             time.sleep(pause)
             pause *= 2
+
+    def _send(
+        self, method: str, path: str, deadline: float, body: Mapping[str, Any] | None = None, **content: Any
+    ) -> httpx.Response:
+        """Send a request and receive its answer in pieces, and give up at the deadline.
+
+        httpx limits the time of each piece only, so a slow network could hold up a robot for much longer.
+        """
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise self._stale()
+        if body is not None:
+            text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+            pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(text))}
+            content = {"content": self._in_time(pieces, deadline), "headers": headers | content.get("headers", {})}
+        with self._http.stream(method, path, timeout=remaining, **content) as response:
+            answer = b"".join(self._in_time(response.iter_raw(), deadline))
+        return httpx.Response(response.status_code, headers=response.headers, content=answer, request=response.request)
+
+    def _in_time(self, pieces: Iterable[bytes], deadline: float) -> Iterator[bytes]:
+        """Pass on pieces of a message until the deadline."""
+        for piece in pieces:
+            if time.monotonic() > deadline:
+                raise self._stale()
+            yield piece
 
     def _read_json(self, response: httpx.Response) -> Any:
         try:
