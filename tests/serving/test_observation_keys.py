@@ -103,6 +103,11 @@ def test_a_camera_key_wins_over_the_usual_names():
     assert [one.flat[0] for one in observation.images.values()] == [9, 2]
 
 
+def test_two_cameras_never_see_the_same_image():
+    with pytest.raises(Unprocessable, match="'full_image' and 'wrist_image' would both see the image"):
+        read_observation(LIBERO_CLIENT, service(LIBERO, 8, camera_keys={"wrist_image": "observation/image"}))
+
+
 def test_a_camera_key_for_an_unknown_camera_is_refused(chunk_policy):
     with pytest.raises(ValueError, match="no camera 'front': its cameras are 'full_image', 'wrist_image'"):
         Service(chunk_policy, ServiceOptions(camera_keys={"front": "image"}))

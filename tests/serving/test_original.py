@@ -103,6 +103,13 @@ def test_a_wrong_body_gets_its_reason_or_the_originals_error(plain, body, status
     assert reason in response.json()["reason"]
 
 
+def test_a_body_that_is_not_read_to_its_end_closes_the_connection(plain_policy, serve):
+    with serve(plain_policy, original_errors=True, max_body_bytes=1000) as url:
+        response = httpx.post(f"{url}/act", content=iter([b"{", b" " * 1000, b"}"]))
+    assert (response.status_code, response.json()["error"]) == (413, "too_large")
+    assert response.headers["connection"] == "close"
+
+
 def test_every_error_is_the_originals_on_request(plain_policy, serve, image):
     with serve(plain_policy, original_errors=True) as url:
         for body in (b"{", b"[]", b'{"instruction": "go"}', b'{"encoded": 1}'):

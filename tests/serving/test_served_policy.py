@@ -151,6 +151,15 @@ def test_a_gripper_convention_is_refused_for_other_ranges(plain_policy, monkeypa
         ServedPolicy(plain_policy.model, plain_policy.processor, unnorm_key="tiny", gripper="libero")
 
 
+def test_a_request_for_other_statistics_gets_no_gripper_of_another_range(plain_policy, make_observation, monkeypatch):
+    stats = plain_policy.model.norm_stats["half"]["action"]
+    monkeypatch.setitem(stats, "q99", [*stats["q99"][:-1], 30.0])
+    policy = ServedPolicy(plain_policy.model, plain_policy.processor, unnorm_key="tiny", gripper="libero")
+    policy.prepare(make_observation(policy))
+    with pytest.raises(ValueError, match=r"last action dimension of 'half' goes from 0 to 30"):
+        policy.prepare(make_observation(policy, unnorm_key="half"))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -158,6 +167,7 @@ def test_a_gripper_convention_is_refused_for_other_ranges(plain_policy, monkeypa
         ({"instruction": " "}, "instruction is empty"),
         ({"instruction": "red " * 2000}, "exceed the 512 positions"),
         ({"unnorm_key": "tiney"}, "tiny"),
+        ({"unnorm_key": ""}, "''"),
         ({"state": np.zeros(3)}, "takes none"),
     ],
 )
@@ -176,7 +186,7 @@ def test_a_description_names_the_cameras_the_state_and_the_keys(plain_policy, ch
     assert [camera["name"] for camera in chunks["cameras"]] == ["full_image", "wrist_image"]
     assert (plain["state_dim"], chunks["state_dim"]) == (None, 8)
     assert plain["action_bounds"]["half"]["high"] == plain_policy.model.norm_stats["half"]["action"]["q99"]
-    assert plain["temporal_ensemble"] is None
+    assert (plain["temporal_ensemble"], plain["engine"]) == (None, "transformers")
     json.dumps([plain, chunks], allow_nan=False)
 
 

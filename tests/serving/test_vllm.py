@@ -22,6 +22,7 @@ from transformers import AutoModel
 
 from openvla_hf.cli import main
 from openvla_hf.modeling.configuration_openvla import OpenVLAConfig
+from openvla_hf.serving import Client
 from openvla_hf.serving.errors import Busy, PredictionFailed
 from openvla_hf.serving.policy import Observation, ServedPolicy
 from openvla_hf.serving.vllm import VllmPolicy, check_fit, load_without_weights, running_vllm
@@ -155,6 +156,13 @@ def test_robots_are_told_to_try_again_while_vllm_is_gone(model):
         policy = VllmPolicy(model, tiny_processor(config=model.config), client, unnorm_key="tiny")
         with pytest.raises(Busy, match="vLLM does not answer"):
             policy.predict([prepare(policy)])
+
+
+def test_a_client_acts_and_reads_which_engine_runs(policy, serve):
+    with serve(policy) as url, Client(url) as client:
+        action = client.predict_action(frame(1, 100, 130), "pick up the red block")
+        assert client.info["engine"] == "vllm"
+    np.testing.assert_array_equal(action, policy.predict([prepare(policy)])[0].actions[0])
 
 
 def test_the_server_is_not_ready_while_vllm_has_failed(policy, stand_in, serve):

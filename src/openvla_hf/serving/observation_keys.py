@@ -55,10 +55,16 @@ def read_observation(message: Any, service: Service) -> Observation:
         raise Unprocessable(f"An observation must be a map from keys to values, got a {type(message).__name__}.")
     sent = _Sent(message)
     policy, options = service.policy, service.options
-    images = {}
+    cameras: dict[str, str] = {}  # key -> camera
     for camera in policy.cameras:
         key = _find_camera(sent, camera, policy.cameras, options.camera_keys)
-        images[camera] = _check_image(key, sent.values[key], options.max_pixels)
+        if key in cameras:
+            raise Unprocessable(
+                f"The cameras {cameras[key]!r} and {camera!r} would both see the image {key!r}. Name the key of each "
+                "camera with `--camera` when you start the server."
+            )
+        cameras[key] = camera
+    images = {camera: _check_image(key, sent.values[key], options.max_pixels) for key, camera in cameras.items()}
     return Observation(
         images,
         _read_instruction(sent),

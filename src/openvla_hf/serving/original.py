@@ -75,9 +75,11 @@ def router(service: Service) -> APIRouter:
     )
     async def act(request: Request) -> Response:
         """Predict the next actions from arrays in the form of json-numpy."""
+        with service.metrics.count_errors():
+            body = await request.body()  # an error here leaves a part unread, so the connection has to close
         try:
             with service.metrics.count_errors():
-                message, is_encoded = await asyncio.to_thread(read_body, await request.body())
+                message, is_encoded = await asyncio.to_thread(read_body, body)
                 observation = await asyncio.to_thread(read_observation, message, service)
             answer = await until_gone(request, service.act(observation))
         except ServingError:

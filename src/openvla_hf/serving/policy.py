@@ -128,6 +128,8 @@ class ServedPolicy:
         ValueError: An argument does not fit the model.
     """
 
+    engine = "transformers"
+
     def __init__(
         self,
         model: Any,
@@ -142,8 +144,13 @@ class ServedPolicy:
     ):
         self.model, self.processor, self.model_id = model, processor, model_id
         keys = list(model.norm_stats or ())
-        self.default_key = resolve_key(model.norm_stats, unnorm_key) if unnorm_key or len(keys) < 2 else None
-        self.gripper_name, self.gripper = gripper, self._find_gripper(gripper)
+        has_default = unnorm_key is not None or len(keys) < 2
+        self.default_key = resolve_key(model.norm_stats, unnorm_key) if has_default else None
+        if gripper not in GRIPPERS:
+            raise ValueError(f"Unknown gripper convention {gripper!r}: give one of {', '.join(GRIPPERS)}.")
+        self.gripper_name, self.gripper = gripper, GRIPPERS[gripper]
+        for key in keys if self.default_key is None else [self.default_key]:
+            self._check_gripper(key)
         if execute is not None or ensemble is not None:
             model.action_stream(self.default_key or keys[0], execute=execute, ensemble=ensemble)  # raises if unfit
         horizon = model.config.action_horizon if model.config.is_parallel else 1
@@ -181,20 +188,17 @@ class ServedPolicy:
         model = OpenVLAForActionPrediction.from_pretrained(model_id, dtype=dtype, device_map=device, **shared)
         return cls(model.eval(), AutoProcessor.from_pretrained(model_id, **shared), model_id, **options)
 
-    def _find_gripper(self, name: str) -> GripperConvention:
-        if name not in GRIPPERS:
-            raise ValueError(f"Unknown gripper convention {name!r}: give one of {', '.join(GRIPPERS)}.")
-        if name == "policy":
-            return GRIPPERS[name]
-        for key in [self.default_key] if self.default_key else self.model.norm_stats or ():
-            stats = self.model.get_action_stats(key)
-            low, high = stats["q01"][-1], stats["q99"][-1]
-            if low < -0.01 or high > 1.01:
-                raise ValueError(
-                    f"gripper={name!r} converts a gripper between 0 and 1, but the last action dimension of {key!r} "
-                    f"goes from {low:g} to {high:g}. Leave `gripper` out to return the values as predicted."
-                )
-        return GRIPPERS[name]
+    def _check_gripper(self, key: str) -> None:
+        """Raise `ValueError` if the gripper of these statistics can't be converted."""
+        if self.gripper_name == "policy":
+            return
+        stats = self.model.get_action_stats(key)
+        low, high = stats["q01"][-1], stats["q99"][-1]
+        if low < -0.01 or high > 1.01:
+            raise ValueError(
+                f"gripper={self.gripper_name!r} converts a gripper between 0 and 1, but the last action dimension of "
+                f"{key!r} goes from {low:g} to {high:g}. Leave `gripper` out to return the values as predicted."
+            )
 
     @property
     def cameras(self) -> list[str]:
@@ -222,6 +226,7 @@ class ServedPolicy:
         return {
             "server": "openvla-hf",
             "server_version": __version__,
+            "engine": self.engine,
             # Give only the name of a folder: clients need not know the server's file system.
             "model_id": os.path.basename(os.path.abspath(self.model_id)) if is_folder else self.model_id,
             "revision": getattr(config, "_commit_hash", None),
@@ -269,7 +274,9 @@ class ServedPolicy:
             TypeError: The instruction or the state has a wrong type.
         """
         started = time.perf_counter()
-        key = resolve_key(self.model.norm_stats, observation.unnorm_key or self.default_key)
+        asked = observation.unnorm_key
+        key = resolve_key(self.model.norm_stats, self.default_key if asked is None else asked)
+        self._check_gripper(key)
         images: Any = dict(observation.images)
         if self.processor.cameras is None:
             if [*images] != [ONLY_CAMERA]:

@@ -152,6 +152,7 @@ class Info(BaseModel):
 
     server: str
     server_version: str
+    engine: str = Field(description='What runs the model: "transformers" or "vllm".')
     model_id: str
     revision: str | None
     unnorm_keys: list[str]

@@ -68,6 +68,8 @@ class VllmPolicy(ServedPolicy):
         options: Other arguments of `ServedPolicy`.
     """
 
+    engine = "vllm"
+
     def __init__(
         self,
         model: OpenVLAForActionPrediction,
@@ -84,10 +86,6 @@ class VllmPolicy(ServedPolicy):
     def uses_drafts(self) -> bool:
         """Whether the last action's ids make the next prediction cheaper: not in vLLM."""
         return False
-
-    def describe(self) -> dict[str, Any]:
-        """Describe what clients need to know, in JSON types."""
-        return super().describe() | {"engine": "vllm"}
 
     def check_health(self) -> None:
         """Raise `Busy` if vLLM does not answer or has failed."""
