@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from openvla_hf.cli import build_parser, main
+from openvla_hf.cli import build_parser, main, without_traceback
 from openvla_hf.cli.common import PLATFORMS, image, print_json
 from openvla_hf.cli.predict import camera_image
-from openvla_hf.data import load, write_lerobot
+from openvla_hf.data import TrainingStream, load, write_lerobot, write_rlds
 from openvla_hf.modeling import oft_loading
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.tabletop.expert import record_demonstrations
@@ -42,6 +42,18 @@ def policy(tmp_path_factory):
     tiny_processor(tokenizer, config).save_pretrained(folder)
     Image.fromarray(fake_episode(steps=1)[0]["image"]).save(folder / "frame.png")
     return folder
+
+
+def test_an_error_in_a_process_that_reads_data_is_told_without_its_traceback(tmp_path, cache):
+    write_rlds([fake_episode(steps=2, size=16)], tmp_path / "arm")
+    file = next(tmp_path.rglob("*.tfrecord*"))
+    file.write_bytes(file.read_bytes()[:-9])
+    frames = TrainingStream(load(tmp_path / "arm", streaming=True))
+    with pytest.raises(ValueError, match="Original Traceback") as error:
+        next(iter(torch.utils.data.DataLoader(frames, num_workers=1)))
+    told = without_traceback(str(error.value))
+    assert told == f"{file}, record 0 (byte 0): the file is cut short. Download it again."
+    assert without_traceback(told) == told
 
 
 def predict(policy, *more):

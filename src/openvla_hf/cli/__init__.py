@@ -53,6 +53,9 @@ COMMANDS = (
 USER_ERROR, INTERRUPTED = 2, 130
 """Exit statuses. Shells use the second for programs that Ctrl-C ends."""
 
+# What PyTorch makes of the message of an error in a process that reads data.
+IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker.*\n[\w.]+(?:Error|Exception): (?P<message>.+)", re.DOTALL)
+
 EXAMPLES = """examples:
   openvla-hf demo
   openvla-hf evaluate --episodes 200
@@ -136,6 +139,12 @@ def _is_not_about_kernels(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
+def without_traceback(message: str) -> str:
+    """Return the message of an error without the traceback that a process that reads data has added, if any."""
+    found = IN_WORKER.fullmatch(message)
+    return found["message"].strip() if found else message
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -160,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"openvla-hf: {str(error) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
     except (OSError, TypeError, ValueError) as error:
-        message = args.in_flags(str(error))
+        message = args.in_flags(without_traceback(str(error)))
     except ModuleNotFoundError:
         raise
     except ImportError as error:  # the message names the missing package of an extra
