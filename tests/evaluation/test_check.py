@@ -369,6 +369,16 @@ def test_a_missing_crop_of_an_oft_policy_is_found(oft, oft_folder):
     assert "no crop, but the training had random crops. Pass `center_crop_area=0.9`" in found(report, "crop")
 
 
+def test_a_crop_can_be_saved_beside_the_files_of_a_published_policy(published, tmp_path):
+    shutil.copytree(published.checkpoint, tmp_path, dirs_exist_ok=True)
+    processor = AutoProcessor.from_pretrained(tmp_path, center_crop_area=0.9)
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor.center_crop_area is None
+    processor.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor.center_crop_area == 0.9
+    report = check_policy(published.model, AutoProcessor.from_pretrained(tmp_path), tmp_path)
+    assert report.passed, report.failures
+
+
 def test_a_missing_crop_of_a_fine_tuned_policy_is_found(folder):
     (folder / "training.json").write_text(json.dumps({"arguments": {"augment": True}}))
     assert "the training had random crops" in found(check(folder), "crop")
