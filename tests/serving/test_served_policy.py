@@ -144,10 +144,11 @@ def test_the_gripper_is_converted_last(plain_policy, make_observation, gripper, 
     assert policy.describe()["gripper"]["convention"] == gripper
 
 
-def test_a_gripper_convention_is_refused_for_other_ranges(plain_policy, monkeypatch):
+@pytest.mark.parametrize("widest", [30.0, 0.08], ids=["degrees", "metres"])
+def test_a_gripper_convention_is_refused_for_other_ranges(plain_policy, monkeypatch, widest):
     stats = plain_policy.model.norm_stats["tiny"]["action"]
-    monkeypatch.setitem(stats, "q99", [*stats["q99"][:-1], 30.0])
-    with pytest.raises(ValueError, match=r"last action dimension of 'tiny' goes from 0 to 30"):
+    monkeypatch.setitem(stats, "q99", [*stats["q99"][:-1], widest])
+    with pytest.raises(ValueError, match=f"last action dimension of 'tiny' goes from 0 to {widest:g}"):
         ServedPolicy(plain_policy.model, plain_policy.processor, unnorm_key="tiny", gripper="libero")
 
 

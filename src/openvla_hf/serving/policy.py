@@ -46,9 +46,10 @@ class GripperConvention:
     convert: Callable[[np.ndarray], np.ndarray]
 
 
+HALF_OPEN = 0.5
 GRIPPERS = {
     "policy": GripperConvention(1.0, 0.0, False, lambda opening: opening),
-    "binary": GripperConvention(1.0, 0.0, True, lambda opening: (opening > 0.5).astype(np.float64)),
+    "binary": GripperConvention(1.0, 0.0, True, lambda opening: (opening > HALF_OPEN).astype(np.float64)),
     # As in the original's evaluation: scale to [-1, 1], take the sign and invert it.
     "libero": GripperConvention(-1.0, 1.0, True, lambda opening: -np.sign(2 * opening - 1)),
 }
@@ -194,7 +195,8 @@ class ServedPolicy:
             return
         stats = self.model.get_action_stats(key)
         low, high = stats["q01"][-1], stats["q99"][-1]
-        if low < -0.01 or high > 1.01:
+        # A gripper in metres would count as closed forever. One that the data never opens is at 0.
+        if low < -0.01 or high > 1.01 or 0.01 < high <= HALF_OPEN:
             raise ValueError(
                 f"gripper={self.gripper_name!r} converts a gripper between 0 and 1, but the last action dimension of "
                 f"{key!r} goes from {low:g} to {high:g}. Leave `gripper` out to return the values as predicted."
