@@ -289,7 +289,7 @@ def plan_tables(title: str, plan: RunPlan) -> list[Table]:
     run.add_row("steps in an epoch", _number(plan.steps_per_epoch, ",.1f"))
     run.add_row("steps", f"{plan.steps:,}, {_number(plan.epochs, ',.2f')} epochs")
     for name, value in asdict(plan.memory).items():
-        how = f" (sharded over {plan.shard_size})" if name == "optimizer" else ""
+        how = f" (sharded over {plan.shard_size})" if name in ("weights", "optimizer") else ""
         run.add_row(f"{name} a GPU", f"about {value:.1f} GiB{how}", style="bold" if name == "total" else None)
     if plan.hours is not None:
         run.add_row("hours", f"{plan.hours:,.1f}, {plan.hours * plan.world_size:,.0f} GPU hours")
