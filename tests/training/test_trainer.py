@@ -124,6 +124,21 @@ def test_a_run_learns_the_same_with_any_number_of_workers(tmp_path):
     assert runs[0] == runs[1] == runs[2]
 
 
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_saves_plain_weights(tmp_path):
+    plain, compiled = (
+        build(tmp_path / "plain", "full"),
+        build(tmp_path / "compiled", "full", torch_compile=True, torch_compile_backend="aot_eager"),
+    )
+    for trainer in (plain, compiled):
+        trainer.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    names = [
+        load_file(tmp_path / name / "checkpoint-4" / "model.safetensors").keys() for name in ("plain", "compiled")
+    ]
+    assert names[0] == names[1]
+
+
 def test_a_resumed_run_saves_as_often_as_requested(tmp_path):
     build(tmp_path, max_steps=2, save_steps=2).train()
     resumed = build(tmp_path, max_steps=4, save_steps=1)
