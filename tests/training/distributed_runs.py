@@ -75,6 +75,7 @@ def run(
     dies_after=None,
     resume=None,
     export=False,
+    compiled=False,
 ):
     """Train with a recipe, and write the losses and the frames that this process drew beside the output.
 
@@ -108,6 +109,8 @@ def run(
         dataloader_num_workers=0,
         use_cpu=True,
         disable_tqdm=True,
+        torch_compile=compiled,
+        torch_compile_backend="aot_eager" if compiled else None,
     )
     if sharded:
         # accelerate ignores the configuration of FSDP on CPUs, so let it take them for GPUs.

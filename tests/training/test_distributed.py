@@ -94,6 +94,7 @@ def of_several(outputs, data, interpreters):
             2,
             {
                 "two_full": table | {"export": True},
+                "two_compiled": table | {"compiled": True},
                 "straight": stream,
                 "killed": stream | {"dies_after": 4},
             },
@@ -152,6 +153,11 @@ def test_two_processes_learn_what_one_does(of_one, of_several, name):
 @pytest.mark.slow
 def test_two_processes_that_shard_the_model_learn_what_one_does_and_export_it(of_one, of_several):
     check_same(of_one, "full", of_several / "two_full-export")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_with_a_compiled_model(of_several):
+    assert losses_of(of_several, "two_compiled") == pytest.approx(losses_of(of_several, "two_full"), rel=1e-4)
 
 
 @pytest.mark.slow
