@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-oldest test-notebooks test-integrations test-vla-eval test-lerobot \
+.PHONY: help demo test test-fast test-oldest test-notebooks test-fuzz test-integrations test-vla-eval test-lerobot \
     test-metaworld test-vllm test-ray docs lint format clean
 
 help:  ## list these targets
@@ -43,6 +43,10 @@ test-oldest: $(OLDEST)/.stamp  ## run the model's tests on the oldest versions t
 
 test-notebooks: $(VENV)/.stamp  ## run the notebooks; SAVE_OUTPUTS=1 also writes their outputs into them
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS) --dist load notebooks
+
+test-fuzz: $(VENV)/.stamp  ## send random and damaged requests to a server, 1,000 of each kind
+	OMP_NUM_THREADS=1 OPENVLA_FUZZ_EXAMPLES=1000 $(VENV)/bin/python -m pytest \
+	    -k "mutated_requests or damaged_frames or every_answer" tests/serving
 
 test-vllm: $(VENV)/.stamp $(VLLM)/.stamp  ## compare the actions of vLLM with this package's, on the CPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/serving/test_vllm.py --vllm $(VLLM)/bin/python
