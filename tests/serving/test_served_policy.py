@@ -152,6 +152,15 @@ def test_a_gripper_convention_is_refused_for_other_ranges(plain_policy, monkeypa
         ServedPolicy(plain_policy.model, plain_policy.processor, unnorm_key="tiny", gripper="libero")
 
 
+def test_a_gripper_convention_is_refused_for_two_arms(plain_policy, monkeypatch):
+    stats = plain_policy.model.norm_stats["tiny"]["action"]
+    monkeypatch.setitem(
+        plain_policy.model.norm_stats["tiny"], "action", {name: row * 2 for name, row in stats.items()}
+    )
+    with pytest.raises(ValueError, match="the 14 dimensions of 'tiny' are more than those of one arm"):
+        ServedPolicy(plain_policy.model, plain_policy.processor, unnorm_key="tiny", gripper="binary")
+
+
 def test_a_request_for_other_statistics_gets_no_gripper_of_another_range(plain_policy, make_observation, monkeypatch):
     stats = plain_policy.model.norm_stats["half"]["action"]
     monkeypatch.setitem(stats, "q99", [*stats["q99"][:-1], 30.0])

@@ -47,6 +47,7 @@ class GripperConvention:
 
 
 HALF_OPEN = 0.5
+LARGEST_ARM = 8  # action dimensions: seven joints and a gripper
 GRIPPERS = {
     "policy": GripperConvention(1.0, 0.0, False, lambda opening: opening),
     "binary": GripperConvention(1.0, 0.0, True, lambda opening: (opening > HALF_OPEN).astype(np.float64)),
@@ -194,6 +195,12 @@ class ServedPolicy:
         if self.gripper_name == "policy":
             return
         stats = self.model.get_action_stats(key)
+        if len(stats["q01"]) > LARGEST_ARM:
+            raise ValueError(
+                f"gripper={self.gripper_name!r} converts the last action dimension, but the {len(stats['q01'])} "
+                f"dimensions of {key!r} are more than those of one arm. Leave `gripper` out to return the values as "
+                "predicted."
+            )
         low, high = stats["q01"][-1], stats["q99"][-1]
         # A gripper in metres would count as closed forever. One that the data never opens is at 0.
         if low < -0.01 or high > 1.01 or 0.01 < high <= HALF_OPEN:
