@@ -42,6 +42,7 @@ def test_a_mixture_has_a_name_a_file_or_weights(tmp_path):
         ({"bridge_orig": -1}, "weight -1. Give a number above 0"),
         ({}, "does not give weights by dataset"),
         ("{", "The mixture can't be parsed"),
+        ({"datasets": {"own_arm": {}}, "mixtures": {}}, "is a table of datasets, and not the weights of a mixture"),
     ],
 )
 def test_a_wrong_mixture_is_told(mixture, message):
@@ -65,6 +66,11 @@ def test_missing_datasets_are_listed_with_where_to_get_them(folder, caplog):
     assert SAILOR in caplog.text
     with pytest.raises(ValueError, match="contains none of the 1 datasets"):
         select_datasets("kuka", folder, allow_missing=True)
+
+
+def test_a_misspelt_folder_of_datasets_is_told(folder):
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 .* are missing from .*typo, which does not exist"):
+        select_datasets(WEIGHTS, folder / "typo")
 
 
 def test_a_url_with_a_slash_at_its_end_contains_the_same_datasets(folder):

@@ -179,6 +179,11 @@ def check_weights(name: str, weights: Any) -> dict[str, float]:
     """
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(f"The mixture {name!r} does not give weights by dataset, such as {{'bridge_orig': 1.0}}.")
+    if {*weights} & {"datasets", "mixtures"}:
+        raise ValueError(
+            f"{name!r} is a table of datasets, and not the weights of a mixture. Give it as the robots (`--robots`), "
+            "and one of its mixtures by name."
+        )
     for dataset, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
             raise ValueError(f"The mixture {name!r} gives {dataset!r} the weight {weight!r}. Give a number above 0.")
