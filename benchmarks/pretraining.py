@@ -2,7 +2,7 @@
 
     python benchmarks/pretraining.py --output outputs/pretraining                        # every policy
     python benchmarks/pretraining.py --output outputs/pretraining --policies mixture     # one, to use several cores
-    python benchmarks/pretraining.py --output /tmp/trial --steps 4 --episodes 2 --rollouts 2    # a quick trial
+    python benchmarks/pretraining.py --output outputs/trial --steps 4 --episodes 2 --rollouts 2   # a quick trial
 
 Three robots lift objects from the tabletop. They have the same physics, but each has its own units, axes, gripper
 values, control (movements or target poses) and camera. Each records its own episodes in its own form, and its row in

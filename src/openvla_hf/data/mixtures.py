@@ -168,11 +168,11 @@ def select_datasets(
     fs, root = find_folder(folder)
     with as_os_error(folder):
         missing = [name for name in weights if name not in refused and not fs.exists(f"{root}/{name}")]
-        place = f"{folder}" if fs.exists(root) else f"{folder}, which does not exist"
+        gone = ", which does not exist" if missing and not fs.exists(root) else ""
     listed = "\n".join(f"  {name}: {_source(name)}" for name in missing)
     if missing and not allow_missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(weights)} datasets of the mixture are missing from {place}:\n{listed}\n"
+            f"{len(missing)} of {len(weights)} datasets of the mixture are missing from {folder}{gone}:\n{listed}\n"
             f"Download each into a folder of its name. {GO_ON}"
         )
     for problem in refused.values():
