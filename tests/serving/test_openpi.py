@@ -190,6 +190,7 @@ def test_robots_that_act_at_once_get_their_own_actions(plain_server, plain_polic
         (lambda message: message.update(prompt="x" * 1001), "has 1001 characters"),
         (lambda message: message.update(reset=1), "'reset' must be true or false"),
         (lambda message: message.update({"observation/image": np.zeros((5, 5, 2), np.uint8)}), "not an image"),
+        (lambda message: message.update({"observation/image": np.zeros((5, 5, 4), np.uint8)}), "has four channels"),
         (lambda message: message.update(more=bytes(2**20)), "takes at most 1048576"),
     ],
 )
@@ -268,10 +269,13 @@ def connect_when_free(url):
 
 
 def test_a_server_without_room_for_a_session_refuses_the_connection_with_a_reason(serve, plain_policy):
-    with serve(plain_policy, max_sessions=1) as url, OpenpiClient(url), pytest.raises(InvalidStatus) as raised:
-        OpenpiClient(url)
-    assert raised.value.response.status_code == 429
-    assert b"open sessions: close one" in raised.value.response.body
+    with serve(plain_policy, max_sessions=1) as url, OpenpiClient(url):
+        with pytest.raises(InvalidStatus) as raised:
+            OpenpiClient(url)
+        assert raised.value.response.status_code == 429
+        assert b"open sessions: close one" in raised.value.response.body
+        with urllib.request.urlopen(f"{url}/metrics") as answer:
+            assert b'openvla_requests_total{outcome="too_many_requests"} 1.0' in answer.read()
 
 
 def test_clients_send_the_token_as_an_api_key(serve, plain_policy, make_observation):

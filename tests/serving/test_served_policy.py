@@ -179,6 +179,8 @@ def test_a_request_for_other_statistics_gets_no_gripper_of_another_range(plain_p
         ({"unnorm_key": "tiney"}, "tiny"),
         ({"unnorm_key": ""}, "''"),
         ({"state": np.zeros(3)}, "takes none"),
+        ({"images": {"image": np.zeros((5, 6, 4), np.uint8)}}, "has four channels: send only the three colours"),
+        ({"images": {"image": np.zeros((4, 5, 6), np.float32)}}, "'image' has four channels"),
     ],
 )
 def test_an_observation_that_does_not_fit_is_refused_before_it_enters_a_batch(

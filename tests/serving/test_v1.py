@@ -98,11 +98,12 @@ def test_metrics_count_each_error_once(plain, plain_policy, make_observation):
     plain.post("/v1/act", json={})
     plain.post("/v1/act", json=as_json(make_observation(plain_policy), unnorm_key="nobody"))
     plain.post("/act", content=b"{")
+    plain.post("/v1/act", json=as_json(make_observation(plain_policy), session="nobody"))
+    plain.post("/v1/sessions/nobody/reset")
+    plain.delete("/v1/sessions/nobody")
     after = count()
-    assert {kind: after[kind] - before.get(kind, 0) for kind in ("unprocessable", "bad_request")} == {
-        "unprocessable": 2,
-        "bad_request": 1,
-    }
+    expected = {"unprocessable": 2, "bad_request": 1, "session_expired": 3}
+    assert {kind: after[kind] - before.get(kind, 0) for kind in expected} == expected
 
 
 def test_a_session_lives_until_it_is_closed(plain, plain_policy, make_observation):

@@ -161,6 +161,25 @@ def test_an_evaluation_whose_process_is_killed_gives_the_same_table(alone, inter
     assert run(suite, 2, folder=tmp_path) == alone[1]
 
 
+KILLED_WHILE_IT_DRAWS = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_suites import run, tabletop_suite
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a longer file ends the process
+run(tabletop_suite().with_protocol(episodes=1, max_steps=12), 1, folder=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_leaves_no_broken_picture(interpreters, offline, tmp_path):
+    arguments = (str(Path(__file__).parent), str(tmp_path))
+    killed = interpreters.run("-c", KILLED_WHILE_IT_DRAWS, *arguments, env=offline)
+    assert killed.returncode == -signal.SIGXFSZ
+    assert [path.stat().st_size for path in tmp_path.rglob("*.gif")] == [4096]  # in the folder of unfinished files
+    assert not list(tmp_path.glob("episodes/*.gif"))
+
+
 def test_a_journal_that_ends_at_any_byte_keeps_the_episodes_before_it(alone, tmp_path):
     content = (alone[0] / JOURNAL_FILE).read_bytes()
     run_description, rollouts = read_journal(alone[0])
@@ -326,7 +345,7 @@ def test_policies_are_compared_on_the_same_episodes(suite, alone, tmp_path, caps
     assert main(["evaluate", "--compare", str(alone[0]), str(tmp_path / "nowhere")]) == 2
     assert "has no episodes.jsonl" in capsys.readouterr().err
     rollouts = read_journal(alone[0])[1]
-    with pytest.raises(ValueError, match="1 episodes are in only one"):
+    with pytest.raises(ValueError, match=r"^1 episode is in only one"):
         compare_results(rollouts, {**rollouts, Episode("tabletop", 1): Rollout(1, "put", "put it")})
 
 

@@ -110,10 +110,9 @@ class Evaluation:
     def _show(self, episode: Episode, rollout: Rollout) -> None:
         kind = "success" if rollout.success else "failure"
         if rollout.frames and kind in self._wanted():
-            folder = self.folder / PICTURES
-            folder.mkdir(exist_ok=True)
-            path = folder / f"{kind}-{episode.environment}-{episode.seed}.gif"
-            save_gif([rollout], path, columns=1, frames_per_second=SPEED)
+            name = f"{kind}-{episode.environment}-{episode.seed}.gif"
+            with written_whole(self.folder / PICTURES) as aside:
+                save_gif([rollout], aside / name, columns=1, frames_per_second=SPEED)
 
 
 def digest_checkpoint(folder: str | os.PathLike) -> str:

@@ -45,9 +45,10 @@ def router(service: Service) -> APIRouter:
     @routes.websocket("/")
     async def connect(socket: WebSocket) -> None:
         # Errors before `accept` become HTTP answers.
-        if not service.is_ready:
-            raise ShuttingDown("The server is starting or shutting down.", retry_after=1)
-        session = service.open_session(is_connected=True)
+        with service.metrics.count_errors():
+            if not service.is_ready:
+                raise ShuttingDown("The server is starting or shutting down.", retry_after=1)
+            session = service.open_session(is_connected=True)
         try:
             with contextlib.suppress(WebSocketDisconnect):
                 await socket.accept()

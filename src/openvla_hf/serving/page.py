@@ -55,7 +55,8 @@ def router(service: Service) -> APIRouter:
             raise Unprocessable("This server's policy is not for the tabletop's robot.")
         lines = run_episode(service, seed)
         # Answer with a status if the server has no room for another session.
-        stream = _stream(await anext(lines), lines)
+        with service.metrics.count_errors():
+            stream = _stream(await anext(lines), lines)
         return StreamingResponse(stream, media_type="application/x-ndjson", headers=HEADERS)
 
     @routes.get("/page/{name}")

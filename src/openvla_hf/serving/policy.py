@@ -299,6 +299,10 @@ class ServedPolicy:
             is_array = isinstance(image, np.ndarray) and image.ndim in (2, 3)
             if not is_array and not isinstance(image, Image.Image):
                 raise TypeError(f"The image of {camera!r} must be a PIL image or an array of shape (H, W, 3).")
+            if is_array and has_fourth_channel(image):
+                raise ValueError(
+                    f"The image of {camera!r} has four channels: send only the three colours, without alpha or depth."
+                )
         inputs = self.processor(images, instruction=observation.instruction, state=observation.state)
         config = self.model.config
         new_tokens = num_new_tokens(config) if config.is_parallel else self.model.get_action_dim(key)
@@ -369,6 +373,11 @@ class ServedPolicy:
     def open_session(self) -> "Session":
         """Start a session for one robot."""
         return Session(self)
+
+
+def has_fourth_channel(image: np.ndarray) -> bool:
+    """Return whether an array has channels for more than colours, last or first, which the processor would drop."""
+    return image.ndim == 3 and (image.shape[-1] == 4 or (image.shape[0] == 4 and image.shape[-1] not in (1, 3)))
 
 
 class Session:

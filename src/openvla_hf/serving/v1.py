@@ -242,17 +242,21 @@ def router(service: Service) -> APIRouter:
         A new request of a session replaces one that is still waiting. If the server averages overlapping chunks, it
         does so within a session.
         """
-        return SessionResponse(session=service.open_session(), expires_after_seconds=service.options.session_seconds)
+        with service.metrics.count_errors():
+            session = service.open_session()
+        return SessionResponse(session=session, expires_after_seconds=service.options.session_seconds)
 
     @routes.post("/v1/sessions/{session}/reset", status_code=204, responses=SESSION_ERRORS, summary="Reset a session")
     async def reset_session(session: str) -> None:
         """Start a new episode in a session."""
-        service.reset_session(session)
+        with service.metrics.count_errors():
+            service.reset_session(session)
 
     @routes.delete("/v1/sessions/{session}", status_code=204, responses=SESSION_ERRORS, summary="Close a session")
     async def close_session(session: str) -> None:
         """Forget a session."""
-        service.close_session(session)
+        with service.metrics.count_errors():
+            service.close_session(session)
 
     add_operations(routes, service)
     return routes

@@ -127,9 +127,8 @@ def compare_results(first: Mapping[Episode, Rollout], second: Mapping[Episode, R
         ValueError: The results are not of the same episodes.
     """
     if unpaired := first.keys() ^ second.keys():
-        raise ValueError(
-            f"{len(unpaired)} episodes are in only one of the results. Finish both evaluations with the same episodes."
-        )
+        counted = "1 episode is" if len(unpaired) == 1 else f"{len(unpaired)} episodes are"
+        raise ValueError(f"{counted} in only one of the results. Finish both evaluations with the same episodes.")
     groups: dict[str, list[tuple[bool, bool]]] = {}
     for episode in sorted(first):
         groups.setdefault(first[episode].task, []).append((first[episode].success, second[episode].success))
