@@ -105,7 +105,7 @@ API = {
     """,
     "openvla_hf.data.open_x": """
         DatasetRow(name, transform, cameras, state, state_encoding, action_encoding, frequency, idle_q01, idle_q99,
-            source, table)
+            source, table, check_gripper)
         DatasetRow.place
         DatasetRow.steps
         TableRobot(name, camera, action, state, instruction, select, action_dim, rotation, relative, gripper,

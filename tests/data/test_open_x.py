@@ -1,3 +1,5 @@
+import itertools
+import json
 import pickle
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ from openvla_hf.data.open_x import add_table, dataset_robot, find_row, known_tab
 from openvla_hf.data.open_x.primitives import follow_commands, quaternion_to_euler, settle_gripper
 from openvla_hf.data.open_x.steps import parse_step, parse_value, select_steps
 from openvla_hf.data.robots import BRIDGE, LIBERO, describe_robot, find_robot, require_same_robot
+from openvla_hf.data.whole_statistics import whole_statistics
 from openvla_hf.evaluation.doctor import examine, report_tables
 
 
@@ -149,6 +152,8 @@ def test_what_is_not_in_the_notation_is_told(parse, text, message):
         ("[datasets.arm]\ncameras = 'image'", r"\[datasets.arm\]: cameras is 'image'. Give names and fields"),
         ("[datasets.arm]\nstate = 3", r"\[datasets.arm\]: state is 3. Give a text"),
         ("[datasets.arm]\ntransform = [3]", r"\[datasets.arm\]: The transform is \[3\]. Give a list of steps"),
+        ("[datasets.arm]\ncheck_gripper = 1", r"\[datasets.arm\]: check_gripper is 1. Give true or false"),
+        ("[datasets.arm]\nfrequency = true", r"\[datasets.arm\]: frequency is True. Give a number"),
         ("[mixtures.soup]\nbridge_orig = 0", "weight 0. Give a number above 0"),
         ("[mixtures", "not valid TOML"),
     ],
@@ -201,6 +206,60 @@ def test_a_value_that_does_not_fit_the_episode_is_told_with_the_record(value, me
         return
     with pytest.raises(ValueError, match=f"record 0: {message}"):
         load(tmp_path / "own_arm")
+
+
+def add_row(path, **entries):
+    """Write a table with a row `own_arm` for data in the standard form, and add it."""
+    row = {"cameras": {"full_image": "image"}, **entries}
+    path.write_text("[datasets.own_arm]\n" + "\n".join(f"{name} = {write_value(each)}" for name, each in row.items()))
+    add_table(path)
+
+
+def write_value(value):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {json.dumps(each)}" for name, each in value.items()) + " }"
+    return json.dumps(value)
+
+
+def test_joint_positions_in_an_ordinary_row_are_refused(own_table, make_episode, tmp_path):
+    episodes = [make_episode(index) for index in range(4)]
+    for frame in itertools.chain.from_iterable(episodes):
+        frame["action"] = np.linspace(-0.55, 1.13, 7)
+        frame.pop("state", None)
+    episodes[3][0]["action"] = np.full(7, -0.55)
+    add_row(own_table)
+    write_rlds(episodes, folder := tmp_path / "own_arm")
+    message = r"\[datasets.own_arm\] in .*own.toml, the gripper of 'own_arm' goes from 1.13 to 1.13, but .*joint"
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+    with pytest.raises(ValueError, match=message):
+        next(iter(load(folder, streaming=True)))
+    with pytest.raises(ValueError, match=message):
+        whole_statistics(folder)
+    with pytest.raises(ValueError, match=f"no usable frame.*{message}"):
+        examine(folder)
+    with pytest.raises(ValueError, match=r"from -0\.55 to 1\.13"):
+        load(folder, split="train[3:]")
+
+
+def test_the_gripper_of_a_row_may_be_noisy_and_another_convention_is_declared(own_table, make_episode, tmp_path):
+    episode = make_episode(0)
+    for frame, value in zip(episode, (1.05, -0.05, 1.0, -1.0), strict=False):
+        frame["action"] = np.append(np.zeros(6), value)
+    write_rlds([episode], folder := tmp_path / "own_arm")
+    add_row(own_table)
+    with pytest.raises(ValueError, match=r"goes from -1 to 1\.05"):
+        load(folder)
+    for entries, expected in (
+        ({"check_gripper": False}, [1.05, -0.05, 1, -1]),
+        ({"transform": ["action = action[:6], action[-1:] | clip"]}, [1, 0, 1, 0]),
+    ):
+        add_row(own_table, **entries)
+        assert [frame["action"][-1] for frame in load(folder)][:4] == np.float32(expected).tolist()
+    episode[3]["action"][-1] = 0.0
+    write_rlds([episode], noisy := tmp_path / "noisy" / "own_arm")
+    add_row(own_table)
+    assert [frame["action"][-1] for frame in load(noisy)][:4] == np.float32([1.05, -0.05, 1, 0]).tolist()
 
 
 def test_columns_of_a_field_without_columns_are_not_steps():

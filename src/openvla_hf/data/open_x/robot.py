@@ -7,7 +7,7 @@ import numpy as np
 
 from ..adapters import Robot, check_finite
 from ..feature_names import INSTRUCTION_NAMES, Names, find_columns
-from ..gripper import Gripper
+from ..gripper import RANGE_SLACK, Gripper
 from ..motion import TARGETS
 from .steps import Assign, Swap, Trajectory, parse_value, run_steps, select_steps, set_field
 from .table import ACTION_ENCODINGS, DatasetRow, find_row
@@ -87,6 +87,7 @@ class TableRobot(Robot):
                 f"{self.action_dim}."
             )
         check_finite(action, self.action_columns(columns))
+        self._check_gripper(action)
         state = _as_numbers(value.evaluate(standard)) if value else None
         if state is not None and not np.isfinite(state).all():
             if require_state:
@@ -95,6 +96,20 @@ class TableRobot(Robot):
         if self.recorded_space in TARGETS:
             action = action[np.minimum(np.arange(len(action)) + self.every - 1, len(action) - 1)]
         return standard[FRAME], action, state
+
+    def _check_gripper(self, action: np.ndarray) -> None:
+        """Raise `ValueError` if the gripper of an action (T, A) is not an opening from 0 (closed) to 1 (open)."""
+        openings = action[:, self.gripper_dimensions(action.shape[1])].astype(np.float32)
+        if not self.row.check_gripper or not openings.size:
+            return
+        lowest, highest = openings.min(), openings.max()
+        if lowest < -RANGE_SLACK or highest > 1 + RANGE_SLACK:
+            raise ValueError(
+                f"after the transform of {self.row.place}, the gripper of {self.name!r} goes from {lowest:g} to "
+                f"{highest:g}, but 0 is closed and 1 is open. If the actions are joint positions, read them with a "
+                "Robot of your own instead of a row; otherwise convert the gripper in the transform, for example with "
+                "`clip` or `invert`."
+            )
 
     def find_idle(self, actions: np.ndarray, states: np.ndarray | None) -> np.ndarray:
         """Return for each action (K, A) whether it moves nothing, by the row's quantiles if it gives any."""

@@ -26,6 +26,7 @@ ENTRY_TYPES: dict[str, tuple[Any, str]] = {
     "frequency": ((int, float), "a number"),
     "idle_q01": (list, "a list of numbers"),
     "idle_q99": (list, "a list of numbers"),
+    "check_gripper": (bool, "true or false"),
 }
 
 
@@ -45,6 +46,7 @@ class DatasetRow:
         idle_q99: Quantiles 0.99.
         source: Where to get the data, or an empty text if this is unknown.
         table: File that contains the row.
+        check_gripper: Whether the gripper's values after the transform must lie between 0 (closed) and 1 (open).
     """
 
     name: str
@@ -58,6 +60,8 @@ class DatasetRow:
     idle_q99: tuple[float, ...] = ()
     source: str = ""
     table: str = field(default="", repr=False)
+    # Checkpoints store the text of a row, and this entry changes no number.
+    check_gripper: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
         check_name(self.action_encoding, ACTION_ENCODINGS, "action_encoding")
@@ -150,7 +154,7 @@ def _read_row(name: str, entries: Any, transforms: Mapping[str, list[str]], path
     for entry, value in entries.items():
         check_name(entry, known, "entry")
         expected, description = ENTRY_TYPES.get(entry, (str, "a text"))
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
             raise ValueError(f"{entry} is {value!r}. Give {description}.")
     transform = entries.get("transform", [])
     if isinstance(transform, str):
