@@ -11,7 +11,6 @@ measures a single robot in the same run. Run nothing else on the machine meanwhi
 import argparse
 import asyncio
 import contextlib
-import http.client
 import io
 import json
 import os
@@ -40,6 +39,7 @@ SIDE = 256
 JPEG_QUALITY = 95
 FRAMES = 8  # of each robot
 BLOCK, WARM_UP = 20, 3  # calls of one kind before those of the next
+READ_BYTES = 65_536
 TOLERANCE = 1e-6  # in robot units
 PERCENTILES = (50, 95, 99)
 
@@ -125,30 +125,36 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def connect(url: str) -> http.client.HTTPConnection:
-    """Connect with the plainest client, so that the time is that of the server."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"))
-    connection.connect()
-    # Otherwise the kernel may hold back the body of a request until its head has been acknowledged.
-    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def connect(url: str) -> socket.socket:
+    """Connect with a bare socket, so that the time is that of the server."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)))
+    # Otherwise the kernel may hold back the end of a request until its beginning has been acknowledged.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
-def write_request(url: str, frame: Frame) -> httpx.Request:
-    """Write the form of a frame."""
+def write_request(url: str, frame: Frame) -> bytes:
+    """Write the form of a frame as a request."""
     form = httpx.Request("POST", f"{url}/v1/act", data={"instruction": frame.instruction}, files={"image": frame.jpeg})
-    form.read()
-    return form
+    body = form.read()
+    head = b"".join(b"%s: %s\r\n" % header for header in form.headers.raw)
+    return b"POST /v1/act HTTP/1.1\r\n%s\r\n%s" % (head, body)
 
 
-def ask(connection: http.client.HTTPConnection, request: httpx.Request) -> dict[str, Any]:
+def ask(connection: socket.socket, request: bytes) -> dict[str, Any]:
     """Send a request and read its answer."""
-    connection.request(request.method, request.url.path, request.content, dict(request.headers))
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    if response.status != httpx.codes.OK:
-        raise SystemExit(f"The server answered {response.status}: {answer}")
-    return answer
+    connection.sendall(request)
+    received = connection.recv(READ_BYTES)
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(READ_BYTES)
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(READ_BYTES)
+    if not head.startswith(b"HTTP/1.1 200 "):
+        raise SystemExit(f"The server answered: {received.decode()}")
+    return json.loads(body)
 
 
 @dataclass

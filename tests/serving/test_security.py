@@ -140,6 +140,30 @@ def test_a_head_that_is_too_slow_or_too_long_is_given_up(small, monkeypatch):
         assert client.ping().wait(20)
 
 
+def test_endless_trailers_and_the_rest_of_a_refused_body_are_given_up(small, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+    address = small.removeprefix("http://").split(":")
+    with socket.create_connection(address, timeout=20) as client:
+        client.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+        with pytest.raises(ConnectionError):
+            client.sendall(b"X: %s\r\n" % (b"x" * 8_000) * 1000)
+    with socket.create_connection(address, timeout=20) as client:
+        client.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n{")
+        assert read_all(client).startswith(b"HTTP/1.1 413 ")
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_order(small, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+    address = small.removeprefix("http://").split(":")
+    with socket.create_connection(address, timeout=20) as client:
+        client.sendall(
+            b"".join(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in (b"/ready", b"/health"))
+        )
+        answers = read_all(client)
+    assert answers.index(b'{"status":"ready"}') < answers.index(b'{"status":"ok"}')
+    assert answers.count(b"HTTP/1.1 200 ") == 2
+
+
 def test_a_client_may_not_exceed_its_rate(plain_policy, serve):
     with serve(plain_policy, requests_per_second=1) as url, httpx.Client(base_url=url) as client:
         answers = [client.post("/v1/sessions") for _ in range(5)]

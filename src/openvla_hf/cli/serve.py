@@ -287,7 +287,8 @@ def import_server() -> None:
     """
     from ..data.optional_packages import import_extra
 
-    for module in ("fastapi", "uvicorn", "websockets", "msgpack", "prometheus_client", "python_multipart"):
+    web = ("fastapi", "uvicorn", "httptools", "websockets", "python_multipart")
+    for module in (*web, "msgpack", "prometheus_client"):
         import_extra(module, "serve")
 
 
