@@ -382,7 +382,7 @@ COMMANDS = {
         --data --mixture --data-dir --allow-missing --config --weights --robot --robots --split --camera --every
             --drop-idle --cameras --name --statistics --streaming --shuffle-buffer --skip-bad-episodes --model --output
             --recipe --set --steps --save-steps --logging-steps --keep --workers --resume --report-to --matrix-rate
-            --dry-run --world-size --shard-size --throughput
+            --dry-run --world-size --shard-size --throughput --count
             --eval-share --validation --eval-frames --keep-best --patience --json
     """,
     "check": """

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -9,8 +10,9 @@ from openvla_hf.data import write_rlds
 from openvla_hf.data.streams import EvaluationStream
 from openvla_hf.data.table_cache import cache_folder
 from openvla_hf.testing import fake_episode
-from openvla_hf.training.arguments import FinetuneArguments, TrainingMixture
-from openvla_hf.training.finetune import build_trainer, read_frames
+from openvla_hf.training.arguments import FinetuneArguments, TrainingData, TrainingMixture
+from openvla_hf.training.finetune import build_trainer
+from openvla_hf.training.run_frames import load_datasets, read_frames
 
 
 SARA, SAILOR = "dlr_sara_pour_converted_externally_to_rlds", "austin_sailor_dataset_converted_externally_to_rlds"
@@ -71,11 +73,55 @@ def test_validation_gives_figures_of_each_dataset_that_depend_on_no_worker(base,
     assert len(list(EvaluationStream(read_frames(run, 0, {}).evaluation))) == 4
 
 
+@pytest.mark.parametrize("is_mixture", [False, True], ids=["dataset", "mixture"])
+def test_a_dataset_without_a_robot_is_noted_once_with_the_way_out(base, cache, tmp_path, caplog, is_mixture):
+    write_rlds([fake_episode(steps=2, size=16)] * 2, tmp_path / "own_arm")
+    write_rlds([fake_episode(steps=2, size=16)] * 2, tmp_path / SARA)
+    options = {"streaming": True}
+    data = [TrainingData(tmp_path / name, options) for name in (SARA, "own_arm")]
+    data = TrainingMixture({SARA: 1.0, "own_arm": 1.0}, tmp_path, options) if is_mixture else data
+    run = FinetuneArguments(model=base, data=data, output=tmp_path / "run")
+    load_datasets(run, 0, {})
+    (note,) = (one.getMessage() for one in caplog.records if "No robot is known" in one.getMessage())
+    assert "'own_arm'" in note
+    assert "as --robots." in note
+    assert ("choose a robot with --robot," in note) != is_mixture
+    caplog.clear()
+    chosen = TrainingData(tmp_path / "own_arm", options | {"robot": "generic"})
+    load_datasets(dataclasses.replace(run, data=chosen), 0, {})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ({SARA: 2, SAILOR: 1}, f"'{SARA}' has the weight 1 instead of 2; '{SAILOR}' has the weight 0.5 instead of 1."),
+        ({SARA: 1}, f"'{SAILOR}' is new."),
+        ({SARA: 1, SAILOR: 0.5, "kuka": 1}, "'kuka' is missing."),
+        ({SAILOR: 0.5, SARA: 1}, f"the order of the datasets is {SARA}, {SAILOR} instead of {SAILOR}, {SARA}."),
+    ],
+)
+def test_another_mixture_is_refused_on_resume_by_the_datasets_that_differ(base, data, tmp_path, capsys, before, told):
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+    saved = {"weights": [*before.values()], "mixture": {name: {"weight": one} for name, one in before.items()}}
+    (checkpoint / "training.json").write_text(json.dumps(saved))
+    command = ["finetune", "--model", str(base), "--data-dir", str(data), "--output", str(tmp_path / "out")]
+    assert main([*command, "--mixture", json.dumps({SARA: 1, SAILOR: 0.5}), "--resume"]) == 2
+    printed = capsys.readouterr().err
+    assert f"The mixture differs from that of {checkpoint}: {told} Resume with the former mixture, or start" in printed
+    assert "--weights" not in printed
+
+
 def test_too_few_episodes_for_validation_are_told_before_the_statistics_are_computed(base, data, cache, tmp_path):
     mixture = TrainingMixture({SARA: 1.0}, data, {"streaming": True})
     run = FinetuneArguments(model=base, data=mixture, output=tmp_path / "run", settings=SMALL, validation=True)
-    with pytest.raises(ValueError, match=r"train\[95%:\].* contains no episodes, since 4 are too few"):
+    with pytest.raises(ValueError, match=r"train\[95%:\].* contains no episodes, since 4 are too few") as refused:
         read_frames(run, 0, {})
+    assert "hold out a larger share with `eval_share` (without `streaming`), or leave the evaluation out." in str(
+        refused.value
+    )
     assert not list(cache_folder().glob("statistics-*"))
 
 

@@ -12,9 +12,9 @@ from openvla_hf.data.readers.lerobot import LeRobotSource
 from openvla_hf.data.readers.rlds import RLDSSource
 from openvla_hf.testing import fake_episode, tiny_config
 from openvla_hf.training.arguments import FinetuneArguments, TrainingData, TrainingMixture
-from openvla_hf.training.finetune import read_frames
 from openvla_hf.training.plan import estimate_memory, plan_run
 from openvla_hf.training.recipes import estimate_cost, recipe
+from openvla_hf.training.run_frames import read_frames
 
 
 SARA, SAILOR = "dlr_sara_pour_converted_externally_to_rlds", "austin_sailor_dataset_converted_externally_to_rlds"
@@ -133,16 +133,27 @@ def test_the_command_plans_64_gpus_from_its_config(base, data, cache, tmp_path, 
     assert [len(one["ranks"]) for one in planned["datasets"]] == [64, 64]
     assert "2,048: 64 GPUs x 32 x 1" in printed.err
     assert printed.err.count("(sharded over 8)") == 2  # the weights and the optimizer
+    assert f"{base} " in printed.err
+    assert "openx " in printed.err
+    assert f"mixture of 2 datasets in {data} " in printed.err
+    assert " GiB" not in printed.err  # the tiny model's memory is below 1 GiB
 
 
-def test_frames_that_the_metadata_does_not_count_are_unknown(base, cache, tmp_path, capsys):
-    write_rlds([fake_episode(steps=2, size=16)] * 2, tmp_path / SARA)
-    command = ["finetune", "--model", str(base), "--data", str(tmp_path / SARA), "--streaming"]
-    assert main([*command, "--output", str(tmp_path / "run"), "--dry-run", "--world-size", "2", "--json"]) == 0
-    printed = capsys.readouterr()
-    planned = json.loads(printed.out)["plan"]
-    assert planned["samples_per_epoch"] is planned["bytes_read"] is planned["datasets"][0]["share"] is None
-    assert f"The metadata does not contain the number of frames of {SARA}. Give a" in printed.err
+def test_frames_that_the_metadata_does_not_count_are_unknown_until_they_are_counted(base, cache, tmp_path, capsys):
+    write_rlds([fake_episode(steps=2, size=16)] * 3, tmp_path / "oxe" / SARA)
+    command = ["finetune", "--model", str(base), "--mixture", SARA, "--data-dir", str(tmp_path / "oxe"), "--streaming"]
+    command += ["--output", str(tmp_path / "run"), "--dry-run", "--world-size", "2", "--json"]
+    planned = []
+    for options in ((), ("--count",), ()):  # the last plan reads the numbers from the cache
+        assert main([*command, *options]) == 0
+        printed = capsys.readouterr()
+        planned.append(json.loads(printed.out)["plan"])
+        caption = f"The metadata does not contain the number of frames of {SARA}"
+        assert (caption in printed.err) == ("Add --count" in printed.err) == (len(planned) == 1)
+    assert planned[0]["samples_per_epoch"] is planned[0]["bytes_read"] is planned[0]["datasets"][0]["share"] is None
+    assert planned[1] == planned[2]
+    assert (planned[1]["data"], planned[1]["recipe"]) == (f"mixture {SARA} in {tmp_path / 'oxe'}", "lora")
+    assert (planned[1]["samples_per_epoch"], planned[1]["datasets"][0]["frames"]) == (6, 6)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +162,7 @@ def test_frames_that_the_metadata_does_not_count_are_unknown(base, cache, tmp_pa
         ("--dry-run --world-size 2", "A plan needs data that is streamed"),
         ("--streaming --dry-run --world-size 6 --shard-size 4", "6 GPUs can't be divided into groups of 4"),
         ("--streaming --dry-run --throughput 2", "--throughput needs --dry-run and --world-size."),
+        ("--streaming --dry-run --count", "--count needs --dry-run and --world-size."),
         ("--streaming --world-size 2", "The run has 1 processes instead of --world-size 2."),
     ],
 )

@@ -28,7 +28,7 @@ from .common import (
 EXAMPLE = """finetune --model openvla/openvla-7b --data lab/kitchen --recipe lora --output outputs/kitchen
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --dry-run
   openvla-hf finetune --model openvla/openvla-7b --mixture bridge_rt_1 --data-dir oxe --streaming \\
-      --output outputs/bridge_rt_1 --dry-run --world-size 64
+      --output outputs/bridge_rt_1 --dry-run --world-size 64 --count
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen --output outputs/kitchen --resume
   openvla-hf finetune --model openvla/openvla-7b --data lab/kitchen lab/workshop --weights 1 2 \\
       --output outputs/both --eval-share 0.05 --patience 5 --set lora_rank=64 learning_rate=1e-4
@@ -120,6 +120,8 @@ def _add_run_arguments(group: Any) -> None:
                        help="number of GPUs that shard the model, for --dry-run (default: all, as FSDP2)")  # fmt: skip
     group.add_argument("--throughput", type=weight, metavar="N",
                        help="samples a second on one GPU, for --dry-run to compute the hours")  # fmt: skip
+    group.add_argument("--count", action="store_true", default=None,
+                       help="read datasets once, for --dry-run to count frames whose number is unknown")  # fmt: skip
 
 
 def _add_evaluation_arguments(group: Any) -> None:
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.recipes import cost_table, estimate_cost
 
     if not (args.dry_run and args.world_size):
-        refuse_options(args, "needs --dry-run and --world-size", "shard_size", "throughput")
+        refuse_options(args, "needs --dry-run and --world-size", "shard_size", "throughput", "count")
     arguments = read_arguments(args)
     register_robots(args)
     recipe, _ = check_run(arguments)
@@ -178,7 +180,8 @@ def _print_plan(args: argparse.Namespace, arguments: FinetuneArguments) -> dict[
     """Print the plan of a run on many GPUs, and return it for JSON."""
     from ..training.plan import plan_run, plan_tables
 
-    plan = plan_run(arguments, args.world_size, args.shard_size, args.throughput, len(args.cameras or [None]))
+    num_images, count = len(args.cameras or [None]), bool(args.count)
+    plan = plan_run(arguments, args.world_size, args.shard_size, args.throughput, num_images, count)
     for table in plan_tables(f"Plan for {args.world_size} GPUs", plan):
         print_table(table, stderr=True)
     return {"plan": dataclasses.asdict(plan)}

@@ -6,7 +6,8 @@ They count every step of every split, including steps without an instruction, pa
 import contextlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,53 @@ def whole_statistics(
         ValueError: The dataset lacks what is read.
         BadEpisodeError: An episode can't be used, or more are bad than may be skipped.
     """
+    whole = _open_pass(data, robot, name, every, skip_bad_episodes)
+    if whole is None:
+        return None
+    with lock(whole.path):
+        if not whole.path.exists():
+            write_json(whole.path, _compute(whole))
+    return json.loads(whole.path.read_text(encoding="utf-8"))
+
+
+def cached_whole_statistics(
+    data: str | os.PathLike,
+    robot: Robot | str | None = None,
+    *,
+    name: str | None = None,
+    every: int | None = None,
+    skip_bad_episodes: bool | float = False,
+) -> dict[str, Any] | None:
+    """Return the statistics of `whole_statistics` from the cache, or `None` if they have not been computed."""
+    whole = _open_pass(data, robot, name, every, skip_bad_episodes)
+    return json.loads(whole.path.read_text(encoding="utf-8")) if whole and whole.path.exists() else None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A pass over all splits of a dataset.
+
+    Args:
+        path: File of the cache for its result.
+        splits: Rows of each split.
+        spec: Says how episodes become the frames that count.
+        losses: Records what is left out.
+    """
+
+    path: Path
+    splits: list[ShardRows]
+    spec: FrameSpec
+    losses: Losses
+
+
+def _open_pass(
+    data: str | os.PathLike,
+    robot: Robot | str | None,
+    name: str | None,
+    every: int | None,
+    skip_bad_episodes: bool | float,
+) -> _Pass | None:
+    """Prepare the pass over an RLDS dataset from its metadata, or return `None` for other data."""
     fs, root = find_folder(data)
     version = find_version(fs, root)
     if version is None:
@@ -67,14 +115,12 @@ def whole_statistics(
     versions = [file_version(fs, path) for each in sources for path in each.files()]
     key = make_key(WHOLE_STATISTICS_VERSION, versions, replace(spec, cameras=()), losses.limit)
     path = cache_folder() / f"statistics-{name}-{key}.json"
-    with lock(path):
-        if not path.exists():
-            rows = [ShardRows(each, resolve_spec(robot, name, every=every), name, losses) for each in sources]
-            write_json(path, _compute(rows, spec, losses))
-    return json.loads(path.read_text(encoding="utf-8"))
+    rows = [ShardRows(each, resolve_spec(robot, name, every=every), name, losses) for each in sources]
+    return _Pass(path, rows, spec, losses)
 
 
-def _compute(splits: list[ShardRows], spec: FrameSpec, losses: Losses) -> dict[str, Any]:
+def _compute(whole: _Pass) -> dict[str, Any]:
+    splits, spec, losses = whole.splits, whole.spec, whole.losses
     actions, states = [], []
     losses.total = sum(rows.source.num_episodes for rows in splits)
 
@@ -102,4 +148,4 @@ def _compute(splits: list[ShardRows], spec: FrameSpec, losses: Losses) -> dict[s
     }
 
 
-__all__ = ["whole_statistics"]
+__all__ = ["cached_whole_statistics", "whole_statistics"]

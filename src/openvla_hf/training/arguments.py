@@ -22,6 +22,8 @@ DEFAULT_SETTINGS: Mapping[str, Any] = {
 """Arguments of `transformers.TrainingArguments` for every run. Evaluation follows `save_steps`."""
 VALIDATION_FRAMES = 256
 """Number of frames of each dataset of a mixture in an evaluation, by default."""
+STATISTICS_OPTIONS = ("name", "robot", "every", "skip_bad_episodes")
+"""Options that `load` and `whole_statistics` share."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class TrainingData:
     source: str | os.PathLike
     options: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+
+    @property
+    def statistics_options(self) -> dict[str, Any]:
+        """The options of `load` that the statistics of the whole dataset depend on; see `whole_statistics`."""
+        return {name: self.options[name] for name in STATISTICS_OPTIONS if name in self.options}
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,17 @@ class FinetuneArguments:
         if isinstance(self.data, TrainingMixture):
             return self.data.select()
         return tuple(self.data) if isinstance(self.data, (list, tuple)) else ()
+
+    @property
+    def data_title(self) -> str:
+        """The mixture and its folder, or the datasets."""
+        if not isinstance(self.data, TrainingMixture):
+            return ", ".join(str(one.source) for one in self.datasets) or "frames that are already loaded"
+        mixture, folder = self.data.mixture, self.data.folder
+        is_named = not isinstance(mixture, Mapping) and not os.fspath(mixture).lstrip().startswith("{")
+        return (
+            f"mixture {mixture} in {folder}" if is_named else f"mixture of {len(self.datasets)} datasets in {folder}"
+        )
 
     @property
     def weights(self) -> list[float] | None:

@@ -10,8 +10,7 @@
 import copy
 import functools
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -23,34 +22,21 @@ from transformers import AutoProcessor, EarlyStoppingCallback, TrainingArguments
 
 from ..checkpoints.describe import describe, refuse_adapter
 from ..checkpoints.model_card import write_card
-from ..data import Augmentation, compute_statistics, load, load_statistics
-from ..data.frame_spec import name_cameras
-from ..data.frames import read_robot
-from ..data.mixtures import divide_buffer, sampling_shares
-from ..data.robots import describe_robot, resolve_robot
-from ..data.splits import dataset_name, sample_frames, split_parts
-from ..data.streams import mix_streams
-from ..data.whole_statistics import whole_statistics
+from ..data import Augmentation, compute_statistics
 from ..modeling.action_networks import add_action_networks
 from ..modeling.checkpoint_files import STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
-from .arguments import DEFAULT_SETTINGS, VALIDATION_FRAMES, FinetuneArguments, TrainingData, TrainingMixture
+from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData, TrainingMixture
 from .checkpoint_saving import last_checkpoint
 from .collator import ActionCollator, ChunkCollator
 from .interrupt import SaveOnInterrupt
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
+from .run_frames import read_frames, read_statistics
 from .runs import check_output, run_settings
 from .sharding import check_sharding
 from .trainer import ActionTrainer
-
-
-NOT_RECORDED = ("streaming", "shuffle_buffer", "seed")
-"""Options of `load` that don't change the content of frames. A later evaluation chooses its own."""
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,8 +89,14 @@ def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
     chosen = arguments.recipe
     recipe = find_recipe(chosen, **changes) if isinstance(chosen, str) else replace(chosen, **changes)
     args = recipe.training_arguments(str(arguments.output), **settings)
-    run = {"base_model": str(arguments.model), "arguments": _settings_to_keep(arguments, recipe, args)}
-    check_output(arguments.output, run | {"weights": arguments.weights}, arguments.resume)
+    run = {
+        "base_model": str(arguments.model),
+        "arguments": _settings_to_keep(arguments, recipe, args),
+        "weights": arguments.weights,
+    }
+    if isinstance(arguments.data, TrainingMixture):
+        run["mixture"] = {one.options["name"]: {"weight": one.weight} for one in arguments.datasets}
+    check_output(arguments.output, run, arguments.resume)
     return recipe, args
 
 
@@ -163,79 +155,6 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
     )
 
 
-@dataclass(frozen=True)
-class RunFrames:
-    """The frames of a run.
-
-    Args:
-        train: Frames to train on.
-        evaluation: Frames to evaluate on, if there are any.
-        record: Entries of `training.json` about the frames: `datasets`, `reading`, `held_out`, and `mixture` for a
-            mixture.
-        statistics: Statistics of a mixture's datasets, or `None`.
-    """
-
-    train: Dataset | IterableDataset
-    evaluation: Dataset | IterableDataset | Mapping[str, Any] | None
-    record: dict[str, Any]
-    statistics: dict[str, Any] | None = None
-
-
-def load_datasets(
-    arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]
-) -> tuple[tuple[TrainingData, ...], list[Any]]:
-    """Load the datasets of a run. Return them with all their options, and their frames. See `read_frames`."""
-    datasets = tuple(replace(one, options={**recipe_options, **one.options}) for one in arguments.datasets)
-    if not datasets:  # frames that are already loaded
-        return (), [arguments.data]
-    return datasets, [load(one.source, **{"seed": seed, **one.options}) for one in datasets]
-
-
-def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]) -> RunFrames:
-    """Load the datasets of a run, hold episodes out for evaluation, and mix the rest by the weights.
-
-    Args:
-        arguments: Arguments of the run.
-        seed: Seed of the draws.
-        recipe_options: Options of `load` that the recipe needs, see `Recipe.load_options`.
-
-    Raises:
-        ValueError: Datasets share a name, lack statistics or can't be split.
-    """
-    datasets, parts = load_datasets(arguments, seed, recipe_options)
-    record: dict[str, Any] = {}
-    if datasets:
-        names = [dataset_name(part) for part in parts]
-        _require_statistics(arguments, names)
-        reading = {str(one.source): _record_reading(one, part) for one, part in zip(datasets, parts, strict=True)}
-        record = {"datasets": list(reading), "reading": reading}
-    if not datasets and not arguments.eval_share:
-        return RunFrames(arguments.data, arguments.eval_data, record)
-    statistics = sizes = validation = None
-    if isinstance(arguments.data, TrainingMixture):
-        if arguments.validation:  # its errors come before the statistics, which may take hours
-            validation = _read_validation(arguments.data, seed, recipe_options, arguments.eval_frames)
-        statistics, record["mixture"] = _balance(arguments, datasets, parts)
-        sizes = [one["transitions"] for one in record["mixture"].values()]
-        weighted = list(zip(parts, [one.weight for one in datasets], sizes, strict=True))
-        parts = [part for part, *_ in divide_buffer(weighted, arguments.data.options.get("shuffle_buffer", 0))]
-    train, evaluation, held_out = split_parts(parts, arguments.weights, arguments.eval_share, seed, sizes)
-    if validation is not None:
-        evaluation = validation
-    elif arguments.eval_frames:
-        evaluation = sample_frames(evaluation, arguments.eval_frames, seed)
-    evaluation = arguments.eval_data if evaluation is None else evaluation
-    return RunFrames(train, evaluation, record | {"held_out": held_out}, statistics)
-
-
-def _read_validation(
-    mixture: TrainingMixture, seed: int, recipe_options: Mapping[str, Any], count: int | None
-) -> IterableDataset:
-    """Load the first `count` held-out frames of each dataset of a mixture."""
-    loaded = [load(one.source, seed=seed, **{**recipe_options, **one.options}) for one in mixture.select_validation()]
-    return mix_streams([(part.first(count or VALIDATION_FRAMES), 1.0) for part in loaded])
-
-
 def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
     """Train, and save the result with a model card in the output folder.
 
@@ -278,49 +197,7 @@ def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
     return FinetuneResult(figures, trainer.state.log_history)
 
 
-# Settings and data
-
-
-def read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
-    """Return the statistics that the arguments give, or `None`."""
-    given = arguments.statistics
-    return dict(given) if isinstance(given, Mapping) else None if given is None else load_statistics(given)
-
-
-def _balance(
-    arguments: FinetuneArguments, datasets: Sequence[TrainingData], parts: Sequence[Any]
-) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Return the statistics of a mixture's datasets, and the weight, steps and share of the draws of each dataset."""
-    statistics: dict[str, Any] = {}
-    for one, part in zip(datasets, parts, strict=True):
-        name = dataset_name(part)
-        given = (read_statistics(arguments) or {}).get(name)
-        if given is None or "num_transitions" not in given:
-            options = {key: one.options.get(key) for key in ("robot", "every")}
-            skip = one.options.get("skip_bad_episodes", False)
-            given = whole_statistics(one.source, name=name, skip_bad_episodes=skip, **options)
-        statistics[name] = given or compute_statistics(part)[name]
-    weights = [one.weight for one in datasets]
-    transitions = [of_one["num_transitions"] for of_one in statistics.values()]
-    shares = sampling_shares(weights, transitions)
-    columns = zip(statistics, weights, transitions, shares, strict=True)
-    mixture = {
-        name: {"weight": weight, "transitions": count, "share": share} for name, weight, count, share in columns
-    }
-    logger.info("Mixture: %s", mixture)
-    return statistics, mixture
-
-
-def _require_statistics(arguments: FinetuneArguments, names: list[str]) -> None:
-    """Raise `ValueError` if statistics were given, but not those of one of the datasets."""
-    statistics = read_statistics(arguments)
-    missing = [name for name in names if statistics is not None and name not in statistics]
-    if missing:
-        where = "`statistics`" if isinstance(arguments.statistics, Mapping) else arguments.statistics
-        raise ValueError(
-            f"{where} has no statistics for {missing[0]!r}, only for {', '.join(map(repr, statistics or ()))}: "
-            "give the dataset one of these names with `name`, or give its own statistics."
-        )
+# Settings
 
 
 def _evaluation_settings(arguments: FinetuneArguments) -> dict[str, Any]:
@@ -331,16 +208,6 @@ def _evaluation_settings(arguments: FinetuneArguments) -> dict[str, Any]:
         # A resumed run continues the count of evaluations without an improvement.
         settings["restore_callback_states_from_checkpoint"] = True
     return settings
-
-
-def _record_reading(data: TrainingData, frames: Dataset | IterableDataset) -> dict[str, Any]:
-    """Record how a dataset is read, with the adapter that was chosen if the options name none."""
-    options = {option: value for option, value in data.options.items() if option not in NOT_RECORDED}
-    name = dataset_name(frames)
-    robot = resolve_robot(options.get("robot") or read_robot(frames, name), name)
-    if options.get("cameras") is not None:
-        options["cameras"] = name_cameras(robot, options["cameras"])
-    return options | {"robot": robot.name, "adapter": describe_robot(robot)}
 
 
 def _build_collators(
@@ -470,8 +337,5 @@ __all__ = [
     "build_trainer",
     "check_run",
     "finetune",
-    "load_datasets",
-    "read_frames",
-    "read_statistics",
     "train",
 ]

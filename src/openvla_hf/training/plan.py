@@ -17,10 +17,12 @@ from ..data.readers.rlds import RLDSSource
 from ..data.shard_rows import ShardRows
 from ..data.splits import dataset_name
 from ..data.streams import FrameStream, divide_shards
+from ..data.whole_statistics import cached_whole_statistics, whole_statistics
 from ..modeling.configuration_openvla import OpenVLAConfig
-from .arguments import FinetuneArguments, TrainingMixture
-from .finetune import check_run, load_datasets, read_statistics
-from .recipes import GIB, RECIPES, Recipe, estimate_cost, meta_model
+from .arguments import FinetuneArguments, TrainingData, TrainingMixture
+from .finetune import check_run
+from .recipes import GIB, RECIPES, Recipe, describe_memory, estimate_cost, meta_model
+from .run_frames import load_datasets, read_statistics
 
 
 # Number of shards that the table lists.
@@ -34,8 +36,8 @@ class DatasetPlan:
     Args:
         name: Name of the dataset.
         frames: Number of frames in one pass, or `None` if the metadata does not contain it.
-        bytes: Bytes of the files that one pass reads. Readers that share a shard each read all of it. `None` if a
-            server does not report sizes.
+        bytes: Bytes of the files that all ranks together read in one pass. Readers that share a shard each read all of
+            it. `None` if a server does not report sizes.
         share: Share of the draws, or `None` if a number of frames is unknown.
         shards: Number of shards: files of an RLDS dataset, episodes of a LeRobot dataset.
         readers_per_shard: Number of readers that share a shard in one pass, where a reader is a worker of a rank.
@@ -86,6 +88,9 @@ class RunPlan:
     """A plan of a run.
 
     Args:
+        model: Base model.
+        recipe: Name of the recipe.
+        data: The mixture and its folder, or the datasets.
         world_size: Number of GPUs, each with one process.
         shard_size: Number of GPUs that shard one copy of the model.
         workers: Number of processes of each rank that read data.
@@ -103,6 +108,9 @@ class RunPlan:
         datasets: What the run reads of each dataset.
     """
 
+    model: str
+    recipe: str
+    data: str
     world_size: int
     shard_size: int
     workers: int
@@ -125,6 +133,7 @@ def plan_run(
     shard_size: int | None = None,
     throughput: float | None = None,
     num_images: int = 1,
+    count: bool = False,
 ) -> RunPlan:
     """Plan a run on many GPUs from metadata alone.
 
@@ -135,6 +144,8 @@ def plan_run(
             HSDP over a part of them. 1 for none.
         throughput: Number of samples that one GPU trains on in a second, as an earlier run has measured it.
         num_images: Number of cameras.
+        count: Whether to read each RLDS dataset whose number of frames is unknown once, to count them. The result
+            stays in the cache, as after the start of a run.
 
     Raises:
         ValueError: The GPUs can't be divided into groups of `shard_size`, the data is not streamed, the number of
@@ -162,10 +173,13 @@ def plan_run(
     )
     workers = max(1, args.dataloader_num_workers)
     samples = world_size * batch_size * batches
-    datasets, epoch = _plan_datasets(arguments, recipe, world_size, workers, samples * args.max_steps)
+    datasets, epoch = _plan_datasets(arguments, recipe, world_size, workers, samples * args.max_steps, count)
     read = [None if one.bytes is None or one.passes is None else one.passes * one.bytes for one in datasets]
     config = AutoConfig.from_pretrained(arguments.model)
     return RunPlan(
+        model=str(arguments.model),
+        recipe=arguments.recipe if isinstance(arguments.recipe, str) else "own recipe",
+        data=arguments.data_title,
         world_size=world_size,
         shard_size=shard_size,
         workers=workers,
@@ -216,20 +230,23 @@ def estimate_memory(config: OpenVLAConfig, recipe: Recipe, shard_size: int, num_
 
 
 def _plan_datasets(
-    arguments: FinetuneArguments, recipe: Recipe, world_size: int, workers: int, samples: int
+    arguments: FinetuneArguments, recipe: Recipe, world_size: int, workers: int, samples: int, count: bool
 ) -> tuple[tuple[DatasetPlan, ...], int | None]:
     """Plan what a run reads of each dataset. Return the plans and the number of samples in an epoch."""
     datasets, streams = load_datasets(arguments, recipe.seed, recipe.load_options())
     statistics = read_statistics(arguments) or {}
     rows = [_find_shards(stream) for stream in streams]
-    counts = [_read_counts(one, statistics) for one in rows]
+    counts = [
+        _read_counts(one, statistics, data, count)
+        for one, data in zip(rows, datasets or [None] * len(rows), strict=True)
+    ]
     plans = [
-        _plan_dataset(stream, one, count, world_size, workers)
-        for stream, one, count in zip(streams, rows, counts, strict=True)
+        _plan_dataset(stream, one, known, world_size, workers)
+        for stream, one, known in zip(streams, rows, counts, strict=True)
     ]
     sizes = [one.frames for one in plans]
     if isinstance(arguments.data, TrainingMixture):  # whose weights multiply the steps of all splits
-        sizes = [count.get("num_transitions", size) for count, size in zip(counts, sizes, strict=True)]
+        sizes = [of_one.get("num_transitions", size) for of_one, size in zip(counts, sizes, strict=True)]
     known = [size for size in sizes if size is not None]
     if len(known) < len(plans):
         return tuple(plans), None
@@ -251,12 +268,20 @@ def _find_shards(stream: Any) -> ShardRows:
     return stream.shards
 
 
-def _read_counts(rows: ShardRows, statistics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the numbers of steps and episodes in all splits of a dataset, as far as they are known."""
+def _read_counts(
+    rows: ShardRows, statistics: Mapping[str, Any], data: TrainingData | None, count: bool
+) -> Mapping[str, Any]:
+    """Return the numbers of steps and episodes in all splits of a dataset, as far as they are known or to count."""
     given = statistics.get(rows.name, {})
     if "num_transitions" in given:
         return given
-    return rows.source.counts if isinstance(rows.source, RLDSSource) else {}
+    if not isinstance(rows.source, RLDSSource):
+        return {}
+    counts = rows.source.counts
+    if counts or data is None:
+        return counts
+    read = whole_statistics if count else cached_whole_statistics
+    return read(data.source, **data.statistics_options) or {}
 
 
 def _plan_dataset(
@@ -281,6 +306,8 @@ def _plan_dataset(
 def plan_tables(title: str, plan: RunPlan) -> list[Table]:
     """Make a table of the run and one of its datasets."""
     run = Table(title=title, show_header=False)
+    for name in ("model", "recipe", "data"):
+        run.add_row(name, getattr(plan, name))
     run.add_row(
         "samples in a step",
         f"{plan.samples_per_step:,}: {plan.world_size} GPUs x {plan.batch_size} x {plan.gradient_accumulation_steps}",
@@ -290,40 +317,48 @@ def plan_tables(title: str, plan: RunPlan) -> list[Table]:
     run.add_row("steps", f"{plan.steps:,}, {_number(plan.epochs, ',.2f')} epochs")
     for name, value in asdict(plan.memory).items():
         how = f" (sharded over {plan.shard_size})" if name in ("weights", "optimizer") else ""
-        run.add_row(f"{name} a GPU", f"about {value:.1f} GiB{how}", style="bold" if name == "total" else None)
+        run.add_row(f"{name} a GPU", f"{describe_memory(value)}{how}", style="bold" if name == "total" else None)
     if plan.hours is not None:
         run.add_row("hours", f"{plan.hours:,.1f}, {plan.hours * plan.world_size:,.0f} GPU hours")
-    run.add_row("bytes read", _gigabytes(plan.bytes_read))
-    headers = ("dataset", "frames", "share", "passes", "bytes a pass", "shards", "shards a rank", "shards of rank 0")
-    datasets = Table(*headers, title=f"First pass of {plan.world_size} ranks with {plan.workers} workers each")
+    run.add_row("bytes read by all ranks", _bytes(plan.bytes_read))
+    return [run, _dataset_table(plan)]
+
+
+def _dataset_table(plan: RunPlan) -> Table:
+    columns = ("dataset", "frames", "share", "passes", "bytes a pass, all ranks", "shards", "shards a rank")
+    title = f"First pass of {plan.world_size} ranks with {plan.workers} workers each"
+    table = Table(*columns, "shards of rank 0", title=title)
     for one in plan.datasets:
         counts = sorted({len(numbers) for numbers in one.ranks})
         shared = f", each shared by {one.readers_per_shard} workers" if one.readers_per_shard > 1 else ""
-        datasets.add_row(
+        table.add_row(
             one.name,
             _number(one.frames),
             _number(one.share, ".2%"),
             _number(one.passes, ",.2f"),
-            _gigabytes(one.bytes),
+            _bytes(one.bytes),
             str(one.shards),
             (f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}") + shared,
             _summarize(one.ranks[0]),
         )
     unknown = [one.name for one in plan.datasets if one.frames is None]
     if unknown:
-        datasets.caption = (
-            f"The metadata does not contain the number of frames of {', '.join(unknown)}. Give a "
-            "dataset_statistics.json with --statistics to plan shares, epochs and bytes."
+        table.caption = (
+            f"The metadata does not contain the number of frames of {', '.join(unknown)}, which shares, epochs and "
+            "bytes depend on. Add --count to read the files once, as a run does when it starts, or give the "
+            "dataset_statistics.json of an earlier run with --statistics."
         )
-    return [run, datasets]
+    return table
 
 
 def _number(value: float | None, style: str = ",") -> str:
     return "unknown" if value is None else format(value, style)
 
 
-def _gigabytes(value: int | None) -> str:
-    return "unknown" if value is None else f"{value / 1e9:,.2f} GB"
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.2f} MB"
 
 
 def _summarize(numbers: Sequence[int]) -> str:

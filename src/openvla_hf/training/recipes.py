@@ -413,8 +413,13 @@ def cost_table(title: str, cost: Cost) -> Table:
     table = Table(title=title, show_header=False)
     table.add_row("trainable", f"{cost.trainable:,} of {cost.parameters:,} ({cost.trainable / cost.parameters:.2%})")
     for name in ("weights", "gradients", "optimizer", "activations", "total"):
-        table.add_row(name, f"about {getattr(cost, name):.1f} GiB", style="bold" if name == "total" else None)
+        table.add_row(name, describe_memory(getattr(cost, name)), style="bold" if name == "total" else None)
     return table
+
+
+def describe_memory(gib: float) -> str:
+    """Describe an estimate of memory, in MiB if it is below 1 GiB."""
+    return f"about {gib:.1f} GiB" if gib >= 1 else f"about {gib * 1024:.1f} MiB"
 
 
 def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
@@ -436,4 +441,14 @@ def _kept_for_backward(part: nn.Module, rows: int, recipe: Recipe) -> float:
     return float(size * rows * width * len(blocks)) + max(between_layers(block) for block in blocks)
 
 
-__all__ = ["RECIPES", "Cost", "Recipe", "cost_table", "estimate_cost", "find_module", "meta_model", "recipe"]
+__all__ = [
+    "RECIPES",
+    "Cost",
+    "Recipe",
+    "cost_table",
+    "describe_memory",
+    "estimate_cost",
+    "find_module",
+    "meta_model",
+    "recipe",
+]

@@ -58,7 +58,8 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
     Args:
         output: Folder of the run.
         run: `base_model` and `arguments` (see `run_settings`) as in `training.json`, and, if they are known, `weights`
-            (of the datasets), `held_out` (see `describe_split`) and `reading` (options of `load` by dataset).
+            (of the datasets), `mixture` (dataset -> `weight`), `held_out` (see `describe_split`) and `reading`
+            (options of `load` by dataset).
         resume: Whether to continue from the folder's last checkpoint.
 
     Returns:
@@ -109,7 +110,9 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
             f"{checkpoint} was trained with different held-out episodes. Resume with the same data and the same share "
             "of held-out episodes, or start a new run in another folder."
         )
-    if "weights" in saved and "weights" in run:
+    if saved.get("mixture") and run.get("mixture"):
+        _require_same_mixture(checkpoint, saved["mixture"], run["mixture"])
+    elif "weights" in saved and "weights" in run:
         equal = set(saved["weights"] or ()) == {1}  # as without weights
         pairs["weights"] = None if equal else saved["weights"], run["weights"]
     if "base_model" in saved:
@@ -123,6 +126,25 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
                 f"{checkpoint} was trained {former}, and a resumed run can't {change}. "
                 "Resume with the same settings, or start a new run in another folder."
             )
+
+
+def _require_same_mixture(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise `ValueError` if mixtures (dataset -> `weight`) have other datasets, weights or another order."""
+    before, now = ({name: one["weight"] for name, one in mixture.items()} for mixture in (saved, current))
+    changes = [f"{name!r} is missing" for name in before if name not in now]
+    changes += [f"{name!r} is new" for name in now if name not in before]
+    changes += [
+        f"{name!r} has the weight {weight:g} instead of {before[name]:g}"
+        for name, weight in now.items()
+        if weight != before.get(name, weight)
+    ]
+    if not changes and [*before] != [*now]:
+        changes = [f"the order of the datasets is {', '.join(now)} instead of {', '.join(before)}"]
+    if changes:
+        raise ValueError(
+            f"The mixture differs from that of {checkpoint}: {'; '.join(changes)}. Resume with the former mixture, or "
+            "start a new run in another folder."
+        )
 
 
 def _compare_reading(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

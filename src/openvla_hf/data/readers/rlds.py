@@ -27,9 +27,15 @@ DEFAULT_FILES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 STEPS = "steps/"
 # A part of a split, such as train[:95%] or train[10:20].
 PART_OF_SPLIT = re.compile(r"(?P<split>\w+)\[(?P<start>\d+%?)?:(?P<end>\d+%?)?\]")
+# Smallest number of episodes of which the last 5% contain one.
+DIVISIBLE = 11
 VERSION_FOLDER = re.compile(r"\d+\.\d+\.\d+")
 
 logger = logging.getLogger(__name__)
+
+
+class EmptySplitError(ValueError):
+    """A part of a split that contains no episodes."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class RLDSSource(ForkSafe):
         start, end = (part["start"], part["end"]) if part else (None, None)
         self.episodes = range(_boundary(start, total, 0), _boundary(end, total, total))
         if part and not self.episodes:
-            raise ValueError(
+            raise EmptySplitError(
                 f"The split {split!r} of {root} contains no episodes, since {total} are too few to divide."
             )
         if info.get("fileFormat", "tfrecord") != "tfrecord":
@@ -442,4 +448,4 @@ def _texts(payload: bytes, values: Any, feature: Feature, length: int) -> list[s
     return texts or [""] * length
 
 
-__all__ = ["RLDSSource", "find_version", "split_for_training"]
+__all__ = ["DIVISIBLE", "EmptySplitError", "RLDSSource", "find_version", "split_for_training"]
