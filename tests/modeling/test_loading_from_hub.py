@@ -8,6 +8,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from transformers import AutoModel, AutoProcessor
 
 from openvla_hf import load_adapter
+from openvla_hf.checkpoints.identity import identify
 from openvla_hf.modeling.modeling_openvla import OpenVLAForActionPrediction
 from openvla_hf.testing import BRIDGE_LIKE_STATS, fake_episode, write_tiny_oft
 from openvla_hf.training.recipes import recipe
@@ -92,6 +93,15 @@ def from_pretrained(repo):
 
 def onto_a_base(repo):
     return load_adapter(OpenVLAForActionPrediction.from_pretrained("someone/policy"), repo)
+
+
+@pytest.mark.parametrize("load", [from_pretrained, onto_a_base])
+def test_an_adapter_is_told_from_its_base(shared, load):
+    repos = ("someone/adapter", "someone/policy")
+    of_adapter, of_base = [{"model_id": one, "revision": shared.commit(one), "digest": None} for one in repos]
+    assert of_adapter["revision"] != of_base["revision"]
+    assert identify(load("someone/adapter"), "someone/adapter") == {**of_adapter, "base": of_base}
+    assert identify(from_pretrained("someone/policy"), "someone/policy") == {**of_base, "base": None}
 
 
 @pytest.mark.parametrize("load", [from_pretrained, onto_a_base])

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from conftest import random_weights
 
+from openvla_hf.checkpoints.identity import digest_checkpoint
 from openvla_hf.cli import main
 from openvla_hf.evaluation.suites import find_suite
 from openvla_hf.serving import Client
 from openvla_hf.serving.episodes import check_server, play_served, run_served_episodes
 from openvla_hf.serving.policy import ServedPolicy
+from openvla_hf.suites.journal import JOURNAL_FILE
 from openvla_hf.suites.metaworld import ACTION_NAMES
 from openvla_hf.suites.play import play
 from openvla_hf.suites.policies import model_policy
@@ -101,6 +103,11 @@ def test_the_result_of_a_suite_says_how_the_server_acted(tabletop_server, monkey
     assert report["server"]["default_unnorm_key"] == "tabletop"
     assert report["server"].keys() >= {"action_horizon", "temporal_ensemble", "gripper", "revision"}
     assert report["versions"]["openvla-hf of the server"] == report["versions"]["openvla-hf"]
+    assert report["checkpoint"] == digest_checkpoint(TABLETOP_POLICY)
+    journal = tmp_path / JOURNAL_FILE
+    journal.write_text(journal.read_text().replace(report["checkpoint"], "0" * 16))
+    assert main([*command, "--server", tabletop_server]) == 2
+    assert "another run, which differs in checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModel, AutoProcessor
 
+from openvla_hf.checkpoints.identity import digest_checkpoint
 from openvla_hf.checkpoints.quantize import quantization
 from openvla_hf.serving.policy import Observation, ServedPolicy
 
@@ -78,7 +79,9 @@ def test_quantised_checkpoints_and_adapters_are_served_as_they_act(kind, request
         np.testing.assert_allclose(alone.actions[0], actions, atol=1e-5)
     unchanged = predict(plain_policy, *seen)
     assert any((one.token_ids != other.token_ids).any() for one, other in zip(together, unchanged, strict=True))
-    assert policy.describe()["model_id"] == folder.name
+    described = policy.describe()
+    assert (described["model_id"], described["digest"]) == (folder.name, digest_checkpoint(folder))
+    assert (described["base"] or {}).get("model_id") == ("base" if kind == "adapter" else None)
 
 
 @pytest.mark.parametrize("name", ["plain_policy", "chunk_policy"])

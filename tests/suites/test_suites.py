@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from openvla_hf.checkpoints.identity import digest_checkpoint
 from openvla_hf.cli import main
-from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, digest_checkpoint, find_suite
+from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
 from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
 from openvla_hf.suites.libero_states import read_states
 from openvla_hf.suites.play import play

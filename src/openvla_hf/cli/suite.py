@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -125,6 +124,7 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
         client.timeout = PATIENCE
         described = {
             "model": client.info["model_id"],
+            **_version(client.info),
             "unnorm_key": args.unnorm_key,
             "server": {name: client.info[name] for name in SERVED},
             "versions": {"openvla-hf of the server": client.info["server_version"]},
@@ -139,7 +139,7 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
 
 
 def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any], Callable[[Any], Player]]:
-    from ..evaluation.suites import digest_checkpoint
+    from ..checkpoints.identity import identify
     from ..suites.play import play
     from ..suites.policies import model_policy
 
@@ -150,12 +150,16 @@ def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any
     def make_player(simulators: Any) -> Player:
         return lambda episodes, keep_frames: play(policy, episodes, simulators, keep_frames)
 
-    is_folder = os.path.isdir(model_id)
     described = {
         "model": model_id,
-        # Without it, a policy that was trained again would continue the episodes of its predecessor.
-        "checkpoint": digest_checkpoint(model_id) if is_folder else getattr(model.config, "_commit_hash", None),
+        **_version(identify(model, model_id)),
         "unnorm_key": args.unnorm_key,
         "versions": {name: importlib.metadata.version(name) for name in POLICY_PACKAGES},
     }
     return described, make_player
+
+
+def _version(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell a policy from one of the same name that was trained again, whose episodes must not be continued."""
+    version = {"checkpoint": identity["digest"] or identity["revision"]}
+    return version if identity["base"] is None else version | {"base": identity["base"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.model_card import RUN_FILES
 from ..modeling.folder_writing import written_whole
 from ..modeling.known_names import check_name
 from ..suites.journal import Journal, read_journal
@@ -22,7 +20,7 @@ from ..tabletop.pictures import save_gif
 from ..tabletop.suite import tabletop_suite
 
 
-__all__ = ["SUITES", "Evaluation", "compare_runs", "digest_checkpoint", "find_suite"]
+__all__ = ["SUITES", "Evaluation", "compare_runs", "find_suite"]
 
 # Name -> function that makes the suite with its preset.
 SUITES: dict[str, Callable[[], Suite]] = {
@@ -34,9 +32,6 @@ RESULT_FILE = "evaluation.json"
 PICTURES = "episodes"
 # Pictures per second: many episodes have hundreds of steps.
 SPEED = 20
-# Files that decide how a policy acts, and the blocks that are read of each, which cover small files.
-ACTING = (".safetensors", ".bin", ".pt", ".json")
-BLOCKS, BLOCK_SIZE = 64, 1 << 16
 
 # Function from episodes, and whether to keep the frames of each, to the episodes and their results as they end.
 Player = Callable[[list[Episode], Callable[[Episode], bool]], Iterator[tuple[Episode, Rollout]]]
@@ -113,21 +108,6 @@ class Evaluation:
             name = f"{kind}-{episode.environment}-{episode.seed}.gif"
             with written_whole(self.folder / PICTURES) as aside:
                 save_gif([rollout], aside / name, columns=1, frames_per_second=SPEED)
-
-
-def digest_checkpoint(folder: str | os.PathLike) -> str:
-    """Return a digest of a checkpoint in a folder, which differs after another training into the same folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix not in ACTING or path.name in RUN_FILES:
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(size // BLOCKS, BLOCK_SIZE)):
-                file.seek(start)
-                digest.update(file.read(BLOCK_SIZE))
-    return digest.hexdigest()[:16]
 
 
 def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> tuple[tuple[str, str], dict[str, Comparison]]:

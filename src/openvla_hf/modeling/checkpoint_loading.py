@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, extract_commit_hash
 
 from .action_networks import add_action_networks
 from .action_tokenizer import BOUNDS_OF, check_action_stats, check_statistics
@@ -102,6 +102,19 @@ class Adapter:
 
     source: str
     hub_kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedFrom:
+    """Folder or Hub id of a checkpoint or an adapter, and the commit of a Hub id."""
+
+    source: str
+    commit: str | None
+
+    @classmethod
+    def file(cls, source: Any, path: str | None) -> "LoadedFrom":
+        """Describe a source by the path of one of its files."""
+        return cls(os.fspath(source), extract_commit_hash(path, None))
 
 
 def resolve_adapter(source: Any, kwargs: dict[str, Any]) -> tuple[CheckpointFiles, Adapter | None]:
@@ -252,6 +265,8 @@ class CheckpointMixin(_Base):
 
     config: OpenVLAConfig
     norm_stats: dict[str, Any] | None
+    loaded_from: LoadedFrom | None = None
+    loaded_adapter: LoadedFrom | None = None
     # Names of the modules that came with the adapter as whole weights.
     _trained_in_full: Sequence[str] = ()
 
@@ -318,6 +333,8 @@ class CheckpointMixin(_Base):
         if given_statistics is None:
             given_statistics = read_statistics(files, model.norm_stats, in_config_are_wrong=bool(components.files))
         model.norm_stats = given_statistics
+        if source is not None:
+            model.loaded_from = LoadedFrom.file(source, files.find(CONFIG_NAME))
         check_oft_statistics(model.config, source)
         prepare_quantized(model)
         if adapter is not None:
@@ -358,6 +375,7 @@ class CheckpointMixin(_Base):
             )
         if statistics is not None:
             self.norm_stats = statistics
+        self.loaded_adapter = LoadedFrom.file(peft_model_id, config_file)
         return info
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -390,6 +408,7 @@ class CheckpointMixin(_Base):
 
 __all__ = [
     "CheckpointMixin",
+    "LoadedFrom",
     "named_base",
     "read_statistics",
     "refuse_foreign_files",

@@ -3,7 +3,6 @@
 Shapes: K actions of a chunk (1 for plain OpenVLA), A action dimensions, S state dimensions, N action bins, T tokens.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
+from ..checkpoints.identity import identify
 from ..modeling.action_prediction import ActionPrediction
 from ..modeling.action_stream import average_chunks, drop_first_step
 from ..modeling.action_tokenizer import resolve_key
@@ -145,6 +145,7 @@ class ServedPolicy:
         control_frequency: float | None = None,
     ):
         self.model, self.processor, self.model_id = model, processor, model_id
+        self.identity = identify(model, model_id)
         keys = list(model.norm_stats or ())
         has_default = unnorm_key is not None or len(keys) < 2
         self.default_key = resolve_key(model.norm_stats, unnorm_key) if has_default else None
@@ -229,16 +230,13 @@ class ServedPolicy:
         config, image_processor = self.model.config, self.processor.image_processor
         keys = {key: self.model.get_action_dim(key) for key in self.model.norm_stats or ()}
         known = self.model.get_action_stats(self.default_key).get("names") if self.default_key else None
-        is_folder = os.path.isdir(self.model_id)
         side, resample = config.vision_config.image_size, image_processor.resample
         resample = resample if isinstance(resample, str) else Image.Resampling(resample).name.lower()
         return {
             "server": "openvla-hf",
             "server_version": __version__,
             "engine": self.engine,
-            # Give only the name of a folder: clients need not know the server's file system.
-            "model_id": os.path.basename(os.path.abspath(self.model_id)) if is_folder else self.model_id,
-            "revision": getattr(config, "_commit_hash", None),
+            **self.identity,
             "unnorm_keys": list(keys),
             "default_unnorm_key": self.default_key,
             "action_dim": keys[self.default_key] if self.default_key else max(keys.values()),

@@ -145,6 +145,16 @@ class Limits(BaseModel):
     max_instruction: int
 
 
+class Base(BaseModel):
+    """The base of an adapter."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    revision: str | None
+    digest: str | None
+
+
 class Info(BaseModel):
     """The policy and the server."""
 
@@ -153,8 +163,10 @@ class Info(BaseModel):
     server: str
     server_version: str
     engine: str = Field(description='What runs the model: "transformers" or "vllm".')
-    model_id: str
-    revision: str | None
+    model_id: str = Field(description="Hub id, or the name of a folder.")
+    revision: str | None = Field(description="Commit on the Hub.")
+    digest: str | None = Field(description="Digest of the files of a checkpoint in a folder.")
+    base: Base | None = Field(description="Base of an adapter, or null for a whole checkpoint.")
     unnorm_keys: list[str]
     default_unnorm_key: str | None
     action_dim: int

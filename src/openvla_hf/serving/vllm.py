@@ -26,11 +26,14 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
+from transformers.utils import CONFIG_NAME
 
 from .. import auto  # noqa: F401 - makes the Auto classes know OpenVLA
 from ..checkpoints.describe import CheckpointInfo, refuse_adapter
 from ..checkpoints.describe import describe as describe_checkpoint
 from ..checkpoints.export import export, published_config
+from ..modeling.checkpoint_files import CheckpointFiles
+from ..modeling.checkpoint_loading import LoadedFrom
 from ..modeling.model_inputs import prepare_prompts
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.image_processing_openvla import OpenVLAImageProcessor
@@ -224,6 +227,7 @@ def load_without_weights(
     config.norm_stats = found.statistics
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
+    model.loaded_from = LoadedFrom.file(model_id, CheckpointFiles.locate(model_id, **shared).find(CONFIG_NAME))
     processor = AutoProcessor.from_pretrained(model_id, **shared)
     check_fit(model, processor, model_id)
     return model.eval(), processor, found
