@@ -133,6 +133,14 @@ def test_the_page_asks_for_the_token(new_page, serve, plain_policy):
         page.press("Enter", "\r")
         page.wait_for(SHOWN.format("ask"))
         assert httpx.get(f"{url}/page/episode?seed=0").status_code == 401
+        told = {"openapi.json": '"openapi": "3', "info": "tiny/plain", "metrics": "openvla_requests_"}
+        for link, word in told.items():
+            page.focus(f"a[href='{link}']")
+            page.press("Enter", "\r")
+            page.wait_for("document.getElementById('linked').open")
+            assert word in page.text("#linked-text")
+            page.press("Escape")
+            page.wait_for("!document.getElementById('linked').open")
 
 
 def test_an_episode_of_the_tabletop_is_shown_live(new_page, serve, tabletop_policy):

@@ -25,7 +25,7 @@ async function request(path, options = {}) {
 }
 
 function askForToken() {
-  get("ask").hidden = get("episodes").hidden = true;
+  get("ask").hidden = get("episodes").hidden = get("links").hidden = true;
   get("login").hidden = false;
   get("token").focus();
 }
@@ -52,6 +52,7 @@ async function connect() {
     return;
   }
   get("login").hidden = true;
+  get("links").hidden = false;
   describePolicy();
   get("cameras").replaceChildren(...info.cameras.map((camera) => cameraField(camera.name)));
   get("keys").hidden = info.unnorm_keys.length < 2;
@@ -302,6 +303,16 @@ function showStep(step) {
   get("caption").textContent = `“${step.instruction}”: ${step.step} steps${outcome}`;
 }
 
+// Links
+
+async function showLinked(link) {
+  const response = await request(link.getAttribute("href"));
+  const isJson = response.headers.get("Content-Type").includes("json");
+  get("linked-title").textContent = link.textContent;
+  get("linked-text").textContent = isJson ? JSON.stringify(await response.json(), null, 2) : await response.text();
+  get("linked").showModal();
+}
+
 // Events
 
 async function busy(button, work) {
@@ -321,6 +332,14 @@ get("ask").addEventListener("submit", (event) => {
   busy(event.submitter ?? event.target.querySelector(".primary"), predict);
 });
 get("watch").addEventListener("click", (event) => busy(event.target, watch));
+get("links").addEventListener("click", (event) => {
+  // The browser would open the link without the token.
+  if (document.body.dataset.needsToken === "false" || !event.target.matches("a")) return;
+  event.preventDefault();
+  show(null);
+  showLinked(event.target).catch(show);
+});
+get("close").addEventListener("click", () => get("linked").close());
 get("login").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("token", get("token").value);
