@@ -326,7 +326,8 @@ def plan_tables(title: str, plan: RunPlan) -> list[Table]:
 
 def _dataset_table(plan: RunPlan) -> Table:
     columns = ("dataset", "frames", "share", "passes", "bytes a pass, all ranks", "shards", "shards a rank")
-    title = f"First pass of {plan.world_size} ranks with {plan.workers} workers each"
+    workers = "1 worker" if plan.workers == 1 else f"{plan.workers} workers"
+    title = f"First pass of {plan.world_size} ranks with {workers} each"
     table = Table(*columns, "shards of rank 0", title=title)
     for one in plan.datasets:
         counts = sorted({len(numbers) for numbers in one.ranks})
