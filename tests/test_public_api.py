@@ -106,6 +106,7 @@ API = {
     "openvla_hf.data.open_x": """
         DatasetRow(name, transform, cameras, state, state_encoding, action_encoding, frequency, idle_q01, idle_q99,
             source, table, check_gripper)
+        DatasetRow.is_added
         DatasetRow.place
         DatasetRow.steps
         TableRobot(name, camera, action, state, instruction, select, action_dim, rotation, relative, gripper,

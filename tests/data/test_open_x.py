@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import pickle
@@ -219,6 +220,47 @@ def write_value(value):
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {json.dumps(each)}" for name, each in value.items()) + " }"
     return json.dumps(value)
+
+
+OBSERVED = "observation.position = observation.state[:3]"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"cameras": {"full_image": "imag"}}, "'imag' in the row's cameras. Did you mean 'image'?"),
+        (
+            {"cameras": {"wrist": "observation.image"}},
+            "'observation.image' in the row's cameras. Did you mean 'image'?",
+        ),
+        ({"transform": ["action = acton[:6], action[-1:]"]}, "'acton' in the row's transform. Did you mean 'action'?"),
+        ({"state": "observation.sate"}, "'observation.sate' in the row's state. Did you mean 'observation.state'?"),
+        (
+            {"transform": [OBSERVED], "state": "observation.positon"},
+            "'observation.positon' in the row's state. Did you mean 'observation.position'?",
+        ),
+        ({"state": "observation.state[:6], robot.joints"}, "'robot.joints' in the row's state."),
+    ],
+)
+def test_a_field_that_the_data_lacks_is_refused_with_the_row(entries, message, own_table, episodes, tmp_path):
+    add_row(own_table, **entries)
+    write_rlds(episodes[:1], folder := tmp_path / "own_arm")
+    by_name = functools.partial(load, cameras=[*entries.get("cameras", ["full_image"])])
+    known = "'image'." if "cameras" in entries else "'action', "
+    for read in (load, functools.partial(load, streaming=True), by_name, whole_statistics, examine):
+        with pytest.raises(ValueError, match="Unknown field") as error:
+            read(folder)
+        place = f"{folder}/1.0.0, read by [datasets.own_arm] in {own_table}: Unknown field "
+        assert str(error.value).startswith(f"{place}{message} Choose from {known}")
+
+
+def test_a_camera_given_instead_of_the_row_s_is_told_by_its_own_name(own_table, episodes, tmp_path):
+    add_row(own_table)
+    write_rlds(episodes[:1], folder := tmp_path / "own_arm")
+    assert load(folder, camera="observation.image")[0]["image"].shape == (64, 96, 3)
+    for options in ({"camera": "observation.imag"}, {"cameras": ["observation.imag"]}):
+        with pytest.raises(ValueError, match=r"Unknown camera 'observation.imag'\. Did you mean 'observation.image'"):
+            load(folder, **options)
 
 
 def test_joint_positions_in_an_ordinary_row_are_refused(own_table, make_episode, tmp_path):

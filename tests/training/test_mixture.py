@@ -7,6 +7,7 @@ from openvla_hf.cli import build_parser, main
 from openvla_hf.cli.config_file import insert_config
 from openvla_hf.cli.finetune import read_arguments
 from openvla_hf.data import write_rlds
+from openvla_hf.data.open_x import known_table
 from openvla_hf.data.streams import EvaluationStream
 from openvla_hf.data.table_cache import cache_folder
 from openvla_hf.testing import fake_episode
@@ -46,6 +47,30 @@ def test_a_run_draws_a_mixture_by_its_steps(base, data, cache, tmp_path, streami
     assert (reading["robot"], reading["split"]) == (SARA, "train[:95%]")
     assert trainer.model.base_model.model.norm_stats.keys() == {SARA, SAILOR}
     assert {frame["dataset"] for frame, _ in zip(trainer.train_dataset, range(20), strict=False)} == {SARA, SAILOR}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("cameras = { full_image = 'imag' }", "Unknown field 'imag' in the row's cameras. Did you mean 'image'?"),
+        ("state = 'observation.state'", "Unknown field 'observation.state' in the row's state. Choose from 'action'"),
+        ("transform = ['action = action[:6], action[:1] | change']", "record 0: after the transform of [datasets.own"),
+        ("", None),
+    ],
+)
+def test_a_dry_run_finds_a_mistake_in_a_row_from_the_first_episode(row, message, base, cache, tmp_path, capsys):
+    entries = row if "cameras" in row else f"cameras = {{ full_image = 'image' }}\n{row}"
+    (tmp_path / "own.toml").write_text(f"[datasets.own_arm]\n{entries}\n[mixtures.own]\nown_arm = 1")
+    episode = fake_episode(steps=3, size=16)
+    for frame, value in zip(episode, (0.0, -0.4, 0.4), strict=True):
+        frame["action"][0] = value
+    write_rlds([episode] * 2, tmp_path / "oxe" / "own_arm")
+    command = ["finetune", "--model", str(base), "--mixture", "own", "--robots", str(tmp_path / "own.toml")]
+    command += ["--data-dir", str(tmp_path / "oxe"), "--output", str(tmp_path / "run"), "--dry-run"]
+    assert main(command) == (2 if message else 0)
+    assert message is None or message in capsys.readouterr().err
+    known_table().datasets.pop("own_arm")
+    known_table().mixtures.pop("own")
 
 
 def test_validation_gives_figures_of_each_dataset_that_depend_on_no_worker(base, cache, tmp_path):

@@ -112,7 +112,8 @@ def _add_run_arguments(group: Any) -> None:
                        help="operations a second of a GPU for matrix products, such as 312e12, to log the used share "
                        "(default: from the data sheet, for known GPUs)")  # fmt: skip
     group.add_argument("--dry-run", action="store_true",
-                       help="check the options, print the trained weights and the memory, and stop")  # fmt: skip
+                       help="check the options and the first episode of each dataset, print the trained weights and "
+                       "the memory, and stop")  # fmt: skip
     group.add_argument("--world-size", type=positive, metavar="N",
                        help="number of processes, one for each GPU. With --dry-run, plan the run on as many GPUs; "
                        "otherwise, stop if the number differs")  # fmt: skip
@@ -147,12 +148,15 @@ def run(args: argparse.Namespace) -> None:
 
     from ..training.finetune import check_run, finetune
     from ..training.recipes import cost_table, estimate_cost
+    from ..training.run_frames import try_first_episodes
 
     if not (args.dry_run and args.world_size):
         refuse_options(args, "needs --dry-run and --world-size", "shard_size", "throughput", "count")
     arguments = read_arguments(args)
     register_robots(args)
     recipe, _ = check_run(arguments)
+    if args.dry_run and not args.world_size:  # a plan reads only metadata
+        try_first_episodes(arguments, recipe.load_options())
     cost = estimate_cost(AutoConfig.from_pretrained(args.model), recipe, num_images=len(args.cameras or [None]))
     is_main = PartialState().is_main_process
     if is_main and not (args.dry_run and args.world_size):  # a plan has its own estimate, for a GPU of many

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .feature_names import INSTRUCTION_NAMES, STATE_NAMES, Names, as_tuple, find_columns, find_name, listed
+from .feature_names import (
+    INSTRUCTION_NAMES,
+    STATE_NAMES,
+    Names,
+    as_tuple,
+    find_camera,
+    find_columns,
+    find_name,
+    listed,
+)
 from .gripper import Gripper
 from .motion import DELTAS, POSE_DIMS, POSE_NAMES, TARGETS, convert_pose, find_idle, join_movements
 from .rotations import ROTATIONS
@@ -181,6 +190,18 @@ class Robot:
             )
         return find_name(self.camera, cameras, "camera")
 
+    def find_camera(self, wanted: Names, cameras: Collection[str]) -> str:
+        """Find one of several cameras that a policy sees among a dataset's cameras; subclasses may override this.
+
+        Args:
+            wanted: Features that the camera may be read from.
+            cameras: The dataset's cameras.
+
+        Raises:
+            ValueError: The dataset has none of the features.
+        """
+        return find_camera(wanted, cameras)
+
     def action_columns(self, available: Collection[str]) -> list[str]:
         """List the columns that make up the action, in order.
 
@@ -213,6 +234,11 @@ class Robot:
     def needs_state(self) -> bool:
         """Whether the action is computed from the state."""
         return self.takes_difference
+
+    @property
+    def declares_state(self) -> bool:
+        """Whether a dataset that lacks the robot's state is an error."""
+        return False
 
     @property
     def converts(self) -> bool:

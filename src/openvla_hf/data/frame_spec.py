@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from ..modeling.known_names import check_name
 from .adapters import Robot
-from .feature_names import Names, find_camera
+from .feature_names import Names
 from .robots import resolve_robot
 
 
@@ -91,7 +91,7 @@ class FrameSpec:
         """
         if not self.cameras:
             return {"image": self.robot.choose_camera(available)}
-        return {f"{CAMERA_PREFIX}{name}": find_camera(names, available) for name, names in self.cameras}
+        return {f"{CAMERA_PREFIX}{name}": self.robot.find_camera(names, available) for name, names in self.cameras}
 
     def wanted_columns(self, available: Collection[str]) -> list[str]:
         """List the columns of numbers to read.

@@ -133,6 +133,29 @@ def load(
     return frames
 
 
+def try_first_episode(data: str | os.PathLike, robot: Robot | str | None = None, **options: Any) -> None:
+    """Read the first usable episode of a LeRobot or RLDS dataset, to find mistakes before all of it is read.
+
+    Nothing is read if `data` is in another format, is a Hub id, or does not exist.
+
+    Args:
+        data: Folder or URL.
+        robot: See `load`.
+        options: Further arguments of `load`.
+
+    Raises:
+        ValueError: The dataset lacks what is read.
+        BadEpisodeError: The episode can't be used.
+    """
+    path = os.fspath(data)
+    if "://" not in path and not os.path.isdir(path):
+        return
+    source = open_source(path, options.get("split", "train"), streaming=True)
+    if isinstance(source, (LeRobotSource, RLDSSource)):
+        stream = load(path, robot, **{**options, "streaming": True, "shuffle_buffer": 0})
+        next(iter(stream.rows), None)
+
+
 def choose_robot(robot: Robot | str | None, source: Source | Frames, name: str) -> Robot | str | None:
     """Return the given robot, or else the dataset of Open X-Embodiment that an RLDS folder contains by its name.
 
@@ -276,4 +299,4 @@ def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:
             )
 
 
-__all__ = ["choose_robot", "load", "name_of", "open_source", "read_table"]
+__all__ = ["choose_robot", "load", "name_of", "open_source", "read_table", "try_first_episode"]

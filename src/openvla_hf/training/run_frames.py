@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from ..data import compute_statistics, load, load_statistics
 from ..data.frame_spec import name_cameras
 from ..data.frames import read_robot
+from ..data.loading import try_first_episode
 from ..data.mixtures import divide_buffer, sampling_shares
 from ..data.readers.rlds import DIVISIBLE, EmptySplitError
 from ..data.robots import GENERIC, describe_robot, resolve_robot
@@ -43,6 +44,21 @@ class RunFrames:
     evaluation: Dataset | IterableDataset | Mapping[str, Any] | None
     record: dict[str, Any]
     statistics: dict[str, Any] | None = None
+
+
+def try_first_episodes(arguments: FinetuneArguments, recipe_options: Mapping[str, Any]) -> None:
+    """Read the first episode of each dataset of a run, as far as `try_first_episode` does.
+
+    Args:
+        arguments: Arguments of the run.
+        recipe_options: See `read_frames`.
+
+    Raises:
+        ValueError: A dataset lacks what is read.
+        BadEpisodeError: An episode can't be used.
+    """
+    for one in arguments.datasets:
+        try_first_episode(one.source, **{**recipe_options, **one.options})
 
 
 def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]) -> RunFrames:
@@ -178,4 +194,4 @@ def _record_reading(data: TrainingData, frames: Dataset | IterableDataset) -> di
     return options | {"robot": robot.name, "adapter": describe_robot(robot)}
 
 
-__all__ = ["RunFrames", "load_datasets", "read_frames", "read_statistics"]
+__all__ = ["RunFrames", "load_datasets", "read_frames", "read_statistics", "try_first_episodes"]

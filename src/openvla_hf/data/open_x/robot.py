@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...modeling.known_names import unknown_name
 from ..adapters import Robot, check_finite
-from ..feature_names import INSTRUCTION_NAMES, Names, find_columns
+from ..feature_names import INSTRUCTION_NAMES, Names, as_tuple
 from ..gripper import RANGE_SLACK, Gripper
 from ..motion import TARGETS
 from .steps import Assign, Swap, Trajectory, parse_value, run_steps, select_steps, set_field
@@ -16,6 +17,8 @@ from .table import ACTION_ENCODINGS, DatasetRow, find_row
 # Encoding of actions that the original trains on -> space of `Robot`.
 SPACES = {"EEF_POS": "end_effector_delta", "EEF_R6": None, "JOINT_POS_BIMANUAL": "joint_positions"}
 INSTRUCTION = "language_instruction"
+# Fields of cameras are given relative to it.
+OBSERVATION = "observation."
 # A frame is idle if every movement, normalised by the row's quantiles, is within this distance of zero.
 IDLE = 1e-5
 # Field that tracks the indices of the frames through the steps of a transform.
@@ -52,6 +55,32 @@ class TableRobot(Robot):
         """Always true, as in the original."""
         return True
 
+    @property
+    def declares_state(self) -> bool:
+        """Whether the row has a state and is not one of the package's, which also read data without their state."""
+        return bool(self.state) and self.row.is_added
+
+    def choose_camera(self, cameras: Collection[str]) -> str:
+        """Choose the row's first camera, or the one that replaces it. See `Robot.choose_camera`."""
+        is_of_row = self.camera in self.cameras.values()
+        return self.find_camera(self.camera, cameras) if is_of_row else super().choose_camera(cameras)
+
+    def find_camera(self, wanted: Names, cameras: Collection[str]) -> str:
+        """Find one of the row's cameras, or another camera. See `Robot.find_camera`."""
+        if wanted not in self.cameras.values() or wanted in cameras:
+            return super().find_camera(wanted, cameras)
+        field = str(wanted).removeprefix(OBSERVATION)
+        known = sorted(camera.removeprefix(OBSERVATION) for camera in cameras)
+        raise unknown_name(f"{field!r} in the row's cameras", known, "field", nearest_to=field.rpartition(".")[2])
+
+    def action_columns(self, available: Collection[str]) -> list[str]:
+        """List the columns that the action is computed from.
+
+        Raises:
+            ValueError: A column is missing from the dataset.
+        """
+        return self._find_columns("transform", as_tuple(self.action), available)
+
     def state_columns(self, available: Collection[str], required: bool = False) -> list[str]:
         """List the columns that the state is computed from.
 
@@ -64,7 +93,17 @@ class TableRobot(Robot):
             return []
         if required and not self.state:
             raise ValueError(f"The dataset {self.name!r} has no state. Train without it.")
-        return find_columns(self.state, available, "state") if self.state else []
+        return self._find_columns("state", as_tuple(self.state), available)
+
+    def _find_columns(self, entry: str, columns: Collection[str], available: Collection[str]) -> list[str]:
+        """Return the columns that an entry of the row names, or raise `ValueError` if one is missing."""
+        for column in columns:
+            if column not in available:
+                # The transform may set the field that is meant.
+                made = {column_name(field) for step in self.row.steps for field in step.fields} - {"action"}
+                known = sorted({*available} | made)
+                raise unknown_name(f"{column!r} in the row's {entry}", known, "field", nearest_to=column)
+        return list(columns)
 
     def convert_columns(
         self, columns: dict[str, np.ndarray], length: int, require_state: bool
@@ -142,7 +181,7 @@ def dataset_robot(name: str) -> TableRobot:
         )
     if not row.cameras:
         raise ValueError(f"The dataset {name!r} can't be trained on: {row.place} names no cameras.")
-    cameras: dict[str, Names] = {view: f"observation.{field}" for view, field in row.cameras.items()}
+    cameras: dict[str, Names] = {view: f"{OBSERVATION}{field}" for view, field in row.cameras.items()}
     state = sorted(select_steps(row.steps, parse_value(row.state).fields)[1]) if row.state else []
     return TableRobot(
         name,

@@ -78,6 +78,11 @@ class DatasetRow:
         return list(map(parse_step, self.transform))
 
     @property
+    def is_added(self) -> bool:
+        """Whether the row comes from another file than the package's table."""
+        return self.table != _short_path(TABLE_FILE)
+
+    @property
     def place(self) -> str:
         """Where the row is, for a person to look it up."""
         return f"[datasets.{self.name}] in {self.table}"

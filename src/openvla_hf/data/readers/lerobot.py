@@ -185,7 +185,7 @@ class LeRobotSource(ForkSafe):
                 if name in self.depth_maps and not {*as_tuple(names)} & {*self.cameras}:
                     raise ValueError(f"{name!r} is a depth map. Choose a colour camera, one of {self.cameras}.")
         spec.choose_cameras(self.cameras)
-        if spec.state:
+        if spec.state or spec.robot.declares_state:
             spec.robot.state_columns(self.numbers, required=True)
         _ = self.tasks  # read now, since every episode needs them
 

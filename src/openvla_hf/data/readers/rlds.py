@@ -150,11 +150,19 @@ class RLDSSource(ForkSafe):
 
     def check(self, spec: FrameSpec) -> None:
         """Raise `ValueError` if the dataset lacks a feature that is read."""
+        try:
+            self._check(spec)
+        except ValueError as error:
+            row = f", read by {spec.robot.table_row}" if spec.robot.table_row else ""
+            raise ValueError(f"{self.prefix}{self.root}{row}: {error}") from error
+
+    def _check(self, spec: FrameSpec) -> None:
         robot = spec.robot
+        requires_state = spec.state or robot.needs_state or robot.declares_state
         unread = {name: self.features[name].problem for name in self._named("unread")}
         wanted = [(names, self.cameras) for names in spec.camera_features]
         wanted += [(robot.action, self.numbers), (robot.instruction, [*self.texts, *self.code_points])]
-        if spec.state or robot.needs_state:
+        if requires_state:
             wanted.append((robot.state, self.numbers))
         for names, readable in wanted:
             for name in as_tuple(names):
@@ -164,7 +172,8 @@ class RLDSSource(ForkSafe):
             listed = "; ".join(f"{name!r} ({problem})" for name, problem in unread.items())
             logger.warning("Ignored features of %s: %s", self.name, listed)
         spec.choose_cameras(self.cameras)
-        if spec.state:
+        robot.action_columns(self.numbers)
+        if requires_state:
             robot.state_columns(self.numbers, required=True)
         self._find_instruction(spec)
 
