@@ -68,6 +68,30 @@ def test_missing_datasets_are_listed_with_where_to_get_them(folder, caplog):
         select_datasets("kuka", folder, allow_missing=True)
 
 
+def test_a_misspelt_dataset_is_told_with_a_near_name(folder):
+    for name in ("own_arm", "shelf"):
+        (folder / name).mkdir()
+    misspelt = dict.fromkeys(("own_amr", "brigde_orig", "tabeltop", "elsewhere", "kuka", "shelf", "shelf_2"), 1.0)
+    with pytest.raises(FileNotFoundError) as error:
+        select_datasets(misspelt, folder)
+    hints = dict(line.strip().split(": ", 1) for line in str(error.value).splitlines() if line.startswith("  "))
+    unknown = "the source is not known"
+    assert hints == {
+        "own_amr": f"{unknown}. Did you mean 'own_arm'?",  # a folder
+        "brigde_orig": f"{unknown}. Did you mean 'bridge_orig'?",  # a row of the table
+        "tabeltop": f"{unknown}. Did you mean 'tabletop'?",  # a robot
+        "elsewhere": unknown,
+        "shelf_2": unknown,  # the similar name is part of the mixture
+        "kuka": "gs://gresearch/robotics/kuka",
+    }
+
+
+def test_a_file_of_weights_that_does_not_exist_is_told_in_a_sentence(tmp_path):
+    for path in (tmp_path / "own.toml", tmp_path / "own.json"):
+        with pytest.raises(FileNotFoundError, match=r"^There is no file '.*own\.(toml|json)' with"):
+            read_mixture(path)
+
+
 def test_a_misspelt_folder_of_datasets_is_told(folder):
     with pytest.raises(FileNotFoundError, match=r"2 of 2 .* are missing from .*typo, which does not exist"):
         select_datasets(WEIGHTS, folder / "typo")

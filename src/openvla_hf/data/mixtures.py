@@ -1,11 +1,12 @@
 """Mixtures: several datasets as one, drawn from by weight."""
 
+import difflib
 import json
 import logging
 import math
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from .whole_statistics import whole_statistics
 # Mixture -> folder of a dataset -> weight, which multiplies the dataset's number of frames.
 MIXTURES: dict[str, dict[str, float]] = known_table().mixtures
 
+# Smallest similarity, from 0 to 1, of a name that a missing dataset may have been meant by.
+NEAR = 0.75
 GO_ON = "Pass allow_missing=True to go on without them."
 
 logger = logging.getLogger(__name__)
@@ -121,7 +124,7 @@ def read_mixture(mixture: str | os.PathLike | Mapping[str, float]) -> dict[str, 
             dataset, their JSON text, or weights by name.
 
     Raises:
-        OSError: The file can't be read.
+        OSError: There is no such file, or it can't be read.
         ValueError: The mixture is unknown, or its content is not weights by dataset.
     """
     if isinstance(mixture, Mapping):
@@ -136,8 +139,14 @@ def read_mixture(mixture: str | os.PathLike | Mapping[str, float]) -> dict[str, 
         return {text: 1.0}
     if not text.endswith((".json", ".toml")):
         check_name(text, table.mixtures, "mixture")
+    path = Path(text)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {text!r} with the weights of a mixture. Give the path of a JSON or TOML file, or the "
+            "name of a mixture."
+        )
     loads = tomllib.loads if text.endswith(".toml") else json.loads
-    return check_weights(text, _parse(Path(text).read_text(encoding="utf-8"), text, loads))
+    return check_weights(text, _parse(path.read_text(encoding="utf-8"), text, loads))
 
 
 def _parse(text: str, place: str, loads: Callable[[str], Any]) -> Any:
@@ -168,8 +177,11 @@ def select_datasets(
     fs, root = find_folder(folder)
     with as_os_error(folder):
         missing = [name for name in weights if name not in refused and not fs.exists(f"{root}/{name}")]
-        gone = ", which does not exist" if missing and not fs.exists(root) else ""
-    listed = "\n".join(f"  {name}: {_source(name)}" for name in missing)
+        exists = not missing or fs.exists(root)
+        paths = fs.ls(root, detail=False) if missing and exists else []
+    gone = "" if exists else ", which does not exist"
+    folders = {path.rstrip("/").rpartition("/")[2] for path in paths} - {*weights}
+    listed = "\n".join(f"  {name}: {_source(name, folders, weights)}" for name in missing)
     if missing and not allow_missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(weights)} datasets of the mixture are missing from {folder}{gone}:\n{listed}\n"
@@ -218,9 +230,15 @@ def _problem(name: str) -> str | None:
     return None
 
 
-def _source(name: str) -> str:
+def _source(name: str, folders: Collection[str], mixture: Collection[str]) -> str:
+    """Return where to get a dataset, or else a similar name that is not in the mixture, preferably of a folder."""
     row = known_table().datasets.get(name)
-    return (row and row.source) or "the source is not known"
+    if row and row.source:
+        return row.source
+    for known in (folders, {*known_table().datasets, *registered_robots()} - {*mixture}):
+        if near := difflib.get_close_matches(name, sorted(known), n=1, cutoff=NEAR):
+            return f"the source is not known. Did you mean {near[0]!r}?"
+    return "the source is not known"
 
 
 def load_mixture(
