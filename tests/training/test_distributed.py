@@ -77,6 +77,7 @@ def of_several(outputs, data, interpreters):
 
     table = {"name": "full", "batch_size": 2}
     stream = table | {"streaming": True, "steps": 6, "save_steps": 3}
+    by_four = stream | {"batch_size": 1, "save_steps": 1}
     middle = str(outputs / "straight" / "checkpoint-3")
     launches = [
         launch(
@@ -100,7 +101,8 @@ def of_several(outputs, data, interpreters):
             },
         ),
         launch("fsdp2.yaml", 2, {"killed": stream}),
-        launch("hsdp.yaml", 4, {"by_four": stream | {"batch_size": 1, "resume": middle}}),
+        launch("hsdp.yaml", 4, {"by_four": by_four | {"resume": middle, "dies_after": 5}}),
+        launch("hsdp.yaml", 4, {"by_four": by_four}),
         launch("fsdp2.yaml", 1, {"by_one": stream | {"batch_size": 4, "resume": middle}}),
     ]
     environment = {
@@ -180,6 +182,12 @@ def test_a_checkpoint_of_two_processes_continues_with_one_and_with_two_times_two
     assert losses_of(of_several, run) == pytest.approx(losses_of(of_several, "straight"), rel=1e-4)
     drawn = [{tuple(frame) for _, _, some in told_by(of_several, one) for frame in some} for one in (run, "straight")]
     assert drawn[0] <= drawn[1]
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_two_times_two_continues_at_its_last_checkpoint(of_several):
+    drawn = [len(frames) for _, _, frames in told_by(of_several, "by_four")]
+    assert drawn == [3] * 4  # those of steps 5 and 6, and one ahead
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def _require_same_mixture(checkpoint: Path, saved: dict[str, Any], current: dict
     changes = [f"{name!r} is missing" for name in before if name not in now]
     changes += [f"{name!r} is new" for name in now if name not in before]
     changes += [
-        f"{name!r} has the weight {weight:g} instead of {before[name]:g}"
+        f"{name!r} has the weight {weight} instead of {before[name]}"
         for name, weight in now.items()
         if weight != before.get(name, weight)
     ]
