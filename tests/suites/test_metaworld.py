@@ -73,6 +73,16 @@ def test_the_same_seed_is_the_same_episode_with_one_environment_and_in_processes
     assert 40 < seen[0].mean() < 220
 
 
+def test_the_images_of_an_environment_stay_the_same_when_another_one_closes(suite):
+    env, other = (suite.make(task) for task in TASKS)
+    other.reset(seed=0)
+    before, _ = env.reset(seed=0)
+    other.close()
+    after, _ = env.reset(seed=0)
+    env.close()
+    np.testing.assert_array_equal(after["image"], before["image"])
+
+
 def test_recorded_demonstrations_are_a_dataset_with_instructions(capsys, tmp_path):
     folder = tmp_path / "metaworld"
     command = ["record", str(folder), "--suite", "metaworld", "--task", *TASKS, "--episodes", "1", "--state", "--json"]

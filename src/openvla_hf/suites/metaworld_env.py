@@ -103,6 +103,8 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def close(self) -> None:
         """Free the renderer."""
+        # MuJoCo would delete the textures of another environment if that one had rendered last.
+        self._renderer.render()
         self._renderer.close()
         self._env.close()
 
