@@ -16,6 +16,7 @@ from openvla_hf.suites.simulator import open_simulators
 pytestmark = pytest.mark.usefixtures("metaworld")
 
 TASKS = ("drawer-open-v3", "faucet-close-v3")
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,21 @@ def wave(observations, instructions):
     return np.stack([np.sin(level), np.cos(7 * level), np.sin(3 * level), np.cos(level)], axis=1)
 
 
-def outcome(played):
-    return {episode: (rollout.success, rollout.steps) for episode, rollout in played}
+def watch(suite, count, processes):
+    """Play the episodes of a suite, and return the pictures of each."""
+    with open_simulators(suite, count, processes) as simulators:
+        played = play(wave, suite.episodes(), simulators, keep_frames=lambda episode: True)
+        return {episode: np.stack(rollout.frames) for episode, rollout in played}
+
+
+@pytest.fixture(scope="module")
+def alone(suite):
+    found = watch(suite.with_protocol(max_steps=STEPS), 1, processes=False)
+    for pictures in found.values():
+        assert pictures.shape == (STEPS + 1, 224, 224, 3)
+        assert 40 < pictures.mean() < 220
+        assert not np.array_equal(pictures[0], pictures[-1])
+    return found
 
 
 def replay(suite, episodes_of_actions):
@@ -54,23 +68,11 @@ def test_the_actions_of_an_expert_solve_the_episodes_of_the_suite(suite):
     assert [one.steps for one in rollouts] == [len(one) for one in actions.values()]
 
 
-def test_the_same_seed_is_the_same_episode_with_one_environment_and_in_processes(suite):
-    short = suite.with_protocol(max_steps=6)
-    seen = []
-
-    def watch(observations, instructions):
-        seen.append(observations[0]["image"])
-        return wave(observations, instructions)
-
-    with open_simulators(short, 1, processes=False) as simulators:
-        alone = outcome(play(watch, short.episodes(), simulators))
-    with open_simulators(short, 2, processes=True) as simulators:
-        assert outcome(play(wave, short.episodes(), simulators)) == alone
-    with open_simulators(short, 3, processes=False) as simulators:
-        first = next(iter(play(watch, short.episodes(), simulators)))
-    assert first[1].steps == 6
-    assert seen[0].shape == (224, 224, 3)
-    assert 40 < seen[0].mean() < 220
+@pytest.mark.parametrize(("count", "processes"), [(2, False), (2, True)], ids=["one process", "two processes"])
+def test_the_same_seed_is_the_same_episode_with_two_environments(suite, alone, count, processes):
+    short = suite.with_protocol(max_steps=STEPS)
+    for episode, pictures in watch(short, count, processes).items():
+        np.testing.assert_array_equal(pictures, alone[episode], err_msg=str(episode))
 
 
 def test_the_images_of_an_environment_stay_the_same_when_another_one_closes(suite):
