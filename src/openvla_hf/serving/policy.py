@@ -98,7 +98,7 @@ class Prediction:
         entropy: (K, A) in nats.
         text: Reasoning before the action, from a model that writes one.
         forward_passes: Passes of the language model for the batch.
-        preprocess_seconds: Time that the processor took for this observation.
+        preprocess_seconds: Time from the images and the text of this observation to the model's inputs.
         model_seconds: Time that the model took for the batch.
     """
 

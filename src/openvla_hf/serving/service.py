@@ -219,11 +219,13 @@ class Service:
 
     def _prepare(self, observation: Observation) -> Prepared:
         """Decode the images that clients sent as files, and convert the observation to the model's inputs."""
+        started = time.perf_counter()
         decoded = {
             camera: image.decode() if isinstance(image, EncodedImage) else image
             for camera, image in observation.images.items()
         }
-        return self.policy.prepare(replace(observation, images=decoded))
+        prepared = self.policy.prepare(replace(observation, images=decoded))
+        return replace(prepared, seconds=time.perf_counter() - started)
 
     def open_session(self, is_connected: bool = False) -> str:
         """Open a session and return its id.
