@@ -258,7 +258,7 @@ def print_overhead(result: dict[str, Any]) -> None:
     Console().print(table)
     for what, name in (
         ("A call over HTTP takes longer by", "added"),
-        ("Of it, outside the model and its inputs:", "around"),
+        ("The server adds, without the model and its inputs:", "around"),
     ):
         low, high = result[f"{name}_quartiles_ms"]
         print(f"{what} {result[f'{name}_ms']:.2f} ms (quartiles {low:.2f} to {high:.2f}).")
