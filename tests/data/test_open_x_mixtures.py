@@ -40,6 +40,7 @@ def test_a_mixture_has_a_name_a_file_or_weights(tmp_path):
     [
         ("oxe_magic_soop", "Did you mean 'oxe_magic_soup'"),
         ({"bridge_orig": -1}, "weight -1. Give a number above 0"),
+        ({"bridge_orig": "1.0"}, "weight '1.0', which is text. Write the number without quotes"),
         ({}, "does not give weights by dataset"),
         ("{", "The mixture can't be parsed"),
         ({"datasets": {"own_arm": {}}, "mixtures": {}}, "is a table of datasets, and not the weights of a mixture"),
@@ -60,6 +61,7 @@ def test_missing_datasets_are_listed_with_where_to_get_them(folder, caplog):
     assert f"{SAILOR}: gs://gresearch/robotics/{SAILOR}" in message
     assert "bridge_orig: https://rail.eecs.berkeley.edu/" in message
     assert "own_arm: the source is not known" in message
+    assert "Download or record each into a folder of its name" in message
     assert "allow_missing=True" in message
     with caplog.at_level(logging.WARNING):
         assert select_datasets(mixture, folder, allow_missing=True) == {SARA: 1.0}
@@ -93,8 +95,19 @@ def test_a_file_of_weights_that_does_not_exist_is_told_in_a_sentence(tmp_path):
 
 
 def test_a_misspelt_folder_of_datasets_is_told(folder):
-    with pytest.raises(FileNotFoundError, match=r"2 of 2 .* are missing from .*typo, which does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 .* are missing from .*typo, which does not exist") as error:
         select_datasets(WEIGHTS, folder / "typo")
+    # No dataset is left to go on with.
+    assert str(error.value).endswith("\nDownload each into a folder of its name, or correct the path of the folder.")
+
+
+def test_datasets_without_a_known_source_are_to_be_recorded(folder):
+    with pytest.raises(FileNotFoundError) as error:
+        select_datasets({SARA: 1.0, "own_arm": 1.0}, folder)
+    assert str(error.value).splitlines()[-1] == (
+        "Record each into a folder of its name, or correct the path of the folder. Pass allow_missing=True to go on "
+        "without them."
+    )
 
 
 def test_a_url_with_a_slash_at_its_end_contains_the_same_datasets(folder):

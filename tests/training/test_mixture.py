@@ -194,7 +194,7 @@ lora_rank = 4
         ("--data a --allow-missing", "--allow-missing needs --mixture."),
         ("--mixture kuka --data-dir d --streaming --eval-share 0.1", "can't hold out episodes of a stream."),
         ("--mixture roboset --data-dir d", "'roboset' can't be trained on"),
-        ("--config missing.toml", "No such file"),
+        ("--config missing.toml", "There is no file 'missing.toml' with the options of a run"),
     ],
 )
 def test_contradicting_options_of_a_mixture_are_told(options, message, base, capsys):

@@ -31,6 +31,10 @@ def insert_config(argv: Sequence[str]) -> list[str]:
         return list(argv)
     try:
         options = tomllib.loads(Path(given[-1]).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(
+            f"There is no file {given[-1]!r} with the options of a run. Give the path of a TOML file as {FLAG}."
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{given[-1]} is not valid TOML: {error}.") from error
     texts = [text for name, value in options.items() for text in _as_arguments(name, value)]

@@ -173,7 +173,8 @@ def select_datasets(
     weights = read_mixture(mixture)
     refused = {name: problem for name in weights if (problem := _problem(name))}
     if refused and not allow_missing:
-        raise ValueError("\n".join([*refused.values(), GO_ON]))
+        go_on = f"\n{GO_ON}" if len(refused) < len(weights) else ""
+        raise ValueError("\n".join(refused.values()) + go_on)
     fs, root = find_folder(folder)
     with as_os_error(folder):
         missing = [name for name in weights if name not in refused and not fs.exists(f"{root}/{name}")]
@@ -183,9 +184,11 @@ def select_datasets(
     folders = {path.rstrip("/").rpartition("/")[2] for path in paths} - {*weights}
     listed = "\n".join(f"  {name}: {_source(name, folders, weights)}" for name in missing)
     if missing and not allow_missing:
+        get = " or ".join(sorted({"download" if _published(name) else "record" for name in missing}))
+        go_on = f" {GO_ON}" if len(missing) < len(weights) else ""
         raise FileNotFoundError(
             f"{len(missing)} of {len(weights)} datasets of the mixture are missing from {folder}{gone}:\n{listed}\n"
-            f"Download each into a folder of its name. {GO_ON}"
+            f"{get.capitalize()} each into a folder of its name, or correct the path of the folder.{go_on}"
         )
     for problem in refused.values():
         logger.warning("%s", problem)
@@ -230,11 +233,16 @@ def _problem(name: str) -> str | None:
     return None
 
 
+def _published(name: str) -> str:
+    """Return where a dataset is published, or an empty text if this is not known."""
+    row = known_table().datasets.get(name)
+    return row.source if row else ""
+
+
 def _source(name: str, folders: Collection[str], mixture: Collection[str]) -> str:
     """Return where to get a dataset, or else a similar name that is not in the mixture, preferably of a folder."""
-    row = known_table().datasets.get(name)
-    if row and row.source:
-        return row.source
+    if source := _published(name):
+        return source
     for known in (folders, {*known_table().datasets, *registered_robots()} - {*mixture}):
         if near := difflib.get_close_matches(name, sorted(known), n=1, cutoff=NEAR):
             return f"the source is not known. Did you mean {near[0]!r}?"

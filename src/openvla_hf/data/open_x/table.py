@@ -194,6 +194,11 @@ def check_weights(name: str, weights: Any) -> dict[str, float]:
             "and one of its mixtures by name."
         )
     for dataset, weight in weights.items():
+        if isinstance(weight, str):
+            raise ValueError(
+                f"The mixture {name!r} gives {dataset!r} the weight {weight!r}, which is text. Write the number "
+                "without quotes."
+            )
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
             raise ValueError(f"The mixture {name!r} gives {dataset!r} the weight {weight!r}. Give a number above 0.")
     return dict(weights)
