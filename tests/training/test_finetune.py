@@ -230,6 +230,32 @@ def test_an_output_folder_that_holds_another_checkpoint_is_refused(base, data, t
     assert tree(output) == before
 
 
+@pytest.mark.parametrize("way", ["table", "stream"])
+def test_resuming_a_run_that_is_complete_trains_no_step(base, data, tmp_path, capsys, caplog, way):
+    output, streaming = tmp_path / "out", ["--streaming"] if way == "stream" else []
+    assert run(base, data, output, *streaming, "--steps", "2") == 0
+    complete = tree(output)
+    assert run(base, data, output, *streaming, "--steps", "2", "--resume") == 0
+    assert f"{output} already has 2 steps. Give more with --steps (`max_steps`) to continue." in caplog.text
+    assert run(base, data, output, *streaming, "--steps", "1", "--resume") == 2
+    told = f"{output / 'checkpoint-2'} has more steps than the 1 of this run. Resume with at least 2 as --steps"
+    assert told in capsys.readouterr().err
+    assert tree(output) == complete
+
+    # As if the run had been killed before it saved its result.
+    record = json.loads((output / "training.json").read_text())
+    for path in output.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert run(base, data, output, *streaming, "--steps", "2", "--resume") == 0
+    again = tree(output)
+    assert {name for name in again if again[name] != complete.get(name)} <= {Path("training.json")}
+    assert again.keys() == complete.keys()
+    figures = json.loads((output / "training.json").read_text())["figures"]
+    assert figures == {name: record["figures"][name] for name in figures}
+    assert {"loss", "action_accuracy", "action_l1"} <= figures.keys()
+
+
 def test_a_run_is_never_written_into_a_dataset(base, data, capsys):
     before = tree(data)
     assert run(base, data, data, "--steps", "1") == 2

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import StateDictType
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -119,4 +119,9 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-__all__ = ["WholeCheckpointTrainer", "last_checkpoint"]
+def read_state(checkpoint: str | os.PathLike) -> TrainerState:
+    """Read the state of a run at a checkpoint: its step (`global_step`) and its log (`log_history`)."""
+    return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+
+
+__all__ = ["WholeCheckpointTrainer", "last_checkpoint", "read_state"]

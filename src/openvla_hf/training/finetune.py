@@ -10,6 +10,7 @@
 import copy
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import isfinite
@@ -19,24 +20,28 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.utils import CONFIG_NAME
 
 from ..checkpoints.describe import describe, refuse_adapter
-from ..checkpoints.model_card import write_card
+from ..checkpoints.model_card import TRAINING_FILE, write_card
 from ..data import Augmentation, compute_statistics
 from ..modeling.action_networks import add_action_networks
-from ..modeling.checkpoint_files import STATISTICS_FILE
+from ..modeling.checkpoint_files import ADAPTER_CONFIG, STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from .arguments import DEFAULT_SETTINGS, FinetuneArguments, TrainingData, TrainingMixture
-from .checkpoint_saving import last_checkpoint
+from .checkpoint_saving import last_checkpoint, read_state
 from .collator import ActionCollator, ChunkCollator
 from .interrupt import SaveOnInterrupt
 from .recipes import Recipe
 from .recipes import recipe as find_recipe
 from .run_frames import read_frames, read_statistics
-from .runs import check_output, run_settings
+from .runs import check_output, check_steps, run_settings
 from .sharding import check_sharding
 from .trainer import ActionTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class FinetuneResult:
 def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     """Fine-tune a policy and leave the result, with a model card, in the output folder.
 
+    With `resume`, a run that is already complete is left as it is.
+
     Raises:
         ValueError: A setting is unknown or impossible, the data has no frames or does not fit the statistics, there
             is no checkpoint to resume from or its settings differ, or a loss or a gradient is not finite.
@@ -63,6 +70,15 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         OSError: The base or the data can't be read, or the disk is full.
         KeyboardInterrupt: Ctrl-C was pressed; the message says where the run was saved.
     """
+    _, args = check_run(arguments)
+    if arguments.resume and (result := _find_result(args)) is not None:
+        if PartialState().is_main_process:
+            logger.warning(
+                "%s already has %d steps. Give more with --steps (`max_steps`) to continue.",
+                arguments.output,
+                args.max_steps,
+            )
+        return result
     return train(build_trainer(arguments), resume=arguments.resume)
 
 
@@ -96,7 +112,9 @@ def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
     }
     if isinstance(arguments.data, TrainingMixture):
         run["mixture"] = {one.options["name"]: {"weight": one.weight} for one in arguments.datasets}
-    check_output(arguments.output, run, arguments.resume)
+    checkpoint = check_output(arguments.output, run, arguments.resume)
+    if checkpoint is not None and args.max_steps > 0:  # otherwise, they depend on the data
+        check_steps(checkpoint, args.max_steps)
     return recipe, args
 
 
@@ -158,7 +176,8 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
 def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
     """Train, and save the result with a model card in the output folder.
 
-    With `resume`, training continues from the last complete checkpoint.
+    With `resume`, training continues from the last complete checkpoint. If no steps are left, its weights are the
+    result.
 
     Raises:
         ValueError: There is no checkpoint to resume from, its settings or statistics differ, or a loss or a gradient
@@ -189,7 +208,7 @@ def train(trainer: ActionTrainer, resume: bool = False) -> FinetuneResult:
     figures = _last_figures(trainer.state.log_history, steps)
     if steps < trainer.state.max_steps:
         record["settings"]["steps"] = f"{steps} (of up to {trainer.state.max_steps})"
-    record["figures"] = figures
+    record |= {"figures": figures, "last_step": trainer.state.global_step}
     trainer.save_model(output)
     if trainer.args.should_save:
         card = write_card(Path(output), describe(output), output)
@@ -308,6 +327,17 @@ def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any
 
 
 # Results
+
+
+def _find_result(args: TrainingArguments) -> FinetuneResult | None:
+    """Return the result of a resumed run, or `None` if steps are left or the result was not saved after the last."""
+    output = Path(args.output_dir)
+    is_whole = any((output / name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG))  # written last
+    file = output / TRAINING_FILE
+    record = json.loads(file.read_text(encoding="utf-8")) if is_whole and file.is_file() else {}
+    if record.get("last_step") != args.max_steps:
+        return None
+    return FinetuneResult(record["figures"], read_state(str(last_checkpoint(output))).log_history)
 
 
 def _steps_of_result(trainer: ActionTrainer) -> int:

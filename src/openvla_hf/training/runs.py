@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoints.model_card import TRAINING_FILE
 from ..modeling.checkpoint_files import ADAPTER_CONFIG
-from .checkpoint_saving import last_checkpoint
+from .checkpoint_saving import last_checkpoint, read_state
 from .recipes import Recipe
 
 
@@ -96,6 +96,28 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
     return checkpoint
 
 
+def check_steps(checkpoint: str | os.PathLike, steps: int) -> int:
+    """Check that a checkpoint has no more steps than the run that resumes from it.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        steps: Last step of the run.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        ValueError: The checkpoint has more steps.
+    """
+    trained = read_state(checkpoint).global_step
+    if trained > steps:
+        raise ValueError(
+            f"{checkpoint} has more steps than the {steps} of this run. Resume with at least {trained} as --steps "
+            "(`max_steps`), or start a new run in another folder."
+        )
+    return trained
+
+
 def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     """Raise `ValueError` if `training.json` of a checkpoint contradicts the run."""
     file = checkpoint / TRAINING_FILE
@@ -163,4 +185,4 @@ def _place(model_id: str) -> str:
     return os.path.realpath(model_id) if os.path.exists(model_id) else model_id
 
 
-__all__ = ["check_output", "run_settings"]
+__all__ = ["check_output", "check_steps", "run_settings"]

@@ -27,6 +27,7 @@ from ..modeling.checkpoint_files import ADAPTER_POLICY, STATISTICS_FILE
 from .checkpoint_saving import WholeCheckpointTrainer, last_checkpoint
 from .collator import IGNORED, ActionCollator
 from .metrics import ActionMetrics
+from .runs import check_steps
 from .sharding import configure_sharding, in_its_own_class
 from .throughput import Throughput, find_matrix_rate
 
@@ -100,11 +101,35 @@ class ActionTrainer(WholeCheckpointTrainer):
         self._last_batch: dict[str, torch.Tensor] | None = None
         self._step_loss = torch.zeros(())
         self._batches_of_step = 0
+        self._checkpoint: Any = None
+        self._resumed_step = 0
 
     @property
     def _policy(self) -> nn.Module:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    # Steps
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train to the last step. If the checkpoint has already reached it, only load the checkpoint.
+
+        Raises:
+            ValueError: The checkpoint has more steps than the run.
+        """
+        found = last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+        self._checkpoint = found or resume_from_checkpoint
+        return super().train(self._checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        """Compute the numbers of steps and epochs. A run that has no steps left gets no epochs.
+
+        `Trainer` takes at least one step in an epoch.
+        """
+        epochs, *others, steps = super().set_initial_training_values(args, dataloader)
+        resumes = self._checkpoint not in (None, False, True)
+        self._resumed_step = check_steps(self._checkpoint, steps) if resumes else 0
+        return (0 if self._resumed_step == steps else epochs), *others, steps
 
     # Data
 
@@ -242,6 +267,8 @@ class ActionTrainer(WholeCheckpointTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log figures, with the action metrics and the throughput of the training steps since the last log."""
+        if "train_loss" in logs and self.state.global_step == self._resumed_step:
+            return  # a summary of no steps
         if "loss" in logs:
             logs = self.training_metrics.take() | self.throughput.take() | logs
         super().log(logs, *args, **kwargs)
