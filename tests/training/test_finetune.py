@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.integrations import get_available_reporting_integrations
 
 from openvla_hf.cli import main
-from openvla_hf.data import compute_statistics, from_episodes, load, save_statistics, write_lerobot
+from openvla_hf.data import compute_statistics, from_episodes, load, save_statistics, write_lerobot, write_rlds
 from openvla_hf.data.splits import read_split, split_parts
 from openvla_hf.testing import fake_episode
 from openvla_hf.training.checkpoint_saving import last_checkpoint
@@ -232,7 +232,10 @@ def test_an_output_folder_that_holds_another_checkpoint_is_refused(base, data, t
 
 @pytest.mark.parametrize("way", ["table", "stream"])
 def test_resuming_a_run_that_is_complete_trains_no_step(base, data, tmp_path, capsys, caplog, way):
-    output, streaming = tmp_path / "out", ["--streaming"] if way == "stream" else []
+    output, streaming = tmp_path / "out", []
+    if way == "stream":
+        write_rlds([fake_episode(steps=6)] * 2, tmp_path / "lab")
+        data, streaming = tmp_path / "lab", ["--streaming"]
     assert run(base, data, output, *streaming, "--steps", "2") == 0
     complete = tree(output)
     assert run(base, data, output, *streaming, "--steps", "2", "--resume") == 0

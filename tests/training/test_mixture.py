@@ -7,13 +7,14 @@ from openvla_hf.cli import build_parser, main
 from openvla_hf.cli.config_file import insert_config
 from openvla_hf.cli.finetune import read_arguments
 from openvla_hf.data import write_rlds
-from openvla_hf.data.open_x import known_table
+from openvla_hf.data.open_x import add_table, known_table
 from openvla_hf.data.streams import EvaluationStream
 from openvla_hf.data.table_cache import cache_folder
 from openvla_hf.testing import fake_episode
 from openvla_hf.training.arguments import FinetuneArguments, TrainingData, TrainingMixture
 from openvla_hf.training.finetune import build_trainer
 from openvla_hf.training.run_frames import load_datasets, read_frames
+from openvla_hf.training.runs import check_output
 
 
 SARA, SAILOR = "dlr_sara_pour_converted_externally_to_rlds", "austin_sailor_dataset_converted_externally_to_rlds"
@@ -137,6 +138,42 @@ def test_another_mixture_is_refused_on_resume_by_the_datasets_that_differ(base, 
     printed = capsys.readouterr().err
     assert f"The mixture differs from that of {checkpoint}: {told} Resume with the former mixture, or start" in printed
     assert "--weights" not in printed
+
+
+def test_another_row_is_refused_on_resume_by_its_dataset_and_both_values(base, cache, tmp_path):
+    rows = tmp_path / "own.toml"
+    episode = [
+        frame | {"images": dict.fromkeys(("image", "wrist"), frame["image"])} for frame in fake_episode(steps=3)
+    ]
+    write_rlds([episode] * 2, tmp_path / "own_arm")
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+
+    def record(row, more="", **options):
+        rows.write_text(f"[datasets.own_arm]\ncameras = {{ {row} }}\n{more}")
+        add_table(rows)
+        mixture = TrainingMixture({"own_arm": 1.0}, tmp_path, {"streaming": True, **options})
+        run = FinetuneArguments(model=base, data=mixture, output=tmp_path / "out")
+        return {"base_model": "base", "arguments": {}, **read_frames(run, 0, {}).record}
+
+    def resume(*args, **options):
+        return check_output(tmp_path / "out", record(*args, **options), resume=True)
+
+    (checkpoint / "training.json").write_text(json.dumps(record("full_image = 'image'")))
+    # Neither a camera that is not read nor the place of the data changes a frame.
+    assert resume("full_image = 'image', wrist = 'wrist'", "source = 'a shelf'") == str(checkpoint)
+    told = rf"The dataset {tmp_path}/own_arm is read differently than for {checkpoint}: "
+    with pytest.raises(
+        ValueError, match=rf"{told}camera is '\S*wrist' instead of '\S*image'\. Resume with the former"
+    ):
+        resume("full_image = 'wrist'")
+    with pytest.raises(ValueError, match=rf"{told}transform is \('action = .*',\) instead of \(\)\. Resume"):
+        resume("full_image = 'image'", "transform = ['action = action[:6], action[-1:] | invert']")
+    (checkpoint / "training.json").write_text(json.dumps(record("full_image = 'image'", cameras=["full_image"])))
+    with pytest.raises(ValueError, match=rf"{told}.*cameras is .*wrist.* instead of .*image"):
+        resume("full_image = 'wrist'", cameras=["full_image"])
+    known_table().datasets.pop("own_arm")
 
 
 def test_too_few_episodes_for_validation_are_told_before_the_statistics_are_computed(base, data, cache, tmp_path):

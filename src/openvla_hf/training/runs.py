@@ -1,5 +1,6 @@
 """Checks that a resumed run keeps its settings, its data and its output folder."""
 
+import ast
 import json
 import os
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from ..checkpoints.model_card import TRAINING_FILE
+from ..data.open_x import TableRobot
 from ..modeling.checkpoint_files import ADAPTER_CONFIG
 from .checkpoint_saving import last_checkpoint, read_state
 from .recipes import Recipe
@@ -22,8 +24,12 @@ OF_THE_RUN = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"),
     *("metric_for_best_model", "greater_is_better"),
 )
-# Entries of `reading` that a resumed run may change: the description of the robot, and how bad episodes are handled.
-CHANGEABLE = {"adapter", "skip_bad_episodes"}
+# Entry of `reading` that a resumed run may change.
+CHANGEABLE = {"skip_bad_episodes"}
+# Entries of `reading` that depend on the robot.
+OF_ROBOT = {"adapter", "cameras"}
+# Entries of a table's row that a resumed run may change. `OF_ROBOT` contains the cameras that are read.
+CHANGEABLE_OF_ROW = {"cameras", "source"}
 # Files that only a dataset has: LeRobot, RLDS (also in the folder above a version), `datasets`.
 DATASET_FILES = ("meta/info.json", "features.json", "*/features.json", "state.json")
 # Files that only a checkpoint has.
@@ -148,6 +154,7 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
                 f"{checkpoint} was trained {former}, and a resumed run can't {change}. "
                 "Resume with the same settings, or start a new run in another folder."
             )
+    _require_same_robots(checkpoint, saved.get("reading", {}), run.get("reading", {}))
 
 
 def _require_same_mixture(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -174,10 +181,37 @@ def _compare_reading(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
     pairs = {}
     current = json.loads(json.dumps(current))
     for before, now in zip(saved.values(), current.values(), strict=False):  # other checks compare the datasets
-        for name in sorted({*before, *now} - CHANGEABLE):
+        for name in sorted({*before, *now} - CHANGEABLE - OF_ROBOT):
             if before.get(name) != now.get(name):
                 pairs[name] = before.get(name), now.get(name)
     return pairs
+
+
+def _require_same_robots(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise `ValueError` if the robot or the table's row of a dataset has other fields or other cameras."""
+    current = json.loads(json.dumps(current))
+    for before, (source, now) in zip(saved.values(), current.items(), strict=False):
+        old, new = _robot_fields(before), _robot_fields(now)
+        changes = [
+            f"{name} is {new.get(name, 'the default')} instead of {old.get(name, 'the default')}"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if changes:
+            raise ValueError(
+                f"The dataset {source} is read differently than for {checkpoint}: {'; '.join(changes)}. Resume with "
+                "the former robot or row, or start a new run in another folder."
+            )
+
+
+def _robot_fields(reading: dict[str, Any]) -> dict[str, str]:
+    """Return the fields of a dataset's robot, the entries of its row, and its chosen cameras, as text."""
+    fields = dict(reading.get("adapter") or {})
+    if fields.get("class") == TableRobot.__name__:
+        row: Any = ast.parse(fields.pop("row"), mode="eval").body
+        entries = {entry.arg: ast.unparse(entry.value) for entry in row.keywords}
+        fields |= {name: text for name, text in entries.items() if name not in CHANGEABLE_OF_ROW}
+    return fields if reading.get("cameras") is None else fields | {"cameras": repr(reading["cameras"])}
 
 
 def _place(model_id: str) -> str:
