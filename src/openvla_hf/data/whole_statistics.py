@@ -64,16 +64,9 @@ def whole_statistics(
     return json.loads(whole.path.read_text(encoding="utf-8"))
 
 
-def cached_whole_statistics(
-    data: str | os.PathLike,
-    robot: Robot | str | None = None,
-    *,
-    name: str | None = None,
-    every: int | None = None,
-    skip_bad_episodes: bool | float = False,
-) -> dict[str, Any] | None:
-    """Return the statistics of `whole_statistics` from the cache, or `None` if they have not been computed."""
-    whole = _open_pass(data, robot, name, every, skip_bad_episodes)
+def cached_whole_statistics(data: str | os.PathLike, **options: Any) -> dict[str, Any] | None:
+    """Return the statistics of `whole_statistics` with the same options from the cache, or `None` if it has none."""
+    whole = _open_pass(data, **options)
     return json.loads(whole.path.read_text(encoding="utf-8")) if whole and whole.path.exists() else None
 
 
@@ -96,10 +89,10 @@ class _Pass:
 
 def _open_pass(
     data: str | os.PathLike,
-    robot: Robot | str | None,
-    name: str | None,
-    every: int | None,
-    skip_bad_episodes: bool | float,
+    robot: Robot | str | None = None,
+    name: str | None = None,
+    every: int | None = None,
+    skip_bad_episodes: bool | float = False,
 ) -> _Pass | None:
     """Prepare the pass over an RLDS dataset from its metadata, or return `None` for other data."""
     fs, root = find_folder(data)

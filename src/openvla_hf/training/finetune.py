@@ -70,15 +70,16 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         OSError: The base or the data can't be read, or the disk is full.
         KeyboardInterrupt: Ctrl-C was pressed; the message says where the run was saved.
     """
-    _, args = check_run(arguments)
-    if arguments.resume and (result := _find_result(args)) is not None:
-        if PartialState().is_main_process:
-            logger.warning(
-                "%s already has %d steps. Give more with --steps (`max_steps`) to continue.",
-                arguments.output,
-                args.max_steps,
-            )
-        return result
+    if arguments.resume:
+        _, args = check_run(arguments)
+        if (result := _find_result(args)) is not None:
+            if PartialState().is_main_process:
+                logger.warning(
+                    "%s already has %d steps. Give more with --steps (`max_steps`) to continue.",
+                    arguments.output,
+                    args.max_steps,
+                )
+            return result
     return train(build_trainer(arguments), resume=arguments.resume)
 
 
