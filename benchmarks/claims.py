@@ -5,7 +5,7 @@
     python benchmarks/claims.py lora --steps 4 --episodes 2 --output outputs/trial    # a quick trial
 
 - distractor: the shipped policy moves the object that the instruction names, and not the other one.
-- quantisation: the shipped policy in 32 and 16 bits, and with 8-bit and 4-bit weights.
+- quantisation: the shipped policy in 16 and 32 bits, and with 8-bit and 4-bit weights.
 - lora: the shipped policy learns `lift` in full and with adapters.
 - data: the shipped policy and an untrained one learn `lift` from 10 to 500 demonstrations.
 - towers: policies with two towers and with a single, wider tower are trained from scratch, with three seeds each.
@@ -285,9 +285,10 @@ def remember(acting: PolicyFunction) -> PolicyFunction:
 
 
 def pair(row: Row, first: Path, folder: Path) -> Row:
-    """Add to a row the episodes lost and won against the first policy, and the p-value of McNemar's exact test."""
+    """Add to a row the comparison with the first policy: episodes lost and won, and the difference in success."""
     one = compare_results(read_journal(first)[1], read_journal(folder)[1])["all"]
     row.figures |= {"lost": one.only_first, "won": one.only_second, "p (McNemar)": f"{one.p_value:.2g}"}
+    row.figures |= {"difference": one.difference, "difference, low": one.low, "difference, high": one.high}
     return row
 
 
@@ -316,8 +317,8 @@ def distractor(bench: Workbench) -> Iterator[Row]:
 
 def quantisation(bench: Workbench) -> Iterator[Row]:
     policies = {
-        "32 bits": SHIPPED,
         "bfloat16": Policy("bfloat16", TABLETOP_POLICY, torch.bfloat16),
+        "32 bits": SHIPPED,
         "8bit": Policy("8bit", TABLETOP_POLICY, bits="8bit"),
         "4bit": Policy("4bit", TABLETOP_POLICY, bits="4bit"),
     }

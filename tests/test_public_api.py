@@ -253,9 +253,10 @@ API = {
         model_policy(suite, model, processor, unnorm_key)
     """,
     "openvla_hf.suites.results": """
-        Comparison(episodes, both, only_first, only_second, neither, p_value)
+        Comparison(episodes, both, only_first, only_second, neither, difference, low, high, p_value)
         compare_results(first, second)
         mcnemar(only_first, only_second)
+        newcombe(both, only_first, only_second, neither)
         success_by_task(rollouts)
         success_table(title, results)
         wilson(successes, episodes)

@@ -89,7 +89,9 @@ def test_a_pair_counts_the_episodes_that_one_policy_alone_solved(claims, tmp_pat
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folders[name] / "episodes.jsonl").write_text(text, encoding="utf-8")
     row = claims.pair(claims.Row("other", 4, 2, 0.0, {}), folders["first"], folders["other"])
-    assert row.figures == {"lost": 2, "won": 1, "p (McNemar)": "1"}
+    low, high = row.figures.pop("difference, low"), row.figures.pop("difference, high")
+    assert low < row.figures["difference"] < high
+    assert row.figures == {"lost": 2, "won": 1, "p (McNemar)": "1", "difference": -0.25}
 
 
 def test_the_plot_of_the_demonstrations_is_a_small_drawing(claims, tmp_path):

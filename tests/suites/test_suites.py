@@ -1,6 +1,7 @@
 """Suites: the same seed gives the same episode however it is played, and a killed evaluation goes on."""
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -21,7 +22,7 @@ from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_
 from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
 from openvla_hf.suites.libero_states import read_states
 from openvla_hf.suites.play import play
-from openvla_hf.suites.results import compare_results, mcnemar, wilson
+from openvla_hf.suites.results import compare_results, mcnemar, newcombe, wilson
 from openvla_hf.suites.simulator import Simulator, open_simulators
 from openvla_hf.suites.simulator import _serve as serve
 from openvla_hf.suites.suite import Episode, Protocol, Rollout
@@ -333,6 +334,33 @@ def test_mcnemars_test_is_exact(first, second, p_value):
     assert mcnemar(first, second) == pytest.approx(p_value, abs=1e-6)
 
 
+def test_newcombes_interval_of_a_difference_contains_it_as_often_as_it_says():
+    size = 30
+    cells = [
+        (a, b, c, size - a - b - c)
+        for a in range(size + 1)
+        for b in range(size + 1 - a)
+        for c in range(size + 1 - a - b)
+    ]
+    intervals = np.array([newcombe(*cell) for cell in cells])
+    ways = [math.factorial(size) / math.prod(map(math.factorial, cell)) for cell in cells]
+    for shares in ((0.5, 0.2, 0.1, 0.2), (0.25, 0.25, 0.25, 0.25), (0.6, 0.02, 0.3, 0.08), (0.1, 0.05, 0.05, 0.8)):
+        chances = ways * np.prod(np.power(shares, cells), axis=1)
+        difference = shares[2] - shares[1]
+        contains = (intervals[:, 0] <= difference) & (difference <= intervals[:, 1])
+        assert chances.sum() == pytest.approx(1.0)
+        assert 0.93 < chances[contains].sum() < 0.975
+
+
+def test_newcombes_interval_of_a_difference_is_right_at_its_limits():
+    low, high = newcombe(181, 9, 6, 4)
+    assert newcombe(181, 6, 9, 4) == pytest.approx((-high, -low))
+    assert newcombe(10, 0, 0, 0)[0] == pytest.approx(wilson(10, 10)[0] - 1)
+    low, high = newcombe(0, 0, 50, 0)
+    assert 0.85 < low < wilson(50, 50)[0]
+    assert high == 1
+
+
 def test_policies_are_compared_on_the_same_episodes(suite, alone, tmp_path, capsys):
     journal = Journal(tmp_path, read_journal(alone[0])[0] | {"model": "better"})
     for episode, rollout in read_journal(alone[0])[1].items():
@@ -341,6 +369,8 @@ def test_policies_are_compared_on_the_same_episodes(suite, alone, tmp_path, caps
     names, results = compare_runs(alone[0], tmp_path)
     assert names == ("wander", "better")
     assert results["all"].only_second == EPISODES - results["all"].both
+    assert results["all"].difference == results["all"].only_second / EPISODES
+    assert results["all"].low < results["all"].difference <= results["all"].high
     assert main(["evaluate", "--compare", str(alone[0]), str(tmp_path)]) == 0
     assert "wander (A) and better (B)" in capsys.readouterr().out
     assert main(["evaluate", "--compare", str(alone[0]), str(tmp_path / "nowhere")]) == 2

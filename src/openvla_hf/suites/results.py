@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = [
     "compare_results",
     "comparison_table",
     "mcnemar",
+    "newcombe",
     "success_by_task",
     "success_table",
     "wilson",
@@ -101,6 +102,9 @@ class Comparison:
         only_first: Episodes that only the first policy solved.
         only_second: Episodes that only the second policy solved.
         neither: Episodes that neither policy solved.
+        difference: Success rate of the second policy less that of the first, in [-1, 1].
+        low: Lower end of the 95% interval of `difference` from `newcombe`.
+        high: Upper end of this interval.
         p_value: Probability of a difference at least as large if both policies were equally good: McNemar's exact
             test, two-sided.
     """
@@ -110,6 +114,9 @@ class Comparison:
     only_first: int
     only_second: int
     neither: int
+    difference: float
+    low: float
+    high: float
     p_value: float
 
 
@@ -118,6 +125,28 @@ def mcnemar(only_first: int, only_second: int) -> float:
     count, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(count, solved) for solved in range(fewer + 1)) / 2**count
     return min(1.0, 2 * tail)
+
+
+def newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
+    """Return the 95% interval of the difference between two success rates on the same episodes, second less first.
+
+    This is the hybrid of two Wilson intervals for paired data, without a correction for continuity, of Newcombe,
+    "Improved confidence intervals for the difference between binomial proportions based on paired data", 1998. Unlike
+    the usual normal approximation, it stays valid if few episodes differ, or none.
+    """
+    episodes = both + only_first + only_second + neither
+    first, second = both + only_first, both + only_second
+    first_low, first_high = (abs(end - first / episodes) for end in wilson(first, episodes))
+    second_low, second_high = (abs(end - second / episodes) for end in wilson(second, episodes))
+    scale = math.sqrt(first * second * (episodes - first) * (episodes - second))
+    correlation = (both * neither - only_first * only_second) / scale if scale else 0.0
+
+    def spread(one: float, other: float) -> float:
+        return math.sqrt(one**2 - 2 * correlation * one * other + other**2)
+
+    difference = (second - first) / episodes
+    low, high = difference - spread(second_low, first_high), difference + spread(second_high, first_low)
+    return max(-1.0, low), min(1.0, high)
 
 
 def compare_results(first: Mapping[Episode, Rollout], second: Mapping[Episode, Rollout]) -> dict[str, Comparison]:
@@ -140,19 +169,39 @@ def _compare(pairs: Sequence[tuple[bool, bool]]) -> Comparison:
     both, only_first, only_second, neither = (
         pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
     )
-    return Comparison(len(pairs), both, only_first, only_second, neither, mcnemar(only_first, only_second))
+    low, high = newcombe(both, only_first, only_second, neither)
+    return Comparison(
+        episodes=len(pairs),
+        both=both,
+        only_first=only_first,
+        only_second=only_second,
+        neither=neither,
+        difference=(only_second - only_first) / len(pairs),
+        low=low,
+        high=high,
+        p_value=mcnemar(only_first, only_second),
+    )
 
 
 def comparison_table(title: str, names: tuple[str, str], results: Mapping[str, Comparison]) -> Table:
-    """Make a table of `compare_results`, where `names` are those of the two policies."""
+    """Make a table of `compare_results`, where `names` are those of the two policies. Differences are in points."""
     table = Table(title=title)
     table.add_column("task")
-    headings = ("episodes", *names, "both", *[f"only {name}" for name in names], "neither", "p (McNemar)")
+    first, second = names
+    headings = ("episodes", *names, *[f"only {name}" for name in names], f"{second} - {first}", "95% interval", "p")
     for heading in headings:
         table.add_column(heading, justify="right")
     for task, one in results.items():
         rates = [(one.both + alone) / one.episodes for alone in (one.only_first, one.only_second)]
-        counts = [str(asdict(one)[name]) for name in ("both", "only_first", "only_second", "neither")]
-        cells: list[Any] = [task, str(one.episodes), *[f"{rate:.1%}" for rate in rates], *counts, f"{one.p_value:.3g}"]
-        table.add_row(*cells, style="bold" if task == ALL else None)
+        table.add_row(
+            task,
+            str(one.episodes),
+            *[f"{rate:.1%}" for rate in rates],
+            str(one.only_first),
+            str(one.only_second),
+            f"{100 * one.difference:+.1f}",
+            f"{100 * one.low:+.1f} to {100 * one.high:+.1f}",
+            f"{one.p_value:.2g}",
+            style="bold" if task == ALL else None,
+        )
     return table
