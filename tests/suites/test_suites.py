@@ -20,7 +20,9 @@ from openvla_hf.checkpoints.identity import digest_checkpoint
 from openvla_hf.cli import main
 from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
 from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
+from openvla_hf.suites.libero import LiberoSuite
 from openvla_hf.suites.libero_states import read_states
+from openvla_hf.suites.metaworld import MetaWorldSuite
 from openvla_hf.suites.play import play
 from openvla_hf.suites.results import compare_results, mcnemar, newcombe, wilson
 from openvla_hf.suites.simulator import Simulator, open_simulators
@@ -421,24 +423,43 @@ def test_evaluate_plays_a_suite_and_a_second_run_has_nothing_left_to_play(capsys
 )
 def test_options_that_do_not_go_with_a_suite_are_refused(options, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MetaWorldSuite, "check_installed", lambda suite: None)
     assert main(["evaluate", *options.split()]) == 2
     assert message in capsys.readouterr().err
 
 
 WITHOUT = """
 import sys
-from openvla_hf.evaluation.suites import find_suite
-for package, name in (("metaworld", "metaworld"), ("libero", "libero_10")):
+from openvla_hf.cli import main
+for package, suite in (("metaworld", "metaworld"), ("libero", "libero_10")):
     sys.modules[package] = None
-    suite = find_suite(name)
-    try:
-        suite.make(suite.environments[0])
-    except ImportError as error:
-        print(error)
+    print(main(["evaluate", "--suite", suite, "--model", sys.argv[1]]))
 """
 
 
-def test_a_suite_without_its_package_says_how_to_install_it(run_python):
-    metaworld, libero = run_python(WITHOUT).stdout.splitlines()
-    assert metaworld == 'MetaWorld is not installed: run `pip install "openvla-hf[metaworld]"`.'
-    assert libero.startswith('LIBERO is not installed: run `pip install "openvla-hf[libero]"`')
+def test_a_suite_without_its_package_says_how_to_install_it_before_it_reads_the_policy(run_python, tmp_path):
+    (tmp_path / "config.json").write_text("damaged")
+    result = run_python(WITHOUT, tmp_path)
+    assert result.stdout.split() == ["2", "2"]
+    metaworld, libero = result.stderr.splitlines()
+    assert metaworld == 'openvla-hf: MetaWorld is not installed: run `pip install "openvla-hf[metaworld]"`.'
+    assert libero.startswith('openvla-hf: LIBERO is not installed: run `pip install "openvla-hf[libero]"`')
+
+
+@pytest.mark.parametrize(
+    ("distribution", "expected"),
+    [("hf-libero", {"hf-libero": "0.3"}), ("libero-plus", {"libero-plus": "0.3"}), (None, {"libero": "unknown"})],
+)
+def test_the_result_names_the_version_of_libero_however_it_was_installed(
+    distribution, expected, monkeypatch, tmp_path
+):
+    for name in filter(None, ("robosuite", "mujoco", distribution)):
+        folder = tmp_path / f"{name.replace('-', '_')}-0.3.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.3\n")
+        (folder / "top_level.txt").write_text("libero\n" if name == distribution else f"{name}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(LiberoSuite, "check_installed", lambda suite: None)
+    versions = find_suite("libero_goal").versions()
+    assert {name: version for name, version in versions.items() if "libero" in name} == expected
+    assert versions["robosuite"] == "0.3"

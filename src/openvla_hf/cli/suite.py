@@ -63,6 +63,7 @@ def run_suite(args: argparse.Namespace) -> None:
     from ..suites.simulator import open_simulators
 
     suite = _choose_suite(args)
+    suite.check_installed()
     folder = Path(args.output or Path("outputs", "evaluation", args.suite))
     count = args.envs or args.batch_size
     with _open_policy(args, suite) as (policy, make_player):

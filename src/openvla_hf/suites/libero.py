@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .suite import Protocol, Suite
+from .suite import Protocol, Suite, installed_version
 
 
 if TYPE_CHECKING:
@@ -46,6 +47,15 @@ class LiberoSuite(Suite):
 
         return LiberoEnv(self.name, int(environment), image_size=self.protocol.image_size)
 
+    def check_installed(self) -> None:
+        """Raise `ImportError` if LIBERO is not installed."""
+        from . import libero_env  # noqa: F401
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the packages, and that of LIBERO under the name with which it was installed."""
+        names = importlib.metadata.packages_distributions().get("libero", ["libero"])
+        return super().versions() | {name: installed_version(name) for name in names}
+
     def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Raise `ValueError` if the actions of a policy do not have LIBERO's 7 dimensions."""
         if len(low) != ACTION_DIM:
@@ -74,5 +84,5 @@ def libero_suite(name: str) -> LiberoSuite:
         settle_action=WAIT,
         gripper=(-1.0, 1.0),
     )
-    packages = ("openvla-hf", "gymnasium", "hf-libero", "robosuite", "mujoco", "numpy")
+    packages = ("openvla-hf", "gymnasium", "robosuite", "mujoco", "numpy")
     return LiberoSuite(name, tuple(map(str, range(tasks))), protocol, STATE_DIM, packages)

@@ -114,6 +114,10 @@ class MetaWorldSuite(Suite):
 
         return MetaWorldEnv(environment, INSTRUCTIONS[environment], image_size=self.protocol.image_size)
 
+    def check_installed(self) -> None:
+        """Raise `ImportError` if MetaWorld is not installed, or MuJoCo can't render."""
+        from . import metaworld_env  # noqa: F401
+
     def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Raise `ValueError` if the usual lowest and highest actions (A,) are not those of MetaWorld's arm."""
         if len(low) != len(ACTION_NAMES) or np.abs([low, high]).max() > LIMIT:

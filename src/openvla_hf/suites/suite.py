@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import gymnasium
 
 
-__all__ = ["Episode", "Observation", "Policy", "Protocol", "Rollout", "Suite", "first_image"]
+__all__ = ["Episode", "Observation", "Policy", "Protocol", "Rollout", "Suite", "first_image", "installed_version"]
 
 # The frame of the only camera, or a dict with the frame of each camera, uint8 (H, W, 3), and the state.
 Observation = np.ndarray | dict[str, np.ndarray]
@@ -211,6 +211,9 @@ class Suite:
         """
         raise NotImplementedError
 
+    def check_installed(self) -> None:
+        """Raise `ImportError` if a package of the suite is not installed. A suite without such packages needs none."""
+
     def reset_options(self) -> dict[str, Any]:
         """Return the options of each `reset`."""
         return {}
@@ -242,5 +245,18 @@ class Suite:
         return {"suite": self.name, "environments": list(self.environments), "protocol": protocol}
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of the packages that a result depends on."""
-        return {name: importlib.metadata.version(name) for name in self.packages}
+        """Return the versions of the packages that a result depends on, see `installed_version`.
+
+        Raises:
+            ImportError: A package of the suite is not installed.
+        """
+        self.check_installed()
+        return {name: installed_version(name) for name in self.packages}
+
+
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, "unknown" for one that can be imported but has no metadata."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -75,6 +75,10 @@ class TabletopSuite(Suite):
         steps = self.protocol.settle_steps + self.protocol.max_steps
         return TabletopEnv(self.families, max_steps=steps, cameras=self.observed, state=self.state)
 
+    def check_installed(self) -> None:
+        """Raise `ImportError` if Gymnasium is not installed."""
+        from . import env  # noqa: F401
+
     def reset_options(self) -> dict[str, Any]:
         """Name the distractor in the instruction if the condition says so."""
         return {"swap_target": self.condition == "swapped"}
