@@ -102,7 +102,9 @@ def test_the_result_of_a_suite_says_how_the_server_acted(tabletop_server, monkey
     report = json.loads(capsys.readouterr().out)
     assert report["server"]["default_unnorm_key"] == "tabletop"
     assert report["server"].keys() >= {"action_horizon", "temporal_ensemble", "gripper", "revision"}
-    assert report["versions"]["openvla-hf of the server"] == report["versions"]["openvla-hf"]
+    assert report["server"]["engine"] == "transformers"
+    assert report["server"]["server_version"] == report["versions"]["openvla-hf"]
+    assert report["center_crop_area"] is None
     assert report["checkpoint"] == digest_checkpoint(TABLETOP_POLICY)
     journal = tmp_path / JOURNAL_FILE
     journal.write_text(journal.read_text().replace(report["checkpoint"], "0" * 16))
@@ -154,3 +156,14 @@ def test_a_server_for_another_robot_is_refused(tabletop_policy, changes, message
     info = {**tabletop_policy.describe(), **changes}
     with pytest.raises(ValueError, match=message):
         check_server(info, changes.get("unnorm_key"))
+
+
+def test_a_server_without_a_crop_plays_libero_only_with_a_policy_that_was_trained_without_one(tabletop_policy):
+    bounds = {"tabletop": {"low": [-0.9] * 6 + [0.0], "high": [0.9] * 6 + [1.0]}}
+    info = {**tabletop_policy.describe(), "action_bounds": bounds, "state_dim": None}
+    suite = find_suite("libero_object")
+    assert not info["training_recorded"]
+    with pytest.raises(ValueError, match=r"crops images to 0\.9 of their area, but the server does not"):
+        check_server(info, suite=suite)
+    check_server({**info, "training_recorded": True}, suite=suite)
+    check_server({**info, "cameras": [{**info["cameras"][0], "center_crop_area": 0.9}]}, suite=suite)

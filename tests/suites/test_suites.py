@@ -9,13 +9,14 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from openvla_hf import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla_hf.checkpoints.identity import digest_checkpoint
 from openvla_hf.cli import main
 from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
@@ -24,12 +25,14 @@ from openvla_hf.suites.libero import LiberoSuite
 from openvla_hf.suites.libero_states import read_states
 from openvla_hf.suites.metaworld import MetaWorldSuite
 from openvla_hf.suites.play import play
+from openvla_hf.suites.policies import model_policy
 from openvla_hf.suites.results import compare_results, mcnemar, newcombe, wilson
 from openvla_hf.suites.simulator import Simulator, open_simulators
 from openvla_hf.suites.simulator import _serve as serve
-from openvla_hf.suites.suite import Episode, Protocol, Rollout
+from openvla_hf.suites.suite import Episode, Rollout
 from openvla_hf.tabletop.rollouts import TABLETOP_POLICY
 from openvla_hf.tabletop.suite import TabletopSuite, tabletop_suite
+from openvla_hf.testing import tiny_config, tiny_processor
 
 
 EPISODES = 4
@@ -226,6 +229,12 @@ def test_episodes_of_other_versions_are_not_continued(suite, alone, tmp_path):
         Evaluation(suite, {"model": "wander"}, tmp_path)
 
 
+def test_a_journal_that_does_not_record_all_settings_is_not_continued(tmp_path):
+    Journal(tmp_path, {"model": "wander"})
+    with pytest.raises(ValueError, match="an older run, which does not record device, renderer"):
+        Journal(tmp_path, {"model": "wander", "device": "cuda", "renderer": "egl"})
+
+
 @pytest.mark.parametrize("name", ["metaworld", "libero_10"])
 def test_more_episodes_than_initial_states_are_refused(name):
     assert len(find_suite(name).with_protocol(episodes=50).episodes()) % 50 == 0
@@ -248,16 +257,47 @@ def test_the_first_failures_are_shown(alone):
     assert len([name for name in shown if name.startswith("failure-tabletop-")]) == 3
 
 
+class Recorder:
+    """An environment that counts its steps in its images, and keeps the actions that it gets."""
+
+    def __init__(self, cameras=("image",), solved_after=10**9):
+        self.cameras, self.solved_after = cameras, solved_after
+
+    def reset(self, seed, options):
+        self.actions = []
+        return self._observe(), {"task": "count", "instruction": "count"}
+
+    def step(self, action):
+        self.actions.append(action)
+        info = {"task": "count", "instruction": "count", "is_success": len(self.actions) > self.solved_after}
+        return self._observe(), 0.0, False, False, info
+
+    def close(self):
+        pass
+
+    def _observe(self):
+        return {name: np.full((8, 8, 3), len(self.actions) % 256, np.uint8) for name in self.cameras}
+
+
+@dataclass(frozen=True)
+class RecordedSuite(TabletopSuite):
+    env: Recorder = field(default_factory=Recorder)
+
+    def make(self, environment):
+        return self.env
+
+
 def test_settling_actions_come_first_and_the_gripper_is_converted():
-    suite = tabletop_suite().with_protocol(
-        episodes=1, max_steps=3, settle_steps=2, settle_action=(0.0,) * 6 + (1.0,), gripper=(0.0, 1.0), execute=2
+    wait = (0.0,) * 6 + (-1.0,)
+    suite = RecordedSuite(**vars(tabletop_suite())).with_protocol(
+        episodes=1, max_steps=3, settle_steps=2, settle_action=wait, gripper="libero", execute=2
     )
-    actions = np.zeros((1, 5, 7))
+    predictions = iter([[[0.1, 1.0], [0.2, 0.2], [0.3, 1.0]], [[0.4, 0.9], [0.5, 0.9], [0.6, 0.9]]])
     with open_simulators(suite, 1, processes=False) as simulators:
-        ((_, rollout),) = play(lambda seen, told: actions, suite.episodes(), simulators)
+        ((_, rollout),) = play(lambda seen, told: np.array([next(predictions)]), suite.episodes(), simulators)
     assert (rollout.steps, rollout.predictions) == (3, 2)
-    np.testing.assert_array_equal(suite.protocol.execute_action(np.array([0.1, 1.0])), [0.1, 0.0])
-    np.testing.assert_array_equal(suite.protocol.execute_action(np.array([0.1, 0.2])), [0.1, 1.0])
+    given = [action.tolist() for action in suite.env.actions]
+    assert given == [list(wait), list(wait), [0.1, -1.0], [0.2, 1.0], [0.4, -1.0]]
 
 
 def test_initial_states_of_libero_are_read_without_running_code(tmp_path):
@@ -295,6 +335,81 @@ def test_the_protocol_of_libero_is_the_published_one():
     assert protocol.execute_action(np.append(np.zeros(6), 0.0))[-1] == 1.0
 
 
+# Smallest and largest usual actions (q01 and q99) of LIBERO's demonstrations as OpenVLA-OFT's code reads them.
+LIBERO_LOW = [-0.28, -0.39, -0.94, -0.17, -0.35, -0.36, 0.0]
+LIBERO_HIGH = [0.22, 0.53, 0.94, 0.17, 0.25, 0.45, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (LIBERO_LOW[:6], LIBERO_HIGH[:6], "it takes actions of 7 dimensions, but the policy predicts 6"),
+        ([*LIBERO_LOW[:6], -1.0], LIBERO_HIGH, "The policy's gripper goes from -1 to 1, but LIBERO's protocol"),
+        ([*LIBERO_LOW[:6], 0.0], [*LIBERO_HIGH[:6], 0.04], "The policy's gripper goes from 0 to 0.04"),
+        ([-0.03] * 3 + LIBERO_LOW[3:], [0.02] * 3 + LIBERO_HIGH[3:], "The policy's translations do not exceed 0.03"),
+    ],
+)
+def test_libero_refuses_a_policy_for_another_robot(low, high, message):
+    suite = find_suite("libero_object")
+    suite.check_policy(LIBERO_LOW, LIBERO_HIGH)
+    with pytest.raises(ValueError, match=message):
+        suite.check_policy(low, high)
+
+
+@pytest.fixture(scope="module")
+def libero_policy(tmp_path_factory):
+    """The folder of a tiny policy for LIBERO, without a centre crop."""
+    statistics = {"q01": LIBERO_LOW, "q99": LIBERO_HIGH, "mask": [True] * 6 + [False]}
+    config = tiny_config(norm_stats={"libero_object": {"action": statistics}})
+    folder = tmp_path_factory.mktemp("libero")
+    OpenVLAForActionPrediction(config).save_pretrained(folder)
+    tiny_processor(config=config).save_pretrained(folder)
+    return folder
+
+
+def test_the_crop_of_the_protocol_is_for_a_processor_without_one(libero_policy, caplog):
+    suite = find_suite("libero_object")
+    model, processor = (one.from_pretrained(libero_policy) for one in (OpenVLAForActionPrediction, OpenVLAProcessor))
+
+    def crop():
+        return model_policy(suite, model, processor).processor.image_processor.center_crop_area
+
+    assert crop() == 0.9
+    assert processor.image_processor.center_crop_area is None
+    assert [record.message for record in caplog.records] == [
+        "The policy's processor has no centre crop, so images are cropped to 0.9 of their area, as in the protocol of "
+        "LIBERO."
+    ]
+    processor.image_processor.center_crop_area = 0.8
+    assert crop() == 0.8
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("is_trained_here", "crop"), [(False, 0.9), (True, None)])
+def test_a_run_on_libero_records_how_the_policy_ran(
+    is_trained_here, crop, libero_policy, capsys, monkeypatch, tmp_path
+):
+    folder = shutil.copytree(libero_policy, tmp_path / "policy")
+    if is_trained_here:
+        (folder / "training.json").write_text("{}")
+    env = Recorder(("full_image", "wrist_image"), solved_after=10)
+    monkeypatch.setattr(LiberoSuite, "check_installed", lambda suite: None)
+    monkeypatch.setattr(LiberoSuite, "versions", lambda suite: {"mujoco": "3.3.0"})
+    monkeypatch.setattr(LiberoSuite, "make", lambda suite, environment: env)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    command = ["evaluate", str(folder), "--suite", "libero_object", "--task", "0", "--episodes", "1", "--json"]
+    command += ["--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    told = {name: result[name] for name in ("center_crop_area", "device", "dtype", "renderer")}
+    assert told == {"center_crop_area": crop, "device": "cpu", "dtype": "float32", "renderer": "egl"}
+    assert result["policy_versions"].keys() == {"torch", "transformers"}
+    assert len(env.actions) == 11
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert main(command) == 2
+    assert "another run, which differs in renderer" in capsys.readouterr().err
+
+
 def test_groups_and_tasks_of_metaworld_are_chosen_by_name():
     suite = find_suite("metaworld")
     assert len(suite.environments) == 50
@@ -314,11 +429,10 @@ def test_groups_and_tasks_of_metaworld_are_chosen_by_name():
 
 
 def test_frames_of_long_episodes_are_thinned():
-    suite = tabletop_suite().with_protocol(episodes=1, max_steps=70)
+    suite = RecordedSuite(**vars(tabletop_suite())).with_protocol(episodes=1, max_steps=200)
     with open_simulators(suite, 1, processes=False) as simulators:
-        ((_, rollout),) = play(wander, suite.episodes(), simulators, lambda episode: True)
-    assert len(rollout.frames) == rollout.steps + 1
-    assert Protocol(1, 0, "", max_steps=500).image_size == rollout.frames[0].shape[0]
+        ((_, rollout),) = play(lambda seen, told: np.zeros((1, 7)), suite.episodes(), simulators, lambda episode: True)
+    assert [frame[0, 0, 0] for frame in rollout.frames] == list(range(0, 201, 2))
 
 
 @pytest.mark.parametrize(
@@ -388,6 +502,18 @@ def test_evaluations_under_other_protocols_are_not_compared(suite, alone, tmp_pa
         compare_runs(alone[0], tmp_path)
 
 
+def test_evaluations_of_other_episodes_or_versions_are_not_compared(alone, tmp_path):
+    described, rollouts = read_journal(alone[0])
+    Journal(tmp_path / "newer", described | {"versions": described["versions"] | {"numpy": "9.0"}})
+    with pytest.raises(ValueError, match="differ in versions"):
+        compare_runs(alone[0], tmp_path / "newer")
+    journal = Journal(tmp_path / "told", described)
+    for episode, rollout in rollouts.items():
+        journal.add(episode, replace(rollout, instruction="wait"))
+    with pytest.raises(ValueError, match=r"^Episode 1000000 of tabletop is .* 'wait' in "):
+        compare_runs(alone[0], tmp_path / "told")
+
+
 def test_a_damaged_journal_names_its_file(alone, tmp_path):
     lines = (alone[0] / JOURNAL_FILE).read_text().splitlines()
     (tmp_path / JOURNAL_FILE).write_text("\n".join([lines[0], "{broken}", *lines[1:]]) + "\n")
@@ -402,7 +528,7 @@ def test_evaluate_plays_a_suite_and_a_second_run_has_nothing_left_to_play(capsys
     result = json.loads(capsys.readouterr().out)
     assert result["suite"] == result["environment"] == "tabletop"
     assert result["checkpoint"] == digest_checkpoint(TABLETOP_POLICY)
-    assert result["versions"]["torch"]
+    assert result["policy_versions"]["torch"]
     assert result["results"]["as told"]["all"]["episodes"] == 2
     before = os.stat(tmp_path / "out" / JOURNAL_FILE).st_mtime_ns
     assert main(command) == 0
@@ -463,3 +589,20 @@ def test_the_result_names_the_version_of_libero_however_it_was_installed(
     versions = find_suite("libero_goal").versions()
     assert {name: version for name, version in versions.items() if "libero" in name} == expected
     assert versions["robosuite"] == "0.3"
+
+
+@pytest.mark.parametrize(
+    ("options", "seeds"),
+    [
+        ("--task put --episodes 3 --first-seed 999998", "1000000 to 1000000"),
+        ("--task put --episodes 1 --first-seed 999999", None),
+        ("--suite metaworld --task reach-v3 --episodes 9 --first-seed 45", "45 to 49"),
+        ("--suite metaworld --task reach-v3 --episodes 1", None),
+    ],
+)
+def test_recording_warns_of_the_seeds_of_the_evaluation(options, seeds, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr("openvla_hf.data.write_lerobot", lambda episodes, destination, **settings: destination)
+    assert main(["record", str(tmp_path / "demos"), *options.split()]) == 0
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == (seeds is not None)
+    assert all(f"evaluates policies on the seeds from {seeds}," in one for one in warnings)

@@ -104,6 +104,11 @@ def read_training(source: str | os.PathLike) -> dict[str, Any]:
     return CheckpointFiles.locate(source).read_json(TRAINING_FILE) or {}
 
 
+def records_training(source: str) -> bool:
+    """Return whether a policy comes from a folder with `training.json`; the file is not pushed to the Hub."""
+    return os.path.isdir(source) and os.path.isfile(os.path.join(source, TRAINING_FILE))
+
+
 def _read_run_file(path: Path, default: Any) -> Any:
     """Read a JSON file with a value of the type of `default`, or return `default` if there is no file."""
     if not path.is_file():
@@ -196,4 +201,4 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
 
 
-__all__ = ["is_hub_id", "read_training", "write_card"]
+__all__ = ["is_hub_id", "read_training", "records_training", "write_card"]

@@ -1,6 +1,8 @@
 """Record demonstrations of the tabletop's expert, or of MetaWorld's, as a dataset for fine-tuning."""
 
 import argparse
+import logging
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +10,8 @@ from .common import ACTION_NAMES, console, natural, positive, print_json, refuse
 
 
 EXAMPLE = "record demos/tabletop_lift --task lift --episodes 500"
+logger = logging.getLogger(__name__)
+
 TABLETOP_HERTZ, METAWORLD_HERTZ = 5.0, 80.0
 
 
@@ -63,10 +67,13 @@ def _record_tabletop(args: argparse.Namespace) -> tuple[Iterable[Any], dict[str,
     """Return the episodes, and the settings with which LeRobot's format writes them."""
     from ..tabletop.expert import record_demonstrations
     from ..tabletop.scene import STATE_NAMES
+    from ..tabletop.suite import FIRST_UNSEEN_SEED
 
     first = args.first_seed or 0
-    seeds = _track(args, range(first, first + args.episodes), args.episodes)
-    episodes = record_demonstrations(args.task, seeds, cameras=args.cameras, state=args.state)
+    seeds = range(first, first + args.episodes)
+    _warn_of_evaluation(seeds, range(FIRST_UNSEEN_SEED, sys.maxsize))
+    tracked = _track(args, seeds, args.episodes)
+    episodes = record_demonstrations(args.task, tracked, cameras=args.cameras, state=args.state)
     return episodes, _names(ACTION_NAMES, STATE_NAMES, args.state) | {"frequency": TABLETOP_HERTZ}
 
 
@@ -75,11 +82,26 @@ def _record_metaworld(args: argparse.Namespace) -> tuple[Iterable[Any], dict[str
     from ..suites.metaworld import ACTION_NAMES, PROTOCOL, STATE_NAMES, metaworld_suite
 
     refuse_options(args, "is for the tabletop: MetaWorld has one camera", "cameras")
-    first = PROTOCOL.first_seed + PROTOCOL.episodes if args.first_seed is None else args.first_seed
+    evaluated = range(PROTOCOL.first_seed, PROTOCOL.first_seed + PROTOCOL.episodes)
+    first = evaluated.stop if args.first_seed is None else args.first_seed
+    seeds = range(first, first + args.episodes)
     suite = metaworld_suite().select(args.task)
-    episodes = record_experts(suite, range(first, first + args.episodes), state=args.state)
+    _warn_of_evaluation(seeds, evaluated)
+    episodes = record_experts(suite, seeds, state=args.state)
     recorded = _track(args, episodes, args.episodes * len(suite.environments))
     return recorded, _names(ACTION_NAMES, STATE_NAMES, args.state) | {"frequency": METAWORLD_HERTZ}
+
+
+def _warn_of_evaluation(seeds: range, evaluated: range) -> None:
+    """Warn if episodes are recorded on which policies are evaluated."""
+    first, end = max(seeds.start, evaluated.start), min(seeds.stop, evaluated.stop)
+    if first < end:
+        logger.warning(
+            "The suite evaluates policies on the seeds from %d to %d, so don't train a policy on these episodes that "
+            "you evaluate there.",
+            first,
+            end - 1,
+        )
 
 
 def _names(actions: Any, states: Any, state: bool) -> dict[str, Any]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 """Seconds that a simulated robot waits for a server, for example while the server restarts."""
 PICTURES = 3
-SERVED = ("revision", "default_unnorm_key", "action_horizon", "temporal_ensemble", "gripper")
+SERVED = (
+    "server_version", "engine", "revision", "default_unnorm_key", "action_horizon", "temporal_ensemble", "gripper",
+)  # fmt: skip
 """What belongs to the description of a served policy."""
 POLICY_PACKAGES = ("torch", "transformers")
 
@@ -127,8 +129,8 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
             "model": client.info["model_id"],
             **_version(client.info),
             "unnorm_key": args.unnorm_key,
+            "center_crop_area": client.info["cameras"][0]["center_crop_area"],
             "server": {name: client.info[name] for name in SERVED},
-            "versions": {"openvla-hf of the server": client.info["server_version"]},
         }
 
         def make_player(simulators: Any) -> Player:
@@ -141,12 +143,14 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
 
 def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any], Callable[[Any], Player]]:
     from ..checkpoints.identity import identify
+    from ..checkpoints.model_card import records_training
     from ..suites.play import play
     from ..suites.policies import model_policy
 
     model_id = args.model or default_model()
     model, processor = load_model(model_id, device=args.device)
-    policy = model_policy(suite, model, processor, args.unnorm_key)
+    # The processor of a policy that was trained with this package is cropped as in training, or not at all.
+    policy = model_policy(suite, model, processor, args.unnorm_key, add_crop=not records_training(model_id))
 
     def make_player(simulators: Any) -> Player:
         return lambda episodes, keep_frames: play(policy, episodes, simulators, keep_frames)
@@ -155,7 +159,10 @@ def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any
         "model": model_id,
         **_version(identify(model, model_id)),
         "unnorm_key": args.unnorm_key,
-        "versions": {name: importlib.metadata.version(name) for name in POLICY_PACKAGES},
+        "center_crop_area": policy.processor.image_processor.center_crop_area,
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "policy_versions": {name: importlib.metadata.version(name) for name in POLICY_PACKAGES},
     }
     return described, make_player
 

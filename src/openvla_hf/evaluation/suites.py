@@ -30,6 +30,8 @@ SUITES: dict[str, Callable[[], Suite]] = {
 }
 RESULT_FILE = "evaluation.json"
 PICTURES = "episodes"
+# What two runs must share so that their episodes with the same seeds are the same.
+SAME = ("suite", "condition", "tasks", "protocol", "renderer", "versions")
 # Pictures per second: many episodes have hundreds of steps.
 SPEED = 20
 
@@ -55,18 +57,18 @@ class Evaluation:
 
     Args:
         suite: The suite.
-        policy: Description of the policy in JSON types: its name, how it is run, and perhaps the `versions` of
-            its packages.
+        policy: Description of the policy in JSON types: its name (`model`), and how it is run.
         folder: Folder of the evaluation.
         pictures: Number of failures and of successes to show.
 
     Raises:
         ValueError: The folder has the episodes of another run.
+        ImportError: A package of the suite is not installed.
     """
 
     def __init__(self, suite: Suite, policy: dict[str, Any], folder: str | os.PathLike, pictures: int = 3) -> None:
         self.suite, self.folder, self.pictures = suite, Path(folder), pictures
-        self.run = {**policy, **suite.describe(), "versions": {**policy.get("versions", {}), **suite.versions()}}
+        self.run = {**policy, **suite.describe(), "versions": suite.versions()}
         self.journal = Journal(folder, self.run)
 
     @property
@@ -118,12 +120,19 @@ def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> tuple[t
 
     Raises:
         FileNotFoundError: A folder has no evaluation.
-        ValueError: The evaluations have different suites or protocols, or different episodes.
+        ValueError: The evaluations have different suites, protocols or versions, or different episodes.
     """
     (run, rollouts), (other, others) = read_journal(first), read_journal(second)
-    different = [key for key in ("suite", "condition", "tasks", "protocol") if run.get(key) != other.get(key)]
+    different = [key for key in SAME if run.get(key) != other.get(key)]
     if different:
         raise ValueError(
             f"The evaluations differ in {', '.join(different)}. Compare policies that were evaluated in the same way."
         )
+    for episode in sorted(rollouts.keys() & others.keys()):
+        told, other_told = ((one.task, one.instruction) for one in (rollouts[episode], others[episode]))
+        if told != other_told:
+            raise ValueError(
+                f"Episode {episode.seed} of {episode.environment} is {' '.join(map(repr, told))} in {first}, but "
+                f"{' '.join(map(repr, other_told))} in {second}. Evaluate one of the policies again."
+            )
     return (run["model"], other["model"]), compare_results(rollouts, others)

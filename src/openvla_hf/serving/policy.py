@@ -4,7 +4,7 @@ Shapes: K actions of a chunk (1 for plain OpenVLA), A action dimensions, S state
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,13 @@ from PIL import Image
 
 from .. import __version__
 from ..checkpoints.identity import identify
+from ..checkpoints.model_card import records_training
 from ..modeling.action_prediction import ActionPrediction
 from ..modeling.action_stream import average_chunks, drop_first_step
 from ..modeling.action_tokenizer import resolve_key
 from ..modeling.model_inputs import check_prompt_length
 from ..modeling.parallel_decoding import num_new_tokens
+from ..suites.gripper import GRIPPERS, GripperConvention, is_opening
 
 
 ONLY_CAMERA = "image"
@@ -27,33 +29,8 @@ RESIZE_METHODS = {"resize-naive": "stretch", "letterbox": "pad", "resize-crop": 
 """Strategy of the image processor -> how it makes an image square."""
 NO_DRAFT = -1
 """Id for an observation without a draft. The model replaces ids outside its vocabulary."""
-
-
-@dataclass(frozen=True)
-class GripperConvention:
-    """What a robot expects as the last dimension of an action, where the policy predicts 1 for open and 0 for closed.
-
-    Attributes:
-        open: Value of an open gripper.
-        closed: Value of a closed gripper.
-        binary: Whether values in between become one of the two.
-        convert: Function from predicted values to the robot's.
-    """
-
-    open: float
-    closed: float
-    binary: bool
-    convert: Callable[[np.ndarray], np.ndarray]
-
-
-HALF_OPEN = 0.5
-LARGEST_ARM = 8  # action dimensions: seven joints and a gripper
-GRIPPERS = {
-    "policy": GripperConvention(1.0, 0.0, False, lambda opening: opening),
-    "binary": GripperConvention(1.0, 0.0, True, lambda opening: (opening > HALF_OPEN).astype(np.float64)),
-    # As in the original's evaluation: scale to [-1, 1], take the sign and invert it.
-    "libero": GripperConvention(-1.0, 1.0, True, lambda opening: -np.sign(2 * opening - 1)),
-}
+LARGEST_ARM = 8
+"""Action dimensions of one arm: seven joints and a gripper."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +123,7 @@ class ServedPolicy:
     ):
         self.model, self.processor, self.model_id = model, processor, model_id
         self.identity = identify(model, model_id)
+        self.training_recorded = records_training(model_id)
         keys = list(model.norm_stats or ())
         has_default = unnorm_key is not None or len(keys) < 2
         self.default_key = resolve_key(model.norm_stats, unnorm_key) if has_default else None
@@ -203,8 +181,7 @@ class ServedPolicy:
                 "predicted."
             )
         low, high = stats["q01"][-1], stats["q99"][-1]
-        # A gripper in metres would count as closed forever. One that the data never opens is at 0.
-        if low < -0.01 or high > 1.01 or 0.01 < high <= HALF_OPEN:
+        if not is_opening(low, high):
             raise ValueError(
                 f"gripper={self.gripper_name!r} converts a gripper between 0 and 1, but the last action dimension of "
                 f"{key!r} goes from {low:g} to {high:g}. Leave `gripper` out to return the values as predicted."
@@ -237,6 +214,7 @@ class ServedPolicy:
             "server_version": __version__,
             "engine": self.engine,
             **self.identity,
+            "training_recorded": self.training_recorded,
             "unnorm_keys": list(keys),
             "default_unnorm_key": self.default_key,
             "action_dim": keys[self.default_key] if self.default_key else max(keys.values()),

@@ -167,6 +167,9 @@ class Info(BaseModel):
     revision: str | None = Field(description="Commit on the Hub.")
     digest: str | None = Field(description="Digest of the files of a checkpoint in a folder.")
     base: Base | None = Field(description="Base of an adapter, or null for a whole checkpoint.")
+    training_recorded: bool = Field(
+        description="Whether the checkpoint was trained with openvla-hf, so that its processor crops as in training."
+    )
     unnorm_keys: list[str]
     default_unnorm_key: str | None
     action_dim: int

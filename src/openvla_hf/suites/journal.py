@@ -40,7 +40,14 @@ class Journal:
             self._append(run)
             return
         earlier, self.rollouts = read_journal(folder)
-        if different := sorted(key for key in earlier.keys() | run.keys() if earlier.get(key) != run.get(key)):
+        different = sorted(key for key in earlier.keys() | run.keys() if earlier.get(key) != run.get(key))
+        if earlier.keys() < run.keys():
+            missing = sorted(run.keys() - earlier.keys())
+            raise ValueError(
+                f"{folder} has the episodes of an older run, which does not record {', '.join(missing)}. Give another "
+                "folder, or delete this one."
+            )
+        if different:
             raise ValueError(
                 f"{folder} has the episodes of another run, which differs in {', '.join(different)}. Give another "
                 "folder, or delete this one."

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .suite import Protocol, Suite, installed_version
+import numpy as np
+
+from .gripper import is_opening
+from .suite import Protocol, Suite, choose_renderer, installed_version
 
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ LIBERO_SUITES = {
 }
 ACTION_DIM, STATE_DIM = 7, 8
 INITIAL_STATES = 50
+# A policy for LIBERO moves by up to about 1 in a step, which is 5 cm. One that predicts metres stays below this.
+LEAST_REACH = 0.1
 # While the objects of a scene come to rest, the arm stands still with an open gripper.
 WAIT = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
@@ -56,13 +61,28 @@ class LiberoSuite(Suite):
         names = importlib.metadata.packages_distributions().get("libero", ["libero"])
         return super().versions() | {name: installed_version(name) for name in names}
 
+    def describe(self) -> dict[str, Any]:
+        """Describe the suite in JSON types, with the library that renders its images."""
+        return super().describe() | {"renderer": choose_renderer()}
+
     def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
-        """Raise `ValueError` if the actions of a policy do not have LIBERO's 7 dimensions."""
+        """Raise `ValueError` if the usual lowest and highest actions (A,) are not those of a policy for LIBERO."""
         if len(low) != ACTION_DIM:
             raise ValueError(
                 f"LIBERO is not this policy's robot: it takes actions of {ACTION_DIM} dimensions, but the policy "
                 f"predicts {len(low)}. Evaluate the policy on the suite of its own robot, or on "
                 "recordings with `--data`."
+            )
+        if not is_opening(low[-1], high[-1]):
+            raise ValueError(
+                f"The policy's gripper goes from {low[-1]:g} to {high[-1]:g}, but LIBERO's protocol converts a "
+                "gripper of 1 for open and 0 for closed. Train the policy with a robot adapter that declares the "
+                "gripper's recorded values."
+            )
+        if (reach := np.abs([low[:3], high[:3]]).max()) < LEAST_REACH:
+            raise ValueError(
+                f"The policy's translations do not exceed {reach:g}, as in metres, but a translation of 1 is 5 cm in "
+                "LIBERO. Evaluate the policy on the suite of its own robot, or train it on LIBERO's demonstrations."
             )
 
 
@@ -82,7 +102,7 @@ def libero_suite(name: str) -> LiberoSuite:
         crop_area=0.9,
         settle_steps=10,
         settle_action=WAIT,
-        gripper=(-1.0, 1.0),
+        gripper="libero",
     )
     packages = ("openvla-hf", "gymnasium", "robosuite", "mujoco", "numpy")
     return LiberoSuite(name, tuple(map(str, range(tasks))), protocol, STATE_DIM, packages)

@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 
 from .libero_states import read_states
+from .suite import choose_renderer
 
 
-# Software rendering needs no display. MuJoCo reads the variable when it is first imported.
-os.environ.setdefault("MUJOCO_GL", "osmesa")
+choose_renderer()
 MISSING = (
     'LIBERO is not installed: run `pip install "openvla-hf[libero]"` in a virtual environment of its own, since '
     "it needs old versions of other packages."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .suite import Protocol, Suite
+from .suite import Protocol, Suite, choose_renderer
 
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ class MetaWorldSuite(Suite):
     def check_installed(self) -> None:
         """Raise `ImportError` if MetaWorld is not installed, or MuJoCo can't render."""
         from . import metaworld_env  # noqa: F401
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the suite in JSON types, with the library that renders its images."""
+        return super().describe() | {"renderer": choose_renderer()}
 
     def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Raise `ValueError` if the usual lowest and highest actions (A,) are not those of MetaWorld's arm."""

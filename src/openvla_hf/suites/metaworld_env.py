@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from .suite import choose_renderer
 
-# Software rendering needs no display. MuJoCo reads the variable when it is first imported.
-os.environ.setdefault("MUJOCO_GL", "osmesa")
+
+choose_renderer()
 try:
     import gymnasium
     import metaworld

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +14,8 @@ from .suite import STATE, Observation, Suite, first_image
 
 
 __all__ = ["ModelPolicy", "model_policy"]
+
+logger = logging.getLogger(__name__)
 
 
 class ModelPolicy:
@@ -52,14 +56,18 @@ class ModelPolicy:
         return [observation[camera] for camera in self.cameras]
 
 
-def model_policy(suite: Suite, model: Any, processor: Any, unnorm_key: str | None = None) -> ModelPolicy:
-    """Make a model and its processor the policy of a suite. The suite's centre crop is set in the processor.
+def model_policy(
+    suite: Suite, model: Any, processor: Any, unnorm_key: str | None = None, *, add_crop: bool = True
+) -> ModelPolicy:
+    """Make a model and its processor the policy of a suite.
 
     Args:
         suite: The suite to play.
         model: An `OpenVLAForActionPrediction`.
         processor: Its processor.
         unnorm_key: Name of the action statistics, if the model has several.
+        add_crop: Whether a processor without a centre crop gets that of the protocol. The caller's processor keeps its
+            own.
 
     Raises:
         ValueError: The policy is for another robot, or takes cameras that the suite does not have, or the protocol
@@ -79,6 +87,20 @@ def model_policy(suite: Suite, model: Any, processor: Any, unnorm_key: str | Non
             f"The policy sees a state of {processor.state_dim} dimensions, but that of {suite.title} has "
             f"{suite.state_dim}."
         )
-    if protocol.crop_area is not None:
-        processor.image_processor.center_crop_area = protocol.crop_area
+    if add_crop and protocol.crop_area is not None and processor.image_processor.center_crop_area is None:
+        processor = _crop(processor, protocol.crop_area)
+        logger.warning(
+            "The policy's processor has no centre crop, so images are cropped to %g of their area, as in the protocol "
+            "of %s.",
+            protocol.crop_area,
+            suite.title,
+        )
     return ModelPolicy(model, processor, unnorm_key, execute)
+
+
+def _crop(processor: Any, area: float) -> Any:
+    """Copy a processor with a centre crop."""
+    processor = copy.copy(processor)
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.center_crop_area = area
+    return processor

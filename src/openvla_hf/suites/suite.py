@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,12 +16,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from PIL import Image
 
+from .gripper import GRIPPERS
+
 
 if TYPE_CHECKING:
     import gymnasium
 
 
-__all__ = ["Episode", "Observation", "Policy", "Protocol", "Rollout", "Suite", "first_image", "installed_version"]
+__all__ = [
+    "Episode",
+    "Observation",
+    "Policy",
+    "Protocol",
+    "Rollout",
+    "Suite",
+    "choose_renderer",
+    "first_image",
+    "installed_version",
+]
 
 # The frame of the only camera, or a dict with the frame of each camera, uint8 (H, W, 3), and the state.
 Observation = np.ndarray | dict[str, np.ndarray]
@@ -52,11 +65,12 @@ class Protocol:
         rotate: Whether images are rotated by 180 degrees.
         jpeg: Whether images are compressed as JPEG and decompressed.
         resize: Side to which images are resized with TensorFlow's lanczos3; `None` leaves the size to the processor.
-        crop_area: Share of the area that the processor's centre crop keeps; `None` leaves it to the processor.
+        crop_area: Share of the area that a centre crop keeps if the processor states no crop of its own; `None` for
+            no such crop.
         settle_steps: Steps with `settle_action` before the policy acts, in which objects come to rest.
         settle_action: Action of these steps.
-        gripper: What the environment takes to open and to close the gripper, where the policy gives 1 and 0; `None` if
-            actions go to the environment unchanged.
+        gripper: Name of the `GRIPPERS` convention in which the environment takes the last dimension of actions; `None`
+            if actions go to the environment unchanged.
         execute: Actions of a chunk that are executed before the policy predicts again; `None` for all.
     """
 
@@ -73,7 +87,7 @@ class Protocol:
     crop_area: float | None = None
     settle_steps: int = 0
     settle_action: tuple[float, ...] = ()
-    gripper: tuple[float, float] | None = None
+    gripper: str | None = None
     execute: int | None = None
 
     def show(self, observation: Observation) -> Observation:
@@ -101,8 +115,7 @@ class Protocol:
         """Convert an action (A,) of the policy to the environment's."""
         if self.gripper is None:
             return action
-        opened, closed = self.gripper
-        return np.append(action[:-1], opened if action[-1] >= 0.5 else closed)
+        return np.append(action[:-1], GRIPPERS[self.gripper].convert(action[-1:]))
 
 
 @dataclass(frozen=True, order=True)
@@ -252,6 +265,14 @@ class Suite:
         """
         self.check_installed()
         return {name: installed_version(name) for name in self.packages}
+
+
+def choose_renderer() -> str:
+    """Return the library with which MuJoCo renders, and choose software, which needs no display, if none is set.
+
+    MuJoCo reads the variable when it is first imported.
+    """
+    return os.environ.setdefault("MUJOCO_GL", "osmesa")
 
 
 def installed_version(package: str) -> str:
