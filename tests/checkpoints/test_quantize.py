@@ -20,6 +20,7 @@ from transformers import (
     TorchAoConfig,
 )
 
+from openvla_hf.checkpoints.model_card import read_training
 from openvla_hf.checkpoints.quantize import FORMATS, expected_weight_bytes, quantization, quantize, weight_bytes
 from openvla_hf.cli import main
 from openvla_hf.data import write_lerobot
@@ -229,6 +230,12 @@ def test_quantize_writes_the_same_as_loading_and_saving(policy, tmp_path, name, 
     assert again.norm_stats == model.norm_stats
     files = {path.name for path in (tmp_path / "saved").iterdir() if path.suffix in (".py", ".json")}
     assert files <= {path.name for path in (tmp_path / "written").iterdir()}
+
+
+def test_quantize_keeps_the_record_of_the_training(policy, tmp_path):
+    (policy.folder / "training.json").write_text('{"recipe": "full"}', encoding="utf-8")
+    written = quantize(policy.folder, tmp_path / "written", "8bit")
+    assert read_training(written) == {"recipe": "full"}
 
 
 def test_quantize_reads_a_published_sharded_checkpoint(recorded, tmp_path):

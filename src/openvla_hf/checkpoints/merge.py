@@ -1,6 +1,5 @@
 """Merge an adapter into its base model, to get a checkpoint without an adapter."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 from ..modeling.checkpoint_files import CheckpointFiles
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..new_folder import new_folder, require_new_folder
-from .model_card import TRAINING_FILE, read_training
+from .model_card import copy_training
 
 
 # Relative difference between the outputs before and after merging: the effect of rounding alone, and the largest one
@@ -86,8 +85,7 @@ def merge_adapter(
     with new_folder(output) as merged:
         model.save_pretrained(merged, max_shard_size=max_shard_size)
         processor.save_pretrained(merged)
-        if training := read_training(adapter):
-            (merged / TRAINING_FILE).write_text(json.dumps(training, indent=2), encoding="utf-8")
+        copy_training(CheckpointFiles.locate(adapter), merged)
     return difference
 
 

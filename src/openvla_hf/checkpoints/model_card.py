@@ -104,6 +104,12 @@ def read_training(source: str | os.PathLike) -> dict[str, Any]:
     return CheckpointFiles.locate(source).read_json(TRAINING_FILE) or {}
 
 
+def copy_training(files: CheckpointFiles, folder: Path) -> None:
+    """Copy the `training.json` of a policy, if it has one, to a folder with the same policy in another form."""
+    if training := files.read_json(TRAINING_FILE):
+        (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2), encoding="utf-8")
+
+
 def records_training(source: str) -> bool:
     """Return whether a policy comes from a folder with `training.json`; the file is not pushed to the Hub."""
     return os.path.isdir(source) and os.path.isfile(os.path.join(source, TRAINING_FILE))
@@ -201,4 +207,4 @@ def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in values)
 
 
-__all__ = ["is_hub_id", "read_training", "records_training", "write_card"]
+__all__ = ["copy_training", "is_hub_id", "read_training", "records_training", "write_card"]

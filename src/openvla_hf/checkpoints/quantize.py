@@ -34,6 +34,7 @@ from ..modeling.quantized_loading import (
     refuse_without_gpu,
 )
 from ..new_folder import new_folder, require_new_folder
+from .model_card import copy_training
 from .shard_writing import SHARD_BYTES, Shard, write_shards
 from .transformers_internals import PartLoader, local_torch_dtype
 
@@ -288,6 +289,7 @@ def quantize(
     with new_folder(destination) as folder:
         model.save_pretrained(folder, state_dict={})  # config, code and statistics
         processor.save_pretrained(folder)
+        copy_training(files, folder)
         shards = _quantized_groups(PartLoader(model, quantizer, dtype, source), groups)
         write_shards(folder, shards, len(groups), on_progress)
     return destination
