@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -157,8 +158,8 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Suite:
-    """A benchmark. Subclasses say which environments it has and how to build one.
+class Suite(ABC):
+    """A benchmark. Subclasses say how to build an environment, and which policies it takes.
 
     An environment is a Gymnasium environment that returns an observation (a frame, or a dict with a frame for each
     camera and `state`). The `info` of its `reset` and `step` has `task`, `instruction` and `is_success`.
@@ -182,8 +183,8 @@ class Suite:
     packages: tuple[str, ...] = ("openvla-hf", "gymnasium", "numpy")
 
     def known_tasks(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the names that `select` takes, and the environments of each."""
-        raise NotImplementedError
+        """Return the names that `select` takes, and the environments of each: by default, that of the same name."""
+        return {one: (one,) for one in self.environments}
 
     def select(self, tasks: Sequence[str]) -> Self:
         """Return the suite with the environments of these tasks or groups of tasks only.
@@ -216,15 +217,15 @@ class Suite:
             )
         return replace(self, protocol=replace(self.protocol, **given))
 
+    @abstractmethod
     def make(self, environment: str) -> gymnasium.Env[Any, np.ndarray]:
         """Build an environment.
 
         Raises:
             ImportError: A package of the suite is not installed.
         """
-        raise NotImplementedError
 
-    def check_installed(self) -> None:
+    def check_installed(self) -> None:  # noqa: B027 - most suites need no check
         """Raise `ImportError` if a package of the suite is not installed. A suite without such packages needs none."""
 
     def reset_options(self) -> dict[str, Any]:
@@ -235,9 +236,9 @@ class Suite:
         """Return what the policy sees of an observation."""
         return self.protocol.show(observation)
 
+    @abstractmethod
     def check_policy(self, low: Sequence[float], high: Sequence[float]) -> None:
         """Raise `ValueError` if the usual lowest and highest actions (A,) of a policy are not for this robot."""
-        raise NotImplementedError
 
     def check_cameras(self, cameras: Sequence[str]) -> None:
         """Raise `ValueError` if a policy takes a camera that the suite does not have."""
