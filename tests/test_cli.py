@@ -194,6 +194,20 @@ def test_a_hub_that_does_not_answer_is_asked_once_for_a_policy(owner, capsys, co
     assert len(owner.requests) <= 3
 
 
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (0, r"the files of lab/kitchn: the Hub does not answer \(\w+\), and there is no folder of this name"),
+        (503, r"the files of lab/kitchn: the Hub failed \(HTTP 503\)"),
+        (404, "lab/kitchn is not a local folder, and the Hub has no such repository"),
+    ],
+)
+def test_a_misspelt_folder_of_a_dataset_is_refused_in_one_line(owner, capsys, status, reason):
+    if status != 404:
+        owner.faults["*"] = status
+    assert re.search(reason, refusal(capsys, "doctor", "lab/kitchn"))
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
 @pytest.mark.parametrize(

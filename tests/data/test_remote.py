@@ -166,3 +166,17 @@ def test_streams_of_repositories_on_the_hub_give_the_frames_of_the_local_folders
     result = run_python(code, *(f"someone/{name}" for name in FORMATS), **hub.env)
     expected = [int(frame["image"].sum()) for name in FORMATS for frame in load(tmp_path / name)]
     assert json.loads(result.stdout) == expected
+
+
+def test_a_stream_from_a_hub_that_does_not_answer_is_refused_with_its_name(hub, run_python):
+    hub.faults["*"] = 0
+    code = """if True:
+        from openvla_hf.data import load
+        try:
+            load("someone/kitchn", streaming=True)
+        except OSError as error:
+            print(error)
+        """
+    message = run_python(code, **hub.env).stdout
+    assert message.startswith("someone/kitchn can't be read (")
+    assert message.endswith("). Check the connection and try again.\n")

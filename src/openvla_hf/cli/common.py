@@ -295,9 +295,10 @@ def console(stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def counting_bars(args: argparse.Namespace) -> Progress:
-    """Make progress bars that count, on standard error; with --json they stay hidden."""
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    return Progress(*columns, console=console(stderr=True), disable=args.json, transient=True)
+    """Make progress bars that count, on standard error; with --json or without a terminal they stay hidden."""
+    columns, out = (*Progress.get_default_columns(), MofNCompleteColumn()), console(stderr=True)
+    # Without a terminal, rich would print only an empty line.
+    return Progress(*columns, console=out, disable=args.json or not out.is_interactive, transient=True)
 
 
 @contextmanager

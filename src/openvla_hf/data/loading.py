@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from datasets.utils import tqdm
 from huggingface_hub import snapshot_download
 
+from ..modeling.checkpoint_files import HUB_ERRORS, hub_error
 from .adapters import Robot
 from .episodes import Losses, usable_columns
 from .frame_spec import Cameras, FrameSpec, resolve_spec
@@ -264,7 +265,7 @@ def _open(path: str, split: str, streaming: bool) -> Source | Frames:
         is_file = path.endswith((*FOREIGN, ".parquet"))
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or is_file:
             raise FileNotFoundError(f"There is no dataset at {path!r}. Give a folder, a URL or a Hub id (user/name).")
-        path = f"hf://datasets/{path}" if streaming else snapshot_download(path, repo_type="dataset")
+        path = f"hf://datasets/{path}" if streaming else _download(path)
     fs, root = find_folder(path)
     prefix = url_prefix(fs, root)
     if fs.exists(f"{root}/{INFO_FILE}"):
@@ -284,6 +285,13 @@ def _open(path: str, split: str, streaming: bool) -> Source | Frames:
         raise FileNotFoundError(
             f"{path!r} does not contain a dataset in a known format (LeRobot, RLDS or parquet)."
         ) from error
+
+
+def _download(repo: str) -> str:
+    try:
+        return snapshot_download(repo, repo_type="dataset")
+    except HUB_ERRORS as error:
+        raise hub_error(repo, "the files", error) from error
 
 
 def _refuse_foreign(fs: fsspec.AbstractFileSystem, root: str) -> None:

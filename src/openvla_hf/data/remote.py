@@ -31,6 +31,7 @@ CONNECTION_ERRORS = {
     "botocore.exceptions": "BotoCoreError",
     "gcsfs.retry": "HttpError",
     "httpx": "HTTPError",
+    "httpx2": "HTTPError",
 }
 # Errors of a local file system that another attempt does not change.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)

@@ -231,8 +231,8 @@ def hub_error(source: str, what: str, error: Exception | None) -> OSError:
     start = f"Cannot read {what} of {source}"
     if error is None or (isinstance(cause, LocalEntryNotFoundError) and not isinstance(cause, HfHubHTTPError)):
         return OSError(
-            f"{start}: it is not in the cache, and offline mode (HF_HUB_OFFLINE or `local_files_only`) forbids a "
-            "download. Load it once online, or give a folder that contains all files."
+            f"{start}: it is not in the cache, there is no folder of this name, and offline mode (HF_HUB_OFFLINE or "
+            "`local_files_only`) forbids a download. Load it once online, or give a folder that contains all files."
         )
     if isinstance(cause, RevisionNotFoundError):
         return OSError(f"{start}: the repository has no such revision. Check `revision=`.")
@@ -249,8 +249,8 @@ def hub_error(source: str, what: str, error: Exception | None) -> OSError:
     if isinstance(cause, OSError) and cause.errno is not None:  # such as a full disk
         return OSError(f"{start}: {cause.strerror or cause}.")
     return OSError(
-        f"{start}: the Hub does not answer ({type(cause).__name__}). Check the name and the network, or set "
-        "HF_HUB_OFFLINE=1 to use the cached files."
+        f"{start}: the Hub does not answer ({type(cause).__name__}), and there is no folder of this name. Check the "
+        "name and the network, or set HF_HUB_OFFLINE=1 to use the cached files."
     )
 
 
