@@ -494,7 +494,7 @@ def test_whole_episodes_are_held_out():
     assert len(numbers[1]) == 2
     assert not numbers[0] & numbers[1]
     assert len(train) + len(held_out) == 30
-    with pytest.raises(ValueError, match="one episode, so none can be held out"):
+    with pytest.raises(ValueError, match="has 1 episode, so none can be held out"):
         read_split(from_episodes(episodes[:1]), 0.2, seed=0)
 
 

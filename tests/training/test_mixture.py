@@ -187,6 +187,21 @@ def test_too_few_episodes_for_validation_are_told_before_the_statistics_are_comp
     assert not list(cache_folder().glob("statistics-*"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (f"--data {{}}/{SARA} --eval-share 0.5", f"'{SARA}' has 1 episode, so none can be held out. Set --eval-share"),
+        (f"--mixture {SARA} --data-dir {{}} --validation", "[95%:]' of {} contains no episodes"),
+        (f"--mixture {SARA} --data-dir {{}} --validation --streaming --world-size 2", "[95%:]' of {} contains no"),
+    ],
+)
+def test_a_dry_run_finds_too_few_episodes_for_the_evaluation(options, message, base, cache, tmp_path, capsys):
+    folder = write_rlds([fake_episode(steps=2, size=16)], tmp_path / SARA)
+    command = ["finetune", "--model", str(base), "--output", str(tmp_path / "run"), "--dry-run"]
+    assert main([*command, *options.format(tmp_path).split()]) == 2
+    assert message.format(folder) in capsys.readouterr().err
+
+
 def test_the_command_line_and_a_config_file_give_a_mixture(base, data, tmp_path, capsys):
     config = tmp_path / "run.toml"
     config.write_text(f'''

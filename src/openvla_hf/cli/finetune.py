@@ -148,15 +148,17 @@ def run(args: argparse.Namespace) -> None:
 
     from ..training.finetune import check_run, finetune
     from ..training.recipes import cost_table, estimate_cost
-    from ..training.run_frames import try_first_episodes
+    from ..training.run_frames import read_validation, try_first_episodes
 
     if not (args.dry_run and args.world_size):
         refuse_options(args, "needs --dry-run and --world-size", "shard_size", "throughput", "count")
     arguments = read_arguments(args)
     register_robots(args)
     recipe, _ = check_run(arguments)
-    if args.dry_run and not args.world_size:  # a plan reads only metadata
-        try_first_episodes(arguments, recipe.load_options())
+    if args.dry_run:
+        read_validation(arguments, recipe.seed, recipe.load_options())
+        if not args.world_size:  # a plan reads only metadata
+            try_first_episodes(arguments, recipe.load_options())
     cost = estimate_cost(AutoConfig.from_pretrained(args.model), recipe, num_images=len(args.cameras or [None]))
     is_main = PartialState().is_main_process
     if is_main and not (args.dry_run and args.world_size):  # a plan has its own estimate, for a GPU of many

@@ -134,7 +134,7 @@ def load(
     return frames
 
 
-def try_first_episode(data: str | os.PathLike, robot: Robot | str | None = None, **options: Any) -> None:
+def try_first_episode(data: str | os.PathLike, robot: Robot | str | None = None, **options: Any) -> FrameStream | None:
     """Read the first usable episode of a LeRobot or RLDS dataset, to find mistakes before all of it is read.
 
     Nothing is read if `data` is in another format, is a Hub id, or does not exist.
@@ -144,17 +144,22 @@ def try_first_episode(data: str | os.PathLike, robot: Robot | str | None = None,
         robot: See `load`.
         options: Further arguments of `load`.
 
+    Returns:
+        The stream of the dataset, or `None` if nothing is read.
+
     Raises:
         ValueError: The dataset lacks what is read.
         BadEpisodeError: The episode can't be used.
     """
     path = os.fspath(data)
     if "://" not in path and not os.path.isdir(path):
-        return
+        return None
     source = open_source(path, options.get("split", "train"), streaming=True)
-    if isinstance(source, (LeRobotSource, RLDSSource)):
-        stream = load(path, robot, **{**options, "streaming": True, "shuffle_buffer": 0})
-        next(iter(stream.rows), None)
+    if not isinstance(source, (LeRobotSource, RLDSSource)):
+        return None
+    stream = load(path, robot, **{**options, "streaming": True, "shuffle_buffer": 0})
+    next(iter(stream.rows), None)
+    return stream
 
 
 def choose_robot(robot: Robot | str | None, source: Source | Frames, name: str) -> Robot | str | None:

@@ -22,7 +22,7 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
         Training frames, and evaluation frames or `None`.
 
     Raises:
-        ValueError: `data` is a stream or has only one episode.
+        ValueError: `data` is a stream or has fewer than two episodes.
     """
     if eval_share <= 0:
         return data, None
@@ -30,10 +30,16 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
         raise ValueError("A stream can't be split. Give the evaluation data separately, or load without streaming.")
     episodes = _column(data, "episode_index")
     numbers = np.random.default_rng(seed).permutation(np.unique(episodes))
-    if len(numbers) < 2:
-        raise ValueError("There is only one episode, so none can be held out. Set `eval_share` to 0.")
+    require_divisible(dataset_name(data), len(numbers))
     held_out = np.isin(episodes, numbers[: max(1, round(eval_share * len(numbers)))])
     return data.select(np.flatnonzero(~held_out)), data.select(np.flatnonzero(held_out))
+
+
+def require_divisible(name: str, episodes: int | None) -> None:
+    """Raise `ValueError` if a dataset has too few episodes to hold one out. `None` is an unknown number."""
+    if episodes is not None and episodes < 2:
+        count = "1 episode" if episodes else "no episodes"
+        raise ValueError(f"{name!r} has {count}, so none can be held out. Set `eval_share` to 0.")
 
 
 def split_parts(
@@ -79,7 +85,9 @@ def split_parts(
 
 def dataset_name(data: Dataset | IterableDataset) -> str:
     """Return the name of the frames' dataset, or an empty text if there are no frames."""
-    return data.name if isinstance(data, FrameStream) else "".join(_column(data, "dataset")[:1])
+    if isinstance(data, FrameStream):
+        return data.name
+    return "".join(data.with_format(None).select_columns(["dataset"])[:1]["dataset"])
 
 
 def describe_split(data: Dataset, held_out: Dataset) -> dict[str, dict[str, Any]]:
@@ -155,6 +163,7 @@ __all__ = [
     "describe_split",
     "held_out_frames",
     "read_split",
+    "require_divisible",
     "sample_episodes",
     "sample_frames",
     "split_parts",

@@ -15,7 +15,7 @@ from ..data.loading import try_first_episode
 from ..data.mixtures import divide_buffer, sampling_shares
 from ..data.readers.rlds import DIVISIBLE, EmptySplitError
 from ..data.robots import GENERIC, describe_robot, resolve_robot
-from ..data.splits import dataset_name, sample_frames, split_parts
+from ..data.splits import dataset_name, require_divisible, sample_frames, split_parts
 from ..data.streams import mix_streams
 from ..data.whole_statistics import whole_statistics
 from .arguments import VALIDATION_FRAMES, FinetuneArguments, TrainingData, TrainingMixture
@@ -47,18 +47,20 @@ class RunFrames:
 
 
 def try_first_episodes(arguments: FinetuneArguments, recipe_options: Mapping[str, Any]) -> None:
-    """Read the first episode of each dataset of a run, as far as `try_first_episode` does.
+    """Read the first episode of each dataset of a run, as far as `try_first_episode` does, and count its episodes.
 
     Args:
         arguments: Arguments of the run.
         recipe_options: See `read_frames`.
 
     Raises:
-        ValueError: A dataset lacks what is read.
+        ValueError: A dataset lacks what is read, or has too few episodes for `eval_share`.
         BadEpisodeError: An episode can't be used.
     """
     for one in arguments.datasets:
-        try_first_episode(one.source, **{**recipe_options, **one.options})
+        stream = try_first_episode(one.source, **{**recipe_options, **one.options})
+        if arguments.eval_share and stream is not None:
+            require_divisible(stream.name, stream.losses.total)
 
 
 def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]) -> RunFrames:
@@ -83,8 +85,8 @@ def read_frames(arguments: FinetuneArguments, seed: int, recipe_options: Mapping
         return RunFrames(arguments.data, arguments.eval_data, record)
     statistics = sizes = validation = None
     if isinstance(arguments.data, TrainingMixture):
-        if arguments.validation:  # its errors come before the statistics, which may take hours
-            validation = _read_validation(arguments.data, seed, recipe_options, arguments.eval_frames)
+        # Its errors come before the statistics, which may take hours.
+        validation = read_validation(arguments, seed, recipe_options)
         statistics, record["mixture"] = _balance(arguments, datasets, parts)
         sizes = [one["transitions"] for one in record["mixture"].values()]
         weighted = list(zip(parts, [one.weight for one in datasets], sizes, strict=True))
@@ -134,20 +136,32 @@ def read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
     return dict(given) if isinstance(given, Mapping) else None if given is None else load_statistics(given)
 
 
-def _read_validation(
-    mixture: TrainingMixture, seed: int, recipe_options: Mapping[str, Any], count: int | None
-) -> IterableDataset:
-    """Load the first `count` held-out frames of each dataset of a mixture."""
+def read_validation(
+    arguments: FinetuneArguments, seed: int, recipe_options: Mapping[str, Any]
+) -> IterableDataset | None:
+    """Open the stream of the frames for `validation` from metadata alone, or return `None` without `validation`.
+
+    Args:
+        arguments: Arguments of the run.
+        seed: Seed of the draws.
+        recipe_options: See `read_frames`.
+
+    Raises:
+        ValueError: A dataset of the mixture has no held-out episodes.
+    """
+    if not arguments.validation or not isinstance(arguments.data, TrainingMixture):
+        return None
     try:
         loaded = [
-            load(one.source, seed=seed, **{**recipe_options, **one.options}) for one in mixture.select_validation()
+            load(one.source, seed=seed, **{**recipe_options, **one.options})
+            for one in arguments.data.select_validation()
         ]
     except EmptySplitError as error:
         raise ValueError(
             f"{error} With fewer than {DIVISIBLE}, `validation` has no episodes: record more, hold out a larger share "
             "with `eval_share` (without `streaming`), or leave the evaluation out."
         ) from error
-    return mix_streams([(part.first(count or VALIDATION_FRAMES), 1.0) for part in loaded])
+    return mix_streams([(part.first(arguments.eval_frames or VALIDATION_FRAMES), 1.0) for part in loaded])
 
 
 def _balance(
@@ -194,4 +208,4 @@ def _record_reading(data: TrainingData, frames: Dataset | IterableDataset) -> di
     return options | {"robot": robot.name, "adapter": describe_robot(robot)}
 
 
-__all__ = ["RunFrames", "load_datasets", "read_frames", "read_statistics", "try_first_episodes"]
+__all__ = ["RunFrames", "load_datasets", "read_frames", "read_statistics", "read_validation", "try_first_episodes"]
