@@ -470,7 +470,9 @@ def test_an_episode_shorter_than_a_chunk_is_logged(make_episode, caplog):
     with caplog.at_level(logging.WARNING, "openvla_hf"):
         frames = from_episodes([short, long], name="arm", **OPTIONS)
     assert set(frames[:]["episode_index"]) == {1}
-    message = "1 episodes of arm are shorter than chunk=4. They give no frames and do not count in the statistics."
+    message = (
+        "arm has 1 episode shorter than chunk=4. Such episodes give no frames and do not count in the statistics."
+    )
     assert message in caplog.text
     assert compute_statistics(frames)["arm"]["num_transitions"] == STEPS
     padded = from_episodes([short, long], name="arm", **OPTIONS, chunk_end="pad")

@@ -193,7 +193,7 @@ def test_a_file_of_one_s_own_adds_a_dataset_that_loads_by_its_name(own_table, ep
     ("value", "message"),
     [
         ("action[:6], action[7]", r"'action' has 7 columns, so it has no column \[7\]"),
-        ("action[-1]", "the action has 1 dimensions after the transform"),
+        ("action[-1]", "the action has 1 dimension after the transform"),
         ("action[:3], action[3:6] | quaternion_to_euler, action[6]", "a quaternion has 4 columns"),
         ("action[:6], is_first[:1]", None),
     ],

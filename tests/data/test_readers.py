@@ -626,7 +626,7 @@ def test_a_tfrecord_cut_between_two_records(episodes, tmp_path):
     write_rlds(episodes[:2], tmp_path / "short")
     write_rlds(episodes, tmp_path / "arm")
     tfrecord(tmp_path / "arm").write_bytes(tfrecord(tmp_path / "short").read_bytes())
-    with pytest.raises(BadEpisodeError, match="there are 2 records instead of 5"):
+    with pytest.raises(BadEpisodeError, match="the file has 2 records instead of 5"):
         load(tmp_path / "arm")
     assert set(load(tmp_path / "arm", skip_bad_episodes=0.6)["episode_index"]) == {0, 1}
 

@@ -131,7 +131,7 @@ def test_frames_that_do_not_fit_the_policy_are_refused(base, tmp_path):
     collator = build(base, tmp_path).eval_collator
     frame = chunk_frames()[0]
     for change, message in (
-        ({"actions": frame["actions"][:2]}, "chunk has 2 actions of 7 dimensions.*predicts 3 of 7"),
+        ({"actions": frame["actions"][:2]}, r"chunk of actions has shape \(2, 7\) .*predicts \(3, 7\)"),
         ({"actions": frame["actions"][:, :6]}, "statistics have 7 dimensions"),
         ({"actions": np.full((CHUNK, 7), np.nan)}, "not finite"),
         ({"state": None}, "has no state, but the policy's has 3 dimensions"),

@@ -558,7 +558,7 @@ def test_streams_of_several_datasets_train_on_given_statistics(base, data, tmp_p
     [
         (["--weights", "1", "2", "3"], "--weights has 3 values for 2 datasets"),
         (["--robot", "a", "b", "c"], "--robot has 3 values for 2 datasets"),
-        (["--name", "both"], "--name has 1 values for 2 datasets"),
+        (["--name", "both"], "--name has 1 value for 2 datasets"),
     ],
 )
 def test_options_of_several_datasets_need_a_value_for_each(base, tmp_path, capsys, options, message):

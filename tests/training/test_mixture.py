@@ -179,7 +179,7 @@ def test_another_row_is_refused_on_resume_by_its_dataset_and_both_values(base, c
 def test_too_few_episodes_for_validation_are_told_before_the_statistics_are_computed(base, data, cache, tmp_path):
     mixture = TrainingMixture({SARA: 1.0}, data, {"streaming": True})
     run = FinetuneArguments(model=base, data=mixture, output=tmp_path / "run", settings=SMALL, validation=True)
-    with pytest.raises(ValueError, match=r"train\[95%:\].* contains no episodes, since 4 are too few") as refused:
+    with pytest.raises(ValueError, match=r"train\[95%:\].* contains no episodes, since 4 is too few") as refused:
         read_frames(run, 0, {})
     assert "hold out a larger share with `eval_share` (without `streaming`), or leave the evaluation out." in str(
         refused.value

@@ -161,9 +161,10 @@ def test_frames_that_the_metadata_does_not_count_are_unknown_until_they_are_coun
     [
         ("--dry-run --world-size 2", "A plan needs data that is streamed"),
         ("--streaming --dry-run --world-size 6 --shard-size 4", "6 GPUs can't be divided into groups of 4"),
+        ("--streaming --dry-run --world-size 1 --shard-size 4", "1 GPU can't be divided into groups of 4"),
         ("--streaming --dry-run --throughput 2", "--throughput needs --dry-run and --world-size."),
         ("--streaming --dry-run --count", "--count needs --dry-run and --world-size."),
-        ("--streaming --world-size 2", "The run has 1 processes instead of --world-size 2."),
+        ("--streaming --world-size 2", "The number of processes is 1, but --world-size is 2."),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_told_in_one_sentence(options, message, base, data, cache, tmp_path, capsys):

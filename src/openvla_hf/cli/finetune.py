@@ -184,11 +184,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _print_plan(args: argparse.Namespace, arguments: FinetuneArguments) -> dict[str, Any]:
     """Print the plan of a run on many GPUs, and return it for JSON."""
+    from ..data.feature_names import counted
     from ..training.plan import plan_run, plan_tables
 
     num_images, count = len(args.cameras or [None]), bool(args.count)
     plan = plan_run(arguments, args.world_size, args.shard_size, args.throughput, num_images, count)
-    for table in plan_tables(f"Plan for {args.world_size} GPUs", plan):
+    for table in plan_tables(f"Plan for {counted(args.world_size, 'GPU')}", plan):
         print_table(table, stderr=True)
     return {"plan": dataclasses.asdict(plan)}
 
@@ -197,8 +198,8 @@ def _check_world_size(args: argparse.Namespace, processes: int) -> None:
     """Raise `ValueError` if the run has another number of processes than the options say."""
     if args.world_size not in (None, processes):
         raise ValueError(
-            f"The run has {processes} processes instead of --world-size {args.world_size}. Start it with accelerate "
-            f"launch --num_processes {args.world_size}, or add --dry-run to plan it."
+            f"The number of processes is {processes}, but --world-size is {args.world_size}. Start the run with "
+            f"accelerate launch --num_processes {args.world_size}, or add --dry-run to plan it."
         )
 
 
@@ -233,6 +234,8 @@ def read_datasets(args: argparse.Namespace) -> list[TrainingData] | TrainingMixt
     Raises:
         ValueError: An option has neither one value nor one for each dataset, or contradicts `--mixture`.
     """
+    from ..data.feature_names import counted
+
     if args.mixture is not None:
         refuse_options(args, "does not apply to --mixture", "weights", "robot", "camera", "name")
         if args.data_dir is None:
@@ -245,7 +248,9 @@ def read_datasets(args: argparse.Namespace) -> list[TrainingData] | TrainingMixt
     given = {"weights": args.weights, "robot": args.robot, "camera": args.camera, "name": args.name}
     for option, values in given.items():
         if values is not None and len(values) != count and (len(values) > 1 or option in ("weights", "name")):
-            raise ValueError(f"--{option} has {len(values)} values for {count} datasets: give one for each.")
+            raise ValueError(
+                f"--{option} has {counted(len(values), 'value')} for {counted(count, 'dataset')}: give one for each."
+            )
     weights, robots, cameras, names = (
         [None] * count if values is None else values * (count // len(values)) for values in given.values()
     )

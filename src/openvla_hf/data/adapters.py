@@ -17,6 +17,7 @@ from .feature_names import (
     STATE_NAMES,
     Names,
     as_tuple,
+    counted,
     find_camera,
     find_columns,
     find_name,
@@ -276,7 +277,9 @@ class Robot:
             return []
         beyond = [index for index in self.gripper.dimensions if not -action_dim <= index < action_dim]
         if beyond:
-            raise ValueError(f"Gripper.dimensions contains {beyond}, but the action has {action_dim} numbers.")
+            raise ValueError(
+                f"Gripper.dimensions contains {beyond}, but the action has {counted(action_dim, 'number')}."
+            )
         return sorted({index % action_dim for index in self.gripper.dimensions})
 
     def mask(self, action_dim: int) -> list[bool]:
@@ -317,7 +320,8 @@ class Robot:
             state = None
         if self.action_dim is not None and action.shape[1] != self.action_dim:
             raise ValueError(
-                f"the action has {action.shape[1]} dimensions, but the adapter {self.name!r} is for {self.action_dim}."
+                f"the action has {counted(action.shape[1], 'dimension')}, but the adapter {self.name!r} is for "
+                f"{self.action_dim}."
             )
         if self.recorded_space in TARGETS:
             # A merged group takes its last target, as seen from its first frame.
@@ -392,7 +396,9 @@ class Robot:
         """Raise `ValueError` if `select` asks for a number that a recorded action of this size does not have."""
         beyond = [index for index in self.select or () if not -recorded <= index < recorded]
         if beyond:
-            raise ValueError(f"select={self.select} asks for {beyond}, but the action has {recorded} numbers.")
+            raise ValueError(
+                f"select={self.select} asks for {beyond}, but the action has {counted(recorded, 'number')}."
+            )
 
     def _check_size(self, action_dim: int) -> None:
         """Raise `ValueError` if the robot is one end effector and an action of this size does not fit it."""
@@ -404,9 +410,9 @@ class Robot:
             )
         if self.is_end_effector and not pose_end <= action_dim <= pose_end + 1:
             raise ValueError(
-                f"the action has {action_dim} numbers, but {self.recorded_space!r} with rotation={self.rotation!r} "
-                f"takes {pose_end}, or {pose_end + 1} with a gripper. Choose them with select=. For joints or "
-                "several arms, use space='joint_positions' or space='joint_deltas'."
+                f"the action has {counted(action_dim, 'number')}, but {self.recorded_space!r} with "
+                f"rotation={self.rotation!r} takes {pose_end}, or {pose_end + 1} with a gripper. Choose them with "
+                "select=. For joints or several arms, use space='joint_positions' or space='joint_deltas'."
             )
 
     def _convert_pose(self, action: np.ndarray, state: np.ndarray | None) -> np.ndarray:
@@ -434,7 +440,7 @@ def _join(columns: dict[str, np.ndarray], names: list[str], length: int) -> np.n
     for name in names:
         column = np.asarray(columns[name], np.float64)
         if len(column) != length:
-            raise ValueError(f"{name!r} has {len(column)} rows for {length} images.")
+            raise ValueError(f"{name!r} has {counted(len(column), 'row')} for {counted(length, 'image')}.")
         parts.append(column.reshape(length, -1))
     return np.concatenate(parts, axis=1)
 

@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .feature_names import counted
+
 
 def matrix(column: pa.ChunkedArray, name: str) -> np.ndarray:
     """Convert a column of lists, or of single numbers, to an array (N, D).
@@ -15,7 +17,7 @@ def matrix(column: pa.ChunkedArray, name: str) -> np.ndarray:
         ValueError: Rows are empty or differ in size. The message gives `name`.
     """
     if column.null_count:
-        raise ValueError(f"{name!r} is empty in {column.null_count} rows.")
+        raise ValueError(f"{name!r} is empty in {counted(column.null_count, 'row')}.")
     if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
         return column.to_numpy().reshape(-1, 1)
     sizes = sorted(pc.unique(pc.list_value_length(column)).to_pylist())

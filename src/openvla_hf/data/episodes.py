@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .feature_names import counted
 from .frame_spec import DROPPED_COLUMNS, FrameSpec
 
 
@@ -182,10 +183,10 @@ def usable_columns(
             yield columns
     if spec.drops_ends and too_short:
         logger.warning(
-            "%d episodes of %s are shorter than chunk=%d. They give no frames and do not count in the statistics. Set "
+            "%s has %s shorter than chunk=%d. Such episodes give no frames and do not count in the statistics. Set "
             "chunk_end='pad' to use them.",
-            too_short,
             dataset,
+            counted(too_short, "episode"),
             spec.chunk,
         )
 
@@ -263,7 +264,9 @@ def check_state_size(states: Sequence[np.ndarray] | np.ndarray, expected: int | 
     if not len(states):
         return expected
     if expected not in (None, len(states[0])):
-        raise ValueError(f"the state has {len(states[0])} numbers, but it has {expected} in earlier episodes.")
+        raise ValueError(
+            f"the state has {counted(len(states[0]), 'number')}, but it has {expected} in earlier episodes."
+        )
     return len(states[0])
 
 

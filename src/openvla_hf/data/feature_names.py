@@ -89,12 +89,18 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, sorted(names))) or "none"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 __all__ = [
     "INSTRUCTION_NAMES",
     "STATE_NAMES",
     "FirstOf",
     "Names",
     "as_tuple",
+    "counted",
     "find_camera",
     "find_columns",
     "find_name",

@@ -187,20 +187,19 @@ def select_datasets(
         get = " or ".join(sorted({"download" if _published(name) else "record" for name in missing}))
         go_on = f" {GO_ON}" if len(missing) < len(weights) else ""
         raise FileNotFoundError(
-            f"{len(missing)} of {len(weights)} datasets of the mixture are missing from {folder}{gone}:\n{listed}\n"
+            f"Datasets of the mixture are missing from {folder}{gone} ({len(missing)} of {len(weights)}):\n{listed}\n"
             f"{get.capitalize()} each into a folder of its name, or correct the path of the folder.{go_on}"
         )
     for problem in refused.values():
         logger.warning("%s", problem)
     if missing:
         logger.warning(
-            "%d of %d datasets of the mixture are missing and left out:\n%s", len(missing), len(weights), listed
+            "Datasets of the mixture are missing and left out (%d of %d):\n%s", len(missing), len(weights), listed
         )
     selected = {name: weight for name, weight in weights.items() if name not in refused and name not in missing}
     if not selected:
         raise ValueError(
-            f"{folder} contains none of the {len(weights)} datasets of the mixture. Give the folder that contains the "
-            "folders of the datasets."
+            f"{folder} contains no dataset of the mixture. Give the folder that contains the folders of the datasets."
         )
     return selected
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from .feature_names import counted
 from .mixtures import mix
 from .streams import FrameStream
 
@@ -38,8 +39,9 @@ def read_split(data: Dataset | IterableDataset, eval_share: float, seed: int) ->
 def require_divisible(name: str, episodes: int | None) -> None:
     """Raise `ValueError` if a dataset has too few episodes to hold one out. `None` is an unknown number."""
     if episodes is not None and episodes < 2:
-        count = "1 episode" if episodes else "no episodes"
-        raise ValueError(f"{name!r} has {count}, so none can be held out. Set `eval_share` to 0.")
+        raise ValueError(
+            f"{name!r} has {counted(episodes, 'episode')}, so none can be held out. Set `eval_share` to 0."
+        )
 
 
 def split_parts(

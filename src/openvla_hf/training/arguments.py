@@ -214,11 +214,12 @@ class FinetuneArguments:
         """The mixture and its folder, or the datasets."""
         if not isinstance(self.data, TrainingMixture):
             return ", ".join(str(one.source) for one in self.datasets) or "frames that are already loaded"
-        mixture, folder = self.data.mixture, self.data.folder
-        is_named = not isinstance(mixture, Mapping) and not os.fspath(mixture).lstrip().startswith("{")
-        return (
-            f"mixture {mixture} in {folder}" if is_named else f"mixture of {len(self.datasets)} datasets in {folder}"
-        )
+        from ..data.feature_names import counted
+
+        mixture = self.data.mixture
+        if isinstance(mixture, Mapping) or os.fspath(mixture).lstrip().startswith("{"):
+            mixture = f"of {counted(len(self.datasets), 'dataset')}"
+        return f"mixture {mixture} in {self.data.folder}"
 
     @property
     def weights(self) -> list[float] | None:

@@ -220,8 +220,8 @@ class ChunkCollator(ActionCollator):
             chunk = self.read_action(frame, "actions") if "actions" in frame else self.read_action(frame)[None]
             if chunk.shape != self.shape:
                 raise ValueError(
-                    f"A chunk has {chunk.shape[0]} actions of {chunk.shape[1]} dimensions{_place(frame)}, but the "
-                    f"policy predicts {self.shape[0]} of {self.shape[1]}: load the data with `chunk={self.shape[0]}`."
+                    f"A chunk of actions has shape {chunk.shape}{_place(frame)}, but the policy predicts "
+                    f"{self.shape}: load the data with `chunk={self.shape[0]}`."
                 )
             mask = np.asarray(frame.get("chunk_mask", np.ones(len(chunk))), dtype=bool)
             ids = np.where(mask[:, None], self.action_tokenizer.encode(chunk), IGNORED)

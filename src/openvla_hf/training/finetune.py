@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME
 from ..checkpoints.describe import describe, refuse_adapter
 from ..checkpoints.model_card import TRAINING_FILE, write_card
 from ..data import Augmentation, compute_statistics
+from ..data.feature_names import counted
 from ..modeling.action_networks import add_action_networks
 from ..modeling.checkpoint_files import ADAPTER_CONFIG, STATISTICS_FILE
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
@@ -75,9 +76,9 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         if (result := _find_result(args)) is not None:
             if PartialState().is_main_process:
                 logger.warning(
-                    "%s already has %d steps. Give more with --steps (`max_steps`) to continue.",
+                    "%s already has %s. Give more with --steps (`max_steps`) to continue.",
                     arguments.output,
-                    args.max_steps,
+                    counted(args.max_steps, "step"),
                 )
             return result
     return train(build_trainer(arguments), resume=arguments.resume)
@@ -312,13 +313,14 @@ def _settings_for_card(recipe: Recipe, args: TrainingArguments) -> dict[str, Any
     if recipe.action_head is not None:
         trained += "; the networks of the action head, the state and FiLM in full"
         head = "action tokens" if recipe.action_head == "none" else f"{recipe.action_head} head"
-        chunk["chunk"] = f"{recipe.action_horizon} actions, {head}{', FiLM' if recipe.use_film else ''}"
-    decay = f", a tenth after {recipe.decay_step} steps" if recipe.decay_step else ""
+        chunk["chunk"] = f"{counted(recipe.action_horizon, 'action')}, {head}{', FiLM' if recipe.use_film else ''}"
+    decay = f", a tenth after {counted(recipe.decay_step, 'step')}" if recipe.decay_step else ""
+    epochs = f"{args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)}"
     return {
         "trained": trained,
         **chunk,
         "frozen weights": "4 bits" if recipe.quantize else recipe.dtype,
-        "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "steps": args.max_steps if args.max_steps > 0 else epochs,
         "samples per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}{decay}",
         "weight decay": args.weight_decay,

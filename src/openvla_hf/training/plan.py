@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..data.feature_names import counted
 from ..data.mixtures import epoch_length, sampling_shares
 from ..data.readers.rlds import RLDSSource
 from ..data.shard_rows import ShardRows
@@ -153,7 +154,9 @@ def plan_run(
     """
     shard_size = shard_size or world_size
     if world_size % shard_size:
-        raise ValueError(f"{world_size} GPUs can't be divided into groups of {shard_size} that shard the model.")
+        raise ValueError(
+            f"{counted(world_size, 'GPU')} can't be divided into groups of {shard_size} that shard the model."
+        )
     if not all(one.options.get("streaming") for one in arguments.datasets):
         raise ValueError(
             "A plan needs data that is streamed, since ranks share only the shards of streams. Give --streaming "
@@ -310,7 +313,8 @@ def plan_tables(title: str, plan: RunPlan) -> list[Table]:
         run.add_row(name, getattr(plan, name))
     run.add_row(
         "samples in a step",
-        f"{plan.samples_per_step:,}: {plan.world_size} GPUs x {plan.batch_size} x {plan.gradient_accumulation_steps}",
+        f"{plan.samples_per_step:,}: {counted(plan.world_size, 'GPU')} x {plan.batch_size} x "
+        f"{plan.gradient_accumulation_steps}",
     )
     run.add_row("samples in an epoch", _number(plan.samples_per_epoch))
     run.add_row("steps in an epoch", _number(plan.steps_per_epoch, ",.1f"))
@@ -326,8 +330,7 @@ def plan_tables(title: str, plan: RunPlan) -> list[Table]:
 
 def _dataset_table(plan: RunPlan) -> Table:
     columns = ("dataset", "frames", "share", "passes", "bytes a pass, all ranks", "shards", "shards a rank")
-    workers = "1 worker" if plan.workers == 1 else f"{plan.workers} workers"
-    title = f"First pass of {plan.world_size} ranks with {workers} each"
+    title = f"First pass of {counted(plan.world_size, 'rank')} with {counted(plan.workers, 'worker')} each"
     table = Table(*columns, "shards of rank 0", title=title)
     for one in plan.datasets:
         counts = sorted({len(numbers) for numbers in one.ranks})

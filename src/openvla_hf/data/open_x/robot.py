@@ -7,7 +7,7 @@ import numpy as np
 
 from ...modeling.known_names import unknown_name
 from ..adapters import Robot, check_finite
-from ..feature_names import INSTRUCTION_NAMES, Names, as_tuple
+from ..feature_names import INSTRUCTION_NAMES, Names, as_tuple, counted
 from ..gripper import RANGE_SLACK, Gripper
 from ..motion import TARGETS
 from .steps import Assign, Swap, Trajectory, parse_value, run_steps, select_steps, set_field
@@ -115,15 +115,17 @@ class TableRobot(Robot):
         for field in sorted(fields):
             column = np.asarray(columns[column_name(field)])
             if len(column) != length:
-                raise ValueError(f"{column_name(field)!r} has {len(column)} rows for {length} images.")
+                raise ValueError(
+                    f"{column_name(field)!r} has {counted(len(column), 'row')} for {counted(length, 'image')}."
+                )
             trajectory = set_field(trajectory, field, column)
         standard = run_steps(steps, trajectory)
         action = _as_numbers(standard["action"])
         if action.shape[1:] != (self.action_dim,):
             found = action.shape[-1] if action.ndim > 1 else 1
             raise ValueError(
-                f"the action has {found} dimensions after the transform, but {self.row.action_encoding!r} has "
-                f"{self.action_dim}."
+                f"the action has {counted(found, 'dimension')} after the transform, but "
+                f"{self.row.action_encoding!r} has {self.action_dim}."
             )
         check_finite(action, self.action_columns(columns))
         self._check_gripper(action)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from ...modeling.known_names import check_name
+from ..feature_names import counted
 from .primitives import PRIMITIVES, decompress
 
 
@@ -56,7 +57,9 @@ class Part:
                 raise ValueError(f"{self.field!r} has one number in each step, so it has no columns to take.")
             size = values.shape[-1]
             if isinstance(self.columns, int) and not -size <= self.columns < size:
-                raise ValueError(f"{self.field!r} has {size} columns, so it has no column [{self.columns}].")
+                raise ValueError(
+                    f"{self.field!r} has {counted(size, 'column')}, so it has no column [{self.columns}]."
+                )
             values = values[..., self.columns]
         for function in self.functions:
             values = function(values)

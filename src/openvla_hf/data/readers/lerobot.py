@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 from ...modeling.known_names import check_name
 from ..columns import matrix
 from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode, RecordPlace, UnreadableFileError
-from ..feature_names import as_tuple
+from ..feature_names import as_tuple, counted
 from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
 from ..recently_used import RecentlyUsed
@@ -234,7 +234,7 @@ class LeRobotSource(ForkSafe):
             rows = file.find(shard.episode)
             table = file.read(rows)
         if len(table) != shard.length:
-            raise ValueError(f"there are {len(table)} rows, but the metadata says {shard.length}.")
+            raise ValueError(f"the episode has {counted(len(table), 'row')}, but the metadata says {shard.length}.")
         if not shard.length:
             raise ValueError("the episode has length 0.")
         images = {

@@ -13,7 +13,7 @@ import numpy as np
 from fsspec import AbstractFileSystem
 
 from ..episodes import BadEpisodeError, ImageReference, RecordedEpisode, RecordPlace, UnreadableFileError
-from ..feature_names import as_tuple, find_name
+from ..feature_names import as_tuple, counted, find_name
 from ..frame_spec import FrameSpec
 from ..images import ImageReader, check_images
 from ..open_x.primitives import decode_text
@@ -124,7 +124,7 @@ class RLDSSource(ForkSafe):
         self.episodes = range(_boundary(start, total, 0), _boundary(end, total, total))
         if part and not self.episodes:
             raise EmptySplitError(
-                f"The split {split!r} of {root} contains no episodes, since {total} are too few to divide."
+                f"The split {split!r} of {root} contains no episodes, since {total} is too few to divide."
             )
         if info.get("fileFormat", "tfrecord") != "tfrecord":
             raise ValueError(
@@ -299,8 +299,8 @@ class RLDSSource(ForkSafe):
                     yield episode
         if place.number < shard.length:
             lost = shard.length - place.number
-            reason = f"there are {place.number} records instead of {shard.length}. Download the file again."
-            reason = f"{lost} more records can't be found." if is_damaged else reason
+            reason = f"the file has {counted(place.number, 'record')} instead of {shard.length}. Download it again."
+            reason = f"{counted(lost, 'more record')} can't be found." if is_damaged else reason
             yield BadEpisodeError(f"{shard.path}: {reason}", lost)
 
     def _parse(
@@ -427,7 +427,8 @@ def _numbers(name: str, payload: bytes, values: Any, feature: Feature, length: i
     size = int(np.prod(feature.shape))
     if len(values) != length * size:
         raise ValueError(
-            f"{name!r} has {len(values)} numbers, but {length} frames with {size} numbers each need {length * size}."
+            f"{name!r} has {counted(len(values), 'number')} instead of {length * size}: {size} for each of "
+            f"{counted(length, 'frame')}."
         )
     return values.reshape(length, size)
 
@@ -453,7 +454,7 @@ def _texts(payload: bytes, values: Any, feature: Feature, length: int) -> list[s
         texts = [payload[start:end].decode(errors="replace") for start, end in values]
     texts = texts * length if len(texts) == 1 else texts
     if texts and len(texts) != length:
-        raise ValueError(f"there are {len(texts)} instructions for {length} frames.")
+        raise ValueError(f"there are {len(texts)} instructions for {counted(length, 'frame')}.")
     return texts or [""] * length
 
 
