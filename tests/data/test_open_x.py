@@ -193,7 +193,8 @@ def test_a_file_of_one_s_own_adds_a_dataset_that_loads_by_its_name(own_table, ep
     ("value", "message"),
     [
         ("action[:6], action[7]", r"'action' has 7 columns, so it has no column \[7\]"),
-        ("action[-1]", "the action has 1 dimension after the transform"),
+        ("action[-1]", "the action from 'action' has 1 dimension after the transform, but the row's action_encod"),
+        ("action[:6]", r"the action from 'action' has 6 dimensions .* 'EEF_POS' has 7\. Complete the transform, or"),
         ("action[:3], action[3:6] | quaternion_to_euler, action[6]", "a quaternion has 4 columns"),
         ("action[:6], is_first[:1]", None),
     ],
@@ -205,7 +206,7 @@ def test_a_value_that_does_not_fit_the_episode_is_told_with_the_record(value, me
     if message is None:
         assert len(load(tmp_path / "own_arm")[0]["action"]) == 7
         return
-    with pytest.raises(ValueError, match=f"record 0: {message}"):
+    with pytest.raises(ValueError, match=rf"record 0, read by \[datasets\.own_arm\] in {own_table}: {message}"):
         load(tmp_path / "own_arm")
 
 
@@ -271,7 +272,9 @@ def test_joint_positions_in_an_ordinary_row_are_refused(own_table, make_episode,
     episodes[3][0]["action"] = np.full(7, -0.55)
     add_row(own_table)
     write_rlds(episodes, folder := tmp_path / "own_arm")
-    message = r"\[datasets.own_arm\] in .*own.toml, the gripper of 'own_arm' goes from 1.13 to 1.13, but .*joint"
+    message = (
+        r"\[datasets.own_arm\] in .*own.toml: after the transform, the gripper goes from 1.13 to 1.13, but .*joint"
+    )
     with pytest.raises(ValueError, match=message):
         load(folder)
     with pytest.raises(ValueError, match=message):

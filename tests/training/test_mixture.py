@@ -55,7 +55,10 @@ def test_a_run_draws_a_mixture_by_its_steps(base, data, cache, tmp_path, streami
     [
         ("cameras = { full_image = 'imag' }", "Unknown field 'imag' in the row's cameras. Did you mean 'image'?"),
         ("state = 'observation.state'", "Unknown field 'observation.state' in the row's state. Choose from 'action'"),
-        ("transform = ['action = action[:6], action[:1] | change']", "record 0: after the transform of [datasets.own"),
+        (
+            "transform = ['action = action[:6], action[:1] | change']",
+            "record 0, read by [datasets.own_arm] in {}: after the transform, the gripper goes",
+        ),
         ("", None),
     ],
 )
@@ -69,7 +72,7 @@ def test_a_dry_run_finds_a_mistake_in_a_row_from_the_first_episode(row, message,
     command = ["finetune", "--model", str(base), "--mixture", "own", "--robots", str(tmp_path / "own.toml")]
     command += ["--data-dir", str(tmp_path / "oxe"), "--output", str(tmp_path / "run"), "--dry-run"]
     assert main(command) == (2 if message else 0)
-    assert message is None or message in capsys.readouterr().err
+    assert message is None or message.format(tmp_path / "own.toml") in capsys.readouterr().err
     known_table().datasets.pop("own_arm")
     known_table().mixtures.pop("own")
 

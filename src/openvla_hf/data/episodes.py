@@ -213,7 +213,7 @@ def convert_episode(episode: RecordedEpisode, spec: FrameSpec) -> tuple[np.ndarr
     try:
         return spec.robot.standardize(episode.columns, length, spec.state)
     except ValueError as error:
-        raise BadEpisodeError(f"{episode.source}: {error}") from error
+        raise BadEpisodeError(f"{spec.describe_place(episode.source)}: {error}") from error
 
 
 def _convert(episode: RecordedEpisode, spec: FrameSpec, dataset: str) -> dict[str, Any]:

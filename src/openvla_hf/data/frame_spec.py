@@ -80,6 +80,10 @@ class FrameSpec:
         """Features that each camera may be read from; empty if the robot names no camera."""
         return [names for _, names in self.cameras] or ([self.robot.camera] if self.robot.camera else [])
 
+    def describe_place(self, place: str) -> str:
+        """Return a place in the data with the row of a table that the robot follows, if it does, for a message."""
+        return f"{place}, read by {self.robot.table_row}" if self.robot.table_row else place
+
     def choose_cameras(self, available: Collection[str]) -> dict[str, str]:
         """Choose the cameras to read from a dataset's cameras.
 

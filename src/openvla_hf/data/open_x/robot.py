@@ -123,9 +123,11 @@ class TableRobot(Robot):
         action = _as_numbers(standard["action"])
         if action.shape[1:] != (self.action_dim,):
             found = action.shape[-1] if action.ndim > 1 else 1
+            source = " + ".join(map(repr, self.action_columns(columns)))
             raise ValueError(
-                f"the action has {counted(found, 'dimension')} after the transform, but "
-                f"{self.row.action_encoding!r} has {self.action_dim}."
+                f"the action from {source} has {counted(found, 'dimension')} after the transform, but the row's "
+                f"action_encoding {self.row.action_encoding!r} has {self.action_dim}. Complete the transform, or give "
+                "another action_encoding."
             )
         check_finite(action, self.action_columns(columns))
         self._check_gripper(action)
@@ -146,10 +148,9 @@ class TableRobot(Robot):
         lowest, highest = openings.min(), openings.max()
         if lowest < -RANGE_SLACK or highest > 1 + RANGE_SLACK:
             raise ValueError(
-                f"after the transform of {self.row.place}, the gripper of {self.name!r} goes from {lowest:g} to "
-                f"{highest:g}, but 0 is closed and 1 is open. If the actions are joint positions, read them with a "
-                "Robot of your own instead of a row; otherwise convert the gripper in the transform, for example with "
-                "`clip` or `invert`."
+                f"after the transform, the gripper goes from {lowest:g} to {highest:g}, but 0 is closed "
+                "and 1 is open. If the actions are joint positions, read them with a Robot of your own instead of a "
+                "row; otherwise convert the gripper in the transform, for example with `clip` or `invert`."
             )
 
     def find_idle(self, actions: np.ndarray, states: np.ndarray | None) -> np.ndarray:

@@ -153,8 +153,7 @@ class RLDSSource(ForkSafe):
         try:
             self._check(spec)
         except ValueError as error:
-            row = f", read by {spec.robot.table_row}" if spec.robot.table_row else ""
-            raise ValueError(f"{self.prefix}{self.root}{row}: {error}") from error
+            raise ValueError(f"{spec.describe_place(self.prefix + self.root)}: {error}") from error
 
     def _check(self, spec: FrameSpec) -> None:
         robot = spec.robot
