@@ -70,6 +70,13 @@ def test_missing_datasets_are_listed_with_where_to_get_them(folder, caplog):
         select_datasets("kuka", folder, allow_missing=True)
 
 
+def test_a_dataset_without_a_robot_is_noted_once(folder, caplog):
+    (folder / SAILOR).rename(folder / "own_arm")
+    load_mixture({SARA: 1.0, "own_arm": 1.0}, folder)
+    (note,) = (one.getMessage() for one in caplog.records if "No robot is known" in one.getMessage())
+    assert "for the dataset 'own_arm', so its actions are kept as recorded" in note
+
+
 def test_a_misspelt_dataset_is_told_with_a_near_name(folder):
     for name in ("own_arm", "shelf"):
         (folder / name).mkdir()

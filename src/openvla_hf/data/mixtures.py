@@ -14,13 +14,14 @@ import numpy as np
 from datasets import Dataset, interleave_datasets
 
 from ..modeling.known_names import check_name
-from .frames import Frames, describe_contents
+from .adapters import Robot
+from .frames import Frames, describe_contents, read_robot
 from .loading import load
 from .open_x import dataset_robot, known_table
 from .open_x.table import check_weights
 from .readers.rlds import RLDSSource, find_version, split_for_training
 from .remote import as_os_error, find_folder
-from .robots import registered_robots
+from .robots import GENERIC, registered_robots
 from .streams import FrameStream, mix_streams
 from .whole_statistics import whole_statistics
 
@@ -281,11 +282,32 @@ def load_mixture(
     for name, weight in select_datasets(mixture, folder, allow_missing).items():
         path = dataset_folder(folder, name)
         frames = load(path, name=name, seed=seed, **options)
+        note_generic(frames, name, options.get("robot"))
         size = (num_frames or {}).get(name)
         if size is None and (statistics := whole_statistics(path, name=name, **counted)):
             size = statistics["num_transitions"]
         parts.append((frames, weight, size) if size else (frames, weight))
     return mix(divide_buffer(parts, options.get("shuffle_buffer", 0)), seed)
+
+
+def note_generic(frames: Frames, name: str, robot: Robot | str | None, choose: str = "") -> None:
+    """Log that no robot says what a dataset's actions mean, unless the generic robot was chosen.
+
+    Args:
+        frames: Frames of the dataset.
+        name: Name of the dataset.
+        robot: Robot that was chosen, if one was.
+        choose: Another way to give the dataset a robot, which ends in "or ".
+    """
+    if robot is None and read_robot(frames, name) == GENERIC.name:
+        logger.warning(
+            "No robot is known for the dataset %r, so its actions are kept as recorded and all dimensions are scaled, "
+            "including that of a gripper. If it has a gripper, %sregister a robot (or for RLDS, add a row of a table) "
+            "named %r, on the command line in a file as --robots.",
+            name,
+            choose,
+            name,
+        )
 
 
 def divide_buffer(parts: Sequence[tuple[Any, ...]], shuffle_buffer: int) -> list[tuple[Any, ...]]:
@@ -305,6 +327,7 @@ __all__ = [
     "epoch_length",
     "load_mixture",
     "mix",
+    "note_generic",
     "read_mixture",
     "sampling_shares",
     "select_datasets",

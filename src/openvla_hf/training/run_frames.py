@@ -12,9 +12,9 @@ from ..data import compute_statistics, load, load_statistics
 from ..data.frame_spec import name_cameras
 from ..data.frames import read_robot
 from ..data.loading import try_first_episode
-from ..data.mixtures import divide_buffer, sampling_shares
+from ..data.mixtures import divide_buffer, note_generic, sampling_shares
 from ..data.readers.rlds import DIVISIBLE, EmptySplitError
-from ..data.robots import GENERIC, describe_robot, resolve_robot
+from ..data.robots import describe_robot, resolve_robot
 from ..data.splits import dataset_name, require_divisible, sample_frames, split_parts
 from ..data.streams import mix_streams
 from ..data.whole_statistics import whole_statistics
@@ -108,26 +108,10 @@ def load_datasets(
     if not datasets:  # frames that are already loaded
         return (), [arguments.data]
     frames = [load(one.source, **{"seed": seed, **one.options}) for one in datasets]
-    for data, of_one in zip(datasets, frames, strict=True):
-        _note_generic(data, of_one, isinstance(arguments.data, TrainingMixture))
+    choose = "" if isinstance(arguments.data, TrainingMixture) else "choose a robot with --robot, or "
+    for data, of_one in zip(datasets, frames, strict=True) if PartialState().is_main_process else ():
+        note_generic(of_one, dataset_name(of_one), data.options.get("robot"), choose)
     return datasets, frames
-
-
-def _note_generic(data: TrainingData, frames: Dataset | IterableDataset, is_mixture: bool) -> None:
-    """Log that no robot says what a dataset's actions mean, unless the generic robot was chosen by name."""
-    name = dataset_name(frames)
-    is_chosen = data.options.get("robot") is not None
-    if is_chosen or read_robot(frames, name) != GENERIC.name or not PartialState().is_main_process:
-        return
-    choose = "" if is_mixture else "choose a robot with --robot, or "
-    logger.warning(
-        "No robot is known for the dataset %r, so its actions are kept as recorded and all dimensions are scaled, "
-        "including that of a gripper. If it has a gripper, %sgive a file with a robot (or for RLDS, a row of a table) "
-        "named %r as --robots.",
-        name,
-        choose,
-        name,
-    )
 
 
 def read_statistics(arguments: FinetuneArguments) -> dict[str, Any] | None:
