@@ -376,6 +376,17 @@ def test_a_resumed_stream_keeps_its_shuffle_buffer(base, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_another_recipe_is_refused_on_resume_by_its_name(base, tmp_path, capsys):
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+    saved = {"recipe": "lora", "arguments": {"lora_rank": 32, "trained": ["linear"]}}
+    (checkpoint / "training.json").write_text(json.dumps(saved))
+    assert run(base, "a/b", tmp_path / "out", "--resume", "--recipe", "full") == 2
+    told = "was trained with --recipe lora, and a resumed run can't change it to 'full'."
+    assert told in capsys.readouterr().err
+
+
 def test_a_resumed_run_reads_its_data_in_the_same_way(tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()

@@ -109,6 +109,7 @@ def check_run(arguments: FinetuneArguments) -> tuple[Recipe, TrainingArguments]:
     args = recipe.training_arguments(str(arguments.output), **settings)
     run = {
         "base_model": str(arguments.model),
+        **_name_of_recipe(arguments),
         "arguments": _settings_to_keep(arguments, recipe, args),
         "weights": arguments.weights,
     }
@@ -161,7 +162,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
         record={
             "base_model": str(arguments.model),
             "datasets": list(norm_stats),
-            **({"recipe": arguments.recipe} if isinstance(arguments.recipe, str) else {}),
+            **_name_of_recipe(arguments),
             "settings": _settings_for_card(recipe, args),
             "arguments": _settings_to_keep(arguments, recipe, args),
             "weights": arguments.weights,
@@ -297,6 +298,10 @@ def _infer_setup(frames: Dataset | IterableDataset, recipe: Recipe, norm_stats: 
         sizes[part] = size
     fields = recipe.action_fields(sizes["action"], len(cameras or [None]), sizes.get("proprio"))
     return _PolicySetup(fields, cameras)
+
+
+def _name_of_recipe(arguments: FinetuneArguments) -> dict[str, str]:
+    return {"recipe": arguments.recipe} if isinstance(arguments.recipe, str) else {}
 
 
 def _settings_to_keep(arguments: FinetuneArguments, recipe: Recipe, args: TrainingArguments) -> dict[str, Any]:

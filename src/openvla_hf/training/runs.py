@@ -63,9 +63,9 @@ def check_output(output: str | os.PathLike, run: dict[str, Any], resume: bool) -
 
     Args:
         output: Folder of the run.
-        run: `base_model` and `arguments` (see `run_settings`) as in `training.json`, and, if they are known, `weights`
-            (of the datasets), `mixture` (dataset -> `weight`), `held_out` (see `describe_split`) and `reading`
-            (options of `load` by dataset).
+        run: `base_model` and `arguments` (see `run_settings`) as in `training.json`, and, if they are known, `recipe`
+            (its name), `weights` (of the datasets), `mixture` (dataset -> `weight`), `held_out` (see
+            `describe_split`) and `reading` (options of `load` by dataset).
         resume: Whether to continue from the folder's last checkpoint.
 
     Returns:
@@ -128,7 +128,9 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     """Raise `ValueError` if `training.json` of a checkpoint contradicts the run."""
     file = checkpoint / TRAINING_FILE
     saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    pairs = {
+    # The recipe is told before the settings that follow from it.
+    pairs = {"recipe": (saved["recipe"], run["recipe"])} if "recipe" in saved and "recipe" in run else {}
+    pairs |= {
         name: (saved["arguments"][name], value)
         for name, value in run["arguments"].items()
         if name in saved.get("arguments", {})
