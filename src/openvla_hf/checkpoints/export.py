@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import auto  # noqa: F401 - makes the Auto classes know OpenVLA
 from ..modeling.checkpoint_files import STATISTICS_FILE
@@ -115,9 +115,9 @@ def export(
             f"{source} is quantised ({found.quantization}), which the published layout does not support. Export the "
             "16-bit checkpoint that it was made from."
         )
-    hub = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token}
     processor = AutoProcessor.from_pretrained(source, **hub)
-    model = AutoModel.from_pretrained(source, dtype="auto", **hub)
+    model = OpenVLAForActionPrediction.from_pretrained(source, dtype="auto", **hub)
     config = published_config(model, processor)
 
     with new_folder(folder) as aside:

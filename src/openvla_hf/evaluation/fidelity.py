@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from rich.filesize import decimal
 from rich.table import Table
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from ..checkpoints.describe import describe
 from ..checkpoints.quantize import quantization, weight_bytes
 from ..data.gripper import GRIPPER_OPEN
 from ..data.optional_packages import import_extra
+from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..modeling.quantized_loading import refuse_second
 from .latency import peak_memory
 
@@ -151,7 +152,9 @@ def compare(
     results: list[Fidelity] = []
     expected: _Measurement | None = None
     for name, with_towers, config in variants:
-        model = AutoModel.from_pretrained(checkpoint, dtype=dtype, device_map=device, quantization_config=config)
+        model = OpenVLAForActionPrediction.from_pretrained(
+            checkpoint, dtype=dtype, device_map=device, quantization_config=config
+        )
         policy = _Policy(model, processor, unnorm_key, partial(on_progress, _label(name, with_towers)))
         measured = policy.measure(frames, episodes)
         expected = expected or measured
