@@ -8,6 +8,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 VLA_EVAL := .venv-vla-eval
 METAWORLD := .venv-metaworld
+LIBERO := .venv-libero
 LEROBOT := .venv-lerobot
 # LeRobot needs Python 3.12 or later. The first of these that runs, also among pyenv's versions.
 LEROBOT_PYTHON ?= $(shell for python in python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python) \
@@ -23,7 +24,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-fast test-oldest test-notebooks test-fuzz test-integrations test-vla-eval test-lerobot \
-    test-metaworld test-vllm test-ray docs lint format clean
+    test-metaworld test-libero test-vllm test-ray docs lint format clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,9 @@ test-ray: $(RAY)/.stamp  ## run the tests of replicas on Ray Serve, of which one
 test-metaworld: $(METAWORLD)/.stamp  ## run the tests that need MetaWorld, which renders with OSMesa
 	OMP_NUM_THREADS=1 $(METAWORLD)/bin/python -m pytest -k metaworld tests/suites tests/serving/test_episodes.py
 
+test-libero: $(LIBERO)/.stamp  ## run the tests that need LIBERO and its assets, and render with OSMesa
+	OMP_NUM_THREADS=1 $(LIBERO)/bin/python -m pytest -p no:cacheprovider tests/suites/test_libero.py
+
 test-integrations: test-vla-eval test-lerobot  ## run both of the next two
 
 test-vla-eval: $(VLA_EVAL)/.stamp  ## evaluate a policy with vla-eval
@@ -78,7 +82,7 @@ format: $(VENV)/.stamp  ## repair style
 	$(VENV)/bin/ruff format
 
 clean:  ## remove the virtual environments and the caches
-	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(LEROBOT) $(METAWORLD) $(VLLM) $(RAY) .cache .mypy_cache .pytest_cache \
+	rm -rf $(VENV) $(OLDEST) $(VLA_EVAL) $(LEROBOT) $(METAWORLD) $(LIBERO) $(VLLM) $(RAY) .cache .mypy_cache .pytest_cache \
 	    .ruff_cache build dist site
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -139,6 +143,15 @@ $(METAWORLD)/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(METAWORLD)
 	@$(METAWORLD)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[data,metaworld,serve]' metaworld==3.1.1 \
 	    mujoco==3.3.0 pytest pytest-xdist
+	@touch $@
+
+# LIBERO's robomimic needs torchvision, but nothing imports it. As with vLLM, a build for CUDA beside the CPU build of
+# torch would make transformers fail.
+$(LIBERO)/.stamp: pyproject.toml constraints.txt
+	@echo "Building $(LIBERO), which takes a few minutes the first time"
+	@$(PYTHON) -m venv $(LIBERO)
+	@$(LIBERO)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[libero]' hf-libero==0.1.4 mujoco==3.3.7 pytest
+	@$(LIBERO)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 LEROBOT_PROJECT := integrations/lerobot/pyproject.toml integrations/lerobot/constraints.txt

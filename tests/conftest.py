@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config, items):
     Files with slow tests come first, then those of training, so that no process is left with a long file at the end.
     """
     missing = {name for name in ("golden", "samples", "openpi_client", "vllm") if config.getoption(name) is None}
-    missing |= {name for name in ("metaworld", "torchao", "ray") if importlib.util.find_spec(name) is None}
+    missing |= {name for name in ("metaworld", "libero", "torchao", "ray") if importlib.util.find_spec(name) is None}
     if find_chromium() is None:
         missing.add("chromium")
     needing = [item for item in items if missing.intersection(item.fixturenames)]
@@ -124,6 +124,12 @@ def metaworld():
     """MetaWorld, which `dev` does not install. A test with this fixture runs only where MetaWorld is installed."""
     # The first import of MuJoCo fixes how it renders, so it must be the one of the package.
     return importlib.import_module("openvla_hf.suites.metaworld_env")
+
+
+@pytest.fixture(scope="session")
+def libero():
+    """LIBERO, which `dev` does not install. A test with this fixture runs only where LIBERO is installed."""
+    return importlib.import_module("openvla_hf.suites.libero_env")
 
 
 @pytest.fixture(scope="session")

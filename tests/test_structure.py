@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "openvla_hf"
 ROOMS = [
     "modeling",
     "processing",
-    "suites",
     "data",
+    "suites",
     "checkpoints",
     "training",
     "tabletop",

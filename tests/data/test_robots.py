@@ -6,7 +6,12 @@ import pytest
 
 from openvla_hf.data import FirstOf, Gripper, Robot, register_robot, registered_robots
 from openvla_hf.data.robots import BRIDGE, GENERIC, LIBERO, resolve_robot
-from openvla_hf.data.rotations import axis_angle_to_matrix, euler_to_matrix, matrix_to_euler
+from openvla_hf.data.rotations import (
+    axis_angle_to_matrix,
+    euler_to_matrix,
+    matrix_to_euler,
+    quaternion_to_axis_angle,
+)
 
 
 def standardize(robot, action, state=None):
@@ -74,6 +79,33 @@ def test_an_absolute_pose_becomes_the_movement_to_it(rotation):
     np.testing.assert_allclose(actions[:, :3], position[1] - position[0], atol=1e-12)
     np.testing.assert_allclose(euler_to_matrix(actions[:, 3:6]) @ here, there, atol=1e-9)
     np.testing.assert_array_equal(actions[:, 6], 1.0)
+
+
+def test_the_axis_angle_of_a_quaternion_is_robosuites():
+    # From `quat2axisangle` of robosuite 1.4.0, which keeps the sign of w: the second angle is larger than pi.
+    quaternions = np.array(
+        [
+            [0.2, -0.4, 0.1, 0.888819441731559],
+            [0.2, -0.4, 0.1, -0.888819441731559],
+            [0.5, 0.5, 0.5, -0.5],
+            [0.9990234375, 0.03125, -0.0078125, -0.03],
+            [0.0, 0.0, 0.0, 1.0],
+            [0.0, 0.0, 0.0, -1.0],
+            [0.0, 0.0, 0.0, 1.0000001],
+        ]
+    )
+    expected = [
+        [0.41551638183330436, -0.8310327636666087, 0.20775819091665218],
+        [2.3266905015557278, -4.6533810031114555, 1.1633452507778639],
+        [2.4183991523122907, 2.4183991523122907, 2.4183991523122907],
+        [3.1999153791762915, 0.10009510472496709, -0.025023776181241773],
+        [0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0],
+    ]
+    vectors = quaternion_to_axis_angle(quaternions)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-14)
+    np.testing.assert_array_equal(quaternion_to_axis_angle(quaternions[1]), vectors[1])
 
 
 def test_a_rotation_by_zero_is_the_identity():

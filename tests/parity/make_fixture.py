@@ -34,9 +34,13 @@ PROCESSOR_IMAGES = {
     "letterbox-fused": [4],
     "resize-naive-siglip": [5],
 }
-# Images for TensorFlow's resizing: one shrinks in height and grows in width, one grows in both.
-EVALUATION_IMAGES = (3, 4)
-ROW_STRIDE = 4  # of their results
+# Images for TensorFlow's resizing: one shrinks in height and grows in width, one grows in both. The third has the size
+# of LIBERO's cameras, and is kept as it was before the compression. Of the results, every fourth or 16th row is kept.
+EVALUATION_IMAGES = {
+    3: {"jpeg": 1, "resized": 4, "resized_cropped": 4},
+    4: {"jpeg": 1, "resized": 4, "resized_cropped": 4},
+    5: {"raw": 1, "resized": 16},
+}
 PREDICTION = ("image", "prompt", "unnorm_key", "appended_29871", "n_steps", "action_token_ids")
 
 
@@ -165,10 +169,10 @@ def keep_images(source: Path, target: Path) -> None:
 
 
 def keep_evaluation_images(source: Path, target: Path) -> None:
-    """Keep images before the resize and the centre crop of the original's evaluation, and rows of the results."""
+    """Keep images before the steps of the original's evaluation, and rows of the results."""
     target.mkdir(parents=True, exist_ok=True)
-    for index in EVALUATION_IMAGES:
-        for name, stride in (("jpeg", 1), ("resized", ROW_STRIDE), ("resized_cropped", ROW_STRIDE)):
+    for index, strides in EVALUATION_IMAGES.items():
+        for name, stride in strides.items():
             pixels = np.asarray(Image.open(source / f"{index}.{name}.png"))
             save_image(Image.fromarray(pixels[::stride]), target / f"{index}.{name}.webp")
 

@@ -31,6 +31,16 @@ def axis_angle_to_matrix(vector: np.ndarray) -> np.ndarray:
     return quaternion_to_matrix(np.concatenate([vector * np.sinc(half / np.pi) / 2, np.cos(half)], -1))
 
 
+def quaternion_to_axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """Convert unit quaternions x, y, z, w (..., 4) to axes times angles in [0, 2 pi] (..., 3), as robosuite does.
+
+    LIBERO's policies were trained with this convention. If w < 0, the shorter rotation would give another vector.
+    """
+    w = np.clip(quaternion[..., 3:], -1.0, 1.0)
+    length = np.sqrt(1.0 - w * w)
+    return quaternion[..., :3] * np.divide(2.0 * np.arccos(w), length, out=np.zeros_like(w), where=length > 0)
+
+
 def quaternion_to_matrix(quaternion: np.ndarray) -> np.ndarray:
     """Convert quaternions x, y, z, w (..., 4) to matrices (..., 3, 3)."""
     x, y, z, w = np.moveaxis(quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True), -1, 0)

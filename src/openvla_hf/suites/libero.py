@@ -92,7 +92,8 @@ def libero_suite(name: str) -> LiberoSuite:
     protocol = Protocol(
         episodes=INITIAL_STATES,
         first_seed=0,
-        initial_states="LIBERO's .pruned_init files: episode i starts from state i, with environment seed 0",
+        initial_states="LIBERO's .pruned_init files: episode i has state i, and the fixtures' places of draw i after "
+        "environment seed 0",
         max_steps=max_steps,
         cameras=("full_image", "wrist_image"),
         image_size=256,

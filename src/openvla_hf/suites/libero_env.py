@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from ..data.rotations import quaternion_to_axis_angle
 from .libero_states import read_states
 from .suite import choose_renderer
 
@@ -49,7 +50,7 @@ try:
     write_config()
     from libero.libero import get_assets_path, get_libero_path
     from libero.libero.benchmark import get_benchmark
-    from libero.libero.envs import OffScreenRenderEnv
+    from libero.libero.envs.env_wrapper import ControlEnv, OffScreenRenderEnv
 except ModuleNotFoundError as error:
     raise ImportError(MISSING, name=error.name) from error
 
@@ -64,6 +65,9 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     The action (7,) is a movement of the hand (position and axis-angle, scaled to [-1, 1]) and the gripper, -1 to open
     and 1 to close. The observation has `full_image` and `wrist_image`, uint8 (size, size, 3), upside down as LIBERO
     renders them, and `state`, float32 (8,): position, axis-angle and the two fingers. `info` has `is_success`.
+
+    An initial state does not contain the places of the fixtures, such as a cabinet, which LIBERO draws at each reset.
+    As in OpenVLA's evaluation, the episode from state i has draw i of an environment that was seeded once, with 0.
 
     Args:
         suite: Name of the suite, such as "libero_spatial".
@@ -84,11 +88,10 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 f"{get_libero_path('assets')}."
             )
         self._states = read_states(Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file))
-        self._env = OffScreenRenderEnv(
-            bddl_file_name=str(Path(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)),
-            camera_heights=image_size,
-            camera_widths=image_size,
-        )
+        self._file = str(Path(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file))
+        self._env = OffScreenRenderEnv(bddl_file_name=self._file, camera_heights=image_size, camera_widths=image_size)
+        # What NumPy's global generator is set to before each draw, as far as this is known.
+        self._generators = [np.random.RandomState(ENVIRONMENT_SEED).get_state()]
         self.action_space = spaces.Box(-1.0, 1.0, (7,), dtype=np.float32)
         frame = spaces.Box(0, 255, (image_size, image_size, 3), dtype=np.uint8)
         self.observation_space: spaces.Space[Any] = spaces.Dict(
@@ -109,8 +112,11 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             raise ValueError(
                 f"The task {self.task!r} has {len(self._states)} initial states, so there is no state {number}."
             )
-        self._env.seed(ENVIRONMENT_SEED)
-        self._env.reset()
+        outside = np.random.get_state()
+        while len(self._generators) <= number:
+            self._draw(self._without_images, len(self._generators) - 1)
+        self._draw(self._env, number)
+        np.random.set_state(outside)
         return _observe(self._env.set_init_state(self._states[number])), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -122,24 +128,29 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         """Free the simulation."""
         self._env.close()
 
+    @property
+    def problem(self) -> Any:
+        """LIBERO's own environment, which knows the objects."""
+        return self._env.env
+
+    @cached_property
+    def _without_images(self) -> Any:
+        """The same task without cameras, whose reset draws the same places in a quarter of the time."""
+        return ControlEnv(bddl_file_name=self._file, has_offscreen_renderer=False, use_camera_obs=False)
+
+    def _draw(self, env: Any, number: int) -> None:
+        """Reset an environment with the places of a draw."""
+        np.random.set_state(self._generators[number])
+        env.reset()
+        if number + 1 == len(self._generators):
+            self._generators.append(np.random.get_state())
+
     def _info(self, success: bool) -> dict[str, Any]:
         return {"instruction": self.instruction, "task": self.task, "is_success": success}
 
 
 def _observe(observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    state = [observation["robot0_eef_pos"], axis_angle(observation["robot0_eef_quat"])]
+    state = [observation["robot0_eef_pos"], quaternion_to_axis_angle(observation["robot0_eef_quat"])]
     state.append(observation["robot0_gripper_qpos"])
     frames = {name: observation[source] for name, source in CAMERAS.items()}
     return {**frames, "state": np.concatenate(state).astype(np.float32)}
-
-
-def axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """Convert a quaternion x, y, z, w to an axis times an angle in [0, 2 pi], as robosuite does.
-
-    The policies were trained with this convention. If w < 0, the shorter rotation would give another vector.
-    """
-    w = float(np.clip(quaternion[3], -1.0, 1.0))
-    length = math.sqrt(1.0 - w * w)
-    if math.isclose(length, 0.0):
-        return np.zeros(3)
-    return quaternion[:3] * (2.0 * math.acos(w) / length)

@@ -103,13 +103,16 @@ class Protocol:
         if self.rotate:
             image = image[::-1, ::-1]
         if self.jpeg:
+            from ..data.images import decode_image
+
+            # Pillow compresses exactly like TensorFlow, but decompresses with another transform.
             file = io.BytesIO()
             Image.fromarray(np.ascontiguousarray(image)).save(file, "JPEG", quality=JPEG_QUALITY)
-            image = np.asarray(Image.open(file).convert("RGB"))
+            image = decode_image(file.getvalue())
         if self.resize is not None:
             from ..processing.image_resizing import resize_lanczos3
 
-            image = resize_lanczos3(np.asarray(image), self.resize, self.resize)
+            image = resize_lanczos3(image, self.resize, self.resize)
         return np.ascontiguousarray(image)
 
     def execute_action(self, action: np.ndarray) -> np.ndarray:
