@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from interpreters import WITHOUT_THE_PACKAGE
 from PIL import Image
@@ -87,7 +88,9 @@ def test_neither_a_saved_model_nor_its_copy_needs_the_package(tiny, run_python, 
     for name, copy_name in (("saved", "copy"), ("copy", "copy_of_copy")):
         pairs = [(tmp_path / f"{name}_{kind}", tmp_path / f"{copy_name}_{kind}") for kind in KINDS]
         result = run_python(REMOTE, tmp_path / "image.png", *sum(pairs, ()))
-        assert [json.loads(line) for line in result.stdout.splitlines()] == expected
+        for actions, right in zip(result.stdout.splitlines(), expected, strict=True):
+            # Tokens are exact. A regressed chunk rounds differently where another process places its matrices.
+            np.testing.assert_allclose(json.loads(actions), right, rtol=0, atol=1e-5 if np.ndim(right) == 3 else 0)
         for folder, copy in pairs:
             assert {path.name for path in copy.iterdir()} == {path.name for path in folder.iterdir()}
             assert json.loads((copy / "config.json").read_text())["auto_map"] == AUTO_MAP
