@@ -1,4 +1,4 @@
-"""`check` finds each planted mistake, and has nothing against good checkpoints."""
+"""`check` finds each planted mistake, and passes good checkpoints."""
 
 import copy
 import json
@@ -14,8 +14,10 @@ from transformers import AutoModel, AutoProcessor
 
 from openvla_hf.checkpoints.merge import merge_adapter
 from openvla_hf.checkpoints.quantize import quantization
+from openvla_hf.checkpoints.shared_files import package_code
 from openvla_hf.cli import main
 from openvla_hf.data import Gripper, Robot, from_episodes, write_lerobot
+from openvla_hf.data.statistics import compute_statistics
 from openvla_hf.evaluation.check import check, check_policy
 from openvla_hf.evaluation.open_loop import load_options
 from openvla_hf.modeling import modeling_openvla
@@ -87,7 +89,19 @@ def found(report, name, status="failed"):
 
 
 def statuses(report):
-    return {one.check: one.status for one in report.findings}
+    """Return the worst status of each check, of which some have a finding for each camera or tower."""
+    ranks = ["skipped", "passed", "warned", "failed"]
+    return {one.check: one.status for one in sorted(report.findings, key=lambda one: ranks.index(one.status))}
+
+
+def change_frames(demonstrations, **changes):
+    """Return the frames of a dataset, each with the fields that a function makes from its own."""
+    return from_episodes(
+        [[frame | {name: change(frame[name]) for name, change in changes.items()} for frame in episode]
+         for episode in demonstrations],
+        ARM,
+        name="tabletop",
+    )  # fmt: skip
 
 
 # Good checkpoints
@@ -97,7 +111,7 @@ def test_the_tabletop_checkpoint_passes_also_on_its_data(tabletop, demonstration
     frames = from_episodes(demonstrations, ARM, name="tabletop")
     report = check_policy(*tabletop, TABLETOP_POLICY, frames=frames)
     assert set(statuses(report).values()) <= {"passed", "skipped"}, report.findings
-    assert statuses(report)["gripper on the data"] == statuses(report)["key"] == "passed"
+    assert {statuses(report)[name] for name in ("gripper on the data", "key", "actions on the data")} == {"passed"}
     json.dumps(report.as_dict())
 
 
@@ -175,6 +189,28 @@ def test_an_ignored_camera_and_an_ignored_state_are_found(oft):
     assert "Another image of wrist_image" in found(report, "image")
     assert "Another state changes the actions by 0" in found(report, "state")
     assert statuses(report)["instruction"] == "passed"
+
+
+@pytest.mark.parametrize("tower", ["featurizer", "fused_featurizer"])
+def test_an_ignored_tower_is_found(policy, tower):
+    backbone = getattr(policy.model.model.vision_backbone, tower)
+    encode = backbone.forward
+    backbone.forward = lambda pixel_values, **options: encode(torch.zeros_like(pixel_values), **options)
+    report = check_policy(policy.model, policy.processor)
+    number = ["featurizer", "fused_featurizer"].index(tower)
+    assert f"Zero in place of the pixels of tower {number}" in found(report, "vision tower")
+    assert [one.check for one in report.failures] == ["vision tower"]
+
+
+def test_wrong_rotary_frequencies_are_found(policy):
+    rotary = policy.model.model.language_model.rotary_emb
+    rotary.to(torch.bfloat16)
+    assert statuses(check_policy(policy.model, policy.processor))["positions"] == "passed"
+    rotary.inv_freq.mul_(3)
+    report = check_policy(policy.model, policy.processor)
+    assert "The frequencies of rotary_emb (`inv_freq`)" in found(report, "positions")
+    rotary.inv_freq[0] = float("nan")
+    assert "rotary_emb.inv_freq" in found(check_policy(policy.model, policy.processor), "weights")
 
 
 def test_a_causal_mask_in_an_oft_policy_is_found(oft, monkeypatch):
@@ -271,6 +307,22 @@ def test_statistics_of_another_dimension_are_found(oft):
     assert "'tiny' has 14 action dimensions, but the policy has 7" in found(report, "statistics")
 
 
+def test_keys_are_counted_whatever_their_names(policy):
+    statistics = policy.model.norm_stats.popitem()[1]
+    policy.model.norm_stats = {f"left, right, {number}": statistics for number in range(3)}
+    report = check_policy(policy.model, policy.processor)
+    (one,) = (one for one in report.findings if one.check == "statistics")
+    assert one.found == "Finite and in order: left, right, 0 (7), left, right, 1 (7), left, right, 2 (7)."
+
+
+def test_one_dimension_in_other_units_is_found(tabletop, demonstrations):
+    for scale in (1000.0, 180 / np.pi):
+        units = np.array([1.0, scale, 1.0, 1.0, 1.0, 1.0, 1.0])
+        scaled = change_frames(demonstrations, action=lambda action, units=units: action * units)
+        report = check_policy(*tabletop, frames=scaled)
+        assert "but hardly in dimension 1. Check the units" in found(report, "key", "warned")
+
+
 def test_the_wrong_key_for_the_data_is_found(policy, demonstrations):
     tabletop = json.loads((TABLETOP_POLICY / "dataset_statistics.json").read_text())
     policy.model.norm_stats = {"bridge_orig": {"action": BRIDGE_LIKE_STATS}} | tabletop
@@ -287,6 +339,7 @@ def test_data_of_another_dimension_and_other_units_are_found(tabletop, demonstra
     wide = [[frame | {"action": np.append(frame["action"], 0.0)} for frame in each] for each in demonstrations]
     report = check_policy(*tabletop, frames=from_episodes(wide, ARM, name="wide"))
     assert "'tabletop' have 7 dimensions, but the data has 8." in found(report, "key")
+    assert statuses(report)["gripper on the data"] == statuses(report)["actions on the data"] == "skipped"
     millimetres = np.array([1000.0] * 6 + [1.0])
     scaled = [[frame | {"action": frame["action"] * millimetres} for frame in each] for each in demonstrations]
     report = check_policy(*tabletop, frames=from_episodes(scaled, ARM, name="millimetres"))
@@ -300,13 +353,91 @@ def test_an_oft_policy_is_compared_with_the_cameras_and_the_state_of_its_data(of
         frame |= {"images": {"full_image": image, "wrist_image": image[::-1]}, "state": np.append(frame["state"], 0)}
     reading = load_options(oft.model, oft.processor)
     data = from_episodes([frames], ARM, name="arm", **reading)
+    oft.model.norm_stats = {"tiny": compute_statistics(data)["arm"]}
     report = check_policy(oft.model, oft.processor, frames=data)
     assert statuses(report)["image"] == "passed"
-    assert statuses(report)["gripper on the data"] in ("passed", "warned", "failed")
+    told = {one.check: one.found for one in report.findings}
+    assert "frames, half of which have it open" in told["gripper on the data"]
+    assert "On 9 frames, the policy's actions are" in told["actions on the data"]
     narrow = [frame | {"state": frame["state"][:7]} for frame in frames]
     data = from_episodes([narrow], ARM, name="arm", **reading)
     report = check_policy(oft.model, oft.processor, frames=data)
     assert "'tiny' have 8 dimensions, but the data has 7" in found(report, "key of the state")
+    told = {one.check: one.found for one in report.findings if one.status == "skipped"}
+    assert "states of 7 numbers, but the policy needs 8" in told["gripper on the data"]
+    assert "See the failure of the key" in told["actions on the data"]
+
+
+def scale_gripper(model):
+    for statistics in model.norm_stats.values():
+        statistics["action"]["mask"] = [True] * 7
+
+
+def test_a_gripper_that_is_scaled_by_mistake_is_found(demonstrations):
+    model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
+    scale_gripper(model)
+    report = check_policy(model, processor, frames=change_frames(demonstrations))
+    assert "The statistics scale dimension 6, the gripper" in found(report, "gripper on the data")
+    assert "Dimension 6 of 'tabletop' goes from 0 to 1" in found(report, "gripper", "warned")
+
+
+def test_a_gripper_that_training_scaled_passes(demonstrations):
+    model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
+    encode, (low, high) = model.predict_action, (-1.0, 1.0)
+
+    def predict_scaled(**inputs):
+        details = encode(**inputs)
+        opening = details.normalized_actions[..., 6] > 0.5
+        details.normalized_actions[..., 6], details.actions[..., 6] = np.where(opening, high, low), opening
+        return details
+
+    model.predict_action = predict_scaled
+    scale_gripper(model)
+    report = check_policy(model, processor, frames=change_frames(demonstrations))
+    assert statuses(report)["gripper on the data"] == "passed"
+
+
+# The policy's actions beside the recorded ones
+
+
+def mirror_height(policy):
+    stats = policy.model.norm_stats["tabletop"]["action"]
+    stats["q01"][2], stats["q99"][2] = -stats["q99"][2], -stats["q01"][2]
+
+
+def end_in_another_id(policy):
+    policy.model.config.prompt_suffix_token_id = 7
+
+
+def blind_a_tower(policy):
+    for parameter in policy.model.model.vision_backbone.fused_featurizer.parameters():
+        parameter.data.zero_()
+
+
+@pytest.mark.parametrize("damage", [mirror_height, end_in_another_id, blind_a_tower])
+def test_actions_that_do_not_follow_the_recording_are_found(demonstrations, damage):
+    model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
+    damage(SimpleNamespace(model=model, processor=processor))
+    report = check_policy(model, processor, frames=change_frames(demonstrations))
+    assert "The policy does not follow the recording. On 24 frames" in found(report, "actions on the data")
+
+
+def test_images_that_are_turned_are_found(tabletop, demonstrations):
+    turned = change_frames(demonstrations, image=lambda image: np.ascontiguousarray(image[::-1, ::-1]))
+    report = check_policy(*tabletop, frames=turned)
+    assert "does not follow the recording" in found(report, "actions on the data")
+
+
+def test_an_axis_in_the_opposite_direction_is_found(tabletop, demonstrations):
+    signs = np.array([-1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    report = check_policy(*tabletop, frames=change_frames(demonstrations, action=lambda action: action * signs))
+    assert "Dimension 0 moves against the recording" in found(report, "actions on the data", "warned")
+
+
+def test_actions_are_compared_without_a_gripper_that_moves(tabletop):
+    pushes = list(record_demonstrations(["push"], range(200, 202)))
+    report = check_policy(*tabletop, frames=change_frames(pushes))
+    assert statuses(report)["actions on the data"] == "passed"
     assert statuses(report)["gripper on the data"] == "skipped"
 
 
@@ -382,6 +513,47 @@ def test_a_crop_can_be_saved_beside_the_files_of_a_published_policy(published, t
 def test_a_missing_crop_of_a_fine_tuned_policy_is_found(folder):
     (folder / "training.json").write_text(json.dumps({"arguments": {"augment": True}}))
     assert "the training had random crops" in found(check(folder), "crop")
+
+
+def test_another_crop_of_a_policy_for_libero_is_found(policy):
+    policy.model.norm_stats = {"libero_spatial": {"action": BRIDGE_LIKE_STATS}}
+    for area, status in ((None, "warned"), (0.5, "warned"), (0.9, "passed")):
+        policy.processor.image_processor.center_crop_area = area
+        assert statuses(check_policy(policy.model, policy.processor))["crop"] == status
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("crop", "center_crop_area", 0.9),
+        ("crop", "center_crop_area", 0.3),
+        ("resize", "resample", "lanczos3"),
+        ("prompt template", "prompt_template", VICUNA_PROMPT),
+        ("prompt form", "lowercase_instruction", False),
+        ("prompt form", "strip_full_stop", False),
+    ],
+)
+def test_a_preparation_that_differs_from_the_record_of_training_is_found(tabletop, name, field, value):
+    processor = copy.deepcopy(tabletop[1])
+    setattr(processor.image_processor if name in ("crop", "resize") else processor, field, value)
+    report = check_policy(tabletop[0], processor, TABLETOP_POLICY)
+    assert [one.check for one in report.failures] == [name]
+
+
+def test_another_suffix_than_that_of_training_is_found():
+    model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
+    model.config.prompt_suffix_token_id = 7
+    assert "Prompts end in id 7" in found(check_policy(model, processor, TABLETOP_POLICY), "prompt suffix")
+
+
+def test_a_full_stop_that_finetune_left_out_is_found(folder):
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.strip_full_stop = False
+    processor.save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps({"arguments": {"augment": False}}))
+    assert "a final full stop is kept, unlike in training. Set `strip_full_stop=True`" in found(
+        check(folder), "prompt form"
+    )
 
 
 def test_another_resize_is_found(published):
@@ -490,9 +662,11 @@ def test_old_and_incomplete_code_is_found(tabletop, tmp_path):
         (tmp_path / name).write_text(content)
     module = tmp_path / "action_tokenizer.py"
     module.write_bytes(module.read_bytes() + b"\n# \xff\n")
-    assert "1 of 27 modules differ" in found(check(tmp_path), "remote code")
+    count = len(package_code("openvla-hf"))
+    assert f"1 of {count} modules differ" in found(check(tmp_path), "remote code")
     module.unlink()
-    assert "1 of 27 modules are missing (for example action_tokenizer.py)" in found(check(tmp_path), "remote code")
+    missing = f"1 of {count} modules are missing (for example action_tokenizer.py)"
+    assert missing in found(check(tmp_path), "remote code")
 
 
 # The command

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 from transformers.integrations import get_available_reporting_integrations
 
+from openvla_hf.checkpoints.preparation import describe_preparation
 from openvla_hf.cli import main
 from openvla_hf.data import compute_statistics, from_episodes, load, save_statistics, write_lerobot, write_rlds
 from openvla_hf.data.splits import read_split, split_parts
@@ -92,6 +93,9 @@ def test_finetune_resume_and_merge_end_in_a_policy_ready_to_act(base, data, tmp_
 
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
     assert processor.image_processor.center_crop_area == 0.9
+    preparation = json.loads((output / "training.json").read_text())["preparation"]
+    assert preparation == describe_preparation(processor, model.config)
+    assert (preparation["center_crop_area"], preparation["strip_full_stop"]) == (0.9, True)
     assert list(model.norm_stats) == ["kitchen"]
     frame = fake_episode(steps=1)[0]
     inputs = processor(frame["image"], instruction=frame["instruction"])

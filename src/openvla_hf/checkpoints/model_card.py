@@ -3,8 +3,9 @@
 Three files are read if they are next to the weights:
 
 - `training.json`, written by `openvla-hf finetune`: `base_model` and `datasets`, the name of the `recipe`, `settings`
-  and `figures` (name -> value), the `arguments` that a resumed run must share, how the data are read (`reading`),
-  which episodes were held out (`held_out`), and in the result of a run its `last_step`.
+  and `figures` (name -> value), the `arguments` that a resumed run must share, how inputs are prepared
+  (`preparation`), how the data are read (`reading`), which episodes were held out (`held_out`), and in the result of a
+  run its `last_step`.
 - `evaluation.json`: the output of `openvla-hf evaluate --json`, or the file that `openvla-hf evaluate --suite` writes,
   `{"results": {condition: {task: {"success", "episodes", ...}}}}`. `environment` names the environment, if it is not
   the tabletop.

@@ -31,15 +31,15 @@ from .checks.behaviour import ACTION_DIM, Probe, check_inputs, check_loop, check
 from .checks.code import check_code
 from .checks.findings import Finding, Status, Subject, failed, skipped
 from .checks.preparation import check_agreement, check_images, check_prompt
+from .checks.recording import ACTIONS, check_recording
 from .checks.statistics import (
     check_files,
-    check_gripper_on,
     check_gripper_range,
     check_instructions,
     check_key,
     check_numbers,
 )
-from .checks.weights import check_adapter, check_weights
+from .checks.weights import check_adapter, check_positions, check_weights
 from .open_loop import load_options
 
 
@@ -48,7 +48,7 @@ INSTRUCTIONS = ("put the red cube on the yellow plate", "open the top drawer")
 # Arguments of `from_pretrained` for the model and the processor.
 OF_BOTH = ("platform", "action_decoding", "reasoning")
 # Checks that need inputs of the model.
-OF_INPUTS = ("image", "instruction", "decoding loop")
+OF_INPUTS = ("image", "vision tower", "instruction", "decoding loop")
 COLOURS: dict[Status, str] = {"passed": "green", "warned": "yellow", "failed": "red", "skipped": "bright_black"}
 
 
@@ -177,6 +177,7 @@ def check_policy(
 def _check_policy(subject: Subject, probe: Probe) -> Iterator[Finding]:
     """Run the checks that need no data."""
     yield check_weights(subject)
+    yield check_positions(subject)
     yield check_adapter(subject)
     yield (numbers := check_numbers(subject.model.norm_stats, subject.config))
     yield check_files(subject)
@@ -196,8 +197,12 @@ def _check_policy(subject: Subject, probe: Probe) -> Iterator[Finding]:
 def _check_on_data(subject: Subject, frames: Dataset) -> Iterator[Finding]:
     """Run the checks that compare the policy with data."""
     yield check_instructions(subject, frames)
-    yield from check_key(subject, frames)
-    yield check_gripper_on(subject, frames)
+    keys = check_key(subject, frames)
+    yield from keys
+    gripper, actions = check_recording(subject, frames)
+    yield gripper
+    fits = all(one.status != "failed" for one in keys)
+    yield actions if fits else skipped(ACTIONS, "See the failure of the key.")
 
 
 def _refuse_foreign(files: CheckpointFiles, config: dict[str, Any]) -> None:

@@ -90,6 +90,25 @@ def _find_reading(data: str, readings: dict[str, dict[str, Any]]) -> dict[str, A
     return dict(readings[data if data in readings else moved[0]])
 
 
+@dataclass(frozen=True)
+class ComparedActions:
+    """Predicted and recorded actions, (N, A) each: one for each frame, or for each recorded action of its chunk.
+
+    Attributes:
+        predicted: Predicted actions, in the robot's units.
+        recorded: Recorded actions, in the robot's units.
+        normalized: Predicted actions, normalised.
+        expected: Recorded actions, normalised.
+        equal_tokens: Whether the tokens are equal; for predicted numbers, whether their bins are.
+    """
+
+    predicted: np.ndarray
+    recorded: np.ndarray
+    normalized: np.ndarray
+    expected: np.ndarray
+    equal_tokens: np.ndarray
+
+
 def evaluate_open_loop(
     model: Any,
     processor: Any,
@@ -126,39 +145,40 @@ def evaluate_open_loop(
         frames = sample_episodes(frames, max_episodes, seed)
     if max_frames is not None:
         frames = sample_frames(frames, max_frames, seed)
-    first = frames[0]
-    dataset = str(first["dataset"])
+    dataset = str(frames[0]["dataset"])
     if unnorm_key is None and dataset in model.norm_stats:
         unnorm_key = dataset
-    dims = len(model.get_action_stats(unnorm_key)["q01"])
-    if len(first["action"]) != dims:
-        raise ValueError(
-            f"{dataset} has actions of {len(first['action'])} dimensions, but the policy's have {dims}. Give data "
-            "from the policy's robot, or the adapter that reads them as in training."
-        )
-    _require_inputs(processor, frames, dataset)
-    grippers = np.flatnonzero(~np.asarray(first["action_mask"], dtype=bool))
-    compared = []
-    episodes: set[int] = set()
-    for start in range(0, len(frames), batch_size):
-        batch = [frames[index] for index in range(start, min(start + batch_size, len(frames)))]
-        compared.append(_compare(model, processor, batch, unnorm_key, grippers))
-        episodes.update(frame["episode_index"] for frame in batch)
-        progress(start + len(batch), len(frames))
-    errors, distances, equal, agree = (np.concatenate(values) for values in zip(*compared, strict=True))
+    require_inputs(model, processor, frames, unnorm_key)
+    compared = compare_actions(model, processor, frames, unnorm_key, batch_size=batch_size, progress=progress)
+    grippers = np.flatnonzero(~np.asarray(frames[0]["action_mask"], dtype=bool))
     return OpenLoopReport(
         dataset=dataset,
-        episodes=len(episodes),
+        episodes=len(set(frames.select_columns(["episode_index"])[:]["episode_index"])),
         frames=len(frames),
-        mean_absolute_error=errors.mean(0).tolist(),
-        l1=float(distances.mean()),
-        token_accuracy=float(equal.mean()),
-        gripper_agreement=float(agree.mean()) if len(grippers) else None,
+        mean_absolute_error=np.abs(compared.predicted - compared.recorded).mean(0).tolist(),
+        l1=float(np.abs(compared.normalized - compared.expected).mean()),
+        token_accuracy=float(compared.equal_tokens.mean()),
+        gripper_agreement=float(agree_on_gripper(compared, grippers).mean()) if len(grippers) else None,
     )
 
 
-def _require_inputs(processor: Any, frames: Dataset, dataset: str) -> None:
-    """Raise `ValueError` if frames have one image for a policy of several cameras, or lack the state that it sees."""
+def agree_on_gripper(compared: ComparedActions, grippers: Any) -> np.ndarray:
+    """Return whether each gripper, given by its dimension, is opened or closed as recorded, (N, G)."""
+    return (compared.predicted[:, grippers] > GRIPPER_OPEN) == (compared.recorded[:, grippers] > GRIPPER_OPEN)
+
+
+def require_inputs(model: Any, processor: Any, frames: Dataset, unnorm_key: str | None) -> None:
+    """Check that frames have actions of the policy's dimensions, the cameras and the state that it sees.
+
+    Raises:
+        ValueError: One of these is missing or has other dimensions.
+    """
+    dataset, dims = str(frames[0]["dataset"]), len(model.get_action_stats(unnorm_key)["q01"])
+    if len(frames[0]["action"]) != dims:
+        raise ValueError(
+            f"{dataset} has actions of {len(frames[0]['action'])} dimensions, but the policy's have {dims}. Give data "
+            "from the policy's robot, or the adapter that reads them as in training."
+        )
     if processor.cameras is not None and len(processor.cameras) > 1 and "images" not in frames[0]:
         raise ValueError(
             f"The frames of {dataset} have the image of one camera, but the policy sees several. Load the data with "
@@ -180,15 +200,28 @@ def _require_inputs(processor: Any, frames: Dataset, dataset: str) -> None:
             )
 
 
-def _compare(
-    model: Any, processor: Any, batch: Sequence[dict[str, Any]], unnorm_key: str | None, grippers: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Predict the actions of B frames and compare them with the recorded ones.
+def compare_actions(
+    model: Any,
+    processor: Any,
+    frames: Dataset,
+    unnorm_key: str | None,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ComparedActions:
+    """Predict the actions of frames that `require_inputs` accepts; for the arguments, see `evaluate_open_loop`."""
+    compared = []
+    for start in range(0, len(frames), batch_size):
+        batch = [frames[index] for index in range(start, min(start + batch_size, len(frames)))]
+        compared.append(_compare(model, processor, batch, unnorm_key))
+        progress(start + len(batch), len(frames))
+    return ComparedActions(*(np.concatenate(values) for values in zip(*compared, strict=True)))
 
-    Returns:
-        Absolute errors in the robot's units and normalised, (N, A) each; which tokens (or bins, for numbers) are
-        equal, (N, A); and which grippers agree, (N, G). N is B, or the number of recorded actions in the chunks.
-    """
+
+def _compare(
+    model: Any, processor: Any, batch: Sequence[dict[str, Any]], unnorm_key: str | None
+) -> tuple[np.ndarray, ...]:
+    """Return the fields of `ComparedActions` for B frames, (N, A) each."""
     stats = model.get_action_stats(unnorm_key)
     images = [read_frame_images(frame, processor.cameras, "A frame") for frame in batch]
     states = {} if processor.state_dim is None else {"state": np.stack([frame["state"] for frame in batch])}
@@ -207,12 +240,7 @@ def _compare(
     expected = normalize(recorded, stats, NORMALIZATION_KINDS[model.config.action_normalization])
     tokenizer = model.action_tokenizer
     token_ids = tokenizer.encode(normalized) if details.token_ids is None else first_actions(details.token_ids)
-    return (
-        np.abs(predicted - recorded),
-        np.abs(normalized - expected),
-        token_ids == tokenizer.encode(expected),
-        (predicted[:, grippers] > GRIPPER_OPEN) == (recorded[:, grippers] > GRIPPER_OPEN),
-    )
+    return predicted, recorded, normalized, expected, token_ids == tokenizer.encode(expected)
 
 
 def open_loop_table(title: str, report: OpenLoopReport, names: Sequence[str]) -> Table:
@@ -229,4 +257,14 @@ def open_loop_table(title: str, report: OpenLoopReport, names: Sequence[str]) ->
     return table
 
 
-__all__ = ["OpenLoopReport", "evaluate_open_loop", "load_options", "load_recorded", "open_loop_table"]
+__all__ = [
+    "ComparedActions",
+    "OpenLoopReport",
+    "agree_on_gripper",
+    "compare_actions",
+    "evaluate_open_loop",
+    "load_options",
+    "load_recorded",
+    "open_loop_table",
+    "require_inputs",
+]

@@ -20,6 +20,7 @@ with the same output folder resumes from the last checkpoint.
 
 import argparse
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -33,6 +34,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..checkpoints.model_card import TRAINING_FILE
+from ..checkpoints.preparation import describe_preparation
 from ..modeling.modeling_openvla import OpenVLAForActionPrediction
 from ..processing.processing_openvla import OpenVLAProcessor
 from ..testing import tiny_config, tiny_processor, tiny_tokenizer
@@ -307,12 +310,14 @@ class SavePolicy(TrainerCallback):
 
 
 def save_policy(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, folder: str | Path) -> None:
-    """Save model and processor, remote code included, with weights in float16.
+    """Save model and processor, remote code included, with weights in float16, and how inputs are prepared.
 
     Rounding to float16 halves the file. The config keeps the model's dtype, so the weights load in float32 again.
     """
     model.save_pretrained(folder, state_dict={name: weight.half() for name, weight in model.state_dict().items()})
     processor.save_pretrained(folder)
+    record = {"preparation": describe_preparation(processor, model.config)}
+    Path(folder, TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass

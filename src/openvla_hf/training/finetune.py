@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoints.describe import describe, refuse_adapter
 from ..checkpoints.model_card import TRAINING_FILE, write_card
+from ..checkpoints.preparation import describe_preparation
 from ..data import Augmentation, compute_statistics
 from ..data.feature_names import counted
 from ..modeling.action_networks import add_action_networks
@@ -163,6 +164,7 @@ def build_trainer(arguments: FinetuneArguments) -> ActionTrainer:
             "base_model": str(arguments.model),
             "datasets": list(norm_stats),
             **_name_of_recipe(arguments),
+            "preparation": describe_preparation(eval_collator.processor, model.config),
             "settings": _settings_for_card(recipe, args),
             "arguments": _settings_to_keep(arguments, recipe, args),
             "weights": arguments.weights,

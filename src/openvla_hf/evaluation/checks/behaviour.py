@@ -44,6 +44,7 @@ class Probe:
         other_instruction: Another task.
         proprio: (S,) normalised state, by default the middle of its range; `None` if the policy sees none.
         padding: Number of padding tokens on the left.
+        blind_tower: Index of a vision tower whose pixels are zero.
     """
 
     subject: Subject
@@ -52,6 +53,7 @@ class Probe:
     other_instruction: str
     proprio: np.ndarray | None = None
     padding: int = 0
+    blind_tower: int | None = None
 
     def __post_init__(self) -> None:
         if self.proprio is None and self.subject.config.proprio_dim is not None:
@@ -64,11 +66,14 @@ class Probe:
         images = self.images[0] if processor.cameras is None else list(self.images)
         made = processor(images, instruction=self.instruction, **state)
         input_ids, mask = prepare_prompts(self.subject.config, made["input_ids"], made["attention_mask"])
+        pixels = made["pixel_values"].to(model.device, model.dtype)
+        if self.blind_tower is not None:
+            pixels.unflatten(1, (-1, len(self.subject.config.vision_configs), 3))[:, :, self.blind_tower] = 0
         pad = self.subject.config.pad_token_id or 0
         proprio = None if self.proprio is None else torch.from_numpy(self.proprio)[None].to(model.device, model.dtype)
         return {
             "input_ids": nn.functional.pad(input_ids, (self.padding, 0), value=pad).to(model.device),
-            "pixel_values": made["pixel_values"].to(model.device, model.dtype),
+            "pixel_values": pixels,
             "attention_mask": nn.functional.pad(mask, (self.padding, 0)).to(model.device),
             "proprio": proprio,
         }
@@ -138,8 +143,10 @@ def another_image(image: np.ndarray) -> np.ndarray:
 
 
 def check_inputs(probe: Probe) -> Iterator[Finding]:
-    """Check that the image of each camera, the instruction and the state change the outputs."""
-    names = ["image", "instruction", *(["state"] if probe.proprio is not None else [])]
+    """Check that the image of each camera, each vision tower, the instruction and the state change the outputs."""
+    towers = [tower.model_type for tower in probe.subject.config.vision_configs]
+    several = ["vision tower"] if len(towers) > 1 else []
+    names = ["image", *several, "instruction", *(["state"] if probe.proprio is not None else [])]
     if not np.isfinite(probe.reference).all():
         for name in names:
             yield failed(name, f"The {probe.unit} are not finite.", "See the finding on the weights.")
@@ -150,6 +157,10 @@ def check_inputs(probe: Probe) -> Iterator[Finding]:
         where = "Another image" if len(cameras) == 1 else f"Another image of {camera}"
         fix = "Check that `pixel_values` reach the model, and that the projector's weights are those of the training."
         yield _judge("image", where, probe, probe.effect(images=changed), fix)
+    for index, kind in enumerate(towers if several else []):
+        fix = f"Check that tower {index} is in use, and that its weights are those of the training."
+        effect = probe.effect(blind_tower=index)
+        yield _judge("vision tower", f"Zero in place of the pixels of tower {index} ({kind})", probe, effect, fix)
     changed_text = probe.effect(instruction=probe.other_instruction)
     fix = "Check that the prompt contains the instruction, and that the tokenizer is the checkpoint's own."
     yield _judge("instruction", "Another instruction", probe, changed_text, fix)

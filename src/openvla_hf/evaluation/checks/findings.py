@@ -52,6 +52,11 @@ class Subject:
         return self.model.config
 
     @property
+    def preparation(self) -> dict[str, Any]:
+        """How the training prepared prompts and images, by `describe_preparation`; empty if it is not recorded."""
+        return self.training.get("preparation", {})
+
+    @property
     def key(self) -> str | None:
         """Key of the statistics in use; `None` if there are several and the caller named none."""
         keys = list(self.model.norm_stats or ())

@@ -63,7 +63,7 @@ def check_agreement(subject: Subject) -> Finding:
 def check_prompt(subject: Subject) -> Iterator[Finding]:
     """Check the template, the case and the full stop of prompts, and the id before the action ids."""
     processor, config = subject.processor, subject.config
-    expected = read_published_fields(subject.raw_config).get("prompt_template")
+    expected = (read_published_fields(subject.raw_config) | subject.preparation).get("prompt_template")
     if config.reasoning or processor.prompt_template == REASONING_PROMPT:
         expected = REASONING_PROMPT if config.reasoning else expected or PURE_PROMPT
     template = processor.prompt_template
@@ -77,17 +77,31 @@ def check_prompt(subject: Subject) -> Iterator[Finding]:
         yield warned("prompt template", f"{template!r} is not one of OpenVLA's templates.", fix)
     else:
         yield passed("prompt template", repr(template))
-    if not processor.lowercase_instruction:
-        fix = "Set `lowercase_instruction=True`, unless the policy was trained with capitals."
-        yield warned("prompt form", "Capitals are kept, but OpenVLA's training data have none.", fix)
-    elif processor.strip_full_stop:
-        yield passed("prompt form", "Instructions are in lower case, without a final full stop.")
-    else:
-        yield passed(
-            "prompt form",
-            "Instructions are in lower case. A final full stop is kept, as in OpenVLA's training data.",
-        )
+    yield _check_form(subject)
     yield _check_suffix(subject)
+
+
+def _check_form(subject: Subject) -> Finding:
+    """Check the case of instructions and their final full stop."""
+    name, processor = "prompt form", subject.processor
+    # Every training that recorded its arguments left full stops out.
+    recorded = {"strip_full_stop": True} if "arguments" in subject.training else {}
+    recorded |= _select(subject.preparation, "lowercase_instruction", "strip_full_stop")
+    case = "in lower case" if processor.lowercase_instruction else "as given"
+    stop = "left out" if processor.strip_full_stop else "kept"
+    found = f"Instructions are {case}, and a final full stop is {stop}"
+    if wrong := {field: value for field, value in recorded.items() if getattr(processor, field) != value}:
+        fix = f"Set {', '.join(f'`{field}={value}`' for field, value in wrong.items())} of the processor."
+        return failed(name, f"{found}, unlike in training.", fix)
+    if not processor.lowercase_instruction and "lowercase_instruction" not in recorded:
+        fix = "Set `lowercase_instruction=True`, unless the policy was trained with capitals."
+        return warned(name, "Capitals are kept, but OpenVLA's training data have none.", fix)
+    return passed(name, f"{found} ({'as in training' if recorded else 'the training is not recorded'}).")
+
+
+def _select(recorded: dict[str, Any], *fields: str) -> dict[str, Any]:
+    """Return some fields of a record, as far as it contains them."""
+    return {field: recorded[field] for field in fields if field in recorded}
 
 
 def _is_llama(config: Any) -> bool:
@@ -99,9 +113,11 @@ def _check_suffix(subject: Subject) -> Finding:
     """Check that the prompts of a Llama-2 policy end in exactly one empty piece."""
     name, config = "prompt suffix", subject.config
     tokenizer = subject.processor.tokenizer
-    expected = EMPTY_PIECE if _is_llama(config) and not config.reasoning else None
+    recorded = _select(subject.preparation, "prompt_suffix_token_id")
+    usual = EMPTY_PIECE if _is_llama(config) and not config.reasoning else None
+    expected = recorded.get("prompt_suffix_token_id", usual)
     given = config.prompt_suffix_token_id
-    if given != expected and (_is_llama(config) or config.reasoning):
+    if given != expected and (_is_llama(config) or config.reasoning or recorded):
         fix = f"Set `prompt_suffix_token_id` of the config to {expected}."
         return failed(name, f"Prompts end in id {given} instead of {expected}.", fix)
     row = tokenizer(subject.processor.build_prompt("open the drawer"))["input_ids"]
@@ -133,6 +149,7 @@ def _check_resize(subject: Subject, images: Any) -> Finding:
         expected = {"image_resize_strategy": strategy}
     if _is_oft(subject):
         expected["resample"] = LANCZOS3
+    expected |= _select(subject.preparation, "image_resize_strategy", "resample")
     given = {"image_resize_strategy": images.image_resize_strategy, "resample": images.resample}
     if wrong := [name for name, value in expected.items() if given[name] != value]:
         found = ", ".join(f"{name}={given[name]!r} instead of {expected[name]!r}" for name in wrong)
@@ -150,6 +167,12 @@ def _check_crop(subject: Subject, images: Any) -> Finding:
     given, settings = images.center_crop_area, subject.training.get("arguments", {})
     area = IMAGE_FIELDS["center_crop_area"]
     shown = "no crop" if given is None else f"a centre crop of area {given:g}"
+    if (recorded := _select(subject.preparation, "center_crop_area")) and given != recorded["center_crop_area"]:
+        found = f"Images have {shown}, unlike in training."
+        fix = f"Pass `center_crop_area={recorded['center_crop_area']}` to `AutoProcessor.from_pretrained`."
+        return failed("crop", found, fix)
+    if recorded:
+        return passed("crop", f"Images have {shown}, as in training.")
     if "augment" in settings or _is_oft(subject):
         expected = area if _is_oft(subject) else Augmentation().crop_area if settings["augment"] else None
         if given != expected:
@@ -157,8 +180,8 @@ def _check_crop(subject: Subject, images: Any) -> Finding:
             return failed("crop", found, f"Pass `center_crop_area={expected}` to `AutoProcessor.from_pretrained`.")
         return passed("crop", f"Images have {shown}, as in training.")
     is_cropped = subject.config.is_parallel or any(key.startswith(LIBERO) for key in subject.model.norm_stats or ())
-    if is_cropped and given is None:
-        found = f"Images have {shown}, but policies of this kind are trained with random crops."
+    if is_cropped and given != area:
+        found = f"Images have {shown}, but policies of this kind are trained with random crops of area {area:g}."
         fix = f"Pass `center_crop_area={area}` to `AutoProcessor.from_pretrained`, unless this policy was not."
         return warned("crop", found, fix)
     return passed("crop", f"Images have {shown} (the training is not recorded).")

@@ -7,25 +7,25 @@ import numpy as np
 from datasets import Dataset
 from transformers.utils import CONFIG_NAME
 
-from ...data.gripper import GRIPPER_OPEN
 from ...data.statistics import compute_statistics
 from ...modeling.action_tokenizer import BOUNDS_OF, action_dim, check_statistics
 from ...modeling.checkpoint_files import OFT_FILES, STATISTICS_FILE
-from ..open_loop import evaluate_open_loop
 from .findings import Finding, Subject, failed, passed, skipped, warned
 
 
 COMPUTE = "Put the `dataset_statistics.json` of the training next to the weights"
 # Overlap of the ranges of two statistics: below the first they belong to different robots, above the second to one.
 DIFFERENT, SAME = 0.3, 0.7
+# Overlap below which the units or the direction of a single dimension differ. It is lower, since the range of a
+# dimension in a short recording may be narrow.
+APART = 0.15
+# Relative difference of equal constants, one of which was stored in 32 bits.
+ROUNDING = 1e-6
+# Keys that a finding names.
+LISTED = 5
 # OpenVLA's gripper, 0 for closed and 1 for open, with readings a little outside.
 GRIPPER_RANGE, GRIPPER_SLACK = (0.0, 1.0), 0.1
 DECLARE = "OpenVLA's gripper is 0 for closed and 1 for open: declare the recorded values in the robot's adapter."
-# Share of balanced frames on which the policy's gripper is as recorded: below the first it is inverted, above the
-# second it follows the recording. A policy that guesses is at 0.5.
-INVERTED, FOLLOWS = 0.35, 0.65
-# Frames with an open gripper, and as many with a closed one, that the policy acts on.
-GRIPPER_FRAMES = 12
 
 
 def check_numbers(norm_stats: Any, config: Any) -> Finding:
@@ -62,9 +62,14 @@ def check_numbers(norm_stats: Any, config: Any) -> Finding:
         if lost := np.flatnonzero(scaled & (low == high) & (ends[0] < ends[1])).tolist():
             found = f"Dimensions {lost} of {key!r} vary, but their bounds are equal, so the policy can't move them."
             return warned(name, found, "Check whether the robot rarely moves these dimensions, or their recording.")
-    keys = ", ".join(f"{key} ({action_dim(one['action'])})" for key, one in list(norm_stats.items())[:5])
-    more = "" if len(norm_stats) <= len(keys.split(", ")) else f" and {len(norm_stats) - 5} more"
-    return passed(name, f"Finite and in order: {keys}{more}.")
+    keys = [f"{key} ({action_dim(one['action'])})" for key, one in norm_stats.items()]
+    return passed(name, f"Finite and in order: {_listed(keys)}.")
+
+
+def _listed(items: list[str]) -> str:
+    """Join the first items, and count the others."""
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return ", ".join(items[:LISTED]) + more
 
 
 def check_files(subject: Subject) -> Finding:
@@ -86,8 +91,10 @@ def check_files(subject: Subject) -> Finding:
         return failed(name, str(error), fix)
     shared = [key for key in in_file if key in in_config]
     if wrong := [key for key in shared if _contradict(in_config[key], in_file[key])]:
-        named = ", ".join(map(repr, wrong[:5])) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        found = f"{CONFIG_NAME} and {STATISTICS_FILE} disagree on {named}. This package uses {STATISTICS_FILE}."
+        found = (
+            f"{CONFIG_NAME} and {STATISTICS_FILE} disagree on {_listed([repr(key) for key in wrong])}. This package "
+            f"uses {STATISTICS_FILE}."
+        )
         return failed(name, found, fix)
     keys = "1 key" if len(shared) == 1 else f"{len(shared)} keys"
     return passed(name, f"They agree on {keys}." if shared else "They have no key in common.")
@@ -106,15 +113,22 @@ def _contradict(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def check_gripper_range(subject: Subject) -> Finding:
-    """Check that the dimensions that are not scaled, usually the gripper, are from 0 to 1."""
+    """Check that the dimensions that are not scaled, usually the gripper, are from 0 to 1, and no others."""
     name, stats_of, key = "gripper", subject.model.norm_stats, subject.key
     ranges: dict[str, tuple[float, float]] = {}
     for one in stats_of if key is None else [key]:
         stats = stats_of[one]["action"]
         low, high = ("min", "max") if "min" in stats and "max" in stats else ("q01", "q99")
-        if grippers := _unscaled(stats):
+        last = len(stats[low]) - 1
+        # The record of a run says which robot declared its gripper.
+        is_known = last in unscaled(stats) or bool(subject.training.get("reading"))
+        if not is_known and (stats[low][last], stats[high][last]) == GRIPPER_RANGE:
+            found = f"Dimension {last} of {one!r} goes from 0 to 1 like a gripper, but is scaled to -1 to 1."
+            fix = "If it is a gripper that the training did not scale, set its entry of `mask` to false."
+            return warned(name, found, fix)
+        if grippers := unscaled(stats):
             ranges[one] = min(stats[low][index] for index in grippers), max(stats[high][index] for index in grippers)
-    wrong = [one for one, ends in ranges.items() if not _is_gripper(*ends)]
+    wrong = [one for one, ends in ranges.items() if not is_gripper(*ends)]
     if wrong:
         low_end, high_end = ranges[wrong[0]]
         found = f"The gripper of {wrong[0]!r}, which is not scaled, goes from {low_end:g} to {high_end:g}."
@@ -124,12 +138,13 @@ def check_gripper_range(subject: Subject) -> Finding:
     return passed(name, f"From {min(ranges.values())[0]:g} (closed) to {max(ranges.values())[1]:g} (open).")
 
 
-def _unscaled(stats: dict[str, Any]) -> list[int]:
+def unscaled(stats: dict[str, Any]) -> list[int]:
     """Return the dimensions that are not scaled: the grippers, in OpenVLA's statistics."""
     return np.flatnonzero(~np.array(stats.get("mask", [True]), bool)).tolist()
 
 
-def _is_gripper(low: float, high: float) -> bool:
+def is_gripper(low: float, high: float) -> bool:
+    """Return whether a range is that of OpenVLA's gripper."""
     return low >= GRIPPER_RANGE[0] - GRIPPER_SLACK and high <= GRIPPER_RANGE[1] + GRIPPER_SLACK
 
 
@@ -138,7 +153,7 @@ def check_key(subject: Subject, frames: Dataset) -> list[Finding]:
     name = str(frames[0]["dataset"])
     own = compute_statistics(frames)[name]
     known = subject.model.norm_stats or {}
-    key = _key_for(subject, name)
+    key = key_for(subject, name)
     if key is None:
         fits = {one: overlap(known[one]["action"], own["action"]) for one in known}
         best = max(fits, key=lambda one: fits[one]) if fits else None
@@ -150,7 +165,7 @@ def check_key(subject: Subject, frames: Dataset) -> list[Finding]:
     return [_compare(kind, key, known, own, name) for kind in kinds]
 
 
-def _key_for(subject: Subject, dataset: str) -> str | None:
+def key_for(subject: Subject, dataset: str) -> str | None:
     """Return the key of the statistics for a dataset; `None` if none is given, of its name, or the only one."""
     return subject.unnorm_key or (dataset if dataset in (subject.model.norm_stats or {}) else subject.key)
 
@@ -168,7 +183,9 @@ def _compare(kind: str, key: str, known: dict[str, Any], own: dict[str, Any], na
         other = f", those of {best!r} by {fits[best]:.0%}" if best != key else ""
         fix = f"Pass unnorm_key={best!r}." if best != key else "Use the statistics of this data, or check its units."
         return failed(check, f"{found}{other}.", fix)
-    if fits[key] < SAME:
+    if apart := _find_apart(known[key][kind], own[kind]):
+        found += f", but hardly in dimension {', '.join(map(str, apart))}"
+    if apart or fits[key] < SAME:
         return warned(
             check, f"{found}.", "Check the units of the data, and that its robot adapter is that of the training."
         )
@@ -183,50 +200,24 @@ def overlap(first: dict[str, Any], second: dict[str, Any]) -> float:
     """
     if action_dim(first) != action_dim(second):
         return 0.0
+    shared, union, counted = _intersect(first, second)
+    return float((shared.clip(0)[counted] / union[counted]).mean()) if counted.any() else 1.0
+
+
+def _intersect(first: dict[str, Any], second: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the intersection of two ranges (negative if they are apart), their union, and which dimensions count."""
     low, high = (np.array([one[bound] for one in (first, second)]) for bound in ("q01", "q99"))
     scaled = np.array(first.get("mask", [True] * low.shape[1]), bool)
     union = high.max(0) - low.min(0)
-    shared = np.clip(high.min(0) - low.max(0), 0, None)
-    counted = scaled & (union > 0)
-    return float((shared[counted] / union[counted]).mean()) if counted.any() else 1.0
+    return high.min(0) - low.max(0), union, scaled & (union > 0)
 
 
-def check_gripper_on(subject: Subject, frames: Dataset) -> Finding:
-    """Compare the gripper of the data with its range, and with the policy's predictions."""
-    name = "gripper on the data"
-    key = _key_for(subject, str(frames[0]["dataset"]))
-    actions = np.stack(frames.select_columns(["action"]).with_format("numpy")[:]["action"])
-    if key is None or action_dim(subject.model.get_action_stats(key)) != actions.shape[1]:
-        return skipped(name, "The key of the statistics is not known, or has other dimensions.")
-    grippers = _unscaled(subject.model.get_action_stats(key))
-    if not grippers:
-        return skipped(name, f"{key!r} scales all dimensions.")
-    if subject.config.proprio_dim is not None and len(frames[0]["state"]) != subject.config.proprio_dim:
-        return skipped(name, "The policy sees a state of other dimensions than the data's.")
-    values = actions[:, grippers]
-    if not _is_gripper(values.min(), values.max()):
-        found = f"The data's gripper goes from {values.min():g} to {values.max():g}."
-        return failed(name, found, DECLARE)
-    if np.asarray(frames[0]["action_mask"])[grippers].any():
-        found = f"The data does not say that dimension {grippers[0]} is the gripper."
-        return warned(name, found, "Give a robot adapter that declares the gripper's values.")
-    is_open = values[:, 0] > GRIPPER_OPEN
-    count = min(GRIPPER_FRAMES, int(is_open.sum()), int((~is_open).sum()))
-    if not count:
-        return skipped(name, "The data's gripper is always open, or always closed.")
-    balanced = [np.flatnonzero(which) for which in (is_open, ~is_open)]
-    chosen = np.concatenate([each[np.linspace(0, len(each) - 1, count).astype(int)] for each in balanced])
-    report = evaluate_open_loop(subject.model, subject.processor, frames.select(np.sort(chosen)), key)
-    agreement = report.gripper_agreement
-    assert agreement is not None
-    found = f"The gripper is as recorded on {agreement:.0%} of {len(chosen)} frames, half of which have it open."
-    if agreement < INVERTED:
-        fix = "Swap `open` and `closed` in the robot adapter of the data, or in what your robot does with the action."
-        return failed(name, f"Inverted. {found}", fix)
-    if agreement < FOLLOWS:
-        fix = "Check that the data is like the policy's training data, and that its images are of the same cameras."
-        return warned(name, f"The policy does not follow the recording. {found}", fix)
-    return passed(name, found)
+def _find_apart(first: dict[str, Any], second: dict[str, Any]) -> list[int]:
+    """Find the dimensions whose ranges hardly overlap, except for a constant within the range of the other."""
+    shared, union, counted = _intersect(first, second)
+    # An intersection of zero length is such a constant; in 32 bits, it may lie a little outside.
+    is_constant = np.abs(shared) <= ROUNDING * union
+    return np.flatnonzero(counted & ~is_constant & (shared < APART * union)).tolist()
 
 
 def check_instructions(subject: Subject, frames: Dataset) -> Finding:
@@ -242,11 +233,14 @@ def check_instructions(subject: Subject, frames: Dataset) -> Finding:
 
 
 __all__ = [
+    "DECLARE",
     "check_files",
-    "check_gripper_on",
     "check_gripper_range",
     "check_instructions",
     "check_key",
     "check_numbers",
+    "is_gripper",
+    "key_for",
     "overlap",
+    "unscaled",
 ]

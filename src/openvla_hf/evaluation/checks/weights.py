@@ -1,5 +1,6 @@
 """Check the weights of a policy, and that its adapter is applied exactly once."""
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from .findings import Finding, Subject, failed, passed, skipped
 
 # Larger values come from uninitialised memory.
 LARGEST = 1e5
+# Relative difference of frequencies that are rounded to 16 bits.
+ROUNDING = 0.01
 # Number of layers in which to look for an adapter.
 LAYERS = 24
 # The weights contain an adapter this many times: 0 and 1 are far enough apart if the measurement errs by less.
@@ -26,10 +29,10 @@ HALF, CERTAIN = 0.5, 0.2
 
 @torch.no_grad()
 def check_weights(subject: Subject) -> Finding:
-    """Check that all weights are finite, and that no matrix has the same value everywhere."""
+    """Check that all weights and buffers are finite, and that no matrix has the same value everywhere."""
     wrong: dict[str, list[str]] = {"are not finite": [], "have one value everywhere": [], "are huge": []}
     count = 0
-    for name, parameter in subject.model.named_parameters():
+    for name, parameter in itertools.chain(subject.model.named_parameters(), subject.model.named_buffers()):
         if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
             continue
         count += 1
@@ -48,6 +51,23 @@ def check_weights(subject: Subject) -> Finding:
         f"Of {count} weight tensors, {', and '.join(problems)}.",
         "Download or copy the checkpoint again. If it is new, train again from the last checkpoint that was finite.",
     )
+
+
+def check_positions(subject: Subject) -> Finding:
+    """Compare the frequencies of rotary positions, which no checkpoint contains, with those of the config."""
+    name, count = "positions", 0
+    for path, module in subject.model.model.language_model.named_modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if "inv_freq" not in buffers or buffers["inv_freq"].is_meta:
+            continue
+        count += 1
+        given = buffers["inv_freq"].float().cpu()
+        if not torch.allclose(given, type(module)(module.config).inv_freq.float().cpu(), rtol=ROUNDING, atol=0):
+            found = f"The frequencies of {path} (`inv_freq`) are not those of the config."
+            return failed(name, found, "Load the model with `from_pretrained`, which computes them from the config.")
+    if not count:
+        return skipped(name, "The language model has no rotary positions.")
+    return passed(name, "The frequencies of the rotary positions are those of the config.")
 
 
 @dataclass(frozen=True)
@@ -192,4 +212,4 @@ def _read(model: Any, folder: Path) -> Iterator[Change]:
             yield Change(weight, pair["lora_A"].to(weight.device), pair["lora_B"].to(weight.device), scale)  # type: ignore[union-attr]
 
 
-__all__ = ["Change", "check_adapter", "check_weights", "count_adapter"]
+__all__ = ["Change", "check_adapter", "check_positions", "check_weights", "count_adapter"]
