@@ -115,17 +115,20 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         outside = np.random.get_state()
         while len(self._generators) <= number:
             self._draw(self._without_images, len(self._generators) - 1)
+        self._use_renderer()
         self._draw(self._env, number)
         np.random.set_state(outside)
         return _observe(self._env.set_init_state(self._states[number])), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Execute one action (7,)."""
+        self._use_renderer()
         observation, reward, done, _ = self._env.step(np.asarray(action).tolist())
         return _observe(observation), float(reward), bool(done), False, self._info(bool(done))
 
     def close(self) -> None:
         """Free the simulation."""
+        self._use_renderer()
         self._env.close()
 
     @property
@@ -137,6 +140,14 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     def _without_images(self) -> Any:
         """The same task without cameras, whose reset draws the same places in a quarter of the time."""
         return ControlEnv(bddl_file_name=self._file, has_offscreen_renderer=False, use_camera_obs=False)
+
+    def _use_renderer(self) -> None:
+        """Make the OpenGL context of this environment current.
+
+        robosuite leaves the last one current that was created, so environments of a process would render, and delete,
+        one another's objects.
+        """
+        self.problem.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _draw(self, env: Any, number: int) -> None:
         """Reset an environment with the places of a draw."""
