@@ -3,8 +3,8 @@
     python benchmarks/libero_replay.py --task 0 1 2
 
 The expert knows where the objects are. It picks up the one that the instruction names and lets it fall into the
-basket. Then its actions are played again, without looking: a difference would mean that the suite's initial states or
-steps are not those of LIBERO's environment. Run this in the environment that has LIBERO; see docs/evaluation.md.
+basket. Then its actions are played again, open loop: a difference would mean that the suite's initial states or steps
+are not those of LIBERO's environment. Run this in the environment that has LIBERO; see docs/evaluation.md.
 """
 
 import argparse
@@ -27,9 +27,9 @@ NEAR = 0.012  # metres
 GRASP_STEPS, RELEASE_STEPS = 12, 15
 
 
-def stages(environment) -> Iterator[tuple[str, np.ndarray, float, int]]:
+def stages(problem) -> Iterator[tuple[str, np.ndarray, float, int]]:
     """Yield the expert's stages: an object to go to, the offset from it, the gripper, and the steps to wait there."""
-    thing, basket = environment.obj_of_interest
+    thing, basket = problem.obj_of_interest
     yield thing, np.array([0.0, 0.0, HOVER]), OPEN, 0
     yield thing, np.zeros(3), OPEN, 0
     yield thing, np.zeros(3), CLOSED, GRASP_STEPS
@@ -43,22 +43,21 @@ def solve(suite, episode) -> tuple[np.ndarray, bool]:
     """Play an episode with the expert. Return its actions (T, 7) in LIBERO's convention, and whether it succeeded."""
     env = suite.make(episode.environment)
     env.reset(seed=episode.seed)
-    inner = env._env.env  # LIBERO's problem, which knows the objects
+    problem = env.problem
     actions: list[np.ndarray] = []
     success = False
     for _ in range(suite.protocol.settle_steps):
-        env.step(np.array(WAIT))
-    observe = inner._get_observations
-    for name, offset, gripper, wait in stages(inner):
-        seen = observe()
-        goal = (seen[f"{name}_pos"] if name else seen["robot0_eef_pos"]) + offset
+        seen, *_ = env.step(np.array(WAIT))
+    for name, offset, gripper, wait in stages(problem):
+        start = problem.sim.data.body_xpos[problem.obj_body_id[name]] if name else seen["state"][:3]
+        goal = start + offset
         for step in range(60):
-            error = goal - observe()["robot0_eef_pos"]
+            error = goal - seen["state"][:3]
             if step >= wait and (wait or np.abs(error).max() < NEAR):
                 break
             move = np.clip(error / METRES, -1, 1)
             actions.append(np.array([*move, 0.0, 0.0, 0.0, gripper]))
-            *_, info = env.step(actions[-1])
+            seen, *_, info = env.step(actions[-1])
             success = info["is_success"]
             if success or len(actions) == suite.protocol.max_steps:
                 env.close()
@@ -74,7 +73,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     suite = libero_suite("libero_object").select(args.task).with_protocol(episodes=args.episodes)
-    table = Table("task", "episode", "steps", "expert", "its actions again", title="libero_object")
+    table = Table("task", "episode", "steps", "expert", "replayed actions", title="libero_object")
     rows = []
     with open_simulators(suite, 1, processes=False) as simulators:
         for episode in suite.episodes():
