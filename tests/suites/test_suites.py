@@ -19,7 +19,7 @@ import torch
 from openvla_hf import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla_hf.checkpoints.identity import digest_checkpoint
 from openvla_hf.cli import main
-from openvla_hf.evaluation.suites import SUITES, Evaluation, compare_runs, find_suite
+from openvla_hf.evaluation.suites import Evaluation, compare_runs, find_suite
 from openvla_hf.suites.journal import JOURNAL_FILE, Journal, read_journal
 from openvla_hf.suites.libero import LiberoSuite
 from openvla_hf.suites.libero_states import read_states
@@ -311,26 +311,8 @@ def test_initial_states_of_libero_are_read_without_running_code(tmp_path):
         read_states(path)
 
 
-def test_the_protocol_of_libero_is_the_published_one():
-    steps = {name: find_suite(name).protocol.max_steps for name in SUITES if name.startswith("libero")}
-    assert steps == {
-        "libero_spatial": 220,
-        "libero_object": 280,
-        "libero_goal": 300,
-        "libero_10": 520,
-        "libero_90": 400,
-    }
-    suite = find_suite("libero_spatial")
-    assert len(suite.episodes()) == 500
-    protocol = suite.protocol
-    image = np.zeros((256, 256, 3), np.uint8)
-    image[:20, :, 0] = 255
-    shown = protocol.show({"full_image": image, "state": np.ones(8)})
-    assert shown["full_image"].shape == (224, 224, 3)
-    assert shown["full_image"][-10, 100, 0] > 240  # rotated
-    assert shown["full_image"][10, 100, 0] < 15
-    np.testing.assert_array_equal(shown["state"], np.ones(8))
-    # The model opens with 1, LIBERO with -1.
+def test_the_gripper_of_a_policy_is_converted_to_liberos():
+    protocol = find_suite("libero_spatial").protocol  # the model opens with 1, LIBERO with -1
     assert protocol.execute_action(np.append(np.zeros(6), 1.0))[-1] == -1.0
     assert protocol.execute_action(np.append(np.zeros(6), 0.0))[-1] == 1.0
 
