@@ -100,6 +100,7 @@ class ComparedActions:
         normalized: Predicted actions, normalised.
         expected: Recorded actions, normalised.
         equal_tokens: Whether the tokens are equal; for predicted numbers, whether their bins are.
+        episodes: Index of the episode of each action, (N,).
     """
 
     predicted: np.ndarray
@@ -107,6 +108,7 @@ class ComparedActions:
     normalized: np.ndarray
     expected: np.ndarray
     equal_tokens: np.ndarray
+    episodes: np.ndarray
 
 
 def evaluate_open_loop(
@@ -153,7 +155,7 @@ def evaluate_open_loop(
     grippers = np.flatnonzero(~np.asarray(frames[0]["action_mask"], dtype=bool))
     return OpenLoopReport(
         dataset=dataset,
-        episodes=len(set(frames.select_columns(["episode_index"])[:]["episode_index"])),
+        episodes=len(np.unique(compared.episodes)),
         frames=len(frames),
         mean_absolute_error=np.abs(compared.predicted - compared.recorded).mean(0).tolist(),
         l1=float(np.abs(compared.normalized - compared.expected).mean()),
@@ -221,7 +223,7 @@ def compare_actions(
 def _compare(
     model: Any, processor: Any, batch: Sequence[dict[str, Any]], unnorm_key: str | None
 ) -> tuple[np.ndarray, ...]:
-    """Return the fields of `ComparedActions` for B frames, (N, A) each."""
+    """Return the fields of `ComparedActions` for B frames."""
     stats = model.get_action_stats(unnorm_key)
     images = [read_frame_images(frame, processor.cameras, "A frame") for frame in batch]
     states = {} if processor.state_dim is None else {"state": np.stack([frame["state"] for frame in batch])}
@@ -240,7 +242,8 @@ def _compare(
     expected = normalize(recorded, stats, NORMALIZATION_KINDS[model.config.action_normalization])
     tokenizer = model.action_tokenizer
     token_ids = tokenizer.encode(normalized) if details.token_ids is None else first_actions(details.token_ids)
-    return predicted, recorded, normalized, expected, token_ids == tokenizer.encode(expected)
+    episodes = np.repeat([frame["episode_index"] for frame in batch], is_recorded.sum(1))
+    return predicted, recorded, normalized, expected, token_ids == tokenizer.encode(expected), episodes
 
 
 def open_loop_table(title: str, report: OpenLoopReport, names: Sequence[str]) -> Table:
