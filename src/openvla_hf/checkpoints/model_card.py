@@ -112,8 +112,12 @@ def copy_training(files: CheckpointFiles, folder: Path) -> None:
 
 
 def records_training(source: str) -> bool:
-    """Return whether a policy comes from a folder with `training.json`; the file is not pushed to the Hub."""
-    return os.path.isdir(source) and os.path.isfile(os.path.join(source, TRAINING_FILE))
+    """Return whether a folder has a record of how the policy's images were cropped in training.
+
+    A repository on the Hub never has one, since `training.json` is not pushed.
+    """
+    training = read_training(source) if os.path.isdir(source) else {}
+    return "preparation" in training or "augment" in training.get("arguments", {})
 
 
 def _read_run_file(path: Path, default: Any) -> Any:

@@ -97,8 +97,8 @@ def _warn_of_evaluation(seeds: range, evaluated: range) -> None:
     first, end = max(seeds.start, evaluated.start), min(seeds.stop, evaluated.stop)
     if first < end:
         logger.warning(
-            "The suite evaluates policies on the seeds from %d to %d, so don't train a policy on these episodes that "
-            "you evaluate there.",
+            "Seeds %d to %d belong to the suite's evaluation. Do not evaluate a policy on this suite if it was "
+            "trained on these episodes.",
             first,
             end - 1,
         )

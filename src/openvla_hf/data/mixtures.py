@@ -302,8 +302,8 @@ def note_generic(frames: Frames, name: str, robot: Robot | str | None, choose: s
     if robot is None and read_robot(frames, name) == GENERIC.name:
         logger.warning(
             "No robot is known for the dataset %r, so its actions are kept as recorded and all dimensions are scaled, "
-            "including that of a gripper. If it has a gripper, %sregister a robot (or for RLDS, add a row of a table) "
-            "named %r, on the command line in a file as --robots.",
+            "including that of a gripper. If it has a gripper, %sregister a robot named %r; for RLDS, a row of this "
+            "name in a table does the same. On the command line, give the file that registers it as --robots.",
             name,
             choose,
             name,

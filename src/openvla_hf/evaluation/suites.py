@@ -11,7 +11,7 @@ from typing import Any
 
 from ..modeling.folder_writing import written_whole
 from ..modeling.known_names import check_name
-from ..suites.journal import Journal, read_journal
+from ..suites.journal import Journal, describe_differences, read_journal
 from ..suites.libero import LIBERO_SUITES, libero_suite
 from ..suites.metaworld import metaworld_suite
 from ..suites.results import Comparison, compare_results, success_by_task
@@ -123,16 +123,18 @@ def compare_runs(first: str | os.PathLike, second: str | os.PathLike) -> tuple[t
         ValueError: The evaluations have different suites, protocols or versions, or different episodes.
     """
     (run, rollouts), (other, others) = read_journal(first), read_journal(second)
-    different = [key for key in SAME if run.get(key) != other.get(key)]
-    if different:
+    if different := describe_differences(run, other, SAME):
         raise ValueError(
-            f"The evaluations differ in {', '.join(different)}. Compare policies that were evaluated in the same way."
+            f"The evaluations differ in {different}. Compare policies that were evaluated in the same way."
         )
     for episode in sorted(rollouts.keys() & others.keys()):
-        told, other_told = ((one.task, one.instruction) for one in (rollouts[episode], others[episode]))
+        told, other_told = (
+            f"the task {one.task!r} with the instruction {one.instruction!r}"
+            for one in (rollouts[episode], others[episode])
+        )
         if told != other_told:
             raise ValueError(
-                f"Episode {episode.seed} of {episode.environment} is {' '.join(map(repr, told))} in {first}, but "
-                f"{' '.join(map(repr, other_told))} in {second}. Evaluate one of the policies again."
+                f"Episode {episode.seed} of {episode.environment} has {told} in {first}, but "
+                f"{other_told} in {second}. Evaluate one of the policies again."
             )
     return (run["model"], other["model"]), compare_results(rollouts, others)

@@ -53,7 +53,7 @@ def check_server(info: dict[str, Any], unnorm_key: str | None = None, suite: Sui
         )
     area = suite.protocol.crop_area
     is_cropped = all(camera["center_crop_area"] is not None for camera in info["cameras"])
-    if area is not None and not is_cropped and not info["training_recorded"]:
+    if area is not None and not is_cropped and not info.get("training_recorded", False):
         raise ValueError(
             f"The protocol of {suite.title} crops images to {area:g} of their area, but the server does not. Set "
             f"center_crop_area={area:g} in the checkpoint's processor_config.json."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,16 @@ class Journal:
             self._append(run)
             return
         earlier, self.rollouts = read_journal(folder)
-        different = sorted(key for key in earlier.keys() | run.keys() if earlier.get(key) != run.get(key))
-        if earlier.keys() < run.keys():
-            missing = sorted(run.keys() - earlier.keys())
+        missing = sorted(run.keys() - earlier.keys())
+        if missing and not describe_differences(earlier, run, earlier):
             raise ValueError(
                 f"{folder} has the episodes of an older run, which does not record {', '.join(missing)}. Give another "
                 "folder, or delete this one."
             )
-        if different:
+        if different := describe_differences(earlier, run, earlier.keys() | run.keys()):
             raise ValueError(
-                f"{folder} has the episodes of another run, which differs in {', '.join(different)}. Give another "
-                "folder, or delete this one."
+                f"{folder} has the episodes of another run, which differs in {different}. Give another folder, or "
+                "delete this one."
             )
 
     def add(self, episode: Episode, rollout: Rollout) -> None:
@@ -63,6 +63,20 @@ class Journal:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def describe_differences(first: Mapping[str, Any], second: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Describe in which of some entries two runs differ, with both values where they are short; "" if in none."""
+    different = []
+    for key in sorted(key for key in keys if first.get(key) != second.get(key)):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            different.append(f"{key} ({describe_differences(one, other, one.keys() | other.keys())})")
+        elif isinstance(one, list) or isinstance(other, list):
+            different.append(key)
+        else:
+            different.append(f"{key}: {one} and {other}")
+    return ", ".join(different)
 
 
 def read_journal(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[Episode, Rollout]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._states = read_states(Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file))
         self._file = str(Path(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file))
         self._env = OffScreenRenderEnv(bddl_file_name=self._file, camera_heights=image_size, camera_widths=image_size)
-        # What NumPy's global generator is set to before each draw, as far as this is known.
+        self._copies = ExitStack()
+        # States of NumPy's global generator before the draws computed so far.
         self._generators = [np.random.RandomState(ENVIRONMENT_SEED).get_state()]
         self.action_space = spaces.Box(-1.0, 1.0, (7,), dtype=np.float32)
         frame = spaces.Box(0, 255, (image_size, image_size, 3), dtype=np.uint8)
@@ -113,11 +115,13 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 f"The task {self.task!r} has {len(self._states)} initial states, so there is no state {number}."
             )
         outside = np.random.get_state()
-        while len(self._generators) <= number:
-            self._draw(self._without_images, len(self._generators) - 1)
-        self._use_renderer()
-        self._draw(self._env, number)
-        np.random.set_state(outside)
+        try:
+            while len(self._generators) <= number:
+                self._draw(self._without_images, len(self._generators) - 1)
+            self._use_renderer()
+            self._draw(self._env, number)
+        finally:
+            np.random.set_state(outside)
         return _observe(self._env.set_init_state(self._states[number])), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -128,6 +132,7 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def close(self) -> None:
         """Free the simulation."""
+        self._copies.close()
         self._use_renderer()
         self._env.close()
 
@@ -139,7 +144,9 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     @cached_property
     def _without_images(self) -> Any:
         """The same task without cameras, whose reset draws the same places in a quarter of the time."""
-        return ControlEnv(bddl_file_name=self._file, has_offscreen_renderer=False, use_camera_obs=False)
+        copy = ControlEnv(bddl_file_name=self._file, has_offscreen_renderer=False, use_camera_obs=False)
+        self._copies.callback(copy.close)
+        return copy
 
     def _use_renderer(self) -> None:
         """Make the OpenGL context of this environment current.

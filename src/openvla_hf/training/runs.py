@@ -128,7 +128,7 @@ def _require_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     """Raise `ValueError` if `training.json` of a checkpoint contradicts the run."""
     file = checkpoint / TRAINING_FILE
     saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # The recipe is told before the settings that follow from it.
+    # Report another recipe before the settings that follow from it.
     pairs = {"recipe": (saved["recipe"], run["recipe"])} if "recipe" in saved and "recipe" in run else {}
     pairs |= {
         name: (saved["arguments"][name], value)
