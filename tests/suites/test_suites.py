@@ -494,9 +494,7 @@ def test_evaluations_of_other_episodes_or_versions_are_not_compared(alone, tmp_p
     journal = Journal(tmp_path / "told", described)
     for episode, rollout in rollouts.items():
         journal.add(episode, replace(rollout, instruction="wait"))
-    with pytest.raises(
-        ValueError, match=r"^Episode 1000000 of tabletop has .* instruction 'wait' in "
-    ):
+    with pytest.raises(ValueError, match=r"^Episode 1000000 of tabletop has .* instruction 'wait' in "):
         compare_runs(alone[0], tmp_path / "told")
 
 
