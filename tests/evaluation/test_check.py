@@ -290,15 +290,15 @@ def test_statistics_that_are_not_finite_or_out_of_order_are_found(folder, bound,
 
 
 def test_files_with_different_statistics_of_a_key_are_found(folder):
-    assert statuses(check(folder))["files of statistics"] == "passed"
+    assert statuses(check(folder))["statistics files"] == "passed"
     statistics = json.loads((folder / "dataset_statistics.json").read_text())
     statistics["tabletop"]["action"]["q99"][0] *= 2
     write_statistics(folder, statistics)
-    message = found(check(folder), "files of statistics")
+    message = found(check(folder), "statistics files")
     assert "config.json and dataset_statistics.json disagree on 'tabletop'" in message
     assert "save the policy again with `save_pretrained`" in message
     AutoModel.from_pretrained(folder).save_pretrained(folder)
-    assert statuses(check(folder))["files of statistics"] == "passed"
+    assert statuses(check(folder))["statistics files"] == "passed"
 
 
 def test_statistics_of_another_dimension_are_found(oft):
@@ -316,7 +316,7 @@ def test_keys_are_counted_whatever_their_names(policy):
 
 
 def test_one_dimension_in_other_units_is_found(tabletop, demonstrations):
-    for scale in (1000.0, 180 / np.pi):
+    for scale in (1000.0, 180 / np.pi, np.pi / 180, 0.001):
         units = np.array([1.0, scale, 1.0, 1.0, 1.0, 1.0, 1.0])
         scaled = change_frames(demonstrations, action=lambda action, units=units: action * units)
         report = check_policy(*tabletop, frames=scaled)
@@ -330,9 +330,32 @@ def test_the_wrong_key_for_the_data_is_found(policy, demonstrations):
     report = check_policy(policy.model, policy.processor, frames=frames, unnorm_key="bridge_orig")
     assert "Pass unnorm_key='tabletop'." in found(report, "key")
     report = check_policy(policy.model, policy.processor, frames=frames)
-    assert statuses(report)["key"] == "skipped"
+    assert "'tabletop' is the nearest" in found(report, "key", "warned")
     with pytest.raises(ValueError, match="bridge_org"):
         check_policy(policy.model, policy.processor, unnorm_key="bridge_org")
+
+
+def test_a_key_that_is_not_named_is_a_warning(policy, demonstrations):
+    statistics = policy.model.norm_stats["tiny"]
+    policy.model.norm_stats = {"left": statistics, "right": statistics}
+    report = check_policy(policy.model, policy.processor, frames=change_frames(demonstrations))
+    assert "none is that of the data" in (message := found(report, "key", "warned"))
+    assert "--unnorm-key" in message
+
+
+def test_a_short_recording_of_the_training_data_fits_its_statistics(policy):
+    rng = np.random.default_rng(0)
+    long, short = (
+        [frame | {"action": np.append(rng.laplace(scale=scale, size=6), step % 2)}
+         for step, frame in enumerate(fake_episode(steps=200))]
+        for scale in (0.1, 0.02)
+    )  # fmt: skip
+    statistics = compute_statistics(from_episodes([long, short], ARM, name="arm"))
+    policy.model.norm_stats = {"tiny": statistics["arm"]}
+    report = check_policy(policy.model, policy.processor, frames=from_episodes([short], ARM, name="short"))
+    message = found(report, "key", "warned")
+    assert int(message.partition("overlap by ")[2].partition("%")[0]) < 30
+    assert "hardly in dimension" not in message
 
 
 def test_data_of_another_dimension_and_other_units_are_found(tabletop, demonstrations):
@@ -340,14 +363,14 @@ def test_data_of_another_dimension_and_other_units_are_found(tabletop, demonstra
     report = check_policy(*tabletop, frames=from_episodes(wide, ARM, name="wide"))
     assert "'tabletop' have 7 dimensions, but the data has 8." in found(report, "key")
     assert statuses(report)["gripper on the data"] == statuses(report)["actions on the data"] == "skipped"
-    millimetres = np.array([1000.0] * 6 + [1.0])
-    scaled = [[frame | {"action": frame["action"] * millimetres} for frame in each] for each in demonstrations]
-    report = check_policy(*tabletop, frames=from_episodes(scaled, ARM, name="millimetres"))
-    assert "check its units" in found(report, "key")
+    for scale in (1000.0, 0.001):
+        units = np.array([scale] * 6 + [1.0])
+        scaled = change_frames(demonstrations, action=lambda action, units=units: action * units)
+        assert "check its units" in found(check_policy(*tabletop, frames=scaled), "key")
 
 
 def test_an_oft_policy_is_compared_with_the_cameras_and_the_state_of_its_data(oft, make_episode):
-    frames = make_episode(0, steps=9)
+    frames = make_episode(0, steps=24)
     for frame in frames:
         image = frame.pop("image")
         frame |= {"images": {"full_image": image, "wrist_image": image[::-1]}, "state": np.append(frame["state"], 0)}
@@ -357,8 +380,10 @@ def test_an_oft_policy_is_compared_with_the_cameras_and_the_state_of_its_data(of
     report = check_policy(oft.model, oft.processor, frames=data)
     assert statuses(report)["image"] == "passed"
     told = {one.check: one.found for one in report.findings}
-    assert "frames, half of which have it open" in told["gripper on the data"]
-    assert "On 9 frames, the policy's actions are" in told["actions on the data"]
+    chunked = int(np.sum([frame["chunk_mask"].sum() for frame in data]))
+    assert chunked > len(data)
+    assert f"of {chunked} actions, of which" in told["gripper on the data"]
+    assert "On 24 frames, the mean error" in told["actions on the data"]
     narrow = [frame | {"state": frame["state"][:7]} for frame in frames]
     data = from_episodes([narrow], ARM, name="arm", **reading)
     report = check_policy(oft.model, oft.processor, frames=data)
@@ -381,20 +406,24 @@ def test_a_gripper_that_is_scaled_by_mistake_is_found(demonstrations):
     assert "Dimension 6 of 'tabletop' goes from 0 to 1" in found(report, "gripper", "warned")
 
 
-def test_a_gripper_that_training_scaled_passes(demonstrations):
+@pytest.mark.parametrize("stays_open", [False, True])
+def test_a_gripper_that_training_scaled_passes(demonstrations, stays_open):
     model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
-    encode, (low, high) = model.predict_action, (-1.0, 1.0)
+    encode, largest = model.predict_action, 0.98
 
     def predict_scaled(**inputs):
         details = encode(**inputs)
-        opening = details.normalized_actions[..., 6] > 0.5
-        details.normalized_actions[..., 6], details.actions[..., 6] = np.where(opening, high, low), opening
+        opening = (details.normalized_actions[..., 6] > 0.5) | stays_open
+        details.normalized_actions[..., 6], details.actions[..., 6] = np.where(opening, 1.0, -1.0), opening * largest
         return details
 
     model.predict_action = predict_scaled
     scale_gripper(model)
-    report = check_policy(model, processor, frames=change_frames(demonstrations))
-    assert statuses(report)["gripper on the data"] == "passed"
+    data = demonstrations
+    if stays_open:
+        data = [[frame for frame in episode if frame["action"][6] > 0.5] for episode in demonstrations]
+    report = check_policy(model, processor, frames=change_frames(data))
+    assert statuses(report)["gripper on the data"] == ("skipped" if stays_open else "passed")
 
 
 # The policy's actions beside the recorded ones
@@ -414,12 +443,51 @@ def blind_a_tower(policy):
         parameter.data.zero_()
 
 
-@pytest.mark.parametrize("damage", [mirror_height, end_in_another_id, blind_a_tower])
+def ask_in_another_template(policy):
+    policy.processor.prompt_template = VICUNA_PROMPT
+
+
+def turn_faster(policy):
+    policy.model.model.language_model.rotary_emb.inv_freq.mul_(3)
+
+
+@pytest.mark.parametrize("damage", [blind_a_tower, ask_in_another_template, turn_faster])
 def test_actions_that_do_not_follow_the_recording_are_found(demonstrations, damage):
     model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
     damage(SimpleNamespace(model=model, processor=processor))
     report = check_policy(model, processor, frames=change_frames(demonstrations))
     assert "The policy does not follow the recording. On 24 frames" in found(report, "actions on the data")
+
+
+@pytest.mark.parametrize("damage", [mirror_height, end_in_another_id])
+def test_actions_that_are_far_from_the_recording_but_related_to_it_are_a_warning(demonstrations, damage):
+    model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
+    damage(SimpleNamespace(model=model, processor=processor))
+    report = check_policy(model, processor, frames=change_frames(demonstrations))
+    assert "far from the recorded ones. On 24 frames" in found(report, "actions on the data", "warned")
+
+
+def add_noise(demonstrations, scale, keep=1.0):
+    """Return the frames with noise on the translation, in metres, of which a share is kept."""
+    rng = np.random.default_rng(0)
+    return change_frames(
+        demonstrations,
+        action=lambda action: np.append(action[:3] * keep + rng.normal(scale=scale, size=3), action[3:]),
+    )
+
+
+def test_noisy_demonstrations_are_not_a_mistake(tabletop, demonstrations):
+    report = check_policy(*tabletop, frames=add_noise(demonstrations, 0.04))
+    message = found(report, "actions on the data", "warned")
+    assert float(message.partition("actions is ")[2].partition(" ")[0]) > 1
+    assert "Noisy demonstrations also" in message
+    report = check_policy(*tabletop, frames=add_noise(demonstrations, 0.04, keep=0.0))
+    assert "does not follow the recording" in found(report, "actions on the data")
+
+
+def test_few_frames_are_not_judged(tabletop, demonstrations):
+    report = check_policy(*tabletop, frames=change_frames([demonstrations[0][:23]]))
+    assert statuses(report)["actions on the data"] == "skipped"
 
 
 def test_images_that_are_turned_are_found(tabletop, demonstrations):
@@ -447,7 +515,17 @@ def test_a_flipped_gripper_is_found(tabletop, demonstrations):
         for each in demonstrations
     ]
     report = check_policy(*tabletop, frames=from_episodes(flipped, ARM, name="flipped"))
-    assert "Inverted. The gripper is as recorded on" in found(report, "gripper on the data")
+    assert "Inverted. The gripper is as recorded in" in found(report, "gripper on the data")
+    report = check_policy(*tabletop, frames=from_episodes(flipped, Robot("raw"), name="flipped"))
+    assert "Inverted." in found(report, "gripper on the data")
+
+
+def test_a_gripper_that_hardly_moves_is_not_judged(tabletop, demonstrations):
+    frames = [frame for episode in demonstrations for frame in episode]
+    opened, closed = ([frame for frame in frames if (frame["action"][6] > 0.5) == state] for state in (True, False))
+    for count, status in ((3, "skipped"), (4, "passed")):
+        report = check_policy(*tabletop, frames=change_frames([opened + closed[:count]]))
+        assert statuses(report)["gripper on the data"] == status
 
 
 def test_a_gripper_from_minus_one_to_one_is_found(policy, demonstrations):
@@ -457,7 +535,8 @@ def test_a_gripper_from_minus_one_to_one_is_found(policy, demonstrations):
     ]
     for data, status, message in (
         (signed, "failed", "The data's gripper goes from -1 to 1. OpenVLA's gripper is 0 for closed"),
-        (demonstrations, "warned", "The data does not say that dimension 6 is the gripper."),
+        (demonstrations, "warned", "does not say that dimension 6 is the gripper. The gripper is as recorded"),
+        (demonstrations, "warned", "(`--robot`, `robot=`)"),
     ):
         report = check_policy(policy.model, policy.processor, frames=from_episodes(data, Robot("raw"), name="raw"))
         assert message in found(report, "gripper on the data", status)
@@ -540,6 +619,12 @@ def test_a_preparation_that_differs_from_the_record_of_training_is_found(tableto
     assert [one.check for one in report.failures] == [name]
 
 
+def test_a_suffix_is_as_in_training_only_if_that_is_recorded(tabletop):
+    for source, known in ((TABLETOP_POLICY, "as in training"), (None, "the training is not recorded")):
+        (one,) = (one for one in check_policy(*tabletop, source).findings if one.check == "prompt suffix")
+        assert one.found == f"None ({known})."
+
+
 def test_another_suffix_than_that_of_training_is_found():
     model, processor = (auto.from_pretrained(TABLETOP_POLICY) for auto in (AutoModel, AutoProcessor))
     model.config.prompt_suffix_token_id = 7
@@ -551,9 +636,8 @@ def test_a_full_stop_that_finetune_left_out_is_found(folder):
     processor.strip_full_stop = False
     processor.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps({"arguments": {"augment": False}}))
-    assert "a final full stop is kept, unlike in training. Set `strip_full_stop=True`" in found(
-        check(folder), "prompt form"
-    )
+    message = found(check(folder), "prompt form", "warned")
+    assert "Set `strip_full_stop=True`, unless the policy was trained with full stops." in message
 
 
 def test_another_resize_is_found(published):

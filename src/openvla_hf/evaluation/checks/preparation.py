@@ -84,9 +84,7 @@ def check_prompt(subject: Subject) -> Iterator[Finding]:
 def _check_form(subject: Subject) -> Finding:
     """Check the case of instructions and their final full stop."""
     name, processor = "prompt form", subject.processor
-    # Every training that recorded its arguments left full stops out.
-    recorded = {"strip_full_stop": True} if "arguments" in subject.training else {}
-    recorded |= _select(subject.preparation, "lowercase_instruction", "strip_full_stop")
+    recorded = _select(subject.preparation, "lowercase_instruction", "strip_full_stop")
     case = "in lower case" if processor.lowercase_instruction else "as given"
     stop = "left out" if processor.strip_full_stop else "kept"
     found = f"Instructions are {case}, and a final full stop is {stop}"
@@ -96,6 +94,10 @@ def _check_form(subject: Subject) -> Finding:
     if not processor.lowercase_instruction and "lowercase_instruction" not in recorded:
         fix = "Set `lowercase_instruction=True`, unless the policy was trained with capitals."
         return warned(name, "Capitals are kept, but OpenVLA's training data have none.", fix)
+    if not processor.strip_full_stop and not recorded and "arguments" in subject.training:
+        # The first trainings that recorded their arguments kept full stops, all later ones did not.
+        fix = "Set `strip_full_stop=True`, unless the policy was trained with full stops."
+        return warned(name, "A final full stop is kept, but most policies of this kind were trained without.", fix)
     return passed(name, f"{found} ({'as in training' if recorded else 'the training is not recorded'}).")
 
 
@@ -128,7 +130,8 @@ def _check_suffix(subject: Subject) -> Finding:
     if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
         found = f"Prompts begin with the ids {ids[:2]} instead of one {bos} (BOS)."
         return failed(name, found, "Load the checkpoint's own tokenizer, which adds BOS once.")
-    return passed(name, "None, as in training." if given is None else f"Prompts end in id {given} once.")
+    known = "as in training" if recorded else "the training is not recorded"
+    return passed(name, f"None ({known})." if given is None else f"Prompts end in id {given} once.")
 
 
 def check_images(subject: Subject) -> Iterator[Finding]:

@@ -16,9 +16,9 @@ from .findings import Finding, Subject, failed, passed, skipped, warned
 COMPUTE = "Put the `dataset_statistics.json` of the training next to the weights"
 # Overlap of the ranges of two statistics: below the first they belong to different robots, above the second to one.
 DIFFERENT, SAME = 0.3, 0.7
-# Overlap below which the units or the direction of a single dimension differ. It is lower, since the range of a
-# dimension in a short recording may be narrow.
-APART = 0.15
+# The units or the direction of a dimension differ if the data is within the range of the statistics by less than the
+# first share, or is narrower by the second: radians are 0.017 degrees. A short recording is narrow, but not as narrow.
+APART, NARROW = 0.15, 0.02
 # Relative difference of equal constants, one of which was stored in 32 bits.
 ROUNDING = 1e-6
 # Keys that a finding names.
@@ -74,7 +74,7 @@ def _listed(items: list[str]) -> str:
 
 def check_files(subject: Subject) -> Finding:
     """Check that the config and the file of statistics agree on the keys that both have."""
-    name = "files of statistics"
+    name = "statistics files"
     in_config, in_file = subject.raw_config.get("norm_stats"), subject.files.read_json(STATISTICS_FILE)
     if not (in_config and in_file):
         return skipped(name, f"Only one of {CONFIG_NAME} and {STATISTICS_FILE} has statistics, or neither.")
@@ -96,8 +96,7 @@ def check_files(subject: Subject) -> Finding:
             f"uses {STATISTICS_FILE}."
         )
         return failed(name, found, fix)
-    keys = "1 key" if len(shared) == 1 else f"{len(shared)} keys"
-    return passed(name, f"They agree on {keys}." if shared else "They have no key in common.")
+    return passed(name, "Both files have the same statistics." if shared else "The files have no key in common.")
 
 
 def _contradict(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -158,9 +157,8 @@ def check_key(subject: Subject, frames: Dataset) -> list[Finding]:
         fits = {one: overlap(known[one]["action"], own["action"]) for one in known}
         best = max(fits, key=lambda one: fits[one]) if fits else None
         nearest = f" {best!r} is the nearest." if best is not None else ""
-        return [
-            skipped("key", f"The policy has several keys, and none is that of the data.{nearest} Pass `unnorm_key`.")
-        ]
+        found = f"The policy has several keys, and none is that of the data.{nearest}"
+        return [warned("key", found, "Name the key of the robot (`--unnorm-key`, `unnorm_key=`).")]
     kinds = [kind for kind in ("action", "proprio") if kind in known[key] and own.get(kind)]
     return [_compare(kind, key, known, own, name) for kind in kinds]
 
@@ -179,11 +177,13 @@ def _compare(kind: str, key: str, known: dict[str, Any], own: dict[str, Any], na
     fits = {one: overlap(known[one][kind], own[kind]) for one in known if kind in known[one]}
     best = max(fits, key=lambda one: fits[one])
     found = f"The ranges of {key!r} and of {name} overlap by {fits[key]:.0%}"
-    if fits[key] < DIFFERENT or fits[best] > fits[key] + DIFFERENT:
+    apart, count = _find_apart(known[key][kind], own[kind])
+    # A short recording of the robot also has a small overlap, but is within the range of the statistics.
+    if (fits[key] < DIFFERENT and len(apart) > count / 2) or fits[best] > fits[key] + DIFFERENT:
         other = f", those of {best!r} by {fits[best]:.0%}" if best != key else ""
         fix = f"Pass unnorm_key={best!r}." if best != key else "Use the statistics of this data, or check its units."
         return failed(check, f"{found}{other}.", fix)
-    if apart := _find_apart(known[key][kind], own[kind]):
+    if apart:
         found += f", but hardly in dimension {', '.join(map(str, apart))}"
     if apart or fits[key] < SAME:
         return warned(
@@ -212,12 +212,17 @@ def _intersect(first: dict[str, Any], second: dict[str, Any]) -> tuple[np.ndarra
     return high.min(0) - low.max(0), union, scaled & (union > 0)
 
 
-def _find_apart(first: dict[str, Any], second: dict[str, Any]) -> list[int]:
-    """Find the dimensions whose ranges hardly overlap, except for a constant within the range of the other."""
-    shared, union, counted = _intersect(first, second)
+def _find_apart(known: dict[str, Any], own: dict[str, Any]) -> tuple[list[int], int]:
+    """Find the dimensions in which data leaves the statistics' range or is far narrower, and count those compared.
+
+    A constant within the range of the other is not compared.
+    """
+    shared, union, counted = _intersect(known, own)
+    spans = [np.subtract(one["q99"], one["q01"]) for one in (known, own)]
     # An intersection of zero length is such a constant; in 32 bits, it may lie a little outside.
-    is_constant = np.abs(shared) <= ROUNDING * union
-    return np.flatnonzero(counted & ~is_constant & (shared < APART * union)).tolist()
+    counted &= np.abs(shared) > ROUNDING * union
+    is_apart = (shared < APART * spans[1]) | (spans[1] < NARROW * spans[0])
+    return np.flatnonzero(counted & is_apart).tolist(), int(counted.sum())
 
 
 def check_instructions(subject: Subject, frames: Dataset) -> Finding:
