@@ -356,6 +356,7 @@ def test_a_short_recording_of_the_training_data_fits_its_statistics(policy):
     message = found(report, "key", "warned")
     assert int(message.partition("overlap by ")[2].partition("%")[0]) < 30
     assert "hardly in dimension" not in message
+    assert "A short recording also has a small overlap." in message
 
 
 def test_data_of_another_dimension_and_other_units_are_found(tabletop, demonstrations):

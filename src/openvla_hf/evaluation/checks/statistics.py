@@ -186,9 +186,8 @@ def _compare(kind: str, key: str, known: dict[str, Any], own: dict[str, Any], na
     if apart:
         found += f", but hardly in dimension {', '.join(map(str, apart))}"
     if apart or fits[key] < SAME:
-        return warned(
-            check, f"{found}.", "Check the units of the data, and that its robot adapter is that of the training."
-        )
+        fix = "Check the units of the data, and that its robot adapter is that of the training."
+        return warned(check, f"{found}.", fix if apart else f"{fix} A short recording also has a small overlap.")
     return passed(check, f"{found}.")
 
 
