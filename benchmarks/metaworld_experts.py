@@ -3,8 +3,8 @@
     python benchmarks/metaworld_experts.py --episodes 50
 
 The expert of each task plays the episodes of the suite's protocol. Then its actions are played again through the
-suite, without looking: a difference would mean that the suite's episodes or steps are not those of the expert. Images
-are not rendered, since neither needs them.
+suite, open loop: a difference would mean that the suite's episodes or steps are not those of the expert. Rendering
+is off, because neither the expert nor the replay needs images.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main():
     solved, replayed = np.sum(list(counts.values()), axis=0).tolist()
     table = Table("", "episodes", "success", "95 % interval", title="MetaWorld's experts")
     total = args.episodes * len(counts)
-    for name, successes, among in (("experts", solved, total), ("their actions again", replayed, solved)):
+    for name, successes, among in (("experts", solved, total), ("replayed actions", replayed, solved)):
         low, high = wilson(successes, among)
         table.add_row(name, str(among), f"{successes / max(among, 1):.1%}", f"{low:.1%} to {high:.1%}")
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Tell which checkpoint a model was loaded from, also if another one has the same name."""
+"""Tell which checkpoint a model was loaded from, even if another has the same name."""
 
 import hashlib
 import os
