@@ -250,7 +250,7 @@ API = {
     """,
     "openvla_hf.suites.policies": """
         ModelPolicy(model, processor, unnorm_key, execute)
-        model_policy(suite, model, processor, unnorm_key, add_crop)
+        model_policy(suite, model, processor, unnorm_key, is_trained_crop)
     """,
     "openvla_hf.suites.results": """
         Comparison(episodes, both, only_first, only_second, neither, difference, low, high, p_value)

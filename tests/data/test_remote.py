@@ -5,6 +5,8 @@ import itertools
 import json
 import logging
 import shutil
+import sys
+from types import ModuleType
 
 import fsspec
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from file_server import FileServer
 from torch.utils.data import DataLoader
 
-from openvla_hf.data import BadEpisodeError, load, remote, write_lerobot, write_rlds
+from openvla_hf.data import BadEpisodeError, Robot, load, remote, write_lerobot, write_rlds
+from openvla_hf.data.frame_spec import FrameSpec
 from openvla_hf.data.readers import rlds
 from openvla_hf.data.remote import HELD, ReadAhead, find_folder
 
@@ -113,6 +116,14 @@ def test_a_shard_is_read_again_from_the_record_that_failed(server, episodes, tmp
     np.testing.assert_array_equal(pixels(frames), pixels(load(tmp_path / "arm")))
     assert f"{file.name} can't be read" in caplog.text
     assert "Trying again" in caplog.text
+
+
+def test_a_stream_can_be_closed_while_a_package_for_connections_is_being_imported(episodes, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", ModuleType("aiohttp"))  # as yet without `ClientError`
+    source = rlds.RLDSSource(*find_folder(write_rlds(episodes, tmp_path / "arm")))
+    frames = source.read(source.shards()[0], FrameSpec(Robot("raw")))
+    next(frames)
+    frames.close()
 
 
 def test_a_shard_that_stays_unreadable_is_named_or_skipped_and_counted(server, written):

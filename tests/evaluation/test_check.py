@@ -521,12 +521,20 @@ def test_a_flipped_gripper_is_found(tabletop, demonstrations):
     assert "Inverted." in found(report, "gripper on the data")
 
 
-def test_a_gripper_that_hardly_moves_is_not_judged(tabletop, demonstrations):
+@pytest.mark.parametrize(
+    ("closed", "of_good", "of_flipped"),
+    [(0, "skipped", "skipped"), (1, "passed", "warned"), (3, "passed", "warned"), (4, "passed", "failed")],
+)
+def test_a_gripper_that_hardly_moves_fails_no_policy(tabletop, demonstrations, closed, of_good, of_flipped):
     frames = [frame for episode in demonstrations for frame in episode]
-    opened, closed = ([frame for frame in frames if (frame["action"][6] > 0.5) == state] for state in (True, False))
-    for count, status in ((3, "skipped"), (4, "passed")):
-        report = check_policy(*tabletop, frames=change_frames([opened + closed[:count]]))
+    opened, shut = ([frame for frame in frames if (frame["action"][6] > 0.5) == state] for state in (True, False))
+    few = [opened + shut[:closed]]
+    flipped = change_frames(few, action=lambda action: np.append(action[:6], 1 - action[6]))
+    for data, status in ((change_frames(few), of_good), (flipped, of_flipped)):
+        report = check_policy(*tabletop, frames=data)
         assert statuses(report)["gripper on the data"] == status
+    if of_flipped == "warned":
+        assert f"On only {2 * closed} frames: Inverted." in found(report, "gripper on the data", "warned")
 
 
 def test_a_gripper_from_minus_one_to_one_is_found(policy, demonstrations):

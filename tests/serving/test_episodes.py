@@ -102,7 +102,7 @@ def test_the_result_of_a_suite_says_how_the_server_acted(tabletop_server, monkey
     report = json.loads(capsys.readouterr().out)
     assert report["server"]["default_unnorm_key"] == "tabletop"
     assert report["server"].keys() >= {"action_horizon", "temporal_ensemble", "gripper", "revision"}
-    assert report["server"]["engine"] == "transformers"
+    assert [report["server"][name] for name in ("engine", "device", "dtype")] == ["transformers", "cpu", "float32"]
     assert report["server"]["server_version"] == report["versions"]["openvla-hf"]
     assert report["center_crop_area"] is None
     assert report["checkpoint"] == digest_checkpoint(TABLETOP_POLICY)
@@ -110,6 +110,9 @@ def test_the_result_of_a_suite_says_how_the_server_acted(tabletop_server, monkey
     journal.write_text(journal.read_text().replace(report["checkpoint"], "0" * 16))
     assert main([*command, "--server", tabletop_server]) == 2
     assert "another run, which differs in checkpoint" in capsys.readouterr().err
+    journal.write_text(journal.read_text().replace("0" * 16, report["checkpoint"]).replace("float32", "bfloat16"))
+    assert main([*command, "--server", tabletop_server]) == 2
+    assert "another run, which differs in server (dtype: bfloat16 and float32)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -169,4 +172,7 @@ def test_a_server_without_a_crop_plays_libero_only_with_a_policy_that_was_traine
     for described in (info, earlier):
         with pytest.raises(ValueError, match=r"crops images to 0\.9 of their area, but the server does not"):
             check_server(described, suite=suite)
-    check_server({**info, "cameras": [{**info["cameras"][0], "center_crop_area": 0.9}]}, suite=suite)
+    cropped = [{**info, "cameras": [{**info["cameras"][0], "center_crop_area": area}]} for area in (0.9, 0.8)]
+    check_server(cropped[0], suite=suite)
+    with pytest.raises(ValueError, match=r"crops images to 0\.9"):
+        check_server(cropped[1], suite=suite)

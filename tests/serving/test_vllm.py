@@ -161,7 +161,7 @@ def test_robots_are_told_to_try_again_while_vllm_is_gone(model):
 def test_a_client_acts_and_reads_which_engine_runs(policy, serve):
     with serve(policy) as url, Client(url) as client:
         action = client.predict_action(frame(1, 100, 130), "pick up the red block")
-        assert client.info["engine"] == "vllm"
+        assert [client.info[name] for name in ("engine", "device", "dtype")] == ["vllm", None, None]
     np.testing.assert_array_equal(action, policy.predict([prepare(policy)])[0].actions[0])
 
 

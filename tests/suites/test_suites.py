@@ -351,12 +351,12 @@ def libero_policy(tmp_path_factory):
     return folder
 
 
-def test_the_crop_of_the_protocol_is_for_a_processor_without_one(libero_policy, caplog):
+def test_a_processor_without_a_crop_gets_that_of_the_protocol_and_another_is_refused(libero_policy, caplog):
     suite = find_suite("libero_object")
     model, processor = (one.from_pretrained(libero_policy) for one in (OpenVLAForActionPrediction, OpenVLAProcessor))
 
-    def crop():
-        return model_policy(suite, model, processor).processor.image_processor.center_crop_area
+    def crop(**known):
+        return model_policy(suite, model, processor, **known).processor.image_processor.center_crop_area
 
     assert crop() == 0.9
     assert processor.image_processor.center_crop_area is None
@@ -364,8 +364,11 @@ def test_the_crop_of_the_protocol_is_for_a_processor_without_one(libero_policy, 
         "The policy's processor has no centre crop, so images are cropped to 0.9 of their area, as in the protocol of "
         "LIBERO."
     ]
+    assert crop(is_trained_crop=True) is None
     processor.image_processor.center_crop_area = 0.8
-    assert crop() == 0.8
+    with pytest.raises(ValueError, match=r"crops images to 0\.8 of their area, but the protocol of LIBERO to 0\.9"):
+        crop()
+    assert crop(is_trained_crop=True) == 0.8
     assert len(caplog.records) == 1
 
 

@@ -137,7 +137,7 @@ def run(
     if export:
         trainer.save_model(f"{output}-export")
         figures = trainer.evaluate(load(data, streaming=True))
-        Path(f"{output}.figures").write_text(json.dumps(figures))
+        Path(f"{output}-{index}.figures").write_text(json.dumps(figures))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     Path(f"{output}-{index}.json").write_text(json.dumps([index, losses, drawn]))
 

@@ -24,7 +24,8 @@ PATIENCE = 60.0
 """Seconds that a simulated robot waits for a server, for example while the server restarts."""
 PICTURES = 3
 SERVED = (
-    "server_version", "engine", "revision", "default_unnorm_key", "action_horizon", "temporal_ensemble", "gripper",
+    "server_version", "engine", "device", "dtype", "revision", "default_unnorm_key", "action_horizon",
+    "temporal_ensemble", "gripper",
 )  # fmt: skip
 """What belongs to the description of a served policy."""
 POLICY_PACKAGES = ("torch", "transformers")
@@ -130,7 +131,7 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
             **_version(client.info),
             "unnorm_key": args.unnorm_key,
             "center_crop_area": client.info["cameras"][0]["center_crop_area"],
-            "server": {name: client.info[name] for name in SERVED},
+            "server": {name: client.info.get(name) for name in SERVED},
         }
 
         def make_player(simulators: Any) -> Player:
@@ -149,8 +150,7 @@ def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any
 
     model_id = args.model or default_model()
     model, processor = load_model(model_id, device=args.device)
-    # The processor of a policy that was trained with this package is cropped as in training, or not at all.
-    policy = model_policy(suite, model, processor, args.unnorm_key, add_crop=not records_training(model_id))
+    policy = model_policy(suite, model, processor, args.unnorm_key, is_trained_crop=records_training(model_id))
 
     def make_player(simulators: Any) -> Player:
         return lambda episodes, keep_frames: play(policy, episodes, simulators, keep_frames)

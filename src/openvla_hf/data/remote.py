@@ -206,9 +206,9 @@ def open_file(fs: AbstractFileSystem, path: str, largest: int) -> BinaryIO:
 
 def read_errors() -> tuple[type[Exception], ...]:
     """Return the errors that mean that a file can't be read at the moment."""
-    # Only a package that is already imported can raise its errors.
-    modules = {name: sys.modules[name] for name in CONNECTION_ERRORS if name in sys.modules}
-    return (OSError, *(getattr(module, CONNECTION_ERRORS[name]) for name, module in modules.items()))
+    # Only an imported package can raise its errors. One that is still being imported may not have defined them yet.
+    errors = (getattr(sys.modules.get(name), error, None) for name, error in CONNECTION_ERRORS.items())
+    return (OSError, *filter(None, errors))
 
 
 def may_retry(fs: AbstractFileSystem, path: str, error: Exception, failures: int) -> bool:

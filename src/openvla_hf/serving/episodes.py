@@ -52,7 +52,7 @@ def check_server(info: dict[str, Any], unnorm_key: str | None = None, suite: Sui
             f"{suite.state_dim}."
         )
     area = suite.protocol.crop_area
-    is_cropped = all(camera["center_crop_area"] is not None for camera in info["cameras"])
+    is_cropped = all(camera["center_crop_area"] == area for camera in info["cameras"])
     if area is not None and not is_cropped and not info.get("training_recorded", False):
         raise ValueError(
             f"The protocol of {suite.title} crops images to {area:g} of their area, but the server does not. Set "

@@ -213,6 +213,7 @@ class ServedPolicy:
             "server": "openvla-hf",
             "server_version": __version__,
             "engine": self.engine,
+            **self.describe_arithmetic(),
             **self.identity,
             "training_recorded": self.training_recorded,
             "unnorm_keys": list(keys),
@@ -242,6 +243,10 @@ class ServedPolicy:
             },
             "control_frequency": self.control_frequency,
         }
+
+    def describe_arithmetic(self) -> dict[str, str | None]:
+        """Describe what the model computes on (`device`) and in (`dtype`); `None` if another process decides it."""
+        return {"device": self.model.device.type, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def check_health(self) -> None:
         """Raise `ServingError` if another process runs the model and can't predict at the moment."""

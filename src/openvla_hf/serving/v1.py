@@ -163,6 +163,8 @@ class Info(BaseModel):
     server: str
     server_version: str
     engine: str = Field(description='What runs the model: "transformers" or "vllm".')
+    device: str | None = Field(description='Kind of device, such as "cuda", or null with vLLM.')
+    dtype: str | None = Field(description='Data type of the weights, such as "bfloat16", or null with vLLM.')
     model_id: str = Field(description="Hub id, or the name of a folder.")
     revision: str | None = Field(description="Commit on the Hub.")
     digest: str | None = Field(description="Digest of the files of a checkpoint in a folder.")

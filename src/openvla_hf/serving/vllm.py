@@ -90,6 +90,10 @@ class VllmPolicy(ServedPolicy):
         """Whether the last action's ids make the next prediction cheaper: not in vLLM."""
         return False
 
+    def describe_arithmetic(self) -> dict[str, str | None]:
+        """Leave open what vLLM computes on and in."""
+        return {"device": None, "dtype": None}
+
     def check_health(self) -> None:
         """Raise `Busy` if vLLM does not answer or has failed."""
         try:

@@ -57,7 +57,7 @@ class ModelPolicy:
 
 
 def model_policy(
-    suite: Suite, model: Any, processor: Any, unnorm_key: str | None = None, *, add_crop: bool = True
+    suite: Suite, model: Any, processor: Any, unnorm_key: str | None = None, *, is_trained_crop: bool = False
 ) -> ModelPolicy:
     """Make a model and its processor the policy of a suite.
 
@@ -66,12 +66,12 @@ def model_policy(
         model: An `OpenVLAForActionPrediction`.
         processor: Its processor.
         unnorm_key: Name of the action statistics, if the model has several.
-        add_crop: Whether a processor without a centre crop gets that of the protocol. The caller's processor keeps its
-            own.
+        is_trained_crop: Whether the processor is known to crop images as in training. Otherwise, a processor without a
+            centre crop gets that of the protocol, in a copy.
 
     Raises:
         ValueError: The policy is for another robot, or takes cameras that the suite does not have, or the protocol
-            executes more actions than the model predicts.
+            executes more actions than the model predicts, or has another centre crop.
     """
     protocol, horizon = suite.protocol, model.config.action_horizon
     execute = protocol.execute
@@ -87,12 +87,19 @@ def model_policy(
             f"The policy sees a state of {processor.state_dim} dimensions, but that of {suite.title} has "
             f"{suite.state_dim}."
         )
-    if add_crop and protocol.crop_area is not None and processor.image_processor.center_crop_area is None:
-        processor = _crop(processor, protocol.crop_area)
+    area, given = protocol.crop_area, processor.image_processor.center_crop_area
+    if area is not None and given != area and not is_trained_crop:
+        if given is not None:
+            raise ValueError(
+                f"The policy's processor crops images to {given:g} of their area, but the protocol of {suite.title} "
+                f"to {area:g}, and no record of its training says otherwise. Set center_crop_area={area:g} in "
+                "processor_config.json."
+            )
+        processor = _crop(processor, area)
         logger.warning(
             "The policy's processor has no centre crop, so images are cropped to %g of their area, as in the protocol "
             "of %s.",
-            protocol.crop_area,
+            area,
             suite.title,
         )
     return ModelPolicy(model, processor, unnorm_key, execute)

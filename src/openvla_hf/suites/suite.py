@@ -66,8 +66,8 @@ class Protocol:
         rotate: Whether images are rotated by 180 degrees.
         jpeg: Whether images are compressed as JPEG and decompressed.
         resize: Side to which images are resized with TensorFlow's lanczos3; `None` leaves the size to the processor.
-        crop_area: Share of the area that a centre crop keeps if the processor states no crop of its own; `None` for
-            no such crop.
+        crop_area: Share of the area that the processor's centre crop keeps, unless the policy was trained with
+            another; `None` leaves it to the processor.
         settle_steps: Steps with `settle_action` before the policy acts, in which objects come to rest.
         settle_action: Action of these steps.
         gripper: Name of the `GRIPPERS` convention in which the environment takes the last dimension of actions; `None`
