@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import INSTRUCTION
 from PIL import Image
+from running import INSTRUCTION
 
 from openvla_hf.serving import Client, ServerError
 from openvla_hf.serving.policy import ServedPolicy

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_weights
+from running import random_weights
 
 from openvla_hf.checkpoints.identity import digest_checkpoint
 from openvla_hf.cli import main

@@ -14,10 +14,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import running_server
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from PIL import Image, ImageFilter
+from running import running_server
 from transformers import AutoModel
 
 from openvla_hf.cli import main
