@@ -164,6 +164,11 @@ def test_the_state_has_the_pose_and_the_fingers_as_robosuite_gives_them(env):
     assert observation["state"].dtype == np.float32
 
 
+def test_building_an_environment_leaves_standard_output_to_the_result(suite, capfd):
+    suite.make(TASK).close()
+    assert capfd.readouterr().out == ""
+
+
 def test_missing_assets_and_unknown_states_are_one_sentence(libero, suite, env, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="has 50 initial states, so there is no state 50"):
         env.reset(seed=50)

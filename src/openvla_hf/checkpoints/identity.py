@@ -1,4 +1,4 @@
-"""Tell which checkpoint a model was loaded from, even if another has the same name."""
+"""Tell which checkpoint a model was loaded from, even if another has the same name, and what it computes in."""
 
 import hashlib
 import os
@@ -54,4 +54,9 @@ def digest_checkpoint(folder: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-__all__ = ["digest_checkpoint", "identify"]
+def describe_arithmetic(model: Any) -> dict[str, str]:
+    """Return the kind of `device` that a model computes on, and the `dtype` of its weights, such as "bfloat16"."""
+    return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+__all__ = ["describe_arithmetic", "digest_checkpoint", "identify"]

@@ -143,7 +143,7 @@ def _open_policy(args: argparse.Namespace, suite: Suite) -> Iterator[tuple[dict[
 
 
 def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any], Callable[[Any], Player]]:
-    from ..checkpoints.identity import identify
+    from ..checkpoints.identity import describe_arithmetic, identify
     from ..checkpoints.model_card import records_training
     from ..suites.play import play
     from ..suites.policies import model_policy
@@ -160,8 +160,7 @@ def _local_policy(args: argparse.Namespace, suite: Suite) -> tuple[dict[str, Any
         **_version(identify(model, model_id)),
         "unnorm_key": args.unnorm_key,
         "center_crop_area": policy.processor.image_processor.center_crop_area,
-        "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **describe_arithmetic(model),
         "policy_versions": {name: importlib.metadata.version(name) for name in POLICY_PACKAGES},
     }
     return described, make_player

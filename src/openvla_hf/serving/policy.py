@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
-from ..checkpoints.identity import identify
+from ..checkpoints.identity import describe_arithmetic, identify
 from ..checkpoints.model_card import records_training
 from ..modeling.action_prediction import ActionPrediction
 from ..modeling.action_stream import average_chunks, drop_first_step
@@ -244,9 +244,9 @@ class ServedPolicy:
             "control_frequency": self.control_frequency,
         }
 
-    def describe_arithmetic(self) -> dict[str, str | None]:
+    def describe_arithmetic(self) -> Mapping[str, str | None]:
         """Describe what the model computes on (`device`) and in (`dtype`); `None` if another process decides it."""
-        return {"device": self.model.device.type, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        return describe_arithmetic(self.model)
 
     def check_health(self) -> None:
         """Raise `ServingError` if another process runs the model and can't predict at the moment."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, redirect_stdout
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,12 @@ class LiberoEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     """
 
     def __init__(self, suite: str, index: int, *, image_size: int = 256) -> None:
-        benchmark = get_benchmark(suite)()
-        task = benchmark.get_task(index)
+        # LIBERO prints while it chooses a task and downloads its assets, but standard output is for results.
+        with redirect_stdout(sys.stderr):
+            task = get_benchmark(suite)().get_task(index)
+            assets = Path(get_assets_path())
         self.task, self.instruction = task.name, task.language
-        if not Path(get_assets_path(), "scenes").is_dir():
+        if not (assets / "scenes").is_dir():
             raise OSError(
                 "LIBERO's assets are missing: download the dataset repository lerobot/libero-assets from the Hub to "
                 f"{get_libero_path('assets')}."
